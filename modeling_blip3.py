@@ -1,0 +1,737 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BLIP-3 (xGen-MM, arXiv:2408.08872): vision tower -> Perceiver resampler -> language model.
+
+    pixel_values (I, T, 3, S, S)                                     input_ids (B, L)
+         | drop the slots a picture does not use                          |
+    tiles (N, 3, S, S)                                                    | embed
+         | vision_tower                                                   |
+    patch tokens (N, P, D)                                                |
+         | gather the visible ones, group by group                        |
+    patches (V, D)                                                        |
+         | resampler, Q latents a group                                   |
+    image_features, per picture (n * Q, E) -----> scatter onto <image> -> inputs_embeds (B, L, E)
+                                                                          | language_model, lm_head
+                                                                     logits (B, K, vocab_size)
+
+Letters: B rows, L tokens, K tokens with logits asked for, I pictures in reading order, T tile slots, N tiles that show
+something, S tile side in pixels, P = p * p patches per tile, D vision width, G groups (resampler calls), V visible
+patches of all groups, Q latents, E text width. Sizes are (height, width), grids (rows, columns).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import __version__ as transformers_version
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+
+from .configuration_blip3 import Blip3Config, Blip3ResamplerConfig
+from .image_processing_blip3 import GLOBAL_VIEW_ONLY, choose_grid, count_tiles
+
+try:  # transformers 5: initialisers that leave loaded weights alone
+    from transformers import initialization as init
+except ImportError:
+    from torch.nn import init
+
+_IS_TRANSFORMERS_5 = int(transformers_version.split(".")[0]) >= 5
+
+
+@dataclass
+class Blip3ModelOutputWithPast(BaseModelOutputWithPast):
+    """Outputs of `Blip3Model`.
+
+    Args:
+        image_hidden_states: image features (n, E) of all pictures, end to end; None without pictures.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class Blip3CausalLMOutputWithPast(ModelOutput):
+    """Outputs of `Blip3ForConditionalGeneration`.
+
+    Args:
+        loss: mean next-token loss over the labels that are not -100.
+        logits: (B, K, vocab_size).
+        past_key_values: cache to continue from.
+        hidden_states: of the language model, on request.
+        attentions: of the language model, on request.
+        image_hidden_states: image features (n, E) of all pictures, end to end; None without pictures.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[torch.FloatTensor] | None = None
+    attentions: tuple[torch.FloatTensor] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+# -- which patches the resampler sees ----------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def visible_patches(
+    image_size: tuple[int, int], grid: tuple[int, int], patches_per_side: int, token_sampling: str, tile_grouping: str
+) -> tuple[torch.Tensor, ...]:
+    """List the patch tokens that show picture and not padding, group by group.
+
+    The release stitches a picture's tiles to one map, hides the rows or columns of padding, and cuts the map into
+    stripes of one tile's length each (`stripes`), which are tiles only when the grid has one column. The resampler
+    has no positions of its own, so leaving a hidden patch out equals masking it.
+
+    Args:
+        image_size: original (height, width) in pixels; (0, 0) for a picture given as its global view alone.
+        grid: (rows, columns) in tiles; (0, 0) for a global view alone.
+        patches_per_side: p, so that a tile has p * p patches.
+        token_sampling: `patch` or `fixed`, see `Blip3ResamplerConfig`.
+        tile_grouping: `stripes` or `tiles`, see `Blip3ResamplerConfig`.
+
+    Returns:
+        One tensor of indices per group into the picture's patch tokens, flattened from (1 + rows * columns, P). A
+        group may be empty: its latents then only read each other.
+    """
+    rows, columns = grid
+    patches = patches_per_side**2
+    global_view = torch.arange(patches)
+    if rows * columns == 0:
+        return (global_view,)
+    # index of the patch token at each place of the stitched map
+    tiles = torch.arange(patches, (1 + rows * columns) * patches).view(rows, columns, patches_per_side, patches_per_side)
+    stitched = tiles.transpose(1, 2).reshape(rows * patches_per_side, columns * patches_per_side)
+    is_visible = torch.zeros_like(stitched, dtype=torch.bool)
+    (top, bottom), (left, right) = _unpadded_region(image_size, tuple(stitched.shape))
+    is_visible[top:bottom, left:right] = True
+    if token_sampling == "fixed":
+        return (torch.cat([global_view, stitched[is_visible]]),)
+    if tile_grouping == "tiles":
+        stitched, is_visible = (
+            each.view(rows, patches_per_side, columns, patches_per_side).transpose(1, 2) for each in (stitched, is_visible)
+        )
+    groups = zip(stitched.reshape(-1, patches), is_visible.reshape(-1, patches), strict=True)
+    return (global_view, *(indices[mask] for indices, mask in groups))
+
+
+def _unpadded_region(image_size: tuple[int, int], map_size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and columns [first, last) of a letterboxed map that show picture (LLaVA's `unpad_image`)."""
+    (height, width), (map_height, map_width) = image_size, map_size
+    if width / height > map_width / map_height:
+        padding = (map_height - int(height * (map_width / width))) // 2
+        return (padding, map_height - padding), (0, map_width)
+    padding = (map_width - int(width * (map_height / height))) // 2
+    return (0, map_height), (padding, map_width - padding)
+
+
+# -- the resampler -----------------------------------------------------------------------------------------------------
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain softmax attention, (G, heads, tokens, head_dim) in, (G, tokens, heads, head_dim) out."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = weights.softmax(dim=-1)
+    output = torch.matmul(nn.functional.dropout(weights, p=dropout, training=module.training), value)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+class Blip3ResamplerLayer(GradientCheckpointingLayer):
+    """One Perceiver layer: the latents read the patches, then think.
+
+    With z the latents, x the patch tokens, LN a pre-norm per input and [;] concatenation along tokens
+    (Flamingo, arXiv:2204.14198, appendix A.1.1; the keys include the latents, unlike the original Perceiver):
+
+        z <- z + Attention(queries = LN z, keys = values = [LN x; LN z])
+        z <- z + MLP(LN z)
+
+    Groups of equal length are neighbours in x, so no key is ever masked: `lengths` holds (groups, patches per group)
+    for each run of them.
+    """
+
+    is_causal = False
+
+    def __init__(self, config: Blip3ResamplerConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        width, inner_width = config.hidden_size, config.num_attention_heads * config.head_dim
+        self.patch_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.latent_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.q_proj = nn.Linear(width, inner_width, bias=False)
+        self.kv_proj = nn.Linear(width, 2 * inner_width, bias=False)
+        self.o_proj = nn.Linear(inner_width, width, bias=False)
+        self.mlp_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.fc1 = nn.Linear(width, config.intermediate_size, bias=False)
+        self.fc2 = nn.Linear(config.intermediate_size, width, bias=False)
+
+    def forward(
+        self, latents: torch.Tensor, patches: torch.Tensor, lengths: list[tuple[int, int]]
+    ) -> torch.Tensor:
+        """Update latents (G, Q, D) from patches (V, D), V the sum of groups * length over `lengths`."""
+        patches, queries = self.patch_norm(patches), self.latent_norm(latents)
+        patch_runs = patches.split([groups * length for groups, length in lengths])
+        latent_runs = queries.split([groups for groups, _ in lengths])
+        read = [
+            self._attend(latent_run, patch_run.unflatten(0, run))
+            for latent_run, patch_run, run in zip(latent_runs, patch_runs, lengths, strict=True)
+        ]
+        latents = latents + self.o_proj(torch.cat(read))
+        return latents + self.fc2(nn.functional.gelu(self.fc1(self.mlp_norm(latents))))
+
+    def _attend(self, latents: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """Attention of latents (g, Q, D) over patches (g, length, D) and themselves; returns (g, Q, heads * head_dim)."""
+        query = self.q_proj(latents)
+        key, value = self.kv_proj(torch.cat([patches, latents], dim=1)).chunk(2, dim=-1)
+        query, key, value = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (query, key, value))
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
+        output, _ = attend(self, query, key, value, None, scaling=self.scaling, dropout=0.0, is_causal=False)
+        return output.flatten(2)
+
+
+class Blip3PreTrainedModel(PreTrainedModel):
+    """What transformers and accelerate must know of every BLIP-3 module."""
+
+    config_class = Blip3Config
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Blip3ResamplerLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def _prune_no_split_modules(self) -> None:
+        """Keep in `_no_split_modules` the classes that exist here, the parts' included.
+
+        transformers 5 merges the parts' lists with classes a headless tower lacks, which FSDP refuses; 4.57 does not
+        merge at all.
+        """
+        parts = (module for module in self.modules() if isinstance(module, PreTrainedModel))
+        wanted = {name for part in parts for name in part._no_split_modules or ()}
+        present = wanted & {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = present if _IS_TRANSFORMERS_5 else sorted(present)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.get_text_config().initializer_range
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, Blip3Resampler):
+            init.normal_(module.latents, mean=0.0, std=std)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save as transformers does, also from under FSDP2.
+
+        `fully_shard` swaps the class for one made on the spot in torch's package, whose source file transformers would
+        copy in place of ours: the class goes back to its own identity first.
+        """
+        cls = type(self)
+        if cls.__module__.startswith("torch."):
+            original = next(base for base in cls.__mro__[1:] if issubclass(base, PreTrainedModel))
+            cls.__module__, cls.__name__, cls.__qualname__ = original.__module__, original.__name__, original.__qualname__
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class Blip3Resampler(Blip3PreTrainedModel):
+    """Perceiver resampler: any number of patch tokens per group in, Q image tokens per group out.
+
+    Args:
+        config: sizes, see `Blip3ResamplerConfig`.
+        output_size: E, width of the language model.
+    """
+
+    config_class = Blip3ResamplerConfig
+    base_model_prefix = "resampler"
+    main_input_name = "patches"
+    input_modalities = ("image",)
+
+    def __init__(self, config: Blip3ResamplerConfig, output_size: int):
+        super().__init__(config)
+        self.latents = nn.Parameter(torch.empty(config.num_latents, config.hidden_size))
+        self.layers = nn.ModuleList(Blip3ResamplerLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.projection = nn.Linear(config.hidden_size, output_size)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(self, patches: torch.Tensor, lengths: list[tuple[int, int]]) -> torch.Tensor:
+        """Resample patches (V, D), groups of equal length side by side, to image tokens (G, Q, E)."""
+        num_groups = sum(groups for groups, _ in lengths)
+        latents = self.latents.to(patches.dtype).expand(num_groups, -1, -1)  # (G, Q, D)
+        for layer in self.layers:
+            latents = layer(latents, patches, lengths)
+        return self.projection(self.norm(latents))  # (G, Q, E)
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+class Blip3Model(Blip3PreTrainedModel):
+    """Vision tower, resampler and decoder without the output layer."""
+
+    def __init__(self, config: Blip3Config):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.resampler = Blip3Resampler._from_config(
+            config.resampler_config, output_size=config.text_config.hidden_size
+        )
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+        self._prune_no_split_modules()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's embedding."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the decoder's embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        """The language model."""
+        return self.language_model
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        """Replace the language model."""
+        self.language_model = decoder
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Encode pictures.
+
+        Args:
+            pixel_values: (I, T, 3, S, S), or the used tiles alone, (N, 3, S, S).
+            image_sizes: (I, 2) original (height, width); (0, 0) marks a global view alone.
+            **kwargs: `output_hidden_states` and `output_attentions` of the vision tower.
+
+        Returns:
+            `pooler_output`: one tensor (n * Q, E) per picture; `last_hidden_state`: patch tokens (N, P, D).
+
+        Raises:
+            ValueError: if the tiles do not fit the sizes.
+        """
+        sizes = [tuple(size) for size in image_sizes.tolist()]
+        grids = [self._grid(size) for size in sizes]
+        tiles = self._used_tiles(pixel_values, [1 + rows * columns for rows, columns in grids])
+        tower_kwargs = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)}
+        tower_outputs = self.vision_tower(tiles.to(self.vision_tower.dtype), return_dict=True, **tower_kwargs)
+        patches = tower_outputs.last_hidden_state  # (N, P, D)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=patches,
+            pooler_output=self._resample(patches, sizes, grids),
+            hidden_states=tower_outputs.hidden_states,
+            attentions=tower_outputs.attentions,
+        )
+
+    def _grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of a picture's tiles, (0, 0) for a global view alone."""
+        tile_grids, tile_size = self.config.tile_grids, self.config.tile_size
+        if count_tiles(image_size, tile_grids, tile_size) == 1:
+            return GLOBAL_VIEW_ONLY
+        return choose_grid(image_size, tile_grids, tile_size)
+
+    def _used_tiles(self, pixel_values: torch.Tensor, num_tiles: list[int]) -> torch.Tensor:
+        """Drop the slots without picture: (I, T, 3, S, S) -> (N, 3, S, S)."""
+        is_padded = pixel_values.ndim == 5
+        fits = pixel_values.ndim >= 4 and (
+            pixel_values.shape[0] == len(num_tiles) and pixel_values.shape[1] >= max(num_tiles)
+            if is_padded
+            else pixel_values.shape[0] == sum(num_tiles)
+        )
+        side = self.config.tile_size
+        if not fits or pixel_values.shape[-2:] != (side, side):
+            raise ValueError(
+                f"pixel_values is {tuple(pixel_values.shape)} but the {len(num_tiles)} rows of image_sizes call for "
+                f"{num_tiles} tiles of {side} x {side} pixels: expected ({len(num_tiles)}, at least "
+                f"{max(num_tiles, default=0)}, 3, {side}, {side}). The processor's tile_grids or size probably differ "
+                "from the model's, or image_sizes holds (width, height): load both from one folder."
+            )
+        return torch.cat([picture[:n] for picture, n in zip(pixel_values, num_tiles, strict=True)]) if is_padded else pixel_values
+
+    def _resample(self, patches: torch.Tensor, sizes: list, grids: list) -> tuple[torch.Tensor, ...]:
+        """Resample patch tokens (N, P, D) to one (n * Q, E) per picture."""
+        settings = self.config.resampler_config
+        side = int(patches.shape[1] ** 0.5)
+        groups, groups_per_picture, first_patch = [], [], 0
+        for size, grid in zip(sizes, grids, strict=True):
+            own = visible_patches(size, grid, side, settings.token_sampling, settings.tile_grouping)
+            groups += [indices + first_patch for indices in own]
+            groups_per_picture.append(len(own))
+            first_patch += (1 + grid[0] * grid[1]) * patches.shape[1]
+        order = sorted(range(len(groups)), key=lambda group: len(groups[group]))  # equal lengths side by side
+        lengths = [len(groups[group]) for group in order]
+        runs = [(lengths.count(length), length) for length in dict.fromkeys(lengths)]
+        indices = torch.cat([groups[group] for group in order]).to(patches.device)
+        image_tokens = self.resampler(patches.flatten(0, 1)[indices], runs)  # (G, Q, E)
+        image_tokens = image_tokens[torch.tensor(order, device=patches.device).argsort()]
+        return tuple(tokens.flatten(0, 1) for tokens in image_tokens.split(groups_per_picture))
+
+    def count_image_tokens(self, image_size: tuple[int, int]) -> int:
+        """Count the image tokens of a picture of original (height, width)."""
+        settings = self.config.resampler_config
+        if settings.token_sampling == "fixed":
+            return settings.num_latents
+        return settings.num_latents * count_tiles(image_size, self.config.tile_grids, self.config.tile_size)
+
+    def find_image_tokens(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """(B, L) bool, True on image tokens; found by their embedding when there are no ids."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
+        """Find where image tokens go: (B, L) bool.
+
+        Raises:
+            ValueError: if the number of places differs from the number of features.
+        """
+        image_token_mask = self.find_image_tokens(input_ids, inputs_embeds)
+        num_slots, num_features = int(image_token_mask.sum()), image_features.shape[0]
+        if num_slots != num_features:  # TRL looks for the first sentence
+            raise ValueError(
+                f"Image features and image tokens do not match: tokens: {num_slots}, features: {num_features}. The "
+                f"prompt must hold one image token ({self.config.image_token_id}) per feature. It was probably "
+                "truncated inside a picture, or its processor has other tile_grids, num_latents or token_sampling than "
+                f"the model: raise max_length (now {image_token_mask.shape[-1]}) and load both from one folder."
+            )
+        return image_token_mask
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        mm_encoder_outputs: dict | None = None,
+        **kwargs: Any,
+    ) -> Blip3ModelOutputWithPast:
+        """Merge pictures into the text and run the decoder.
+
+        Args:
+            input_ids: (B, L), `image_token_id` where image tokens go. Exactly one of this and `inputs_embeds`.
+            pixel_values: (I, T, 3, S, S) pictures of the whole batch in reading order.
+            image_sizes: (I, 2) original (height, width).
+            attention_mask: (B, L), 0 on padding.
+            position_ids: (B, L).
+            past_key_values: cache to continue from.
+            inputs_embeds: (B, L, E), in place of `input_ids`.
+            use_cache: return a cache; off by default in training.
+            mm_encoder_outputs: {"image": output of `get_image_features`} in place of pixels: encode pictures once,
+                ask many questions.
+            **kwargs: passed on to the decoder.
+
+        Raises:
+            ValueError: if the inputs contradict each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_features = self._image_features(pixel_values, image_sizes, mm_encoder_outputs)
+        if image_features is not None:
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            image_token_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            inputs_embeds = inputs_embeds.masked_scatter(image_token_mask.unsqueeze(-1), image_features)
+        elif self.training and torch.is_grad_enabled():
+            inputs_embeds = inputs_embeds + self._idle_vision(inputs_embeds)
+        if use_cache is None and self.training:
+            use_cache = False
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name) is None:
+                kwargs[name] = bool(getattr(self.config, name)) or None
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        return Blip3ModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+    def _image_features(
+        self, pixel_values: torch.Tensor | None, image_sizes: torch.Tensor | None, mm_encoder_outputs: dict | None
+    ) -> torch.Tensor | None:
+        """Image features (n, E) of all pictures end to end, encoded now or before; None without pictures."""
+        if mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None:
+            return torch.cat(list(mm_encoder_outputs["image"].pooler_output))
+        if pixel_values is None or pixel_values.shape[0] == 0:
+            return None
+        if image_sizes is None:
+            raise ValueError(
+                f"pixel_values {tuple(pixel_values.shape)} came without image_sizes, the original (height, width) of "
+                f"each of the {pixel_values.shape[0]} pictures, from which the model derives grids and padding. It was "
+                "probably dropped by a collator: pass everything the processor returns."
+            )
+        return torch.cat(self.get_image_features(pixel_values, image_sizes, return_dict=True).pooler_output)
+
+    def _idle_vision(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """A zero that depends on every vision parameter, for training batches without pictures.
+
+        Ranks of a sharded or data-parallel run must call the same modules and produce the same gradients. A frozen
+        tower in one process needs neither, and is left out.
+        """
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        weight = self.resampler.latents
+        if is_distributed or any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+            side, dtype = self.config.tile_size, self.vision_tower.dtype
+            blank = torch.zeros(1, 3, side, side, device=weight.device, dtype=dtype)
+            patches = self.vision_tower(blank, return_dict=True).last_hidden_state[0]
+            image_tokens = self.resampler(patches, [(1, patches.shape[0])])
+        else:
+            image_tokens = self.resampler(weight.new_zeros(0, weight.shape[-1]), [(1, 0)])
+        return (image_tokens.sum() * 0).to(inputs_embeds.device, inputs_embeds.dtype)
+
+
+class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
+    """BLIP-3 with its output layer: pictures and text in, text out."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output" if _IS_TRANSFORMERS_5 else "colwise_rep"}
+
+    def __init__(self, config: Blip3Config):
+        super().__init__(config)
+        self.model = Blip3Model(config)
+        text_config = config.text_config
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+        self._prune_no_split_modules()
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The vision tower."""
+        return self.model.vision_tower
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The decoder."""
+        return self.model.language_model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's embedding."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the decoder's embedding."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the output layer."""
+        self.lm_head = new_embeddings
+
+    def get_decoder(self) -> nn.Module:
+        """The language model."""
+        return self.model.get_decoder()
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        """Replace the language model."""
+        self.model.set_decoder(decoder)
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """See `Blip3Model.get_image_features`."""
+        return self.model.get_image_features(pixel_values, image_sizes, return_dict=True, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict | None = None,
+        **kwargs: Any,
+    ) -> Blip3CausalLMOutputWithPast:
+        """Predict the next tokens.
+
+        Args:
+            input_ids: see `Blip3Model.forward`, as for the arguments not listed.
+            pixel_values: see there.
+            image_sizes: see there.
+            attention_mask: see there.
+            position_ids: see there.
+            past_key_values: see there.
+            inputs_embeds: see there.
+            labels: (B, L), -100 where no loss is wanted; shifted inside.
+            use_cache: see there.
+            logits_to_keep: number of last tokens to compute logits for (0: all), or their positions (K,).
+            mm_encoder_outputs: see there.
+            **kwargs: `num_items_in_batch` and other arguments of the loss and the decoder.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (B, K, vocab_size)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return Blip3CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict:
+        """Leave the pictures out of every step but the first, where the cache has taken them in."""
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            **kwargs,
+        )
+        is_first = kwargs.get("is_first_iteration")  # transformers 5
+        if is_first is None:
+            cache_position = kwargs.get("cache_position")  # transformers 4
+            is_first = cache_position is None or cache_position[0] == 0
+        if not is_first and kwargs.get("use_cache", True):
+            for name in ("pixel_values", "image_sizes", "mm_encoder_outputs"):
+                model_inputs.pop(name, None)
+        return model_inputs
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        """Penalise every generated token when generation starts from embeddings.
+
+        transformers 5 spares as many ids as the attention mask has left padding; a prompt of embeddings has no ids, so
+        it would spare generated ones.
+        """
+        if kwargs.get("input_ids_seq_length") == 0 and kwargs.get("model_kwargs"):
+            kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k != "attention_mask"}
+        return super()._get_logits_processor(*args, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple:
+        """Repeat rows for beams and return sequences, and with each row its own pictures.
+
+        transformers 5 encodes the pictures first and repeats the features itself; 4.57 would repeat picture by
+        picture and so hand rows with several pictures the wrong ones.
+        """
+        features = None if _IS_TRANSFORMERS_5 else (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        has_pictures = model_kwargs.get("pixel_values") is not None or features is not None
+        if expand_size == 1 or not has_pictures:
+            return super()._expand_inputs_for_generation(
+                expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+            )
+        pictures = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_sizes")}
+        order = self._repeat_pictures(expand_size, input_ids, model_kwargs.get("inputs_embeds"), pictures, features)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if features is not None:
+            repeated = BaseModelOutputWithPooling(pooler_output=tuple(features.pooler_output[i] for i in order))
+            return input_ids, {**model_kwargs, "mm_encoder_outputs": {"image": repeated}}
+        return input_ids, {**model_kwargs, **{name: tensor[order] for name, tensor in pictures.items()}}
+
+    def _repeat_pictures(
+        self,
+        expand_size: int,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pictures: dict,
+        features: BaseModelOutputWithPooling | None,
+    ) -> list[int]:
+        """Order the pictures as the repeated rows read them: each row's own ones, `expand_size` times over."""
+        if features is not None:
+            lengths = [len(tokens) for tokens in features.pooler_output]
+        else:
+            lengths = [self.model.count_image_tokens(tuple(size)) for size in pictures["image_sizes"].tolist()]
+        has_ids = input_ids is not None and input_ids.shape[1] > 0
+        image_token_mask = self.model.find_image_tokens(input_ids if has_ids else None, inputs_embeds)
+        order, picture = [], 0
+        for num_slots in image_token_mask.sum(-1).tolist():
+            first = picture
+            while num_slots > 0 and picture < len(lengths):
+                num_slots -= lengths[picture]
+                picture += 1
+            order += list(range(first, picture)) * expand_size
+        return order
+
+
+__all__ = ["Blip3ForConditionalGeneration", "Blip3Model", "Blip3PreTrainedModel"]

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text and pictures to model inputs: one `<image>` in the text becomes one run of image tokens per picture.
+
+    text    "<|user|>\n<image>\nWhat is it?<|end|>..."  ->  input_ids, attention_mask     (B, L)
+    images  [[picture], [picture, picture], []]         ->  pixel_values, image_sizes     (I, T, 3, S, S), (I, 2)
+
+B rows of text, L tokens, I pictures of the whole batch in reading order; the j-th `<image>` of the batch is the j-th
+picture. A picture of n tiles takes n * `num_latents` image tokens (`num_latents` under fixed sampling).
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+
+from .image_processing_blip3 import Blip3ImageProcessorKwargs, count_tiles
+
+# transformers 5 finds the parts of a processor from its arguments and expands placeholders in its own __call__.
+_IS_TRANSFORMERS_5 = hasattr(ProcessorMixin, "get_attributes")
+
+IMAGE_TOKEN = "<image>"
+IMAGE_FILLER = "<image placeholder>"  # the base release wrote 127 of these after each <image>
+END_OF_CHUNK = "<|endofchunk|>"
+ANSWER_START, ANSWER_END = "<|assistant|>", "<|end|>"
+IGNORE_INDEX = -100
+
+
+class Blip3ProcessorKwargs(ProcessingKwargs, total=False):
+    """Call arguments by part; transformers 4.57 passes on only what is declared here."""
+
+    images_kwargs: Blip3ImageProcessorKwargs
+    _defaults = {"text_kwargs": {"padding": False, "return_token_type_ids": False}}
+
+
+class Blip3Processor(ProcessorMixin):
+    """Tokenizer and image processor of BLIP-3 as one callable.
+
+    Args:
+        image_processor: `Blip3ImageProcessor`.
+        tokenizer: a fast tokenizer that knows `<image>`.
+        num_latents: image tokens per resampler call; the model's `resampler_config.num_latents`.
+        token_sampling: `patch` (one call per tile) or `fixed` (one per picture); the model's.
+        chat_template: Jinja template of conversations; base models have none.
+
+    Raises:
+        ValueError: if the tokenizer has no token `<image>`.
+    """
+
+    valid_processor_kwargs = Blip3ProcessorKwargs
+    if not _IS_TRANSFORMERS_5:
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        num_latents: int = 128,
+        token_sampling: str = "patch",
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ):
+        self.num_latents = num_latents
+        self.token_sampling = token_sampling
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise ValueError(
+                f"The tokenizer ({len(tokenizer)} tokens) has no token {IMAGE_TOKEN!r}, which marks where a picture "
+                "goes. It is probably the plain tokenizer of the language model: load the one that convert_weights.py "
+                "wrote, or add the token."
+            )
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(
+        self, images: Any = None, text: str | list[str] | None = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> BatchFeature:
+        """Prepare prompts and their pictures.
+
+        Args:
+            images: one picture, a flat list in reading order, or one list per row of text (empty for rows without).
+            text: one prompt or a list, with one `<image>` per picture.
+            videos: not supported.
+            audio: not supported.
+            **kwargs: `return_labels=True` adds `labels` that train on assistant turns only; `return_tensors`,
+                `padding`, `max_length`, `return_mm_token_type_ids` and any image argument as in transformers.
+
+        Returns:
+            `input_ids` and `attention_mask` (B, L), with pictures `pixel_values` and `image_sizes`, on request
+            `labels` and `mm_token_type_ids` (B, L).
+
+        Raises:
+            ValueError: if pictures and `<image>` do not match row by row, or truncation cut a picture's tokens.
+        """
+        if videos is not None or audio is not None:
+            raise ValueError(
+                "BLIP-3 was given video or audio but reads text and images only. The call was probably written for "
+                "another model: pass frames as images, one <image> each."
+            )
+        images, text = self._check_layout(images, text)
+        return_labels = kwargs.pop("return_labels", False)
+        if _IS_TRANSFORMERS_5:
+            inputs = super().__call__(images=images, text=text, **kwargs)
+        else:
+            inputs = self._call_on_transformers_4(images, text, **kwargs)
+        if return_labels:
+            inputs["labels"] = self._label_answers(inputs["input_ids"])
+        return inputs
+
+    def _check_layout(self, images: Any, text: Any) -> tuple[Any, list[str] | None]:
+        """Normalise the two inputs and compare pictures with `<image>` row by row."""
+        if images is None and text is None:
+            raise ValueError(
+                "The processor was called without images and without text but needs at least one of them. The "
+                "argument was probably misnamed: write processor(images=..., text=...)."
+            )
+        is_nested = isinstance(images, list | tuple) and all(isinstance(row, list | tuple) for row in images)
+        counts = [len(row) for row in images] if is_nested else None
+        if is_nested and not any(counts):
+            images, counts = None, None
+        if text is None:
+            return images, None
+        text = [text] if isinstance(text, str) else list(text)
+        if not all(isinstance(prompt, str) for prompt in text):
+            raise ValueError(
+                f"text holds a {type(next(p for p in text if not isinstance(p, str))).__name__} but must be a string "
+                "or a list of strings. Token ids or messages were probably passed: use apply_chat_template for messages."
+            )
+        text = [re.sub(f"{IMAGE_TOKEN}(?:{IMAGE_FILLER})+", IMAGE_TOKEN, prompt) for prompt in text]
+        slots = [prompt.count(IMAGE_TOKEN) for prompt in text]
+        if counts is None:
+            counts = [0 if images is None else self._count_flat(images)]
+        if counts != slots and (is_nested and images is not None or sum(counts) != sum(slots)):
+            raise ValueError(
+                f"The prompts hold {slots} {IMAGE_TOKEN} tokens row by row but {counts} pictures were given. Each "
+                f"picture needs exactly one {IMAGE_TOKEN} in its own row. A picture was probably forgotten, or given to "
+                f"another row: pass one list of pictures per prompt and write {IMAGE_TOKEN} where each belongs."
+            )
+        return images, text
+
+    def _count_flat(self, images: Any) -> int:
+        if isinstance(images, list | tuple):
+            return sum(self._count_flat(image) for image in images)
+        return len(images) if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4 else 1
+
+    def _call_on_transformers_4(self, images: Any, text: list[str] | None, **kwargs: Any) -> BatchFeature:
+        """What `ProcessorMixin.__call__` of transformers 5 does, for 4.57."""
+        merged = self._merge_kwargs(
+            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        images_kwargs, text_kwargs = merged["images_kwargs"], merged["text_kwargs"]
+        return_tensors = text_kwargs.pop("return_tensors", None)
+        image_inputs = {} if images is None else self.image_processor(images, **images_kwargs)
+        if text is None:
+            return BatchFeature(dict(image_inputs), tensor_type=return_tensors)
+        runs = iter(range(len(image_inputs["image_sizes"]) if image_inputs else 0))
+        text = [
+            re.sub(IMAGE_TOKEN, lambda _: self.replace_image_token(image_inputs, next(runs), **images_kwargs), prompt)
+            for prompt in text
+        ]
+        return_types = text_kwargs.pop("return_mm_token_type_ids", False)
+        text_inputs = self.tokenizer(text, **text_kwargs)
+        self._check_special_mm_tokens(text, text_inputs, modalities=["image"])
+        if return_types:
+            text_inputs["mm_token_type_ids"] = [
+                [int(token == self.image_token_id) for token in row] for row in text_inputs["input_ids"]
+            ]
+        return BatchFeature({**text_inputs, **image_inputs}, tensor_type=return_tensors)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        """Write out the image tokens of one picture; transformers 5 and vLLM call this per `<image>`."""
+        height, width = (int(side) for side in image_inputs["image_sizes"][image_idx])
+        return self.image_token * self._count_image_tokens((height, width))
+
+    def _count_image_tokens(self, image_size: tuple[int, int]) -> int:
+        """Count the image tokens of one `image_sizes` row."""
+        if self.token_sampling == "fixed":
+            return self.num_latents
+        processor = self.image_processor
+        return self.num_latents * count_tiles(image_size, processor.tile_grids, processor.tile_size)
+
+    def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
+        """Count image tokens of pictures of (height, width) pixels without reading them (vLLM, transformers)."""
+        if image_sizes is None:
+            return MultiModalData()
+        splits = kwargs.get("do_image_splitting")
+        rows = [self.image_processor.image_size_for_model(height, width, splits) for height, width in image_sizes]
+        return MultiModalData(
+            num_image_tokens=[self._count_image_tokens(row) for row in rows],
+            num_image_patches=[1] * len(rows),  # rows of pixel_values per picture
+        )
+
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
+        """Refuse a batch in which truncation cut image tokens off."""
+        for row, (prompt, ids) in enumerate(zip(text, text_inputs["input_ids"], strict=True)):
+            wanted, kept = prompt.count(self.image_token), int((np.asarray(ids) == self.image_token_id).sum())
+            if wanted != kept:
+                raise ValueError(
+                    f"Mismatch in `image` token count between text and `input_ids`: prompt {row} needs {wanted} image "
+                    f"tokens but {kept} are left of its {len(ids)} tokens. Truncation probably cut inside a picture: "
+                    "raise max_length, switch truncation off, or send fewer or smaller pictures."
+                )
+
+    def _label_answers(self, input_ids: Any) -> Any:
+        """Copy `input_ids`, keeping only what follows `<|assistant|>` up to and with `<|end|>`."""
+        start, end = (self.tokenizer.convert_tokens_to_ids(token) for token in (ANSWER_START, ANSWER_END))
+        rows = np.asarray(input_ids) if isinstance(input_ids, torch.Tensor | np.ndarray) else input_ids
+        labels = []
+        for row in rows:
+            ids, is_answer, kept = np.asarray(row), False, []
+            for token in ids.tolist():
+                kept.append(token if is_answer and token != self.image_token_id else IGNORE_INDEX)
+                is_answer = (is_answer or token == start) and token != end
+            labels.append(kept)
+        if isinstance(input_ids, torch.Tensor):
+            return torch.tensor(labels)
+        return np.asarray(labels) if isinstance(input_ids, np.ndarray) else labels
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of what a call returns by default."""
+        return ["input_ids", "attention_mask", *self.image_processor.model_input_names]
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
+        """Save as transformers does, with a tokenizer class name that both of its lines can load."""
+        saved = super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory) / "tokenizer_config.json"
+        if path.is_file():
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values.get("tokenizer_class") == "TokenizersBackend":  # 5.x's name for the same class
+                values["tokenizer_class"] = "PreTrainedTokenizerFast"
+                path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return saved
+
+    if not _IS_TRANSFORMERS_5:
+
+        def apply_chat_template(
+            self, conversation: Any, chat_template: str | None = None, processor_kwargs: dict | None = None, **kwargs: Any
+        ) -> Any:
+            """Accept what 5.x accepts and 4.57 does not: `processor_kwargs` and plain string contents."""
+            is_batched = isinstance(conversation[0], list | tuple)
+            conversations = [
+                [
+                    {**message, "content": [{"type": "text", "text": message["content"]}]}
+                    if isinstance(message.get("content"), str)
+                    else message
+                    for message in messages
+                ]
+                for messages in (conversation if is_batched else [conversation])
+            ]
+            return super().apply_chat_template(
+                conversations if is_batched else conversations[0], chat_template, **kwargs, **(processor_kwargs or {})
+            )
+
+
+__all__ = ["Blip3Processor"]
