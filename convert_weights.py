@@ -298,8 +298,8 @@ class TorchReader:
             state = inner[0] if inner else None
         if not isinstance(state, dict):
             raise ValueError(
-                f"{self.path} holds no state dict; expected names and tensors, bare or under 'model_state_dict'. It is "
-                "probably an optimizer state or a whole pickled model: save model.state_dict() instead."
+                f"{self.path} holds no state dict; expected names and tensors, bare or under 'model_state_dict'. It "
+                "is probably an optimizer state or a pickled model: save model.state_dict() instead."
             )
         tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
         return {name.removeprefix("module."): value for name, value in tensors.items() if value.is_floating_point()}
@@ -313,7 +313,7 @@ class TorchReader:
 
 
 class FreshReader:
-    """Untrained weights: linears and latents normal, norms 1 and 0. Each name has its own seed, so order is nothing."""
+    """Untrained weights: linears and latents normal, norms 1 and 0. Each name has its own seed."""
 
     def __init__(self) -> None:
         self.specs: dict[str, Spec] = {}
@@ -432,6 +432,7 @@ class Checkpoint:
     tokenizer: Path | None = None
     is_ours: bool = False
     dtype_changed: bool = False
+    text_layout: str = "phi3"
     small_files: dict[str, Path] = field(default_factory=dict)
     template_folder: Path = REPOSITORY
 
@@ -781,7 +782,7 @@ def vision_views(reader: Reader, description: str) -> dict[str, View]:
     refuse_first_family(views, description)
     raise ValueError(
         f"{description} has {len(views)} tensors and none is a SigLIP patch embedding, in transformers' naming "
-        "(embeddings.patch_embedding) or timm's (patch_embed.proj). It is probably another model: pass a SigLIP folder."
+        "(embeddings.patch_embedding) or timm's (patch_embed.proj). It is probably another model: pass SigLIP."
     )
 
 
@@ -882,8 +883,8 @@ def _check_big_vocabulary(views: dict[str, View], source_config: dict) -> None:
     for name, added in FOLDED.items():
         if views[name].shape[0] != vocab or (added in views and views[added].shape[0] != len(IMAGE_TOKENS)):
             raise ValueError(
-                f"{name} has {views[name].shape[0]} rows and {_shape(views, added)[0]} added ones, but the config gives "
-                f"{vocab} and 3. The config probably belongs to another checkpoint: pass the right --source-config."
+                f"{name} has {views[name].shape[0]} rows and {_shape(views, added)[0]} added ones, but the config "
+                f"gives {vocab} and 3. It probably belongs to another checkpoint: pass the right --source-config."
             )
 
 
@@ -990,8 +991,8 @@ def _count_ids(folder: Path, num_rows: int) -> int:
         return 32012  # Phi-3-mini: 32011 ids and <pad>
     if tokenizer is None:
         raise FileNotFoundError(
-            f"{folder} has no tokenizer.json and the text model has {num_rows} embedding rows, not Phi-3-mini's 32064, "
-            "so the number of token ids is unknown. Pass the folder of its tokenizer with --tokenizer DIR."
+            f"{folder} has no tokenizer.json and the text model has {num_rows} embedding rows, not Phi-3-mini's "
+            "32064, so the number of token ids is unknown. Pass the folder of its tokenizer with --tokenizer DIR."
         )
     return max(_token_ids(tokenizer).values()) + 1 + ("<pad>" not in _token_ids(tokenizer))
 
@@ -1006,6 +1007,7 @@ def from_ours(args: argparse.Namespace) -> Checkpoint:
         values = {key: value for key, value in sub_config.to_dict().items() if key in template}
         config[name] = values | config[name] | {"model_type": template["model_type"]}
     config["tile_grids"], config["image_token_id"] = built.tile_grids, built.image_token_id
+    layout = "unfused" if built.text_config.model_type == "mistral" else "phi3"
     current = "instruct" if config["tile_grids"] else "base"
     if args.flavour not in ("auto", current) and not args.to_original:
         raise ValueError(
@@ -1023,7 +1025,7 @@ def from_ours(args: argparse.Namespace) -> Checkpoint:
     return Checkpoint(
         views, unused, config, _optional_json(args.source / "preprocessor_config.json") or _preprocessor(None, config),
         _optional_json(args.source / "generation_config.json") or {}, current, description, tokenizer=folder,
-        is_ours=True, dtype_changed=changed, template_folder=args.source,
+        is_ours=True, dtype_changed=changed, template_folder=args.source, text_layout=layout,
         small_files={name: original / name for name in names if (original / name).is_file()},
     )  # fmt: skip
 
@@ -1309,7 +1311,7 @@ def build_tokenizer(tokenizer: dict, settings: dict, num_ids: int, flavour: str)
     tokenizer["added_tokens"] += [_added_token(token, num_ids + index) for index, token in enumerate(IMAGE_TOKENS)]
     special = {}
     for role, default in (("bos", "<s>"), ("eos", "<|endoftext|>"), ("pad", "<pad>"), ("unk", "<unk>")):
-        token = settings.get(f"{role}_token") or default
+        token = default if role == "pad" else settings.get(f"{role}_token") or default  # Phi-3 itself pads with eos
         token = token["content"] if isinstance(token, dict) else token
         special |= {f"{role}_token": token} if token in ids else {}
     if flavour == "instruct":
@@ -1329,10 +1331,10 @@ def build_tokenizer(tokenizer: dict, settings: dict, num_ids: int, flavour: str)
 def _slow_pipeline(tokenizer: dict, without_space: set[str]) -> None:
     r"""Rewrite a Llama-style tokenizer.json, in place, to give the ids of the slow tokenizer with legacy=False.
 
-    That one puts one dummy space before the text, then cuts at added tokens, so no later segment gets one; it drops
-    the dummy again when a special token follows, but not for the phi-3 markers. Here every added token is matched after
-    normalization, so that the normalizer sees the whole text, where `\A` inserts the space. Spaces become the
-    metasymbol only in the pre-tokenizer, after the markers have stripped the white space behind them.
+    That one puts one dummy space before the text, then cuts at added tokens, so no later segment gets one; it
+    drops the dummy again when a special token follows, but not for the phi-3 markers. Here every added token is
+    matched after normalization, so that the normalizer sees the whole text, where `\A` inserts the space. Spaces
+    become the metasymbol only in the pre-tokenizer, after the markers have stripped the white space behind them.
 
     Two known differences. A text that is exactly one marker (or `</s>`) gets no dummy space: tokenizers normalizes
     the contents of added tokens too, with the same expression. The control characters U+001C to U+001F count as white
@@ -1387,11 +1389,11 @@ def stop_ids(checkpoint: Checkpoint, ids: dict[str, int]) -> dict:
     stops = ["<|end|>", "<|endoftext|>"] if checkpoint.flavour == "instruct" else ["<|endoftext|>"]
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     found = {key: generation[key] if key in generation else text[key] for key in keys}
-    if all(token in ids for token in stops):
-        eos = [ids[token] for token in stops]
+    eos = [ids[token] for token in stops if token in ids]
+    if eos:
         found["eos_token_id"] = eos if len(eos) > 1 else eos[0]
-        found["pad_token_id"] = ids["<pad>"]
-        found["bos_token_id"] = ids.get("<s>", found["bos_token_id"])
+    found["pad_token_id"] = ids.get("<pad>", found["pad_token_id"])
+    found["bos_token_id"] = ids.get("<s>", found["bos_token_id"])
     return found
 
 
@@ -1528,15 +1530,16 @@ def _rebuilt_config(checkpoint: Checkpoint) -> dict:
 
 def write_ours(checkpoint: Checkpoint, args: argparse.Namespace, dtype: torch.dtype | None) -> None:
     """Write our folder."""
-    views = cast(plan_ours(checkpoint, args.text_layout), dtype)
-    report(checkpoint, views, args.text_layout)
+    text_layout = args.text_layout or checkpoint.text_layout
+    views = cast(plan_ours(checkpoint, text_layout), dtype)
+    report(checkpoint, views, text_layout)
     total = sum(view.num_bytes for view in (*views.values(), *checkpoint.unused.values()))
     check_space(args.output, total)
     changed = checkpoint.dtype_changed or any(
         part.reader.specs[part.name].dtype != view.dtype for view in views.values() for part in view.parts
     )
     with replacing(args.output) as folder:
-        config = write_small_files(folder, checkpoint, args.text_layout, views)
+        config = write_small_files(folder, checkpoint, text_layout, views)
         original = folder / "original"
         original.mkdir()
         copy_files(original, checkpoint.small_files)
@@ -1619,7 +1622,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--dtype", choices=("keep", "float32", "bfloat16", "float16"), default="keep", help="default: %(default)s")
     add("--max-shard-size", type=parse_size, default="5GB", help="bytes, with unit; default: %(default)s")
-    add("--text-layout", choices=("phi3", "unfused"), default="phi3", help="unfused: mistral; default: %(default)s")
+    add("--text-layout", choices=("phi3", "unfused"), help="unfused: mistral; default: phi3, or as SOURCE if ours")
     add("--vision-config", type=Path, metavar="FILE", help="SigLIP config.json; default: inferred, SO400M's heads")
     add("--verify", action="store_true", help="read everything back and compare; default: off")
     add("--to-original", action="store_true", help="SOURCE is ours, write released names; default: off")
@@ -1641,6 +1644,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if len(args.paths) != num_paths:
         expected = "OUTPUT" if args.text else "SOURCE OUTPUT"
         parser.error(f"{len(args.paths)} paths given, {num_paths} expected ({expected})")
+    if args.to_original and args.text_layout:
+        parser.error("--text-layout is for our layout; --to-original always writes the released one")
     args.output, args.source = args.paths[-1], args.paths[0] if num_paths == 2 else None
     return args
 
@@ -1667,6 +1672,12 @@ def load_source(args: argparse.Namespace) -> Checkpoint:
         raise ValueError(
             f"{args.source} is no folder with a config.json of model_type 'blip3', which --to-original starts from. "
             "It is probably already in the original layout: leave --to-original out to convert it to ours."
+        )
+    ignored = [name for name in ("vision", "vision_config", "source_config") if vars(args)[name] is not None]
+    if is_ours and ignored:
+        raise ValueError(
+            f"{args.source} is one of our folders and --{ignored[0].replace('_', '-')} was given too; such a folder "
+            "describes itself. The option is for original checkpoints: leave it out."
         )
     return from_ours(args) if is_ours else from_release(args)
 

@@ -11,17 +11,21 @@ does not use are zero; `image_sizes` is (I, 2), original (height, width). Which 
 `count_tiles(image_size, tile_grids, tile_size)` wherever it is needed.
 """
 
+import base64
 import difflib
+import inspect
 import io
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import ChannelDimension, PILImageResampling, load_image
+from transformers.image_utils import ChannelDimension, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, logging
 
@@ -31,6 +35,7 @@ logger = logging.get_logger(__name__)
 
 GLOBAL_VIEW_ONLY = (0, 0)  # the `image_sizes` row of a picture given as its global view alone
 RESIZE_BACKENDS = ("pil", "torch")
+URL_TIMEOUT_SECONDS = 60
 
 
 def choose_grid(
@@ -101,21 +106,28 @@ class Blip3ImageProcessorKwargs(ImagesKwargs, total=False):
         do_image_splitting: False gives the global view alone.
         do_exif_transpose: turn pictures upright as their EXIF tag says.
         resize_backend: `pil` or `torch`.
+        max_image_pixels: larger pictures are refused.
     """
 
     tile_grids: list[list[int]] | None
     do_image_splitting: bool | None
     do_exif_transpose: bool | None
     resize_backend: str | None
+    max_image_pixels: int | None
+
+
+class _PictureError(ValueError):
+    """What is wrong with one picture; `preprocess` says which one it is."""
 
 
 class Blip3ImageProcessor(BaseImageProcessor):
     """Cuts pictures into a global view and tiles.
 
-    A picture is a path, bytes of a file, URL or base64 string (these two through transformers' loader, which always
-    applies EXIF), a PIL image of any mode, or a numpy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with 1, 3
-    or 4 channels. Transparent pictures are laid on white, 16-bit ones reduced to 8. Arrays of integers hold 0 to 255
-    (uint16: 0 to 65535), arrays of floats 0 to 1, or 0 to 255 when a value exceeds 1.
+    A picture is a path, an open file, bytes of a file, an http(s) or data URL, a base64 string, a PIL image of any
+    mode, or a numpy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels. Where both ends of
+    a shape could be channels, arrays are taken as (H, W, C) and tensors as (C, H, W); `input_data_format` decides
+    otherwise. Transparent pictures are laid on white, 16-bit ones reduced to 8; PIL modes I and I;16 count as 16-bit.
+    Arrays of integers hold 0 to 255 (uint16: 0 to 65535), arrays of floats 0 to 1, or 0 to 255 when a value exceeds 1.
 
     Args:
         size: {"height": S, "width": S}, the tile in pixels; the vision tower's `image_size`.
@@ -127,11 +139,14 @@ class Blip3ImageProcessor(BaseImageProcessor):
         do_rescale: scale 8-bit values by `rescale_factor`.
         rescale_factor: the factor, 1/255.
         do_normalize: subtract `image_mean` and divide by `image_std`.
-        image_mean: one number per channel.
-        image_std: one number per channel.
+        image_mean: one number per channel, or one for all.
+        image_std: one number per channel, or one for all.
         do_convert_rgb: kept for transformers; pictures are always converted to RGB.
         do_exif_transpose: turn pictures upright as their EXIF tag says; left as stored by default.
         max_image_pixels: larger pictures are refused before they are decoded (decompression bombs).
+
+    Raises:
+        ValueError: on a misspelt argument or a value that cannot work.
     """
 
     model_input_names = ["pixel_values", "image_sizes"]
@@ -154,26 +169,29 @@ class Blip3ImageProcessor(BaseImageProcessor):
         max_image_pixels: int = 178_956_970,
         **kwargs: Any,
     ):
+        _refuse_misspelt(kwargs)
         super().__init__(**kwargs)
-        self.size = {"height": 384, "width": 384} if size is None else dict(size)
-        self.tile_grids = [list(grid) for grid in tile_grids or ()]
+        self.size = {"height": 384, "width": 384} if size is None else _copy(size)
+        self.tile_grids = _copy(() if tile_grids is None else tile_grids)
         self.do_image_splitting = do_image_splitting
         self.resize_backend = resize_backend
         self.resample = resample
         self.do_rescale = do_rescale
         self.rescale_factor = rescale_factor
         self.do_normalize = do_normalize
-        self.image_mean = [0.5, 0.5, 0.5] if image_mean is None else list(image_mean)
-        self.image_std = [0.5, 0.5, 0.5] if image_std is None else list(image_std)
+        self.image_mean = _per_channel(0.5 if image_mean is None else image_mean)
+        self.image_std = _per_channel(0.5 if image_std is None else image_std)
         self.do_convert_rgb = do_convert_rgb
         self.do_exif_transpose = do_exif_transpose
         self.max_image_pixels = max_image_pixels
-        check_tile_grids(self.tile_grids)
-        if set(self.size) != {"height", "width"} or self.size["height"] != self.size["width"]:
-            raise ValueError(
-                f'size is {size!r} but tiles are square: expected {{"height": S, "width": S}} with S the vision '
-                "tower's image_size in pixels. A grid was probably given as size: list grids in tile_grids instead."
-            )
+        _check_settings(vars(self))
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Hand overrides to the constructor, which checks them; transformers 4.57 would set them afterwards."""
+        own = {name: kwargs.pop(name) for name in _SETTINGS & kwargs.keys()}
+        _refuse_misspelt(kwargs)
+        return super().from_dict({**image_processor_dict, **own}, **kwargs)
 
     @property
     def tile_size(self) -> int:
@@ -191,23 +209,22 @@ class Blip3ImageProcessor(BaseImageProcessor):
         return (height, width) if splits else GLOBAL_VIEW_ONLY
 
     def fetch_images(self, images: Any) -> Any:
-        """Open paths, bytes, URLs and base64 strings, keeping the nesting; other entries pass through.
+        """Open paths, files, bytes, URLs and base64 strings, keeping the nesting; other entries pass through.
 
         Raises:
             ValueError: if an entry cannot be opened as a picture.
         """
         if isinstance(images, list | tuple):
             return [self.fetch_images(image) for image in images]
-        if not isinstance(images, str | bytes | bytearray):
+        is_bytes = isinstance(images, bytes | bytearray | memoryview)
+        if not is_bytes and not isinstance(images, str | os.PathLike) and not hasattr(images, "read"):
             return images
         try:
-            if isinstance(images, bytes | bytearray):
-                return Image.open(io.BytesIO(images))
-            if _looks_like_path(images):
-                return Image.open(images)
-            return load_image(images)
+            if isinstance(images, str):
+                return _open_text(images)
+            return Image.open(io.BytesIO(images) if is_bytes else images)
         except Exception as error:  # decoders raise whatever a broken file makes them meet
-            what = f"{len(images)} bytes" if isinstance(images, bytes | bytearray) else repr(images[:80])
+            what = f"{len(images)} bytes" if is_bytes else repr(images)[:80]
             raise ValueError(
                 f"{what} could not be opened as a picture ({type(error).__name__}: {str(error)[:200]}). Expected an "
                 "image file, its bytes, a URL or a base64 string. The file is probably missing, empty or of another "
@@ -267,14 +284,14 @@ class Blip3ImageProcessor(BaseImageProcessor):
         for name, value in kwargs.items():
             if value is None:
                 continue
-            if name in ("size", "tile_grids") and not _same(value, options[name]):
+            if name in ("size", "tile_grids") and _copy(value) != _copy(options[name]):
                 raise ValueError(
                     f"{name} was given for one call ({value!r}) but the model counts tiles from its own configuration "
                     f"({options[name]!r}) and both must agree. To change it, pass {name} to from_pretrained of the "
                     "processor and the matching value to the model's configuration."
                 )
             if name in options:
-                options[name] = value
+                options[name] = _per_channel(value) if name in ("image_mean", "image_std") else value
             elif name not in self.valid_kwargs.__annotations__:
                 close = difflib.get_close_matches(name, options, n=1)
                 hint = f"Did you mean {close[0]!r}?" if close else f"Known arguments: {', '.join(sorted(options))}."
@@ -284,10 +301,11 @@ class Blip3ImageProcessor(BaseImageProcessor):
                 )
             elif name in _UNSUPPORTED and value != _UNSUPPORTED[name]:
                 logger.warning_once(f"Blip3ImageProcessor ignores {name}={value!r}: tiling fixes size and layout.")
-        if options["resize_backend"] not in RESIZE_BACKENDS:
+        _check_settings(options)
+        if options["input_data_format"] not in (None, *ChannelDimension):
             raise ValueError(
-                f"resize_backend is {options['resize_backend']!r} but must be 'pil' (bit-exact) or 'torch' (faster). "
-                "It is probably misspelt: use 'pil' when in doubt."
+                f"input_data_format is {options['input_data_format']!r} but must be 'channels_first' or "
+                "'channels_last'. It is probably misspelt: leave it out to have arrays and tensors told apart."
             )
         return options
 
@@ -296,12 +314,12 @@ class Blip3ImageProcessor(BaseImageProcessor):
         if not isinstance(picture, Image.Image):
             picture = _array_to_image(picture, options["input_data_format"])
         if picture.width < 1 or picture.height < 1:
-            raise ValueError(
+            raise _PictureError(
                 f"it is {picture.height} x {picture.width} pixels (height x width) but both sides must be positive. "
                 "It was probably cropped to nothing: check the crop or drop the picture."
             )
         if picture.width * picture.height > options["max_image_pixels"]:
-            raise ValueError(
+            raise _PictureError(
                 f"it has {picture.width * picture.height} pixels but at most {options['max_image_pixels']} are decoded. "
                 "It is probably a decompression bomb or a scan: downscale it, or raise max_image_pixels if you trust it."
             )
@@ -338,6 +356,8 @@ class Blip3ImageProcessor(BaseImageProcessor):
             tile.sub_(mean).div_(std)
 
 
+_SETTINGS = frozenset(inspect.signature(Blip3ImageProcessor.__init__).parameters) - {"self", "kwargs"}
+
 # Arguments transformers may pass whose other values this processor does not honour.
 _UNSUPPORTED = {
     "do_resize": True,
@@ -358,11 +378,6 @@ def _resize_with_pil(image: Image.Image, size: tuple[int, int], resample: int) -
 
 def _resize_with_torch(image: Image.Image, size: tuple[int, int], resample: int) -> np.ndarray:
     """Resize to (height, width) with torch's antialiased 8-bit kernels; returns (height, width, 3) uint8."""
-    if resample not in _RESAMPLE_MODES:
-        raise ValueError(
-            f"resample is {resample!r} but the torch backend knows 3 (bicubic) and 2 (bilinear) only. It was probably "
-            "chosen for PIL: use resize_backend='pil' with this filter."
-        )
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W), channels last in memory
     (height, width), mode = size, _RESAMPLE_MODES[resample]
     # Two passes with 8 bits between them, in the order Pillow 13 picks (found by comparing 2,900 random sizes with it);
@@ -373,17 +388,15 @@ def _resize_with_torch(image: Image.Image, size: tuple[int, int], resample: int)
     return pixels[0].permute(1, 2, 0).numpy()
 
 
-def _looks_like_path(text: str) -> bool:
-    """Tell a file name from a URL and from base64 text, which may hold slashes but is long."""
-    return len(text) < 4096 and not text.startswith(("http://", "https://", "data:")) and _path_exists(text)
-
-
-def _path_exists(text: str) -> bool:
-    try:
-        with open(text, "rb"):
-            return True
-    except (OSError, ValueError):
-        return False
+def _open_text(text: str) -> Image.Image:
+    """Open a file name, URL or base64 text; a file name goes first, since base64 text may look like one."""
+    if text.startswith(("http://", "https://", "data:")):
+        request = Request(text, headers={"User-Agent": "Blip3ImageProcessor"})  # some hosts refuse Python's own
+        with urlopen(request, timeout=URL_TIMEOUT_SECONDS) as response:
+            return Image.open(io.BytesIO(response.read()))
+    if len(text) < 4096 and os.path.exists(text):
+        return Image.open(text)
+    return Image.open(io.BytesIO(base64.b64decode("".join(text.split()), validate=True)))
 
 
 def _flatten(images: Any) -> list:
@@ -398,12 +411,15 @@ def _flatten(images: Any) -> list:
 def _flatten_to_rgb(image: Image.Image) -> Image.Image:
     """Convert any PIL mode to RGB: transparency onto white, 16 bits to 8."""
     if image.mode.startswith("I") or image.mode == "F":
-        return _array_to_image(np.asarray(image, dtype=np.float32 if image.mode == "F" else None), None, bits=16)
+        values = np.asarray(image, dtype=np.float32 if image.mode == "F" else np.int32)
+        if isinstance(image.info.get("transparency"), int):  # a 16-bit PNG may name one grey as transparent
+            values = np.where(values == image.info["transparency"], 65535, values)
+        return _array_to_image(values, None, bits=16)
     if image.mode == "RGB" and "transparency" not in image.info:
         image.load()
         return image
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
 
@@ -413,9 +429,9 @@ def _array_to_image(array: Any, input_data_format: Any, bits: int = 8) -> Image.
     is_tensor = isinstance(array, torch.Tensor)
     if is_tensor:
         array = array.detach().cpu()
-        array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+        array = (array.float() if array.is_floating_point() else array).numpy()  # numpy lacks bfloat16 and float8
     if not isinstance(array, np.ndarray):
-        raise ValueError(
+        raise _PictureError(
             f"it is a {type(array).__name__} but pictures are paths, bytes, URLs, PIL images, numpy arrays or torch "
             "tensors. A list of numbers was probably passed: wrap it in np.array."
         )
@@ -431,18 +447,19 @@ def _channels_last(array: np.ndarray, input_data_format: Any, prefer_first: bool
     if array.ndim == 2:
         return array[..., None]
     if array.ndim != 3:
-        raise ValueError(
+        raise _PictureError(
             f"it has {array.ndim} dimensions {array.shape} but a picture has 2, (height, width), or 3, with channels "
             "first or last. It is probably one value of a batch too deep: index it or squeeze it."
         )
     first, last = array.shape[0] in (1, 3, 4), array.shape[-1] in (1, 3, 4)
     if input_data_format is not None:
-        first = ChannelDimension(input_data_format) == ChannelDimension.FIRST
-        last = not first
+        is_first = ChannelDimension(input_data_format) == ChannelDimension.FIRST
+        first, last = first and is_first, last and not is_first
     if not first and not last:
-        raise ValueError(
-            f"it has the shape {array.shape}, where neither end is a channel count of 1, 3 or 4. It is probably a stack "
-            "of feature maps or multispectral: pass grey, RGB or RGBA."
+        where = "neither end is" if input_data_format is None else f"{input_data_format!r} does not find"
+        raise _PictureError(
+            f"it has the shape {array.shape}, where {where} a channel count of 1, 3 or 4. It is probably a stack of "
+            "feature maps or multispectral: pass grey, RGB or RGBA."
         )
     return array.transpose(1, 2, 0) if first and (prefer_first or not last) else array
 
@@ -453,12 +470,17 @@ def _to_uint8(array: np.ndarray, bits: int) -> np.ndarray:
         return array.astype(np.uint8)
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype.kind not in "iuf":
+        raise _PictureError(
+            f"its values are of type {array.dtype} (shape {array.shape}) but must be integers or floats. It was probably "
+            "read as text or transformed to frequencies: pass the original pixels."
+        )
     low, high = float(array.min()), float(array.max())
-    is_float = np.issubdtype(array.dtype, np.floating)
-    is_16_bit = array.dtype.kind in "iu" and (bits == 16 or array.dtype == np.dtype(np.uint16).newbyteorder("="))
+    is_float = array.dtype.kind == "f"
+    is_16_bit = not is_float and (bits == 16 or (array.dtype.kind, array.dtype.itemsize) == ("u", 2))
     limit = 65535 if is_16_bit else 255
     if not (low >= 0 and high <= limit):  # also catches NaN
-        raise ValueError(
+        raise _PictureError(
             f"its values run from {low:g} to {high:g} but must be within 0 to {limit}"
             f"{' or 0 to 1' if is_float else ''}, without NaN. It was probably normalised already or is not a picture: "
             "pass the original pixels."
@@ -470,7 +492,7 @@ def _to_uint8(array: np.ndarray, bits: int) -> np.ndarray:
 
 def _explain(error: Exception) -> str:
     """The message of one of our own errors as it is; a decoder's error with what to do about it."""
-    if type(error) is ValueError and str(error).startswith("it "):
+    if isinstance(error, _PictureError):
         return str(error)
     return (
         f"it could not be decoded ({type(error).__name__}: {str(error)[:200]}). Expected a complete image file. It is "
@@ -478,11 +500,90 @@ def _explain(error: Exception) -> str:
     )
 
 
-def _same(left: Any, right: Any) -> bool:
-    """Compare sizes and grids that may be tuples, lists or dicts."""
-    if isinstance(left, dict) or isinstance(right, dict):
-        return isinstance(left, dict) and isinstance(right, dict) and dict(left) == dict(right)
-    return isinstance(left, list | tuple) and [list(entry) for entry in left] == [list(entry) for entry in right]
+def _copy(value: Any) -> Any:
+    """Copy sizes and grids, tuples to lists as JSON gives them back; leave the rest for the checks to refuse."""
+    if isinstance(value, list | tuple):
+        return [_copy(entry) for entry in value]
+    return dict(value) if isinstance(value, dict) else value
+
+
+def _per_channel(value: Any) -> Any:
+    """Spread one number over the channels."""
+    return [value] * 3 if isinstance(value, int | float) else _copy(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_settings(settings: dict) -> None:
+    """Refuse values that would fail later or give wrong pixels.
+
+    Raises:
+        ValueError: naming the setting at fault.
+    """
+    size, tile_grids = settings["size"], settings["tile_grids"]
+    is_square = isinstance(size, dict) and set(size) == {"height", "width"} and size["height"] == size["width"]
+    if not is_square or not _is_count(size["height"]):
+        raise ValueError(
+            f'size is {size!r} but tiles are square: expected {{"height": S, "width": S}} with S the vision '
+            "tower's image_size in pixels. A grid was probably given as size: list grids in tile_grids instead."
+        )
+    if not isinstance(tile_grids, list):
+        raise ValueError(
+            f"tile_grids is {tile_grids!r} but must be a list of (rows, columns), or empty for the global view alone. A "
+            "single number was probably given: write for example [[2, 1], [1, 2]]."
+        )
+    check_tile_grids(tile_grids)
+    backend, resample = settings["resize_backend"], settings["resample"]
+    if backend not in RESIZE_BACKENDS:
+        raise ValueError(
+            f"resize_backend is {backend!r} but must be 'pil' (bit-exact) or 'torch' (faster). It is probably misspelt: "
+            "use 'pil' when in doubt."
+        )
+    known = [int(mode) for mode in (_RESAMPLE_MODES if backend == "torch" else PILImageResampling)]
+    if resample not in known:
+        raise ValueError(
+            f"resample is {resample!r} but the {backend} backend knows {known} only, 3 being bicubic. It was probably "
+            "given by name or chosen for the other backend: pass the number, and resize_backend='pil' for all of PIL's."
+        )
+    _check_numbers(settings)
+
+
+def _check_numbers(settings: dict) -> None:
+    for name in ("image_mean", "image_std"):
+        values = settings[name]
+        is_triple = isinstance(values, list) and len(values) == 3 and all(map(_is_number, values))
+        if not is_triple or (name == "image_std" and 0 in values):
+            raise ValueError(
+                f"{name} is {values!r} but must be three finite numbers (none 0 for image_std), one per channel. It was "
+                "probably copied from a model with other channels: use [0.5, 0.5, 0.5] for SigLIP."
+            )
+    if not _is_number(settings["rescale_factor"]):
+        raise ValueError(
+            f"rescale_factor is {settings['rescale_factor']!r} but must be a finite number. It was probably left empty: "
+            "use 1/255, or do_rescale=False to keep values from 0 to 255."
+        )
+    if not _is_count(settings["max_image_pixels"]):
+        raise ValueError(
+            f"max_image_pixels is {settings['max_image_pixels']!r} but must be a positive integer. It was probably meant "
+            "to switch the limit off: write a number larger than any picture you trust."
+        )
+
+
+def _refuse_misspelt(kwargs: dict) -> None:
+    """Refuse names close to a setting; transformers carries other names along without using them."""
+    for name, value in kwargs.items():
+        close = difflib.get_close_matches(name, _SETTINGS, n=1, cutoff=0.8)
+        if close and name not in Blip3ImageProcessorKwargs.__annotations__:
+            raise ValueError(
+                f"The image processor was given the unknown setting {name!r} ({value!r}); it would be ignored. It is "
+                f"probably misspelt. Did you mean {close[0]!r}?"
+            )
 
 
 __all__ = ["Blip3ImageProcessor"]

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make BLIP-3 a model that transformers knows by name, as its common tests expect of a model in its own tree."""
+
+import transformers
+from blip3.configuration_blip3 import Blip3Config
+from blip3.image_processing_blip3 import Blip3ImageProcessor
+from blip3.modeling_blip3 import Blip3ForConditionalGeneration, Blip3Model
+from blip3.processing_blip3 import Blip3Processor
+from transformers.models.auto import modeling_auto
+
+TRANSFORMERS_LINE = int(transformers.__version__.split(".")[0])
+
+
+def register_blip3() -> None:
+    """Register every class with its Auto class and its name with the tables the tests read."""
+    model_type = Blip3Config.model_type
+    transformers.AutoConfig.register(model_type, Blip3Config)
+    transformers.AutoModel.register(Blip3Config, Blip3Model)
+    transformers.AutoModelForImageTextToText.register(Blip3Config, Blip3ForConditionalGeneration)
+    if TRANSFORMERS_LINE >= 5:
+        transformers.AutoImageProcessor.register(Blip3Config, image_processor_classes={"pil": Blip3ImageProcessor})
+    else:
+        transformers.AutoImageProcessor.register(Blip3Config, slow_image_processor_class=Blip3ImageProcessor)
+    transformers.AutoProcessor.register(Blip3Config, Blip3Processor)
+    modeling_auto.MODEL_MAPPING_NAMES.setdefault(model_type, Blip3Model.__name__)
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.setdefault(
+        model_type, Blip3ForConditionalGeneration.__name__
+    )

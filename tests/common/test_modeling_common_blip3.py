@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' common model and configuration tests on two tiny BLIP-3 models."""
+
+import unittest
+from typing import Any, ClassVar
+
+import torch
+from blip3.configuration_blip3 import Blip3Config
+from blip3.modeling_blip3 import Blip3ForConditionalGeneration, Blip3Model
+from tests.generation.test_utils import GenerationTesterMixin
+from tests.test_configuration_common import ConfigTester
+from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
+
+TILE_SIZE, PATCH_SIZE, NUM_LATENTS = 12, 4, 4
+
+VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 37,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": TILE_SIZE,
+    "patch_size": PATCH_SIZE,
+}
+RESAMPLER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 37,
+    "num_latents": NUM_LATENTS,
+}
+TEXT = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 37,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 1,
+    "bos_token_id": 3,
+    "eos_token_id": 4,
+}
+
+
+class Blip3ModelTester:
+    """A tiny model and a batch of three prompts with one picture each: wide, tall, and wide with padding."""
+
+    __test__ = False
+    text: ClassVar[dict[str, Any]] = {"model_type": "phi3", "original_max_position_embeddings": 128}
+    resampler: ClassVar[dict[str, Any]] = {"token_sampling": "patch", "tile_grouping": "stripes"}
+    lm_head_bias = True
+    num_image_tokens = 3 * NUM_LATENTS  # global view and two tiles
+    # what the mixins read
+    batch_size = 3
+    seq_length = encoder_seq_length = num_image_tokens + 7
+    num_hidden_layers = 2
+    num_attention_heads = 4
+    hidden_size = 32
+    vocab_size = 99
+    pad_token_id = 1
+    image_token_id = 0
+    is_training = True
+
+    def __init__(self, parent: unittest.TestCase):
+        self.parent = parent
+
+    def get_config(self) -> Blip3Config:
+        """The tiny configuration."""
+        return Blip3Config(
+            vision_config=dict(VISION),
+            resampler_config={**RESAMPLER, **self.resampler},
+            text_config={**TEXT, **self.text},
+            image_token_id=self.image_token_id,
+            tile_grids=[[1, 2], [2, 1]],
+            lm_head_bias=self.lm_head_bias,
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[Blip3Config, dict[str, torch.Tensor]]:
+        """Configuration and model inputs."""
+        input_ids = ids_tensor([self.batch_size, self.seq_length], 90) + 5  # no special token by chance
+        input_ids[:, : self.num_image_tokens] = self.image_token_id
+        side = TILE_SIZE
+        return self.get_config(), {
+            "pixel_values": floats_tensor([self.batch_size, 3, 3, side, side]),
+            "image_sizes": torch.tensor([[side, 2 * side], [2 * side, side], [side // 2, 2 * side]]),
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+        }
+
+
+class Blip3FixedSamplingModelTester(Blip3ModelTester):
+    """A Mistral decoder (separate projections), one resampler call per picture, no bias in the output layer."""
+
+    text: ClassVar[dict[str, Any]] = {"model_type": "mistral"}
+    resampler: ClassVar[dict[str, Any]] = {"token_sampling": "fixed"}
+    lm_head_bias = False
+    num_image_tokens = NUM_LATENTS
+    seq_length = encoder_seq_length = num_image_tokens + 7
+
+
+class Blip3ModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
+    """Phi-3 decoder, `patch` sampling."""
+
+    model_tester_class = Blip3ModelTester
+    all_model_classes = (Blip3Model, Blip3ForConditionalGeneration)
+    additional_model_inputs: ClassVar[list[str]] = ["image_sizes"]
+    _is_composite = True
+    skip_test_image_features_output_shape = True  # it counts a patch-token row per picture, we have one per tile
+    test_pruning = False  # 4.57 only: heads of these parts cannot be pruned
+    test_head_masking = False  # 4.57 only: nor masked
+
+    def setUp(self) -> None:
+        self.model_tester = self.model_tester_class(self)
+        self.config_tester = ConfigTester(
+            self, config_class=Blip3Config, has_text_modality=False, common_properties=["image_token_id", "tile_grids"]
+        )
+
+    def test_config(self) -> None:
+        """The common configuration tests."""
+        self.config_tester.run_common_tests()
+
+
+class Blip3FixedSamplingModelTest(Blip3ModelTest):
+    """Mistral decoder, `fixed` sampling."""
+
+    model_tester_class = Blip3FixedSamplingModelTester

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several test files share: a tiny converted repository, its model and processor."""
+
+import os
+import tempfile
+
+# Before transformers is imported: no hub, and remote code cached apart from the user's and from other runs.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="blip3-modules-")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+from support import convert, load_model
+from transformers import AutoProcessor
+
+from blip3.random_checkpoint import write_release_layout
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint in the release's layout."""
+    return write_release_layout(tmp_path_factory.mktemp("source") / "xgen-mm-tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_repo(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same checkpoint converted: a complete repository."""
+    output = tmp_path_factory.mktemp("converted") / "blip3-tiny"
+    convert(tiny_source, output, "--vision-config", tiny_source / "siglip_vision_config.json")
+    return output
+
+
+@pytest.fixture(scope="session")
+def unfused_repo(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same checkpoint with the text model's projections split."""
+    output = tmp_path_factory.mktemp("converted") / "blip3-tiny-unfused"
+    vision_config = tiny_source / "siglip_vision_config.json"
+    convert(tiny_source, output, "--vision-config", vision_config, "--text-layout", "unfused")
+    return output
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_repo: Path) -> torch.nn.Module:
+    """The tiny model in evaluation mode; tests must not change it."""
+    return load_model(tiny_repo).eval()
+
+
+@pytest.fixture(scope="session")
+def processor(tiny_repo: Path) -> object:
+    """The tiny model's processor; tests must not change it."""
+    return AutoProcessor.from_pretrained(tiny_repo, trust_remote_code=True)

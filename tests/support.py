@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions several test files use; fixtures are in conftest.py."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from blip3 import convert_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"  # facts about the reference, beside the repository; not part of it
+IS_TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+
+needs_reference = pytest.mark.skipif(not SHARED.is_dir(), reason="the reference fixtures are not beside the repository")
+
+
+def convert(*arguments: object) -> None:
+    """Run the converter's command line and expect success."""
+    assert convert_weights.main([str(argument) for argument in arguments]) == 0
+
+
+def load_model(folder: Path, **kwargs: object) -> torch.nn.Module:
+    """Load a repository through the public door, in float32."""
+    return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32, **kwargs)
+
+
+def draw_picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Draw smooth random colours: content that survives a resize."""
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 256, (max(2, height // 16), max(2, width // 16), 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
