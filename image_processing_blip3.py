@@ -127,14 +127,14 @@ class Blip3ImageProcessor(BaseImageProcessor):
     mode, or a numpy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels. Where both ends of
     a shape could be channels, arrays are taken as (H, W, C) and tensors as (C, H, W); `input_data_format` decides
     otherwise. Transparent pictures are laid on white, 16-bit ones reduced to 8; PIL modes I and I;16 count as 16-bit.
-    Arrays of integers hold 0 to 255 (uint16: 0 to 65535), arrays of floats 0 to 1, or 0 to 255 when a value exceeds 1.
+    Arrays of integers hold 0 to 255 (uint16: 0 to 65535), arrays of floats 0 to 1, or 0 to 255 when a value reaches 2.
 
     Args:
         size: {"height": S, "width": S}, the tile in pixels; the vision tower's `image_size`.
         tile_grids: candidate layouts, (rows, columns) in tiles; must equal the model's `config.tile_grids`.
         do_image_splitting: False gives each picture as its global view alone and marks it by `image_sizes` (0, 0).
         resize_backend: `pil` is bit-exact with the released checkpoints' preprocessing; `torch` resizes with
-            antialiased uint8 interpolation, faster and at most 1/255 away on under 1 % of values.
+            antialiased uint8 interpolation, faster and 1/255 away on under 1 % of values (2/255 where neighbours are noise).
         resample: PIL filter; the torch backend knows bicubic and bilinear.
         do_rescale: scale 8-bit values by `rescale_factor`.
         rescale_factor: the factor, 1/255.
@@ -284,7 +284,9 @@ class Blip3ImageProcessor(BaseImageProcessor):
         for name, value in kwargs.items():
             if value is None:
                 continue
-            if name in ("size", "tile_grids") and _copy(value) != _copy(options[name]):
+            if name in ("size", "tile_grids"):
+                if _copy(value) == options[name]:
+                    continue
                 raise ValueError(
                     f"{name} was given for one call ({value!r}) but the model counts tiles from its own configuration "
                     f"({options[name]!r}) and both must agree. To change it, pass {name} to from_pretrained of the "
@@ -465,7 +467,7 @@ def _channels_last(array: np.ndarray, input_data_format: Any, prefer_first: bool
 
 
 def _to_uint8(array: np.ndarray, bits: int) -> np.ndarray:
-    """Scale values to 0..255. Integers are 8-bit (uint16, or `bits` 16: 16-bit), floats are 0..1 or 0..255."""
+    """Scale values to 0..255. Integers are 8-bit (uint16, or `bits` 16: 16-bit), floats 0..1 or 0..255."""
     if array.dtype == np.uint8 or array.size == 0:
         return array.astype(np.uint8)
     if array.dtype == np.bool_:
@@ -484,6 +486,11 @@ def _to_uint8(array: np.ndarray, bits: int) -> np.ndarray:
             f"its values run from {low:g} to {high:g} but must be within 0 to {limit}"
             f"{' or 0 to 1' if is_float else ''}, without NaN. It was probably normalised already or is not a picture: "
             "pass the original pixels."
+        )
+    if is_float and 1 < high < 2:
+        raise _PictureError(
+            f"its values run from {low:g} to {high:g}, where 0 to 1 and 0 to 255 cannot be told apart. It was probably "
+            "scaled to 0 to 1 by a filter that overshoots: clip it to 1, or pass uint8."
         )
     if is_16_bit:
         return (array.astype(np.float32) / 257).round().astype(np.uint8)
@@ -545,7 +552,7 @@ def _check_settings(settings: dict) -> None:
             f"resize_backend is {backend!r} but must be 'pil' (bit-exact) or 'torch' (faster). It is probably misspelt: "
             "use 'pil' when in doubt."
         )
-    known = [int(mode) for mode in (_RESAMPLE_MODES if backend == "torch" else PILImageResampling)]
+    known = sorted(int(mode) for mode in (_RESAMPLE_MODES if backend == "torch" else PILImageResampling))
     if resample not in known:
         raise ValueError(
             f"resample is {resample!r} but the {backend} backend knows {known} only, 3 being bicubic. It was probably "

@@ -18,6 +18,8 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
+# transformers 4.57 copies the files named here and no further: what image_processing_blip3 imports must be named too.
+from .configuration_blip3 import TOKEN_SAMPLINGS
 from .image_processing_blip3 import Blip3ImageProcessorKwargs, count_tiles
 
 # transformers 5 finds the parts of a processor from its arguments and expands placeholders in its own __call__.
@@ -75,6 +77,11 @@ class Blip3Processor(ProcessorMixin):
                 f"The tokenizer ({len(tokenizer)} tokens) has no token {IMAGE_TOKEN!r}, which marks where a picture "
                 "goes. It is probably the plain tokenizer of the language model: load the one that convert_weights.py "
                 "wrote, or add the token."
+            )
+        if token_sampling not in TOKEN_SAMPLINGS:
+            raise ValueError(
+                f"token_sampling is {token_sampling!r} but must be one of {', '.join(map(repr, TOKEN_SAMPLINGS))}, as in "
+                "the model's resampler_config. It is probably misspelt: use 'patch' for the released weights."
             )
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 

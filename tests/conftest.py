@@ -51,3 +51,9 @@ def tiny_model(tiny_repo: Path) -> torch.nn.Module:
 def processor(tiny_repo: Path) -> object:
     """The tiny model's processor; tests must not change it."""
     return AutoProcessor.from_pretrained(tiny_repo, trust_remote_code=True)
+
+
+@pytest.fixture(scope="session")
+def unfused_model(unfused_repo: Path) -> torch.nn.Module:
+    """The tiny model with split projections, in evaluation mode; tests must not change it."""
+    return load_model(unfused_repo).eval()

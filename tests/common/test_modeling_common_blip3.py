@@ -107,15 +107,18 @@ class Blip3ModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase)
     all_model_classes = (Blip3Model, Blip3ForConditionalGeneration)
     additional_model_inputs: ClassVar[list[str]] = ["image_sizes"]
     _is_composite = True
-    skip_test_image_features_output_shape = True  # it counts a patch-token row per picture, we have one per tile
-    test_pruning = False  # 4.57 only: heads of these parts cannot be pruned
-    test_head_masking = False  # 4.57 only: nor masked
+    test_can_init_all_missing_weights_before_2023 = True  # the test looks for a year in our first line and finds none
 
     def setUp(self) -> None:
         self.model_tester = self.model_tester_class(self)
         self.config_tester = ConfigTester(
-            self, config_class=Blip3Config, has_text_modality=False, common_properties=["image_token_id", "tile_grids"]
+            self, config_class=Blip3Config, has_text_modality=False, common_properties=["image_token_id"]
         )
+
+    def _image_features_prepare_config_and_inputs(self) -> tuple[Blip3Config, dict[str, torch.Tensor]]:
+        """Inputs of `get_image_features`: the used tiles alone, since it returns one row of patch tokens per tile."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        return config, {"pixel_values": inputs["pixel_values"].flatten(0, 1), "image_sizes": inputs["image_sizes"]}
 
     def test_config(self) -> None:
         """The common configuration tests."""

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row i of a mixed batch is row i alone, however it is generated, and pictures never change rows."""
+
+import pytest
+import torch
+from support import draw_picture
+from transformers import CompileConfig
+
+PROMPT = "<|user|>\n{}<|end|>\n<|assistant|>\n"
+QUESTIONS = [
+    ("What is in the picture? <image>", [(150, 150)]),
+    ("How many dogs are there?", []),
+    ("Look: <image> and <image>, then <image>. Read the number.", [(60, 300), (90, 40), (200, 190)]),
+    ("<image>\n<image>\nIs the red one to the left?", [(76, 152), (30, 20)]),
+]
+ROWS = [
+    (PROMPT.format(question), [draw_picture(*size, seed=10 * row + k) for k, size in enumerate(sizes)])
+    for row, (question, sizes) in enumerate(QUESTIONS)
+]
+NEW_TOKENS = 8
+
+
+def generate(model, processor, rows, **kwargs) -> list[list[int]]:
+    """New ids, one list per returned sequence."""
+    texts, images = [text for text, _ in rows], [pictures for _, pictures in rows]
+    inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False} | kwargs
+    return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.fixture
+def rowwise_sampling(monkeypatch):
+    """Draw each row's token from a stream of its own, so that sampling does not depend on its neighbours."""
+    state = {}
+
+    def multinomial(probabilities: torch.Tensor, num_samples: int) -> torch.Tensor:
+        step = state["step"] = state.get("step", -1) + 1
+        rows = state["rows"]
+        draws = []
+        for row, p in zip(rows, probabilities, strict=True):
+            uniform = torch.rand(1, generator=torch.Generator().manual_seed(1000 * row + step), dtype=torch.float64)
+            draws.append(torch.searchsorted(p.double().cumsum(0), uniform * p.double().sum()).clamp(max=len(p) - 1))
+        assert num_samples == 1
+        return torch.stack(draws)
+
+    def start(rows: list[int]) -> None:
+        state.clear()
+        state["rows"] = rows
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    return start
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        pytest.param({}, id="greedy"),
+        pytest.param({"num_beams": 3}, id="beams"),
+        pytest.param({"num_beams": 3, "num_return_sequences": 2}, id="beams returning two"),
+        pytest.param({"cache_implementation": "static", "disable_compile": True}, id="static cache"),
+        pytest.param({"use_cache": False}, id="no cache"),
+        pytest.param({"repetition_penalty": 1.2}, id="penalty"),
+    ],
+)
+@pytest.mark.parametrize("repo", ["tiny_model", "unfused_model"])
+def test_rows_of_a_batch_equal_rows_alone(request, processor, kwargs, repo):
+    model = request.getfixturevalue(repo)
+    together = generate(model, processor, ROWS, **kwargs)
+    alone = [sequence for row in ROWS for sequence in generate(model, processor, [row], **kwargs)]
+    assert together == alone
+    assert len({tuple(sequence) for sequence in together}) == len(together), "rows must differ, or the test shows nothing"
+
+
+def test_sampled_rows_equal_rows_alone(tiny_model, processor, rowwise_sampling):
+    kwargs = {"do_sample": True, "temperature": 1.0, "top_k": 0}
+    rowwise_sampling([0, 1, 2, 3])
+    together = generate(tiny_model, processor, ROWS, **kwargs)
+    alone = []
+    for index, row in enumerate(ROWS):
+        rowwise_sampling([index])
+        alone += generate(tiny_model, processor, [row], **kwargs)
+    assert together == alone
+    assert together != generate(tiny_model, processor, ROWS), "sampling must differ from greedy, or it shows nothing"
+
+
+def test_sampled_return_sequences_equal_rows_alone(tiny_model, processor, rowwise_sampling):
+    kwargs = {"do_sample": True, "top_k": 0, "num_return_sequences": 2}
+    rowwise_sampling(list(range(8)))
+    together = generate(tiny_model, processor, ROWS, **kwargs)
+    alone = []
+    for index, row in enumerate(ROWS):
+        rowwise_sampling([2 * index, 2 * index + 1])
+        alone += generate(tiny_model, processor, [row], **kwargs)
+    assert together == alone
+
+
+def test_compiled_decoding_has_no_graph_break_and_the_same_rows(tiny_model, processor):
+    compile_config = CompileConfig(fullgraph=True, dynamic=False, backend="aot_eager", mode=None)
+    compile_config._compile_all_devices = True  # transformers compiles on accelerators only unless told so
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = generate(
+        tiny_model, processor, ROWS, cache_implementation="static", compile_config=compile_config, max_length=None
+    )
+    assert sum(torch._dynamo.utils.counters["stats"].values()) > 0, "nothing was compiled"
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert compiled == generate(tiny_model, processor, ROWS)
+
+
+def test_exchanging_two_pictures_changes_the_answer(tiny_model, processor):
+    text, pictures = ROWS[2]
+    answers = {
+        tuple(generate(tiny_model, processor, [(text, [pictures[i] for i in order])])[0])
+        for order in ([0, 1, 2], [1, 0, 2], [2, 1, 0])
+    }
+    assert len(answers) == 3
+
+
+def test_base_resolution_rows_equal_rows_alone(tiny_model, processor):
+    def run(rows):
+        texts, images = [text for text, _ in rows], [pictures for _, pictures in rows]
+        inputs = processor(text=texts, images=images, padding=True, return_tensors="pt", do_image_splitting=False)
+        assert inputs.get("image_sizes", torch.zeros(1)).abs().sum() == 0
+        new = tiny_model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        return new[:, inputs["input_ids"].shape[1] :].tolist()
+
+    assert run(ROWS) == [run([row])[0] for row in ROWS]
+
+
+def test_features_encoded_before_repeat_with_their_rows(tiny_model, processor):
+    texts, images = [text for text, _ in ROWS], [pictures for _, pictures in ROWS]
+    inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    features = tiny_model.get_image_features(inputs.pop("pixel_values"), inputs.pop("image_sizes"))
+    options = {"num_beams": 3, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    generated = tiny_model.generate(**inputs, mm_encoder_outputs={"image": features}, **options)
+    assert generated[:, inputs["input_ids"].shape[1] :].tolist() == generate(tiny_model, processor, ROWS, num_beams=3)
