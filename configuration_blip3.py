@@ -168,8 +168,8 @@ class Blip3Config(PretrainedConfig):
         check_tile_grids(self.tile_grids)
         if vision.image_size < vision.patch_size:
             raise ValueError(
-                f"vision_config has image_size {vision.image_size} and patch_size {vision.patch_size}, but a tile must "
-                "hold at least one patch. The two were probably swapped: set image_size to the tile's side in pixels."
+                f"vision_config has image_size {vision.image_size} and patch_size {vision.patch_size}, but a tile "
+                "must hold at least one patch. The two were probably swapped: set image_size to the tile's side in pixels."
             )
         if vision.hidden_size != resampler.hidden_size:
             raise ValueError(
@@ -179,7 +179,10 @@ class Blip3Config(PretrainedConfig):
                 f"{vision.hidden_size}."
             )
         for name, sub_config in (("vision_config", vision), ("text_config", text)):
-            if sub_config.hidden_size % sub_config.num_attention_heads and getattr(sub_config, "head_dim", None) is None:
+            if (
+                sub_config.hidden_size % sub_config.num_attention_heads
+                and getattr(sub_config, "head_dim", None) is None
+            ):
                 raise ValueError(
                     f"{name}.hidden_size {sub_config.hidden_size} is not a multiple of its num_attention_heads "
                     f"{sub_config.num_attention_heads}, so heads would have a fractional width. One of the two is "
@@ -232,7 +235,13 @@ def _build_sub_config(name: str, sub_config: Any, default: dict) -> PretrainedCo
 
 def _check_keys(name: str, kwargs: dict, known: dict, refuse_all: bool) -> None:
     """Refuse keys that look like ours misspelt, and with `refuse_all` any key transformers does not define either."""
-    standard = set(PretrainedConfig().to_dict()) | {"model_type", "dtype", "torch_dtype", "attn_implementation"}
+    standard = set(PretrainedConfig().to_dict()) | {
+        "attn_implementation",
+        "auto_map",
+        "dtype",
+        "model_type",
+        "torch_dtype",
+    }
     for key in kwargs:
         if key in standard or key.startswith("_") or hasattr(PretrainedConfig, key):
             continue
@@ -249,14 +258,16 @@ def _check_keys(name: str, kwargs: dict, known: dict, refuse_all: bool) -> None:
 
 # Keys that transformers 4.57 writes into every configuration and 5.x no longer defines.
 LEGACY_CONFIG_KEYS = frozenset(
-    "add_cross_attention bad_words_ids begin_suppress_tokens bos_token_id cross_attention_hidden_size "
-    "decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size eos_token_id "
-    "exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id is_decoder length_penalty "
-    "max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores "
-    "pad_token_id prefix pruned_heads quantization_config remove_invalid_values repetition_penalty "
-    "return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss "
-    "tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torchscript typical_p use_bfloat16 "
-    "use_cache".split()
+    (
+        "add_cross_attention bad_words_ids begin_suppress_tokens bos_token_id cross_attention_hidden_size "
+        "decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size eos_token_id "
+        "exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id is_decoder "
+        "length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences "
+        "output_scores pad_token_id prefix pruned_heads quantization_config remove_invalid_values repetition_penalty "
+        "return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss "
+        "tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torchscript typical_p use_bfloat16 "
+        "use_cache"
+    ).split()  # noqa: SIM905 - a list of 50 strings reads worse
 )
 
 

@@ -38,9 +38,7 @@ RESIZE_BACKENDS = ("pil", "torch")
 URL_TIMEOUT_SECONDS = 60
 
 
-def choose_grid(
-    image_size: tuple[int, int], tile_grids: Sequence[Sequence[int]], tile_size: int
-) -> tuple[int, int]:
+def choose_grid(image_size: tuple[int, int], tile_grids: Sequence[Sequence[int]], tile_size: int) -> tuple[int, int]:
     """Pick the tile grid that keeps the most image detail.
 
     Args:
@@ -134,7 +132,8 @@ class Blip3ImageProcessor(BaseImageProcessor):
         tile_grids: candidate layouts, (rows, columns) in tiles; must equal the model's `config.tile_grids`.
         do_image_splitting: False gives each picture as its global view alone and marks it by `image_sizes` (0, 0).
         resize_backend: `pil` is bit-exact with the released checkpoints' preprocessing; `torch` resizes with
-            antialiased uint8 interpolation, faster and 1/255 away on under 1 % of values (2/255 where neighbours are noise).
+            antialiased uint8 interpolation, faster and 1/255 away on under 1 % of a photograph's values (2/255 on
+            noise).
         resample: PIL filter; the torch backend knows bicubic and bilinear.
         do_rescale: scale 8-bit values by `rescale_factor`.
         rescale_factor: the factor, 1/255.
@@ -231,9 +230,7 @@ class Blip3ImageProcessor(BaseImageProcessor):
                 "type: check that PIL.Image.open reads it."
             ) from error
 
-    def preprocess(
-        self, images: Any, return_tensors: str | TensorType | None = None, **kwargs: Any
-    ) -> BatchFeature:
+    def preprocess(self, images: Any, return_tensors: str | TensorType | None = None, **kwargs: Any) -> BatchFeature:
         """Turn pictures into model inputs.
 
         Args:
@@ -322,8 +319,9 @@ class Blip3ImageProcessor(BaseImageProcessor):
             )
         if picture.width * picture.height > options["max_image_pixels"]:
             raise _PictureError(
-                f"it has {picture.width * picture.height} pixels but at most {options['max_image_pixels']} are decoded. "
-                "It is probably a decompression bomb or a scan: downscale it, or raise max_image_pixels if you trust it."
+                f"it has {picture.width * picture.height} pixels but at most {options['max_image_pixels']} are "
+                "decoded. It is probably a decompression bomb or a scan: downscale it, or raise max_image_pixels if "
+                "you trust it."
             )
         if options["do_exif_transpose"]:
             picture = ImageOps.exif_transpose(picture)
@@ -382,8 +380,8 @@ def _resize_with_torch(image: Image.Image, size: tuple[int, int], resample: int)
     """Resize to (height, width) with torch's antialiased 8-bit kernels; returns (height, width, 3) uint8."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W), channels last in memory
     (height, width), mode = size, _RESAMPLE_MODES[resample]
-    # Two passes with 8 bits between them, in the order Pillow 13 picks (found by comparing 2,900 random sizes with it);
-    # in the other order a quarter of the values change on pictures that shrink mostly in height.
+    # Two passes with 8 bits between them, in the order Pillow 13 picks (found by comparing 2,900 random sizes with
+    # it); in the other order a quarter of the values change on pictures that shrink mostly in height.
     vertical_first = image.height - height > max(0, 2 * (image.width - width))
     for pass_size in ((height, image.width) if vertical_first else (image.height, width), size):
         pixels = torch.nn.functional.interpolate(pixels, pass_size, mode=mode, align_corners=False, antialias=True)
@@ -474,27 +472,29 @@ def _to_uint8(array: np.ndarray, bits: int) -> np.ndarray:
         return array.astype(np.uint8) * np.uint8(255)
     if array.dtype.kind not in "iuf":
         raise _PictureError(
-            f"its values are of type {array.dtype} (shape {array.shape}) but must be integers or floats. It was probably "
-            "read as text or transformed to frequencies: pass the original pixels."
+            f"its values are of type {array.dtype} (shape {array.shape}) but must be integers or floats. It was "
+            "probably read as text or transformed to frequencies: pass the original pixels."
         )
     low, high = float(array.min()), float(array.max())
     is_float = array.dtype.kind == "f"
     is_16_bit = not is_float and (bits == 16 or (array.dtype.kind, array.dtype.itemsize) == ("u", 2))
-    limit = 65535 if is_16_bit else 255
-    if not (low >= 0 and high <= limit):  # also catches NaN
+    limit, slack = 65535 if is_16_bit else 255, 1e-3 if is_float else 0  # arithmetic leaves floats a hair outside
+    if not (low >= -slack and high <= limit + slack):  # also catches NaN
         raise _PictureError(
             f"its values run from {low:g} to {high:g} but must be within 0 to {limit}"
-            f"{' or 0 to 1' if is_float else ''}, without NaN. It was probably normalised already or is not a picture: "
-            "pass the original pixels."
+            f"{' or 0 to 1' if is_float else ''}, without NaN. It was probably normalised already or is not a "
+            "picture: pass the original pixels."
         )
-    if is_float and 1 < high < 2:
+    if is_float and 1 + slack < high < 2:
         raise _PictureError(
-            f"its values run from {low:g} to {high:g}, where 0 to 1 and 0 to 255 cannot be told apart. It was probably "
-            "scaled to 0 to 1 by a filter that overshoots: clip it to 1, or pass uint8."
+            f"its values run from {low:g} to {high:g}, where 0 to 1 and 0 to 255 cannot be told apart. It was "
+            "probably scaled to 0 to 1 by a filter that overshoots: clip it to 1, or pass uint8."
         )
     if is_16_bit:
         return (array.astype(np.float32) / 257).round().astype(np.uint8)
-    return (array * 255 if is_float and high <= 1 else array).round().astype(np.uint8)
+    if is_float:
+        array = (array * 255 if high <= 1 + slack else array).clip(0, 255)
+    return array.round().astype(np.uint8)
 
 
 def _explain(error: Exception) -> str:
@@ -542,21 +542,21 @@ def _check_settings(settings: dict) -> None:
         )
     if not isinstance(tile_grids, list):
         raise ValueError(
-            f"tile_grids is {tile_grids!r} but must be a list of (rows, columns), or empty for the global view alone. A "
-            "single number was probably given: write for example [[2, 1], [1, 2]]."
+            f"tile_grids is {tile_grids!r} but must be a list of (rows, columns), or empty for the global view alone. "
+            "A single number was probably given: write for example [[2, 1], [1, 2]]."
         )
     check_tile_grids(tile_grids)
     backend, resample = settings["resize_backend"], settings["resample"]
     if backend not in RESIZE_BACKENDS:
         raise ValueError(
-            f"resize_backend is {backend!r} but must be 'pil' (bit-exact) or 'torch' (faster). It is probably misspelt: "
-            "use 'pil' when in doubt."
+            f"resize_backend is {backend!r} but must be 'pil' (bit-exact) or 'torch' (faster). It is probably "
+            "misspelt: use 'pil' when in doubt."
         )
     known = sorted(int(mode) for mode in (_RESAMPLE_MODES if backend == "torch" else PILImageResampling))
     if resample not in known:
         raise ValueError(
             f"resample is {resample!r} but the {backend} backend knows {known} only, 3 being bicubic. It was probably "
-            "given by name or chosen for the other backend: pass the number, and resize_backend='pil' for all of PIL's."
+            "given by name or chosen for the other backend: pass the number, and resize_backend='pil' for all of them."
         )
     _check_numbers(settings)
 
@@ -567,18 +567,18 @@ def _check_numbers(settings: dict) -> None:
         is_triple = isinstance(values, list) and len(values) == 3 and all(map(_is_number, values))
         if not is_triple or (name == "image_std" and 0 in values):
             raise ValueError(
-                f"{name} is {values!r} but must be three finite numbers (none 0 for image_std), one per channel. It was "
-                "probably copied from a model with other channels: use [0.5, 0.5, 0.5] for SigLIP."
+                f"{name} is {values!r} but must be three finite numbers (none 0 for image_std), one per channel. It "
+                "was probably copied from a model with other channels: use [0.5, 0.5, 0.5] for SigLIP."
             )
     if not _is_number(settings["rescale_factor"]):
         raise ValueError(
-            f"rescale_factor is {settings['rescale_factor']!r} but must be a finite number. It was probably left empty: "
-            "use 1/255, or do_rescale=False to keep values from 0 to 255."
+            f"rescale_factor is {settings['rescale_factor']!r} but must be a finite number. It was probably left "
+            "empty: use 1/255, or do_rescale=False to keep values from 0 to 255."
         )
     if not _is_count(settings["max_image_pixels"]):
         raise ValueError(
-            f"max_image_pixels is {settings['max_image_pixels']!r} but must be a positive integer. It was probably meant "
-            "to switch the limit off: write a number larger than any picture you trust."
+            f"max_image_pixels is {settings['max_image_pixels']!r} but must be a positive integer. It was probably "
+            "meant to switch the limit off: write a number larger than any picture you trust."
         )
 
 

@@ -75,7 +75,7 @@ class Blip3CausalLMOutputWithPast(ModelOutput):
     image_hidden_states: torch.FloatTensor | None = None
 
 
-# -- which patches the resampler sees ----------------------------------------------------------------------------------
+# -- which patches the resampler sees ---------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4096)
@@ -105,7 +105,9 @@ def visible_patches(
     if rows * columns == 0:
         return (global_view,)
     # index of the patch token at each place of the stitched map
-    tiles = torch.arange(patches, (1 + rows * columns) * patches).view(rows, columns, patches_per_side, patches_per_side)
+    tiles = torch.arange(patches, (1 + rows * columns) * patches).view(
+        rows, columns, patches_per_side, patches_per_side
+    )
     stitched = tiles.transpose(1, 2).reshape(rows * patches_per_side, columns * patches_per_side)
     is_visible = torch.zeros_like(stitched, dtype=torch.bool)
     (top, bottom), (left, right) = _unpadded_region(image_size, tuple(stitched.shape))
@@ -114,13 +116,16 @@ def visible_patches(
         return (torch.cat([global_view, stitched[is_visible]]),)
     if tile_grouping == "tiles":
         stitched, is_visible = (
-            each.view(rows, patches_per_side, columns, patches_per_side).transpose(1, 2) for each in (stitched, is_visible)
+            each.view(rows, patches_per_side, columns, patches_per_side).transpose(1, 2)
+            for each in (stitched, is_visible)
         )
     groups = zip(stitched.reshape(-1, patches), is_visible.reshape(-1, patches), strict=True)
     return (global_view, *(indices[mask] for indices, mask in groups))
 
 
-def _unpadded_region(image_size: tuple[int, int], map_size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+def _unpadded_region(
+    image_size: tuple[int, int], map_size: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """Rows and columns [first, last) of a letterboxed map that show picture (LLaVA's `unpad_image`)."""
     (height, width), (map_height, map_width) = image_size, map_size
     if width / height > map_width / map_height:
@@ -130,7 +135,7 @@ def _unpadded_region(image_size: tuple[int, int], map_size: tuple[int, int]) -> 
     return (0, map_height), (padding, map_width - padding)
 
 
-# -- the resampler -----------------------------------------------------------------------------------------------------
+# -- the resampler ----------------------------------------------------------------------------------------------------
 
 
 def eager_attention_forward(
@@ -182,9 +187,7 @@ class Blip3ResamplerLayer(GradientCheckpointingLayer):
         self.fc1 = nn.Linear(width, config.intermediate_size, bias=False)
         self.fc2 = nn.Linear(config.intermediate_size, width, bias=False)
 
-    def forward(
-        self, latents: torch.Tensor, patches: torch.Tensor, lengths: list[tuple[int, int]]
-    ) -> torch.Tensor:
+    def forward(self, latents: torch.Tensor, patches: torch.Tensor, lengths: list[tuple[int, int]]) -> torch.Tensor:
         """Update latents (G, Q, D) from patches (V, D), V the sum of groups * length over `lengths`."""
         patches, queries = self.patch_norm(patches), self.latent_norm(latents)
         patch_runs = patches.split([groups * length for groups, length in lengths])
@@ -197,7 +200,7 @@ class Blip3ResamplerLayer(GradientCheckpointingLayer):
         return latents + self.fc2(nn.functional.gelu(self.fc1(self.mlp_norm(latents))))
 
     def _attend(self, latents: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """Attention of latents (g, Q, D) over patches (g, length, D) and themselves; returns (g, Q, heads * head_dim)."""
+        """Attention of latents (g, Q, D) over patches (g, length, D) and themselves; gives (g, Q, inner width)."""
         query = self.q_proj(latents)
         key, value = self.kv_proj(torch.cat([patches, latents], dim=1)).chunk(2, dim=-1)
         query, key, value = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (query, key, value))
@@ -254,7 +257,11 @@ class Blip3PreTrainedModel(PreTrainedModel):
         cls = type(self)
         if cls.__module__.startswith("torch."):
             original = next(base for base in cls.__mro__[1:] if issubclass(base, PreTrainedModel))
-            cls.__module__, cls.__name__, cls.__qualname__ = original.__module__, original.__name__, original.__qualname__
+            cls.__module__, cls.__name__, cls.__qualname__ = (
+                original.__module__,
+                original.__name__,
+                original.__qualname__,
+            )
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 
@@ -289,7 +296,7 @@ class Blip3Resampler(Blip3PreTrainedModel):
         return self.projection(self.norm(latents))  # (G, Q, E)
 
 
-# -- the model ---------------------------------------------------------------------------------------------------------
+# -- the model --------------------------------------------------------------------------------------------------------
 
 
 class Blip3Model(Blip3PreTrainedModel):
@@ -341,7 +348,9 @@ class Blip3Model(Blip3PreTrainedModel):
         sizes = [tuple(size) for size in image_sizes.tolist()]
         grids = [self._grid(size) for size in sizes]
         tiles = self._used_tiles(pixel_values, [1 + rows * columns for rows, columns in grids])
-        tower_kwargs = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)}
+        tower_kwargs = {
+            name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)
+        }
         tower_outputs = self.vision_tower(tiles.to(self.vision_tower.dtype), return_dict=True, **tower_kwargs)
         patches = tower_outputs.last_hidden_state  # (N, P, D)
         return BaseModelOutputWithPooling(
@@ -374,7 +383,9 @@ class Blip3Model(Blip3PreTrainedModel):
                 f"{max(num_tiles, default=0)}, 3, {side}, {side}). The processor's tile_grids or size probably differ "
                 "from the model's, or image_sizes holds (width, height): load both from one folder."
             )
-        return torch.cat([picture[:n] for picture, n in zip(pixel_values, num_tiles, strict=True)]) if is_padded else pixel_values
+        if not is_padded:
+            return pixel_values
+        return torch.cat([picture[:n] for picture, n in zip(pixel_values, num_tiles, strict=True)])
 
     def _resample(self, patches: torch.Tensor, sizes: list, grids: list) -> tuple[torch.Tensor, ...]:
         """Resample patch tokens (N, P, D) to one (n * Q, E) per picture."""
@@ -422,8 +433,8 @@ class Blip3Model(Blip3PreTrainedModel):
             raise ValueError(
                 f"Image features and image tokens do not match: tokens: {num_slots}, features: {num_features}. The "
                 f"prompt must hold one image token ({self.config.image_token_id}) per feature. It was probably "
-                "truncated inside a picture, or its processor has other tile_grids, num_latents or token_sampling than "
-                f"the model: raise max_length (now {image_token_mask.shape[-1]}) and load both from one folder."
+                "truncated inside a picture, or its processor has other tile_grids, num_latents or token_sampling "
+                f"than the model: raise max_length (now {image_token_mask.shape[-1]}) and load both from one folder."
             )
         return image_token_mask
 
@@ -503,8 +514,8 @@ class Blip3Model(Blip3PreTrainedModel):
         if image_sizes is None:
             raise ValueError(
                 f"pixel_values {tuple(pixel_values.shape)} came without image_sizes, the original (height, width) of "
-                f"each of the {pixel_values.shape[0]} pictures, from which the model derives grids and padding. It was "
-                "probably dropped by a collator: pass everything the processor returns."
+                f"each of the {pixel_values.shape[0]} pictures, from which the model derives grids and padding. It "
+                "was probably dropped by a collator: pass everything the processor returns."
             )
         return torch.cat(self.get_image_features(pixel_values, image_sizes, return_dict=True).pooler_output)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text and pictures to model inputs: one `<image>` in the text becomes one run of image tokens per picture.
+r"""Text and pictures to model inputs: one `<image>` in the text becomes one run of image tokens per picture.
 
     text    "<|user|>\n<image>\nWhat is it?<|end|>..."  ->  input_ids, attention_mask     (B, L)
     images  [[picture], [picture, picture], []]         ->  pixel_values, image_sizes     (I, T, 3, S, S), (I, 2)
@@ -80,13 +80,18 @@ class Blip3Processor(ProcessorMixin):
             )
         if token_sampling not in TOKEN_SAMPLINGS:
             raise ValueError(
-                f"token_sampling is {token_sampling!r} but must be one of {', '.join(map(repr, TOKEN_SAMPLINGS))}, as in "
-                "the model's resampler_config. It is probably misspelt: use 'patch' for the released weights."
+                f"token_sampling is {token_sampling!r} but must be one of {', '.join(map(repr, TOKEN_SAMPLINGS))}, as "
+                "in the model's resampler_config. It is probably misspelt: use 'patch' for the released weights."
             )
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(
-        self, images: Any = None, text: str | list[str] | None = None, videos: Any = None, audio: Any = None, **kwargs: Any
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         """Prepare prompts and their pictures.
 
@@ -137,17 +142,17 @@ class Blip3Processor(ProcessorMixin):
         if not all(isinstance(prompt, str) for prompt in text):
             raise ValueError(
                 f"text holds a {type(next(p for p in text if not isinstance(p, str))).__name__} but must be a string "
-                "or a list of strings. Token ids or messages were probably passed: use apply_chat_template for messages."
+                "or a list of strings. Token ids or messages were probably passed: use apply_chat_template."
             )
         text = [re.sub(f"{IMAGE_TOKEN}(?:{IMAGE_FILLER})+", IMAGE_TOKEN, prompt) for prompt in text]
         slots = [prompt.count(IMAGE_TOKEN) for prompt in text]
         if counts is None:
             counts = [0 if images is None else self._count_flat(images)]
-        if counts != slots and (is_nested and images is not None or sum(counts) != sum(slots)):
+        if counts != slots and ((is_nested and images is not None) or sum(counts) != sum(slots)):
             raise ValueError(
                 f"The prompts hold {slots} {IMAGE_TOKEN} tokens row by row but {counts} pictures were given. Each "
-                f"picture needs exactly one {IMAGE_TOKEN} in its own row. A picture was probably forgotten, or given to "
-                f"another row: pass one list of pictures per prompt and write {IMAGE_TOKEN} where each belongs."
+                f"picture needs exactly one {IMAGE_TOKEN} in its own row. A picture was probably forgotten, or given "
+                f"to another row: pass one list of pictures per prompt and write {IMAGE_TOKEN} where each belongs."
             )
         return images, text
 
@@ -248,7 +253,11 @@ class Blip3Processor(ProcessorMixin):
     if not _IS_TRANSFORMERS_5:
 
         def apply_chat_template(
-            self, conversation: Any, chat_template: str | None = None, processor_kwargs: dict | None = None, **kwargs: Any
+            self,
+            conversation: Any,
+            chat_template: str | None = None,
+            processor_kwargs: dict | None = None,
+            **kwargs: Any,
         ) -> Any:
             """Accept what 5.x accepts and 4.57 does not: `processor_kwargs` and plain string contents."""
             is_batched = isinstance(conversation[0], list | tuple)

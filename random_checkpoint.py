@@ -30,13 +30,13 @@ def build_tokenizer() -> Tokenizer:
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trained.train_from_iterator(_CORPUS, trainers.BpeTrainer(vocab_size=480, special_tokens=specials, show_progress=False))
+    trained.train_from_iterator(
+        _CORPUS, trainers.BpeTrainer(vocab_size=480, special_tokens=specials, show_progress=False)
+    )
     state = json.loads(trained.to_str())["model"]
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in state["merges"]]
     tokenizer = Tokenizer(models.BPE(state["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -179,7 +179,7 @@ def _random_tensors(num_tokens: int, seed: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _vision_tensors(weight, bias, norm, linear) -> dict[str, torch.Tensor]:  # noqa: ANN001
+def _vision_tensors(weight, bias, norm, linear) -> dict[str, torch.Tensor]:
     prefix, width = "vlm.vision_encoder", VISION_WIDTH
     tensors = {
         f"{prefix}.embeddings.patch_embedding.weight": weight(width, 3, PATCH_SIZE, PATCH_SIZE) / 6,
@@ -191,7 +191,9 @@ def _vision_tensors(weight, bias, norm, linear) -> dict[str, torch.Tensor]:  # n
     }
     tensors |= norm(f"{prefix}.post_layernorm", width) | norm(f"{prefix}.head.layernorm", width)
     tensors |= linear(f"{prefix}.head.attention.out_proj", width, width)
-    tensors |= linear(f"{prefix}.head.mlp.fc1", VISION_MLP, width) | linear(f"{prefix}.head.mlp.fc2", width, VISION_MLP)
+    tensors |= linear(f"{prefix}.head.mlp.fc1", VISION_MLP, width) | linear(
+        f"{prefix}.head.mlp.fc2", width, VISION_MLP
+    )
     for layer in (f"{prefix}.encoder.layers.{index}" for index in range(VISION_LAYERS)):
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             tensors |= linear(f"{layer}.self_attn.{name}", width, width)

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import convert, load_model
 from transformers import AutoProcessor
 
 from blip3.random_checkpoint import write_release_layout
+from support import convert, load_model
+
+torch.set_num_threads(1)  # tiny models: two test processes beat two threads
+
 
 @pytest.fixture(scope="session")
 def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:

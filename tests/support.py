@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # facts about the reference, beside the repository; not part of it
 IS_TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
-needs_reference = pytest.mark.skipif(not SHARED.is_dir(), reason="the reference fixtures are not beside the repository")
+needs_reference = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the reference fixtures are not beside the repository"
+)
 
 
 def convert(*arguments: object) -> None:

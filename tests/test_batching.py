@@ -3,8 +3,9 @@
 
 import pytest
 import torch
-from support import draw_picture
 from transformers import CompileConfig
+
+from support import draw_picture
 
 PROMPT = "<|user|>\n{}<|end|>\n<|assistant|>\n"
 QUESTIONS = [
@@ -68,7 +69,9 @@ def test_rows_of_a_batch_equal_rows_alone(request, processor, kwargs, repo):
     together = generate(model, processor, ROWS, **kwargs)
     alone = [sequence for row in ROWS for sequence in generate(model, processor, [row], **kwargs)]
     assert together == alone
-    assert len({tuple(sequence) for sequence in together}) == len(together), "rows must differ, or the test shows nothing"
+    assert len({tuple(sequence) for sequence in together}) == len(together), (
+        "rows must differ, or the test shows nothing"
+    )
 
 
 def test_sampled_rows_equal_rows_alone(tiny_model, processor, rowwise_sampling):

@@ -56,7 +56,8 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 def same_bits(first: dict, second: dict) -> bool:
     assert set(first) == set(second)
     for name in first:
-        assert first[name].dtype == second[name].dtype and first[name].shape == second[name].shape, name
+        assert first[name].dtype == second[name].dtype, name
+        assert first[name].shape == second[name].shape, name
         assert torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8)), name
     return True
 
@@ -151,7 +152,8 @@ def real_plan() -> tuple[dict, dict, dict]:
     views = cw._released_views(HeadersOnly(shapes), "the index")
     source, preprocessor = (cw.read_json(RELEASE / name) for name in ("config.json", "preprocessor_config.json"))
     config, flavour = cw._released_config(views, source, preprocessor, None, "auto")
-    assert flavour == "base" and config["tile_grids"] == []
+    assert flavour == "base"
+    assert config["tile_grids"] == []
     used, unused = cw.fold(views, config["image_token_id"])
     cw.check_shapes(used, config, "the index")
     return used, unused, config
@@ -168,7 +170,8 @@ def test_real_index_is_used_up(real_plan):
     template = cw.read_json(ROOT / "config.json")
     for name in ("vision_config", "resampler_config", "text_config"):
         assert config[name] == template[name]
-    assert config["image_token_id"] == 32012 and config["text_config"]["sliding_window"] == 2048
+    assert config["image_token_id"] == 32012
+    assert config["text_config"]["sliding_window"] == 2048
 
 
 @pytest.mark.parametrize("layout", ["phi3", "unfused"])
@@ -207,10 +210,14 @@ def test_release_values(tiny, ours, ours_tensors):
     assert torch.equal(kv, tiny[f"vlm.vision_tokenizer.{key}"])
     config = json.loads((ours / "config.json").read_text())
     assert config["tile_grids"] == [[2, 1], [1, 2], [2, 2], [1, 3], [3, 1]]
-    assert config["text_config"]["vocab_size"] == 215 and config["text_config"]["sliding_window"] == 2048
-    assert config["image_token_id"] == 212 and config["dtype"] == "float32"
-    assert config["vision_config"]["num_attention_heads"] == 3 and config["vision_config"]["image_size"] == 76
-    assert config["resampler_config"]["num_latents"] == 8 and config["resampler_config"]["intermediate_size"] == 96
+    assert config["text_config"]["vocab_size"] == 215
+    assert config["text_config"]["sliding_window"] == 2048
+    assert config["image_token_id"] == 212
+    assert config["dtype"] == "float32"
+    assert config["vision_config"]["num_attention_heads"] == 3
+    assert config["vision_config"]["image_size"] == 76
+    assert config["resampler_config"]["num_latents"] == 8
+    assert config["resampler_config"]["intermediate_size"] == 96
     assert "torch_dtype" not in (ours / "config.json").read_text()
     names = {path.name for path in ours.iterdir()}
     assert {*cw.CODE_FILES, "README.md", "processor_config.json", "chat_template.jinja"} <= names
@@ -221,7 +228,9 @@ def test_verify_sharded_output(tmp_path, ours_tensors, capsys):
     output = tmp_path / "sharded"
     convert(TINY, output, "--vision-config", TINY_VISION, "--max-shard-size", "1MB", "--verify")
     printed = capsys.readouterr().out
-    assert "bit for bit" in printed and "against the model" in printed and "not a known release" in printed
+    assert "bit for bit" in printed
+    assert "against the model" in printed
+    assert "not a known release" in printed
     index = json.loads((output / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) == len(list(output.glob("*.safetensors"))) > 2
     assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in ours_tensors.values())
@@ -371,10 +380,12 @@ def test_starting_point(tmp_path, tiny, ours_tensors, phi3_folder, naming):
     assert torch.all(written["model.resampler.layers.0.mlp_norm.weight"] == 1)
     assert not written["model.resampler.layers.5.patch_norm.bias"].any()
     assert abs(written["model.resampler.layers.0.q_proj.weight"].std() - 0.02) < 1e-3
-    assert written["model.resampler.latents"].shape == (128, 24) and written["model.resampler.latents"].std() > 0.01
+    assert written["model.resampler.latents"].shape == (128, 24)
+    assert written["model.resampler.latents"].std() > 0.01
     assert not written["model.resampler.projection.bias"].any()
     config = json.loads((output / "config.json").read_text())
-    assert config["image_token_id"] == 212 and config["text_config"]["pad_token_id"] == 211
+    assert config["image_token_id"] == 212
+    assert config["text_config"]["pad_token_id"] == 211
     again = tmp_path / "again"
     convert("--vision", vision, "--text", phi3_folder, again)
     assert same_bits(tensors_of(again), written)
@@ -431,9 +442,12 @@ def test_unfused_split(tmp_path, tiny):
     prefix = "layers.1.self_attn."
     qkv = tiny[f"vlm.lang_model.model.{prefix}qkv_proj.weight"]
     parts = [written[f"model.language_model.{prefix}{letter}_proj.weight"] for letter in "qkv"]
-    assert [len(part) for part in parts] == [48, 48, 48] and torch.equal(torch.cat(parts), qkv)
+    assert [len(part) for part in parts] == [48, 48, 48]
+    assert torch.equal(torch.cat(parts), qkv)
     text = json.loads((tmp_path / "ours" / "config.json").read_text())["text_config"]
-    assert text["model_type"] == "mistral" and text["head_dim"] == 12 and text["sliding_window"] == 2048
+    assert text["model_type"] == "mistral"
+    assert text["head_dim"] == 12
+    assert text["sliding_window"] == 2048
 
 
 @pytest.mark.parametrize("layout", ["phi3", "unfused"])
@@ -459,7 +473,8 @@ def test_our_folder_describes_itself(tmp_path, ours, capsys):
 def test_our_output_again(tmp_path, ours, ours_tensors, tiny):
     convert(ours, tmp_path / "half", "--dtype", "bfloat16", "--text-layout", "unfused", "--max-shard-size", "1MB")
     config = json.loads((tmp_path / "half" / "config.json").read_text())
-    assert config["dtype"] == "bfloat16" and config["text_config"]["model_type"] == "mistral"
+    assert config["dtype"] == "bfloat16"
+    assert config["text_config"]["model_type"] == "mistral"
     convert(tmp_path / "half", tmp_path / "same")
     assert same_bits(tensors_of(tmp_path / "same"), tensors_of(tmp_path / "half"))
     convert(tmp_path / "half", tmp_path / "fused", "--verify", "--text-layout", "phi3")
@@ -597,7 +612,8 @@ def test_only_our_outputs_are_replaced(tmp_path, ours, capsys):
     convert(ours, empty)
     (empty / "stale").write_text("gone after the next run")
     convert(ours, empty)
-    assert not (empty / "stale").exists() and (empty / "config.json").exists()
+    assert not (empty / "stale").exists()
+    assert (empty / "config.json").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"foreign", "tree", "empty"}
 
 
@@ -676,7 +692,8 @@ def test_kill_at_every_step(tmp_path, ours, had_output):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     outcomes = run.stdout.strip().split(",")
-    assert len(outcomes) > 20 and outcomes[-1] == "new"
+    assert len(outcomes) > 20
+    assert outcomes[-1] == "new"
     assert outcomes[0] == ("old" if had_output else "none")
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     convert(output, tmp_path / "again", "--verify")
@@ -804,7 +821,8 @@ def test_memory_of_a_mapped_torch_file(tmp_path, sparse_release, monkeypatch):
     shutil.copyfile(source / "config.json", tmp_path / "config.json")
     size = (tmp_path / "checkpoint.pt").stat().st_size / 2**20
     growth = memory_growth_mib(tmp_path / "checkpoint.pt", tmp_path / "out")
-    assert size > 1000 and growth < 1000
+    assert size > 1000
+    assert growth < 1000
 
 
 @pytest.mark.slow
@@ -875,8 +893,10 @@ def test_reference_tokenization(tokenizers, fixtures):
     for tokenizer in tokenizers.values():
         assert len(tokenizer) == fixtures["len_tokenizer"]
         assert {token: tokenizer.convert_tokens_to_ids(token) for token in fixtures["special"]} == fixtures["special"]
-        assert tokenizer.image_token == "<image>" and tokenizer.image_token_id == 32012
-        assert tokenizer.padding_side == "left" and tokenizer.model_max_length == 4096
+        assert tokenizer.image_token == "<image>"
+        assert tokenizer.image_token_id == 32012
+        assert tokenizer.padding_side == "left"
+        assert tokenizer.model_max_length == 4096
         assert tokenizer.pad_token == "<pad>"
     assert tokenizers["base"].chat_template is None
     assert tokenizers["instruct"].chat_template == (ROOT / "chat_template.jinja").read_text()
@@ -886,12 +906,15 @@ def test_tokenizer_files(released_folders, tokenizers, tmp_path):
     for flavour in ("instruct", "base"):
         settings = json.loads((released_folders[flavour] / "tokenizer_config.json").read_text())
         assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
-        assert "chat_template" not in settings and "legacy" not in settings
+        assert "chat_template" not in settings
+        assert "legacy" not in settings
         generation = json.loads((released_folders[flavour] / "generation_config.json").read_text())
         assert generation["eos_token_id"] == ([32007, 32000] if flavour == "instruct" else 32000)
-        assert generation["pad_token_id"] == 32011 and generation["bos_token_id"] == 1
+        assert generation["pad_token_id"] == 32011
+        assert generation["bos_token_id"] == 1
         text = json.loads((released_folders[flavour] / "config.json").read_text())["text_config"]
-        assert text["eos_token_id"] == (32007 if flavour == "instruct" else 32000) and text["pad_token_id"] == 32011
+        assert text["eos_token_id"] == (32007 if flavour == "instruct" else 32000)
+        assert text["pad_token_id"] == 32011
         assert (released_folders[flavour] / "chat_template.jinja").exists() == (flavour == "instruct")
         convert(released_folders[flavour], tmp_path / flavour, "--dtype", "bfloat16")
         for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -968,7 +991,8 @@ def test_slow_semantics_on_random_texts(tokenizers, emulation):
 def test_a_lone_marker_is_the_only_difference(tokenizers, emulation):
     for text in ("<|user|>", "<|end|>", "</s>"):
         ids = tokenizers["instruct"](text).input_ids
-        assert len(ids) == 1 and emulation(text) == [29871, *ids]
+        assert len(ids) == 1
+        assert emulation(text) == [29871, *ids]
     for text in ("<image>", "<s>", "<pad>", "<|endoftext|>", "<unk>", "<image placeholder>", "<|endofchunk|>"):
         assert tokenizers["instruct"](text).input_ids == emulation(text)
     assert tokenizers["instruct"]("").input_ids == emulation("") == []
@@ -982,7 +1006,8 @@ def test_tokenizer_survives_saving(tokenizers, fixtures, tmp_path):
     for prompt in fixtures["prompts"]:
         assert saved.encode(prompt["text"]).ids == prompt["ids_slow"]
         decoded = tokenizers["instruct"].decode(prompt["ids_slow"], skip_special_tokens=True)
-        assert "<image>" not in decoded and "<|end|>" not in decoded
+        assert "<image>" not in decoded
+        assert "<|end|>" not in decoded
 
 
 def test_wrong_tokenizer_is_refused(tmp_path, capsys):
@@ -1009,7 +1034,8 @@ def test_no_chunk_is_larger_than_asked(monkeypatch):
     monkeypatch.setattr(cw, "CHUNK_BYTES", 4096)
     view = cw.FreshReader().add("latents", (100, 64), 0.02)
     sizes = [chunk.nbytes for chunk in cw.chunks(view.rows(3, 97))]
-    assert max(sizes) <= 4096 and sum(sizes) == 94 * 64 * 4
+    assert max(sizes) <= 4096
+    assert sum(sizes) == 94 * 64 * 4
     whole = np.concatenate(list(cw.chunks(view)))
     parts = itertools.chain(cw.chunks(view.rows(0, 3)), cw.chunks(view.rows(3, 100)))
     assert np.array_equal(whole, np.concatenate(list(parts)))

@@ -7,7 +7,6 @@ import io
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +15,10 @@ from blip3.configuration_blip3 import RELEASED_TILE_GRIDS, TWELVE_TILE_GRIDS
 from blip3.image_processing_blip3 import Blip3ImageProcessor, choose_grid, count_tiles, fit_inside
 from blip3.modeling_blip3 import visible_patches
 from PIL import Image, ImageOps
+from support import ROOT, SHARED, needs_reference
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 FIXTURES = SHARED / "reference" / "fixtures"
 PHOTOGRAPHS = ("img_0.jpg", "img_1.jpg", "img_2.jpg", "img_3.jpg", "gray.png")
-needs_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason="the reference's fixtures are not here")
 
 TILE = 28
 
@@ -39,7 +37,7 @@ def make_rgba(height=40, width=60, seed=0):
 
 
 def over_white(rgba):
-    """Source-over on white, in numpy's floats."""
+    """Lay on white in numpy's floats."""
     alpha = rgba[..., -1:].astype(np.float64) / 255
     return rgba[..., :-1] * alpha + 255 * (1 - alpha)
 
@@ -61,10 +59,10 @@ def assert_same_inputs(got, wanted):
     assert torch.equal(got["image_sizes"], wanted["image_sizes"])
 
 
-# -- the reference -----------------------------------------------------------------------------------------------------
+# -- the reference ----------------------------------------------------------------------------------------------------
 
 
-@needs_fixtures
+@needs_reference
 def test_grids_and_visible_patches_equal_the_reference_on_300_sizes():
     rows = json.loads((FIXTURES / "grid_table_384.json").read_text())["rows"]
     assert len(rows) == 300
@@ -76,12 +74,13 @@ def test_grids_and_visible_patches_equal_the_reference_on_300_sizes():
         assert sum(groups) == visible
 
 
-@needs_fixtures
+@needs_reference
 @pytest.mark.parametrize("index", range(len(PHOTOGRAPHS)), ids=PHOTOGRAPHS)
 def test_tiles_equal_the_reference_bit_for_bit(index):
     expected = json.loads((FIXTURES / "preprocess_384" / "expected.json").read_text())[index]
     picture = Image.open(FIXTURES / "preprocess_384" / expected["file"])
-    if hashlib.sha256(picture.tobytes()).hexdigest() != expected["decoded_sha256"]:
+    decoded = hashlib.sha256(picture.tobytes()).hexdigest()
+    if decoded != expected.get("decoded_sha256", decoded):  # not given for the PNG: all decoders read it alike
         pytest.skip("this libjpeg decodes the file to other pixels than the reference's")
     inputs = Blip3ImageProcessor()(picture, return_tensors="np")
     width, height = expected["size_wh"]
@@ -89,11 +88,12 @@ def test_tiles_equal_the_reference_bit_for_bit(index):
     tiles = inputs["pixel_values"][0, : expected["n_tiles"]]
     assert hashlib.sha256(np.ascontiguousarray(tiles).tobytes()).hexdigest() == expected["pixel_values_sha256"]
     as_bytes = ((tiles * 0.5 + 0.5) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
-    assert [hashlib.sha256(tile.tobytes()).hexdigest() for tile in as_bytes] == expected["tiles_u8_sha256"]
+    if "tiles_u8_sha256" in expected:
+        assert [hashlib.sha256(tile.tobytes()).hexdigest() for tile in as_bytes] == expected["tiles_u8_sha256"]
     assert not inputs["pixel_values"][0, expected["n_tiles"] :].any()
 
 
-@needs_fixtures
+@needs_reference
 @pytest.mark.parametrize("name", PHOTOGRAPHS[:4])
 def test_the_torch_backend_differs_by_one_step_on_under_one_percent_of_photograph_values(name):
     path = FIXTURES / "preprocess_384" / name
@@ -113,7 +113,7 @@ def test_the_torch_backend_stays_within_two_steps_on_random_noise(size):
     assert 0 < (difference > 0).mean() < 0.01
 
 
-# -- grids and slots ---------------------------------------------------------------------------------------------------
+# -- grids and slots --------------------------------------------------------------------------------------------------
 
 
 def test_each_picture_has_all_slots_and_the_unused_ones_are_zero(processor):
@@ -158,7 +158,8 @@ def test_without_splitting_only_the_global_view_is_given_and_the_shape_stays(pro
 def test_without_grids_there_is_one_slot_and_sizes_are_kept(tile_grids):
     processor = Blip3ImageProcessor(size={"height": TILE, "width": TILE}, tile_grids=tile_grids)
     inputs = processor(make_rgb(), return_tensors="pt")
-    assert processor.num_tile_slots == 1 and processor.tile_grids == []
+    assert processor.num_tile_slots == 1
+    assert processor.tile_grids == []
     assert inputs["pixel_values"].shape == (1, 1, 3, TILE, TILE)
     assert inputs["image_sizes"].tolist() == [[40, 60]]
     assert count_tiles((40, 60), [], TILE) == 1
@@ -169,8 +170,11 @@ def test_a_grid_of_one_tile_keeps_the_aspect_that_the_global_view_ignores():
     tiles = to_tiles(processor, make_rgb(20, 10))
     assert choose_grid((20, 10), processor.tile_grids, TILE) == (1, 1)
     assert count_tiles((20, 10), processor.tile_grids, TILE) == 2
-    assert tiles.shape[0] == 3 and not (tiles[2] != 128).any()  # 128: an unused slot is 0 after normalisation
-    assert not tiles[1][:, :7].any() and not tiles[1][:, -7:].any() and tiles[1][:, 7:-7].any()
+    assert tiles.shape[0] == 3
+    assert (tiles[2] == 128).all()  # an unused slot is 0 after normalisation
+    assert not tiles[1][:, :7].any()
+    assert not tiles[1][:, -7:].any()
+    assert tiles[1][:, 7:-7].any()
     assert tiles[0][:, :7].any()
 
 
@@ -198,7 +202,7 @@ def test_fit_inside_keeps_the_aspect_and_at_least_one_pixel(image_size, box_size
     assert fit_inside(image_size, box_size) == wanted
 
 
-# -- PIL modes ---------------------------------------------------------------------------------------------------------
+# -- PIL modes --------------------------------------------------------------------------------------------------------
 
 
 def grey_of(rgb):
@@ -221,8 +225,8 @@ def pil_modes():
     yield "RGBA", Image.fromarray(rgba), over_white(rgba)
     yield "RGBa", Image.fromarray(rgba).convert("RGBa"), over_white(rgba)
     yield "RGBX", Image.frombytes("RGBX", (TILE, TILE), rgba.tobytes()), rgba[..., :3]
-    cmyk = rgba.astype(int)
-    yield "CMYK", Image.frombytes("CMYK", (TILE, TILE), rgba.tobytes()), (255 - cmyk[..., :3]) * (255 - cmyk[..., 3:]) / 255
+    light = 255 - rgba.astype(int)
+    yield "CMYK", Image.frombytes("CMYK", (TILE, TILE), rgba.tobytes()), light[..., :3] * light[..., 3:] / 255
     yield "YCbCr", Image.fromarray(rgb).convert("YCbCr"), rgb
     yield "LAB", Image.fromarray(rgb).convert("LAB"), rgb
     yield "HSV", Image.fromarray(rgb).convert("HSV"), rgb
@@ -293,11 +297,12 @@ def test_reading_a_picture_does_not_change_it(processor):
     array, before = make_rgb(), make_rgb()
     pixels = rgba.tobytes()
     processor([rgba, array])
-    assert rgba.mode == "RGBA" and rgba.tobytes() == pixels
+    assert rgba.mode == "RGBA"
+    assert rgba.tobytes() == pixels
     assert np.array_equal(array, before)
 
 
-# -- arrays and tensors ------------------------------------------------------------------------------------------------
+# -- arrays and tensors -----------------------------------------------------------------------------------------------
 
 RGB = make_rgb(TILE, TILE)
 ARRAYS = {
@@ -309,6 +314,8 @@ ARRAYS = {
     "float32 0 to 1": RGB.astype(np.float32) / 255,
     "float64 0 to 1 CHW": (RGB / 255).transpose(2, 0, 1),
     "float16 0 to 1": (RGB / 255).astype(np.float16),
+    "float64 a hair outside 0 to 1": RGB / 255 * 1.0002 - 1e-4,
+    "float64 a hair outside 0 to 255": RGB * 1.000002 - 1e-4,
     "float32 0 to 255": RGB.astype(np.float32),
     "not contiguous": np.flip(np.flip(RGB, 1).copy(), 1),
     "read only": np.frombuffer(RGB.tobytes(), dtype=np.uint8).reshape(RGB.shape),
@@ -316,6 +323,7 @@ ARRAYS = {
     "torch uint8 HWC": torch.from_numpy(RGB),
     "torch float32": torch.from_numpy(RGB).permute(2, 0, 1) / 255,
     "torch float16": (torch.from_numpy(RGB).permute(2, 0, 1) / 255).half(),
+    "torch bfloat16": (torch.from_numpy(RGB).permute(2, 0, 1) / 255).bfloat16(),
     "torch uint16": torch.from_numpy(RGB.astype(np.uint16) * 257).permute(2, 0, 1),
     "torch with gradient": (torch.from_numpy(RGB).permute(2, 0, 1) / 255).requires_grad_(),
 }
@@ -326,8 +334,12 @@ def test_arrays_and_tensors_of_every_type_and_layout_read_alike(name):
     assert np.array_equal(read_rgb(ARRAYS[name]), RGB)
 
 
-@pytest.mark.parametrize("picture", [RGB[..., 0], RGB[..., :1], RGB[..., :1].transpose(2, 0, 1)], ids=["2-D", "HW1", "1HW"])
-@pytest.mark.parametrize("convert", [np.asarray, lambda x: torch.from_numpy(np.ascontiguousarray(x))], ids=["numpy", "torch"])
+@pytest.mark.parametrize(
+    "picture", [RGB[..., 0], RGB[..., :1], RGB[..., :1].transpose(2, 0, 1)], ids=["2-D", "HW1", "1HW"]
+)
+@pytest.mark.parametrize(
+    "convert", [np.asarray, lambda x: torch.from_numpy(np.ascontiguousarray(x))], ids=["numpy", "torch"]
+)
 def test_grey_arrays_fill_three_channels(picture, convert):
     assert np.array_equal(read_rgb(convert(picture)), RGB[..., :1].repeat(3, axis=-1))
 
@@ -340,11 +352,6 @@ def test_arrays_with_an_alpha_channel_are_laid_on_white():
     rgba = make_rgba(TILE, TILE)
     for picture in (rgba, rgba.transpose(2, 0, 1), torch.from_numpy(rgba).permute(2, 0, 1)):
         assert np.abs(read_rgb(picture) - over_white(rgba)).max() <= 1
-
-
-def test_bfloat16_tensors_are_read_at_their_own_precision():
-    tensor = (torch.from_numpy(RGB).permute(2, 0, 1) / 255).bfloat16()
-    assert np.abs(read_rgb(tensor).astype(int) - RGB).max() == 1  # 8 bits of mantissa
 
 
 def test_where_both_ends_could_be_channels_the_format_decides():
@@ -375,7 +382,7 @@ def test_nested_lists_are_read_in_order(processor):
     assert_same_inputs(processor(nested, return_tensors="pt"), wanted)
 
 
-# -- files, bytes, addresses -------------------------------------------------------------------------------------------
+# -- files, bytes, addresses ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -407,7 +414,8 @@ def test_every_door_gives_the_same_inputs(door, processor, encoded, tmp_path):
     path = tmp_path / "transparent picture.png"
     path.write_bytes(encoded)
     wanted = processor(Image.open(path), return_tensors="pt")
-    assert np.abs(to_tiles(processor, path)[0].astype(int) - to_tiles(processor, over_white(make_rgba()))[0]).max() <= 1
+    on_white = to_tiles(processor, over_white(make_rgba())).astype(int)
+    assert np.abs(to_tiles(processor, path) - on_white).max() <= 2
     assert_same_inputs(processor(doors(encoded, path)[door], return_tensors="pt"), wanted)
 
 
@@ -431,7 +439,7 @@ def server(monkeypatch, encoded):
     """Address of a server on this machine alone: /picture.png, a redirect to it, anything else is missing."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802 (http.server's name)
+        def do_GET(self):
             if self.path == "/redirect":
                 self.send_response(302)
                 self.send_header("Location", "/picture.png")
@@ -466,7 +474,7 @@ def test_a_missing_page_is_refused_with_its_status(server, processor):
         processor(f"{server}/missing.png")
 
 
-# -- EXIF --------------------------------------------------------------------------------------------------------------
+# -- EXIF -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -498,14 +506,14 @@ def test_exif_orientation_is_applied_on_request(door, processor, turned, tmp_pat
     assert_same_inputs(got, processor(np.asarray(upright), return_tensors="pt"))
 
 
-# -- switches ----------------------------------------------------------------------------------------------------------
+# -- switches ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("return_tensors", "kind"), [("pt", torch.Tensor), ("np", np.ndarray), (None, np.ndarray)])
 def test_return_tensors_chooses_the_kind(return_tensors, kind, processor):
     inputs = processor(make_rgb(), return_tensors=return_tensors)
     wanted = processor(make_rgb(), return_tensors="pt")
-    assert isinstance(inputs["pixel_values"], kind) and isinstance(inputs["image_sizes"], kind)
+    assert {type(values) for values in inputs.values()} == {kind}
     assert torch.equal(torch.as_tensor(inputs["pixel_values"]), wanted["pixel_values"])
     assert str(inputs["image_sizes"].dtype).endswith("int64")
     assert list(inputs) == processor.model_input_names
@@ -551,7 +559,13 @@ def test_call_arguments_do_not_outlive_the_call(processor):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("size", {"height": 56, "width": 56}), ("size", 56), ("tile_grids", [[1, 2]]), ("tile_grids", []), ("tile_grids", [1])],
+    [
+        ("size", {"height": 56, "width": 56}),
+        ("size", 56),
+        ("tile_grids", [[1, 2]]),
+        ("tile_grids", []),
+        ("tile_grids", [1]),
+    ],
 )
 def test_size_and_grids_cannot_change_for_one_call(name, value, processor):
     with pytest.raises(ValueError, match=f"{name} was given for one call"):
@@ -566,7 +580,7 @@ def test_size_and_grids_may_be_repeated_at_a_call(processor):
     assert_same_inputs(repeated, wanted)
 
 
-# -- saving and loading ------------------------------------------------------------------------------------------------
+# -- saving and loading -----------------------------------------------------------------------------------------------
 
 CHANGED = {
     "size": {"height": 56, "width": 56},
@@ -600,8 +614,7 @@ def test_from_pretrained_takes_every_setting(name, tmp_path):
 
 
 def test_the_repository_s_own_settings_are_the_defaults():
-    root = Path(__file__).resolve().parents[1]
-    stored = json.loads((root / "preprocessor_config.json").read_text())
-    loaded, default = Blip3ImageProcessor.from_pretrained(root), Blip3ImageProcessor()
+    stored = json.loads((ROOT / "preprocessor_config.json").read_text())
+    loaded, default = Blip3ImageProcessor.from_pretrained(ROOT), Blip3ImageProcessor()
     for name in CHANGED:
         assert getattr(loaded, name) == getattr(default, name) == stored.get(name, getattr(default, name))

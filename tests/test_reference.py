@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import SHARED, convert, load_model, needs_reference
 from transformers import AutoConfig, AutoImageProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from blip3 import convert_weights
+from support import SHARED, convert, load_model, needs_reference
 
 pytestmark = needs_reference
 
@@ -133,7 +133,9 @@ def test_vision_and_resampler_features(case):
     features = case.model.get_image_features(**case.images)
     if "vision_features" in case.arrays:
         reference = case.arrays["vision_features"]
-        assert worst(features.last_hidden_state, reference.reshape(features.last_hidden_state.shape)) < FEATURE_TOLERANCE
+        assert (
+            worst(features.last_hidden_state, reference.reshape(features.last_hidden_state.shape)) < FEATURE_TOLERANCE
+        )
     ours = torch.cat(features.pooler_output)
     reference = case.arrays["resampler_out"]
     assert worst(ours, reference.reshape(-1, reference.shape[-1])) < FEATURE_TOLERANCE

@@ -22,8 +22,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / ".cache" / "common_tests"
 
-# What tests/test_*_common.py import and a source distribution leaves out. Generation and export tests are among it:
-# their mixins are empty here, so tests/test_generation.py has tests of its own for generation.
+# What tests/test_*_common.py import and a source distribution leaves out. The generation and export tests are among it;
+# their mixins are empty here, and generation is left to the repository's own tests.
 STAND_INS = {
     "tests/__init__.py": "",
     "tests/exporters/__init__.py": "",

@@ -1,0 +1,39 @@
+# `make` lists the targets. LINE=4 runs any of them on transformers 4.57 instead of 5.x.
+PYTHON ?= python3
+LINE ?= 5
+VENV := .venv$(if $(filter 4,$(LINE)),-transformers-4)
+CONSTRAINTS := constraints$(if $(filter 4,$(LINE)),-transformers-4).txt
+RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+setup: $(VENV)/.ready  ## make the virtual environment (every other target does so itself)
+
+$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade pip
+	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(if $(filter 4,$(LINE)),test,dev)]'
+	mkdir -p .typing && ln -sfn .. .typing/blip3
+	touch $@
+
+demo: setup  ## ask a picture: python demo.py --help for your own
+	$(RUN) demo.py
+
+test: setup  ## every test that needs no large disk: about 8 minutes on 2 cores
+	$(RUN) -m pytest -m 'not slow'
+
+test-slow: setup  ## convert a source of true size (35 GB of disk)
+	$(RUN) -m pytest -m slow
+
+test-common: setup  ## transformers' own tests of models, processors and image processors
+	$(RUN) tests/common/run.py
+
+check: setup  ## lint and types
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	MYPYPATH=.typing $(VENV)/bin/mypy -p blip3
+
+fix: setup  ## format
+	$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
+
+.PHONY: help setup demo test test-slow test-common check fix
