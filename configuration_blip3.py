@@ -11,6 +11,7 @@ Sizes are (height, width) in pixels and grids are (rows, columns) in tiles, ever
 """
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -169,7 +170,7 @@ class Blip3Config(PretrainedConfig):
         if vision.image_size < vision.patch_size:
             raise ValueError(
                 f"vision_config has image_size {vision.image_size} and patch_size {vision.patch_size}, but a tile "
-                "must hold at least one patch. The two were probably swapped: set image_size to the tile's side in pixels."
+                "must hold at least one patch. The two were probably swapped: set image_size to the side in pixels."
             )
         if vision.hidden_size != resampler.hidden_size:
             raise ValueError(
@@ -233,7 +234,7 @@ def _build_sub_config(name: str, sub_config: Any, default: dict) -> PretrainedCo
     return CONFIG_MAPPING[model_type](**values)
 
 
-def _check_keys(name: str, kwargs: dict, known: dict, refuse_all: bool) -> None:
+def _check_keys(name: str, kwargs: dict, known: Mapping[str, Any], refuse_all: bool) -> None:
     """Refuse keys that look like ours misspelt, and with `refuse_all` any key transformers does not define either."""
     standard = set(PretrainedConfig().to_dict()) | {
         "attn_implementation",
@@ -258,16 +259,53 @@ def _check_keys(name: str, kwargs: dict, known: dict, refuse_all: bool) -> None:
 
 # Keys that transformers 4.57 writes into every configuration and 5.x no longer defines.
 LEGACY_CONFIG_KEYS = frozenset(
-    (
-        "add_cross_attention bad_words_ids begin_suppress_tokens bos_token_id cross_attention_hidden_size "
-        "decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size eos_token_id "
-        "exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id is_decoder "
-        "length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences "
-        "output_scores pad_token_id prefix pruned_heads quantization_config remove_invalid_values repetition_penalty "
-        "return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss "
-        "tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torchscript typical_p use_bfloat16 "
-        "use_cache"
-    ).split()  # noqa: SIM905 - a list of 50 strings reads worse
+    {
+        "add_cross_attention",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "bos_token_id",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "eos_token_id",
+        "exponential_decay_length_penalty",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "is_decoder",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_scores",
+        "pad_token_id",
+        "prefix",
+        "pruned_heads",
+        "quantization_config",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "sep_token_id",
+        "suppress_tokens",
+        "task_specific_params",
+        "temperature",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tie_word_embeddings",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torchscript",
+        "typical_p",
+        "use_bfloat16",
+        "use_cache",
+    }
 )
 
 

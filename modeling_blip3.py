@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
@@ -51,7 +51,7 @@ class Blip3ModelOutputWithPast(BaseModelOutputWithPast):
         image_hidden_states: image features (n, E) of all pictures, end to end; None without pictures.
     """
 
-    image_hidden_states: torch.FloatTensor | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
@@ -67,12 +67,12 @@ class Blip3CausalLMOutputWithPast(ModelOutput):
         image_hidden_states: image features (n, E) of all pictures, end to end; None without pictures.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     past_key_values: Any = None
-    hidden_states: tuple[torch.FloatTensor] | None = None
-    attentions: tuple[torch.FloatTensor] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.Tensor] | None = None
+    attentions: tuple[torch.Tensor] | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 # -- which patches the resampler sees ---------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def visible_patches(
     )
     stitched = tiles.transpose(1, 2).reshape(rows * patches_per_side, columns * patches_per_side)
     is_visible = torch.zeros_like(stitched, dtype=torch.bool)
-    (top, bottom), (left, right) = _unpadded_region(image_size, tuple(stitched.shape))
+    (top, bottom), (left, right) = _unpadded_region(image_size, (stitched.shape[0], stitched.shape[1]))
     is_visible[top:bottom, left:right] = True
     if token_sampling == "fixed":
         return (torch.cat([global_view, stitched[is_visible]]),)
@@ -212,11 +212,11 @@ class Blip3ResamplerLayer(GradientCheckpointingLayer):
 class Blip3PreTrainedModel(PreTrainedModel):
     """What transformers and accelerate must know of every BLIP-3 module."""
 
-    config_class = Blip3Config
+    config_class: type[PretrainedConfig] = Blip3Config
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Blip3ResamplerLayer"]
+    _no_split_modules: list[str] | set[str] = ["Blip3ResamplerLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -412,7 +412,7 @@ class Blip3Model(Blip3PreTrainedModel):
             return settings.num_latents
         return settings.num_latents * count_tiles(image_size, self.config.tile_grids, self.config.tile_size)
 
-    def find_image_tokens(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    def find_image_tokens(self, input_ids: torch.Tensor | None, inputs_embeds: Any) -> torch.Tensor:
         """(B, L) bool, True on image tokens; found by their embedding when there are no ids."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
@@ -547,7 +547,7 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = Blip3Model(config)
         text_config = config.text_config
-        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head: nn.Module = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
         self._prune_no_split_modules()
 

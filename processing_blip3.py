@@ -32,7 +32,7 @@ ANSWER_START, ANSWER_END = "<|assistant|>", "<|end|>"
 IGNORE_INDEX = -100
 
 
-class Blip3ProcessorKwargs(ProcessingKwargs, total=False):
+class Blip3ProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """Call arguments by part; transformers 4.57 passes on only what is declared here."""
 
     images_kwargs: Blip3ImageProcessorKwargs
@@ -127,15 +127,15 @@ class Blip3Processor(ProcessorMixin):
 
     def _check_layout(self, images: Any, text: Any) -> tuple[Any, list[str] | None]:
         """Normalise the two inputs and compare pictures with `<image>` row by row."""
+        is_nested = isinstance(images, list | tuple) and all(isinstance(row, list | tuple) for row in images)
+        counts = [len(row) for row in images] if is_nested else []
+        if is_nested and not any(counts):
+            images, is_nested = None, False
         if images is None and text is None:
             raise ValueError(
                 "The processor was called without images and without text but needs at least one of them. The "
-                "argument was probably misnamed: write processor(images=..., text=...)."
+                "argument was probably misnamed or empty: write processor(images=..., text=...)."
             )
-        is_nested = isinstance(images, list | tuple) and all(isinstance(row, list | tuple) for row in images)
-        counts = [len(row) for row in images] if is_nested else None
-        if is_nested and not any(counts):
-            images, counts = None, None
         if text is None:
             return images, None
         text = [text] if isinstance(text, str) else list(text)
@@ -146,9 +146,9 @@ class Blip3Processor(ProcessorMixin):
             )
         text = [re.sub(f"{IMAGE_TOKEN}(?:{IMAGE_FILLER})+", IMAGE_TOKEN, prompt) for prompt in text]
         slots = [prompt.count(IMAGE_TOKEN) for prompt in text]
-        if counts is None:
+        if not is_nested:
             counts = [0 if images is None else self._count_flat(images)]
-        if counts != slots and ((is_nested and images is not None) or sum(counts) != sum(slots)):
+        if counts != slots and (is_nested or sum(counts) != sum(slots)):
             raise ValueError(
                 f"The prompts hold {slots} {IMAGE_TOKEN} tokens row by row but {counts} pictures were given. Each "
                 f"picture needs exactly one {IMAGE_TOKEN} in its own row. A picture was probably forgotten, or given "

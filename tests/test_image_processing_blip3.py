@@ -205,11 +205,6 @@ def test_fit_inside_keeps_the_aspect_and_at_least_one_pixel(image_size, box_size
 # -- PIL modes --------------------------------------------------------------------------------------------------------
 
 
-def grey_of(rgb):
-    """ITU-R 601-2 luma as PIL documents it."""
-    return (rgb @ np.array([299, 587, 114]) / 1000)[..., None].repeat(3, axis=-1)
-
-
 def pil_modes():
     """Name, picture of TILE x TILE pixels, and the RGB it shows, computed without PIL's conversion to RGB."""
     rgb, rgba = make_rgb(TILE, TILE), make_rgba(TILE, TILE, seed=1)

@@ -5,7 +5,7 @@ Without run.py nothing is collected here, because transformers' `tests` package 
 """
 
 import os
-from collections import Counter
+from collections.abc import Generator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -50,8 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
-    """Count a listed test that skips itself as stale."""
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a listed test that skips itself: its entry is stale."""
     report = yield
     if report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("xfail"):
         report.outcome, report.longrepr = "failed", "stale entry of skips.py: the test skips itself, remove the entry"
@@ -68,9 +68,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for name, reason in own:
         terminalreporter.line(f"{name}: {reason}")
     skipped = terminalreporter.stats.get("skipped", [])
-    reasons = Counter((_name(report.nodeid), _skip_reason(report)) for report in skipped)
     terminalreporter.section(f"{len(skipped)} skipped by transformers' own decorators and checks")
-    for (name, reason), _ in sorted(reasons.items(), key=lambda entry: entry[0][::-1]):
+    for reason, name in sorted((_skip_reason(report), _name(report.nodeid)) for report in skipped):
         terminalreporter.line(f"{name}: {reason}")
 
 

@@ -2,11 +2,12 @@
 """Make BLIP-3 a model that transformers knows by name, as its common tests expect of a model in its own tree."""
 
 import transformers
+from transformers.models.auto import modeling_auto
+
 from blip3.configuration_blip3 import Blip3Config
 from blip3.image_processing_blip3 import Blip3ImageProcessor
 from blip3.modeling_blip3 import Blip3ForConditionalGeneration, Blip3Model
 from blip3.processing_blip3 import Blip3Processor
-from transformers.models.auto import modeling_auto
 
 TRANSFORMERS_LINE = int(transformers.__version__.split(".")[0])
 

@@ -16,14 +16,15 @@ import sys
 import tarfile
 import tempfile
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / ".cache" / "common_tests"
 
-# What tests/test_*_common.py import and a source distribution leaves out. The generation and export tests are among it;
-# their mixins are empty here, and generation is left to the repository's own tests.
+# What tests/test_*_common.py import and a source distribution leaves out. The generation and export tests are among
+# it; their mixins are empty here, and generation is left to the repository's own tests.
 STAND_INS = {
     "tests/__init__.py": "",
     "tests/exporters/__init__.py": "",
@@ -61,13 +62,13 @@ def fetch_source(release: str) -> Path:
     archive = folder / f"transformers-{release}.tar.gz"
     if not archive.exists():
         with tempfile.TemporaryDirectory(dir=folder) as download:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
             command += ["--no-binary", "transformers", "--dest", download, f"transformers=={release}"]
             if subprocess.run(command, check=False).returncode or not (Path(download) / archive.name).exists():
                 raise RuntimeError(
-                    f"pip did not fetch {archive.name}, which holds the tests of the installed transformers {release}. "
-                    f"The package index is probably out of reach, or pip or setuptools is missing from this "
-                    f"environment: see pip's message above, or put the file into {folder.relative_to(ROOT)}."
+                    f"pip did not fetch {archive.name}, which holds the tests of the installed transformers "
+                    f"{release}. The package index is probably out of reach, or this environment has no pip: see the "
+                    f"message above, or put the file into {folder.relative_to(ROOT)}."
                 )
             (Path(download) / archive.name).rename(archive)
     return archive
@@ -91,10 +92,11 @@ def unpack(archive: Path) -> Path:
 
 def package_path() -> list[str]:
     """Folders to put on the path so that `blip3` is this repository; none where it is installed from here."""
-    probe = "import pathlib, blip3.configuration_blip3 as c; print(pathlib.Path(c.__file__).resolve().parent)"
-    with tempfile.TemporaryDirectory() as elsewhere:
-        found = subprocess.run([sys.executable, "-c", probe], cwd=elsewhere, capture_output=True, text=True, check=False)
-    if found.stdout.strip() == str(ROOT):
+    try:
+        installed = find_spec("blip3.configuration_blip3")
+    except ModuleNotFoundError:
+        installed = None
+    if installed is not None and Path(installed.origin).resolve().parent == ROOT:
         return []
     link = CACHE / "path" / "blip3"
     link.parent.mkdir(parents=True, exist_ok=True)

@@ -6,11 +6,12 @@ from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
-from blip3.configuration_blip3 import Blip3Config
-from blip3.modeling_blip3 import Blip3ForConditionalGeneration, Blip3Model, Blip3PreTrainedModel
 from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
+
+from blip3.configuration_blip3 import Blip3Config
+from blip3.modeling_blip3 import Blip3ForConditionalGeneration, Blip3Model, Blip3PreTrainedModel
 
 TILE_SIZE, PATCH_SIZE, NUM_LATENTS = 12, 4, 4
 

@@ -7,13 +7,14 @@ import unittest
 from pathlib import Path
 from typing import Any, ClassVar
 
-from blip3.image_processing_blip3 import Blip3ImageProcessor
-from blip3.processing_blip3 import Blip3Processor
 from registration import TRANSFORMERS_LINE
 from tests.test_image_processing_common import ImageProcessingTestMixin, prepare_image_inputs
 from tests.test_processing_common import ProcessorTesterMixin
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from blip3.image_processing_blip3 import Blip3ImageProcessor
+from blip3.processing_blip3 import Blip3Processor
 
 CHAT_TEMPLATE = (Path(__file__).resolve().parents[2] / "chat_template.jinja").read_text(encoding="utf-8")
 MARKERS = ["<|endoftext|>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<image>"]
@@ -21,12 +22,14 @@ TILE_SIZE, NUM_LATENTS = 28, 4
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of some hundred tokens with Phi-3's markers; it knows the template's words, so prompts are short."""
+    """A byte-level BPE with Phi-3's markers, trained on the template so that prompts keep to the tests' lengths."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=800, special_tokens=MARKERS, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=800, special_tokens=MARKERS, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator([CHAT_TEMPLATE] * 2, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -85,7 +88,7 @@ class Blip3ImageProcessingTester:
         self.parent = parent
 
     def prepare_image_processor_dict(self) -> dict[str, Any]:
-        """Arguments of the image processor, none at its default."""
+        """Arguments of the image processor, other than its defaults."""
         return {
             "size": {"height": TILE_SIZE, "width": TILE_SIZE},
             "tile_grids": [[1, 2], [2, 1], [2, 2]],
