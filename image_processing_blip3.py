@@ -96,7 +96,7 @@ def fit_inside(image_size: tuple[int, int], box_size: tuple[int, int]) -> tuple[
     return box_height, min(math.ceil(width * scale_height), box_width)
 
 
-class Blip3ImageProcessorKwargs(ImagesKwargs, total=False):
+class Blip3ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """What may be set per call or at `from_pretrained`, beside transformers' own image arguments.
 
     Attributes:
@@ -201,6 +201,12 @@ class Blip3ImageProcessor(BaseImageProcessor):
     def num_tile_slots(self) -> int:
         """T, tiles of the largest grid and the global view: constant, so that any two batches concatenate."""
         return 1 + max((rows * columns for rows, columns in self.tile_grids), default=0)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of the tiles a picture of (height, width) pixels is cut into; (0, 0) without tiles."""
+        if not (self.do_image_splitting and self.tile_grids):
+            return (0, 0)
+        return choose_grid((height, width), self.tile_grids, self.tile_size)
 
     def image_size_for_model(self, height: int, width: int, do_image_splitting: bool | None = None) -> tuple[int, int]:
         """The `image_sizes` row of a picture of (height, width) pixels."""
