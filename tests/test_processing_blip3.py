@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text and pictures to model inputs: the chat template, token ids, labels, batches, saving.
 
-Most tests use the tiny repository. Those that need the released tokenizer convert its small files with tiny weights and
-compare with token ids recorded from the reference.
+Most tests use the tiny repository. Those that need the released tokenizer convert its small files with tiny weights
+and compare with token ids recorded from the reference.
 """
 
 import json
@@ -17,10 +17,10 @@ import pytest
 import torch
 from jinja2.exceptions import TemplateError
 from safetensors.torch import load_file, save_file
-from support import IS_TRANSFORMERS_5, SHARED, convert, draw_picture, needs_reference
 from transformers import AutoProcessor
 
 from blip3.random_checkpoint import NUM_LATENTS, VOCAB_ROWS, write_release_layout
+from support import IS_TRANSFORMERS_5, SHARED, convert, draw_picture, needs_reference
 
 FIXTURE = SHARED / "reference" / "fixtures" / "tokenization.json"
 RELEASE = SHARED / "reference" / "release" / "xgen-mm-phi3-mini-base-r-v1.5"
@@ -50,7 +50,7 @@ def tokenize(processor, messages: list, processor_kwargs: dict | None = None, **
     )
 
 
-# -- the chat template -------------------------------------------------------------------------------------------------
+# -- the chat template ------------------------------------------------------------------------------------------------
 
 RENDERED = {
     "string content": ([message("user", "What is 2+2?")], SYSTEM + "<|user|>\nWhat is 2+2?<|end|>\n"),
@@ -126,8 +126,11 @@ def test_template_writes_each_conversation_of_a_batch(processor):
     [
         pytest.param([message("user", "a"), message("tool", "b")], "role tool", id="role"),
         pytest.param([message("user", {"type": "video"}, part("a"))], "type video", id="part of a question"),
-        pytest.param([message("system", {"type": "audio"}), message("user", "a")], "type audio", id="part of a system prompt"),
-        pytest.param([message("user", "a"), message("assistant", {"type": "audio"})], "type audio", id="part of an answer"),
+        pytest.param(
+            [message("system", {"type": "audio"}), message("user", "a")], "type audio", id="part of a system"
+        ),
+        pytest.param([message("user", "a"), message("assistant", {"type": "audio"})], "type audio", id="of an answer"),
+        pytest.param([message("user", "a"), message("assistant", IMAGE)], "type image", id="picture in an answer"),
     ],
 )
 def test_template_refuses_what_the_model_was_not_trained_on(processor, messages, wrong):
@@ -135,7 +138,7 @@ def test_template_refuses_what_the_model_was_not_trained_on(processor, messages,
         render(processor, messages)
 
 
-# -- the released tokenizer --------------------------------------------------------------------------------------------
+# -- the released tokenizer -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +301,7 @@ def test_base_prompts_with_and_without_fillers_are_one(base_processor, reference
     assert all(torch.equal(with_fillers[name], without[name]) for name in without)
 
 
-# -- batches -----------------------------------------------------------------------------------------------------------
+# -- batches ----------------------------------------------------------------------------------------------------------
 
 PROMPT = "<|user|>\n{}<|end|>\n<|assistant|>\n"
 ROWS = [
@@ -308,6 +311,7 @@ ROWS = [
     ("<image>A red square<|endofchunk|><image>A blue", PICTURES[1:]),
 ]
 TEXTS, IMAGES = [text for text, _ in ROWS], [pictures for _, pictures in ROWS]
+FLAT = [picture for pictures in IMAGES for picture in pictures]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -332,8 +336,8 @@ def test_a_row_of_a_batch_equals_the_row_alone(processor, side):
         else:
             assert "pixel_values" not in alone
         first_picture += len(pictures)
-    assert batch["pixel_values"].shape[0] == first_picture == 6
-    assert batch["image_sizes"].tolist() == [[p.height, p.width] for pictures in IMAGES for p in pictures]
+    assert batch["pixel_values"].shape[0] == first_picture == len(FLAT) == 6
+    assert batch["image_sizes"].tolist() == [[picture.height, picture.width] for picture in FLAT]
     assert len(set(batch["attention_mask"].sum(1).tolist())) == len(ROWS), "equal lengths would show nothing"
 
 
@@ -345,7 +349,7 @@ def test_padding_is_left_by_default(processor):
 
 def test_flat_and_nested_pictures_are_one(processor):
     nested = processor(text=TEXTS, images=IMAGES, padding=True, return_tensors="pt")
-    flat = processor(text=TEXTS, images=sum(IMAGES, []), padding=True, return_tensors="pt")
+    flat = processor(text=TEXTS, images=FLAT, padding=True, return_tensors="pt")
     assert nested.keys() == flat.keys() == {"input_ids", "attention_mask", "pixel_values", "image_sizes"}
     assert all(torch.equal(nested[name], flat[name]) for name in nested)
 
@@ -407,7 +411,7 @@ def test_token_types_mark_the_image_tokens(processor, return_tensors):
 
 
 def test_labels_keep_answers_and_their_end_only(processor):
-    text = "<|user|>\n<image>\nWhat?<|end|>\n<|assistant|>\nA dog.<|end|>\n<|user|>\nSure?<|end|>\n<|assistant|>\nYes.<|end|>\n"
+    text = PROMPT.format("<image>\nWhat?") + "A dog.<|end|>\n" + PROMPT.format("Sure?") + "Yes.<|end|>\n"
     batch = processor(
         text=[text, "How many?"], images=[PICTURES[:1], []], padding=True, return_labels=True, return_tensors="pt"
     )
@@ -418,7 +422,7 @@ def test_labels_keep_answers_and_their_end_only(processor):
     assert (batch["labels"][1] == -100).all()
 
 
-# -- counts ------------------------------------------------------------------------------------------------------------
+# -- counts -----------------------------------------------------------------------------------------------------------
 
 SIZES = [(height, width) for height in (1, 30, 76, 77, 152, 228, 400) for width in (2, 50, 76, 150, 153, 230, 600)]
 
@@ -459,7 +463,7 @@ def test_fixed_sampling_spends_num_latents_a_picture(tiny_repo, processor):
     assert torch.equal(inputs["pixel_values"], pixels)
 
 
-# -- saving ------------------------------------------------------------------------------------------------------------
+# -- saving -----------------------------------------------------------------------------------------------------------
 
 NAMES = ("num_latents", "token_sampling", "image_token", "image_token_id", "chat_template")
 

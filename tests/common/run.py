@@ -96,11 +96,12 @@ def package_path() -> list[str]:
         installed = find_spec("blip3.configuration_blip3")
     except ModuleNotFoundError:
         installed = None
-    if installed is not None and Path(installed.origin).resolve().parent == ROOT:
+    if installed and installed.origin and Path(installed.origin).resolve().parent == ROOT:
         return []
     link = CACHE / "path" / "blip3"
     link.parent.mkdir(parents=True, exist_ok=True)
-    if not link.is_symlink():
+    if link.resolve() != ROOT:  # none yet, or the repository was moved
+        link.unlink(missing_ok=True)
         link.symlink_to(ROOT, target_is_directory=True)
     return [str(link.parent)]
 
@@ -113,8 +114,8 @@ def offline_environment(tree: Path) -> dict[str, str]:
         "BLIP3_COMMON_TESTS": "1",  # conftest.py collects nothing without it
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(CACHE / "hf_home"),
-        "NO_PROXY": "localhost,127.0.0.1",
     }
+    environment |= dict.fromkeys(("NO_PROXY", "no_proxy"), "localhost,127.0.0.1")
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         environment[name] = "http://127.0.0.1:9"  # nobody listens there
     environment.setdefault("TRANSFORMERS_TEST_DEVICE", "cpu")

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensors of BLIP-3 (xGen-MM r-v1.5) by name: the only table from the released names to ours, and their shapes.
+
+In: names, or a config. Out: names, or names with shapes. No file is read and no tensor is needed here.
+Released names are written without their outermost `vlm.` everywhere.
+"""
+
+import re
+from collections.abc import Iterable
+
+Pairs = tuple[tuple[str, str], ...]
+Shapes = dict[str, tuple[int, ...]]
+
+PREFIXES: Pairs = (
+    ("vision_encoder.", "model.vision_tower.vision_model."),
+    ("vision_tokenizer.", "model.resampler."),
+    ("lang_model.model.", "model.language_model."),
+    ("lang_model.lm_head.", "lm_head."),
+)
+RESAMPLER_PARTS: Pairs = (
+    ("0.norm_media.", "patch_norm."),
+    ("0.norm_latents.", "latent_norm."),
+    ("0.to_q.", "q_proj."),
+    ("0.to_kv.", "kv_proj."),
+    ("0.to_out.", "o_proj."),
+    ("1.0.", "mlp_norm."),
+    ("1.1.", "fc1."),
+    ("1.3.", "fc2."),
+)
+RESAMPLER_LAYER = re.compile(r"(model\.resampler\.layers\.\d+\.)(.+)")
+TIMM_NAMES: Pairs = (
+    ("patch_embed.proj.", "embeddings.patch_embedding."),
+    ("norm1.", "layer_norm1."),
+    ("norm2.", "layer_norm2."),
+    ("attn.proj.", "self_attn.out_proj."),
+    ("norm.", "post_layernorm."),
+)
+EMBEDDING = "lang_model.model.embed_tokens.weight"
+HEAD_WEIGHT, HEAD_BIAS = "lang_model.lm_head.weight", "lang_model.lm_head.bias"
+FOLDED = {
+    EMBEDDING: "lang_model.model.embed_tokens.additional_embedding.weight",
+    HEAD_WEIGHT: "lang_model.lm_head.additional_fc.weight",
+    HEAD_BIAS: "lang_model.lm_head.additional_fc.bias",
+}
+DEAD_ROWS = "dead_rows."  # prefix, in original/unused.safetensors, of rows no token id reaches
+POOLING_HEAD = "vision_encoder.head."
+IMAGE_TOKENS = ("<image>", "<image placeholder>", "<|endofchunk|>")
+
+# sha256 and bytes of the shards, from the pointer files of the releases.
+KNOWN_RELEASES = {
+    "xgen-mm-phi3-mini-base-r-v1.5": {
+        "model-00001-of-00004.safetensors": (
+            "45173ee95995173da1d019e4a66c5506e55f218380e7b8e31c78d53dbe75ced6",
+            4962660968,
+        ),
+        "model-00002-of-00004.safetensors": (
+            "ea05c36d3ff8eb154a24673a2ad4a068b0f35ef53df674501a160e5aa680ea73",
+            4983112136,
+        ),
+        "model-00003-of-00004.safetensors": (
+            "36b1b5c0001ce8a8bc13930b4d613025ad92a708f126948bff2faecd3acae8da",
+            4983112168,
+        ),
+        "model-00004-of-00004.safetensors": (
+            "25c7d1851170158d175cfa105f704daf18dc3f1e2d997a5bc5e8af883b93d2a0",
+            2508236156,
+        ),
+    },
+}
+
+
+def to_ours(name: str) -> str:
+    """Return our name of a released tensor.
+
+    >>> to_ours("vision_tokenizer.layers.2.1.3.weight")
+    'model.resampler.layers.2.fc2.weight'
+    """
+    name = swap_prefix(name, PREFIXES)
+    layer = RESAMPLER_LAYER.fullmatch(name)
+    return layer[1] + swap_prefix(layer[2], RESAMPLER_PARTS) if layer else name
+
+
+def to_released(name: str) -> str:
+    """Return the released name of one of our tensors; the tower's names in transformers 5.x are accepted too.
+
+    >>> to_released("model.resampler.layers.2.fc2.weight")
+    'vision_tokenizer.layers.2.1.3.weight'
+    """
+    tower = "model.vision_tower."
+    if name.startswith(tower) and not name.startswith(tower + "vision_model."):
+        name = tower + "vision_model." + name.removeprefix(tower)
+    layer = RESAMPLER_LAYER.fullmatch(name)
+    if layer:
+        name = layer[1] + swap_prefix(layer[2], _back(RESAMPLER_PARTS))
+    return swap_prefix(name, _back(PREFIXES))
+
+
+def swap_prefix(name: str, pairs: Pairs) -> str:
+    """Replace the first old prefix that fits by its new one; a name that none fits stays."""
+    for old, new in pairs:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _back(pairs: Pairs) -> Pairs:
+    return tuple((new, old) for old, new in pairs)
+
+
+def some(names: Iterable[str]) -> str:
+    """Return up to eight of the names, sorted, for a message."""
+    names = sorted(names)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def expected_shapes(config: dict) -> Shapes:
+    """Return every tensor of a folded checkpoint by its released name.
+
+    Args:
+        config: our config.json, with a phi3 text_config.
+    """
+    text, resampler = config["text_config"], config["resampler_config"]
+    return (
+        _vision_shapes(config["vision_config"]) | _resampler_shapes(resampler, text["hidden_size"]) | _text_shapes(text)
+    )
+
+
+def _vision_shapes(vision: dict) -> Shapes:
+    width, mlp, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
+    positions = (vision["image_size"] // patch) ** 2
+    shapes = {
+        "vision_encoder.embeddings.patch_embedding.weight": (width, vision["num_channels"], patch, patch),
+        "vision_encoder.embeddings.patch_embedding.bias": (width,),
+        "vision_encoder.embeddings.position_embedding.weight": (positions, width),
+    } | _norm("vision_encoder.post_layernorm", width)
+    for layer in range(vision["num_hidden_layers"]):
+        prefix = f"vision_encoder.encoder.layers.{layer}."
+        for name in ("layer_norm1", "layer_norm2"):
+            shapes |= _norm(prefix + name, width)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= {f"{prefix}self_attn.{name}.weight": (width, width), f"{prefix}self_attn.{name}.bias": (width,)}
+        shapes |= {f"{prefix}mlp.fc1.weight": (mlp, width), f"{prefix}mlp.fc1.bias": (mlp,)}
+        shapes |= {f"{prefix}mlp.fc2.weight": (width, mlp), f"{prefix}mlp.fc2.bias": (width,)}
+    return shapes
+
+
+def _resampler_shapes(resampler: dict, text_width: int) -> Shapes:
+    width, mlp = resampler["hidden_size"], resampler["intermediate_size"]
+    inner = resampler["num_attention_heads"] * resampler["head_dim"]
+    shapes = {
+        "vision_tokenizer.latents": (resampler["num_latents"], width),
+        "vision_tokenizer.projection.weight": (text_width, width),
+        "vision_tokenizer.projection.bias": (text_width,),
+    } | _norm("vision_tokenizer.norm", width)
+    for layer in range(resampler["num_hidden_layers"]):
+        prefix = f"vision_tokenizer.layers.{layer}."
+        for name in ("0.norm_media", "0.norm_latents", "1.0"):
+            shapes |= _norm(prefix + name, width)
+        shapes |= {
+            prefix + "0.to_q.weight": (inner, width),
+            prefix + "0.to_kv.weight": (2 * inner, width),
+            prefix + "0.to_out.weight": (width, inner),
+            prefix + "1.1.weight": (mlp, width),
+            prefix + "1.3.weight": (width, mlp),
+        }
+    return shapes
+
+
+def _text_shapes(text: dict) -> Shapes:
+    width, mlp, vocab = text["hidden_size"], text["intermediate_size"], text["vocab_size"]
+    shapes: Shapes = {EMBEDDING: (vocab, width), HEAD_WEIGHT: (vocab, width), HEAD_BIAS: (vocab,)}
+    shapes["lang_model.model.norm.weight"] = (width,)
+    query, key = projection_widths(text)
+    for layer in range(text["num_hidden_layers"]):
+        prefix = f"lang_model.model.layers.{layer}."
+        shapes |= {
+            prefix + "self_attn.qkv_proj.weight": (query + 2 * key, width),
+            prefix + "self_attn.o_proj.weight": (width, query),
+            prefix + "mlp.gate_up_proj.weight": (2 * mlp, width),
+            prefix + "mlp.down_proj.weight": (width, mlp),
+            prefix + "input_layernorm.weight": (width,),
+            prefix + "post_attention_layernorm.weight": (width,),
+        }
+    return shapes
+
+
+def _norm(name: str, width: int) -> Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def projection_widths(text: dict) -> tuple[int, int]:
+    """Return the rows of the query projection and of the key (and value) projection of a text_config."""
+    head_dim = text["hidden_size"] // text["num_attention_heads"]
+    return text["num_attention_heads"] * head_dim, text["num_key_value_heads"] * head_dim
