@@ -30,7 +30,8 @@ from transformers import __version__ as transformers_version
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_blip3 import Blip3Config, Blip3ResamplerConfig
 from .image_processing_blip3 import GLOBAL_VIEW_ONLY, choose_grid, count_tiles
@@ -450,7 +451,7 @@ class Blip3Model(Blip3PreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         mm_encoder_outputs: dict | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Blip3ModelOutputWithPast:
         """Merge pictures into the text and run the decoder.
 
@@ -479,7 +480,7 @@ class Blip3Model(Blip3PreTrainedModel):
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             image_token_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(image_token_mask.unsqueeze(-1), image_features)
-        elif self.training and torch.is_grad_enabled():
+        elif self._must_run_idle_vision(past_key_values):
             inputs_embeds = inputs_embeds + self._idle_vision(inputs_embeds)
         if use_cache is None and self.training:
             use_cache = False
@@ -519,11 +520,19 @@ class Blip3Model(Blip3PreTrainedModel):
             )
         return torch.cat(self.get_image_features(pixel_values, image_sizes, return_dict=True).pooler_output)
 
-    def _idle_vision(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """A zero that depends on every vision parameter, for training batches without pictures.
+    def _must_run_idle_vision(self, past_key_values: Any) -> bool:
+        """Whether a batch without pictures must pass through the vision modules all the same.
 
-        Ranks of a sharded or data-parallel run must call the same modules and produce the same gradients. A frozen
-        tower in one process needs neither, and is left out.
+        In training every trainable parameter needs a gradient. Under FSDP2, which renames the classes it shards, ranks
+        gather weights together: one that skips the vision modules leaves the others waiting, in evaluation too.
+        """
+        is_sharded = type(self.resampler.layers[0]).__name__.startswith("FSDP")
+        return (self.training and torch.is_grad_enabled()) or (is_sharded and past_key_values is None)
+
+    def _idle_vision(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """A zero that depends on every vision parameter.
+
+        A frozen tower in a single process has nothing to gather and no gradient, and is left out.
         """
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         weight = self.resampler.latents
@@ -606,7 +615,7 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Blip3CausalLMOutputWithPast:
         """Predict the next tokens.
 

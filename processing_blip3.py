@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 # transformers 4.57 copies the files named here and no further: what image_processing_blip3 imports must be named too.
 from .configuration_blip3 import TOKEN_SAMPLINGS
@@ -86,20 +86,13 @@ class Blip3Processor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(
-        self,
-        images: Any = None,
-        text: str | list[str] | None = None,
-        videos: Any = None,
-        audio: Any = None,
-        **kwargs: Any,
+        self, images: Any = None, text: str | list[str] | None = None, **kwargs: Unpack[Blip3ProcessorKwargs]
     ) -> BatchFeature:
         """Prepare prompts and their pictures.
 
         Args:
             images: one picture, a flat list in reading order, or one list per row of text (empty for rows without).
             text: one prompt or a list, with one `<image>` per picture.
-            videos: not supported.
-            audio: not supported.
             **kwargs: `return_labels=True` adds `labels` that train on assistant turns only; `return_tensors`,
                 `padding`, `max_length`, `return_mm_token_type_ids` and any image argument as in transformers.
 
@@ -110,7 +103,7 @@ class Blip3Processor(ProcessorMixin):
         Raises:
             ValueError: if pictures and `<image>` do not match row by row, or truncation cut a picture's tokens.
         """
-        if videos is not None or audio is not None:
+        if any(kwargs.pop(name, None) is not None for name in ("videos", "audio")):
             raise ValueError(
                 "BLIP-3 was given video or audio but reads text and images only. The call was probably written for "
                 "another model: pass frames as images, one <image> each."
@@ -150,9 +143,9 @@ class Blip3Processor(ProcessorMixin):
             counts = [0 if images is None else self._count_flat(images)]
         if counts != slots and (is_nested or sum(counts) != sum(slots)):
             raise ValueError(
-                f"The prompts hold {slots} {IMAGE_TOKEN} tokens row by row but {counts} pictures were given. Each "
-                f"picture needs exactly one {IMAGE_TOKEN} in its own row. A picture was probably forgotten, or given "
-                f"to another row: pass one list of pictures per prompt and write {IMAGE_TOKEN} where each belongs."
+                f"The number of {IMAGE_TOKEN} tokens in the prompts should be the same as the number of pictures in "
+                f"each row, but the prompts hold {slots} and {counts} were given. A picture was probably forgotten "
+                f"or given to another row: pass one list of pictures per prompt, one {IMAGE_TOKEN} for each."
             )
         return images, text
 
