@@ -152,13 +152,14 @@ class Blip3Config(PretrainedConfig):
     ):
         self.vision_config = _build_sub_config("vision_config", vision_config, SIGLIP_SO400M_14_384)
         self.text_config = _build_sub_config("text_config", text_config, PHI3_MINI_4K)
-        if resampler_config is None:
-            resampler_config = {}
-        if isinstance(resampler_config, dict):
-            resampler_config = Blip3ResamplerConfig(**resampler_config)
+        if not isinstance(resampler_config, PretrainedConfig):
+            _check_mapping("resampler_config", resampler_config)
+            resampler_config = Blip3ResamplerConfig(**(resampler_config or {}))
         self.resampler_config = resampler_config
         self.image_token_id = image_token_id
-        self.tile_grids = [list(grid) for grid in tile_grids or ()]
+        tile_grids = () if tile_grids is None else tile_grids
+        check_tile_grids(tile_grids)
+        self.tile_grids = [list(grid) for grid in tile_grids]
         self.lm_head_bias = lm_head_bias
         _check_keys("config", kwargs, known=vars(self), refuse_all=False)
         self._validate()
@@ -166,8 +167,7 @@ class Blip3Config(PretrainedConfig):
 
     def _validate(self) -> None:
         vision, resampler, text = self.vision_config, self.resampler_config, self.text_config
-        check_tile_grids(self.tile_grids)
-        if vision.image_size < vision.patch_size:
+        if not 1 <= vision.patch_size <= vision.image_size:
             raise ValueError(
                 f"vision_config has image_size {vision.image_size} and patch_size {vision.patch_size}, but a tile "
                 "must hold at least one patch. The two were probably swapped: set image_size to the side in pixels."
@@ -180,18 +180,17 @@ class Blip3Config(PretrainedConfig):
                 f"{vision.hidden_size}."
             )
         for name, sub_config in (("vision_config", vision), ("text_config", text)):
-            if (
-                sub_config.hidden_size % sub_config.num_attention_heads
-                and getattr(sub_config, "head_dim", None) is None
-            ):
+            num_heads = sub_config.num_attention_heads
+            has_head_dim = getattr(sub_config, "head_dim", None) is not None
+            if num_heads < 1 or (sub_config.hidden_size % num_heads and not has_head_dim):
                 raise ValueError(
                     f"{name}.hidden_size {sub_config.hidden_size} is not a multiple of its num_attention_heads "
-                    f"{sub_config.num_attention_heads}, so heads would have a fractional width. One of the two is "
+                    f"{num_heads}, so heads would have a fractional width. One of the two is "
                     "probably from another model: copy both from the same config.json."
                 )
-        if not 0 <= self.image_token_id < text.vocab_size:
+        if not isinstance(self.image_token_id, int) or not 0 <= self.image_token_id < text.vocab_size:
             raise ValueError(
-                f"image_token_id is {self.image_token_id} but text_config.vocab_size is {text.vocab_size}, so the "
+                f"image_token_id is {self.image_token_id!r} but text_config.vocab_size is {text.vocab_size}, so the "
                 "placeholder has no embedding row. vocab_size probably lacks the added tokens: set it to "
                 "len(tokenizer) and image_token_id to tokenizer.convert_tokens_to_ids('<image>')."
             )
@@ -208,6 +207,11 @@ def check_tile_grids(tile_grids: Any) -> None:
     Raises:
         ValueError: naming the entry at fault.
     """
+    if not isinstance(tile_grids, list | tuple):
+        raise ValueError(
+            f"tile_grids is {tile_grids!r} but must be a list of (rows, columns), or empty for the global view alone. "
+            "A single number was probably given: write for example [[2, 1], [1, 2]]."
+        )
     for index, grid in enumerate(tile_grids):
         is_pair = isinstance(grid, list | tuple) and len(grid) == 2
         if not is_pair or not all(isinstance(side, int) and 1 <= side <= 64 for side in grid):
@@ -221,6 +225,7 @@ def check_tile_grids(tile_grids: Any) -> None:
 def _build_sub_config(name: str, sub_config: Any, default: dict) -> PretrainedConfig:
     if isinstance(sub_config, PretrainedConfig):
         return sub_config
+    _check_mapping(name, sub_config)
     values = dict(default if sub_config is None else sub_config)
     model_type = values.pop("model_type", default["model_type"])
     if model_type not in CONFIG_MAPPING:
@@ -232,6 +237,14 @@ def _build_sub_config(name: str, sub_config: Any, default: dict) -> PretrainedCo
     if model_type == "siglip_vision_model":
         values.setdefault("vision_use_head", False)  # pooled features are never used
     return CONFIG_MAPPING[model_type](**values)
+
+
+def _check_mapping(name: str, values: Any) -> None:
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(
+            f"{name} is {values!r} but must be a configuration, its dict, or None for the released one. A model's "
+            "name was probably given: load it with AutoConfig.from_pretrained first."
+        )
 
 
 def _check_keys(name: str, kwargs: dict, known: Mapping[str, Any], refuse_all: bool) -> None:

@@ -34,7 +34,9 @@ def main() -> None:
         processor = AutoProcessor.from_pretrained(model_folder, trust_remote_code=True)
         model = AutoModelForImageTextToText.from_pretrained(model_folder, trust_remote_code=True, dtype="auto").eval()
         picture = Image.open(args.image).convert("RGB") if args.image else draw_scene()
-        print(f"Loaded {sum(p.numel() for p in model.parameters()):,} parameters in {time.perf_counter() - start:.1f} s.")
+        print(
+            f"Loaded {sum(p.numel() for p in model.parameters()):,} parameters in {time.perf_counter() - start:.1f} s."
+        )
         inputs = prepare(processor, picture, args.question).to(model.dtype)
         parts = describe_parts(processor, picture, inputs)
         print(f"\nQuestion: {args.question}\nAnswer:   ", end="", flush=True)
@@ -68,25 +70,23 @@ def make_random_model(scratch: Path) -> Path:
     return output
 
 
-def prepare(processor, picture: Image.Image, question: str):  # noqa: ANN001
+def prepare(processor, picture: Image.Image, question: str):
     """Turn a question about a picture into model inputs."""
-    messages = [
-        {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}
-    ]
+    messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
     return processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
 
 
 @torch.no_grad()
-def ask(model: torch.nn.Module, processor, inputs, max_new_tokens: int) -> str:  # noqa: ANN001
+def ask(model: torch.nn.Module, processor, inputs, max_new_tokens: int) -> str:
     """Generate and stream the answer."""
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def describe_parts(processor, picture: Image.Image, inputs) -> list[str]:  # noqa: ANN001
+def describe_parts(processor, picture: Image.Image, inputs) -> list[str]:
     """Say what the picture became, in pixels, tiles and tokens."""
     rows, columns = processor.image_processor.grid_of(picture.height, picture.width)
     image_tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
@@ -123,7 +123,7 @@ def draw_scene() -> Image.Image:
     return scene
 
 
-def draw_figure(picture, inputs, processor, question: str, answer: str, notes: list[str]) -> Image.Image:  # noqa: ANN001
+def draw_figure(picture, inputs, processor, question: str, answer: str, notes: list[str]) -> Image.Image:
     """Lay out the picture with its grid, the global view, the tiles and the answer."""
     rows, columns = processor.image_processor.grid_of(picture.height, picture.width)
     tiles = (inputs["pixel_values"][0].float().mul(0.5).add(0.5).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()

@@ -17,16 +17,15 @@ import inspect
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from PIL import __version__ as pillow_version
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import ChannelDimension, PILImageResampling
+from transformers.image_utils import ChannelDimension, PILImageResampling, load_image
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, logging
 
@@ -127,6 +126,7 @@ class Blip3ImageProcessor(BaseImageProcessor):
     a shape could be channels, arrays are taken as (H, W, C) and tensors as (C, H, W); `input_data_format` decides
     otherwise. Transparent pictures are laid on white, 16-bit ones reduced to 8; PIL modes I and I;16 count as 16-bit.
     Arrays of integers hold 0 to 255 (uint16: 0 to 65535), arrays of floats 0 to 1, or 0 to 255 when a value reaches 2.
+    http(s) URLs go through transformers' loader, which turns them upright and drops transparency by itself.
 
     Args:
         size: {"height": S, "width": S}, the tile in pixels; the vision tower's `image_size`.
@@ -184,7 +184,7 @@ class Blip3ImageProcessor(BaseImageProcessor):
         self.do_convert_rgb = do_convert_rgb
         self.do_exif_transpose = do_exif_transpose
         self.max_image_pixels = max_image_pixels
-        _check_settings(vars(self))
+        _check_settings(dict(vars(self)))
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -399,13 +399,12 @@ def _resize_with_torch(image: Image.Image, size: tuple[int, int], resample: int)
 
 def _open_text(text: str) -> Image.Image:
     """Open a file name, URL or base64 text; a file name goes first, since base64 text may look like one."""
-    if text.startswith(("http://", "https://", "data:")):
-        request = Request(text, headers={"User-Agent": "Blip3ImageProcessor"})  # some hosts refuse Python's own
-        with urlopen(request, timeout=URL_TIMEOUT_SECONDS) as response:
-            return Image.open(io.BytesIO(response.read()))
+    if text.startswith(("http://", "https://")):
+        return load_image(text, timeout=URL_TIMEOUT_SECONDS)
     if len(text) < 4096 and os.path.exists(text):
         return Image.open(text)
-    return Image.open(io.BytesIO(base64.b64decode("".join(text.split()), validate=True)))
+    encoded = text.split(",", 1)[-1] if text.startswith("data:") else text
+    return Image.open(io.BytesIO(base64.b64decode(encoded)))
 
 
 def _flatten(images: Any) -> list:
@@ -536,7 +535,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _check_settings(settings: dict) -> None:
+def _check_settings(settings: Mapping[str, Any]) -> None:
     """Refuse values that would fail later or give wrong pixels.
 
     Raises:
@@ -548,11 +547,6 @@ def _check_settings(settings: dict) -> None:
         raise ValueError(
             f'size is {size!r} but tiles are square: expected {{"height": S, "width": S}} with S the vision '
             "tower's image_size in pixels. A grid was probably given as size: list grids in tile_grids instead."
-        )
-    if not isinstance(tile_grids, list):
-        raise ValueError(
-            f"tile_grids is {tile_grids!r} but must be a list of (rows, columns), or empty for the global view alone. "
-            "A single number was probably given: write for example [[2, 1], [1, 2]]."
         )
     check_tile_grids(tile_grids)
     backend, resample = settings["resize_backend"], settings["resample"]
@@ -570,7 +564,7 @@ def _check_settings(settings: dict) -> None:
     _check_numbers(settings)
 
 
-def _check_numbers(settings: dict) -> None:
+def _check_numbers(settings: Mapping[str, Any]) -> None:
     for name in ("image_mean", "image_std"):
         values = settings[name]
         is_triple = isinstance(values, list) and len(values) == 3 and all(map(_is_number, values))

@@ -346,6 +346,11 @@ class Blip3Model(Blip3PreTrainedModel):
         Raises:
             ValueError: if the tiles do not fit the sizes.
         """
+        if image_sizes.ndim != 2 or image_sizes.shape[1] != 2:
+            raise ValueError(
+                f"image_sizes is {tuple(image_sizes.shape)} but must be (I, 2), one (height, width) per picture. The "
+                "batch dimension was probably dropped or a collator stacked it: pass what the processor returns."
+            )
         sizes = [tuple(size) for size in image_sizes.tolist()]
         grids = [self._grid(size) for size in sizes]
         tiles = self._used_tiles(pixel_values, [1 + rows * columns for rows, columns in grids])
@@ -377,7 +382,7 @@ class Blip3Model(Blip3PreTrainedModel):
             else pixel_values.shape[0] == sum(num_tiles)
         )
         side = self.config.tile_size
-        if not fits or pixel_values.shape[-2:] != (side, side):
+        if not fits or pixel_values.shape[-3:] != (3, side, side):
             raise ValueError(
                 f"pixel_values is {tuple(pixel_values.shape)} but the {len(num_tiles)} rows of image_sizes call for "
                 f"{num_tiles} tiles of {side} x {side} pixels: expected ({len(num_tiles)}, at least "
@@ -472,7 +477,11 @@ class Blip3Model(Blip3PreTrainedModel):
             ValueError: if the inputs contradict each other.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+            raise ValueError(
+                "You must specify exactly one of input_ids or inputs_embeds, but "
+                f"{'neither' if input_ids is None else 'both'} of the two came. A wrapper probably added or dropped "
+                "one: pass input_ids unless you built the embeddings yourself."
+            )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_features = self._image_features(pixel_values, image_sizes, mm_encoder_outputs)

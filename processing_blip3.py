@@ -68,6 +68,17 @@ class Blip3Processor(ProcessorMixin):
         chat_template: str | None = None,
         **kwargs: Any,
     ):
+        for name, part in (("image_processor", image_processor), ("tokenizer", tokenizer)):
+            if part is None:
+                raise ValueError(
+                    f"{name} is None but Blip3Processor needs both of its parts. It was probably left out: pass it, "
+                    "or load the processor with AutoProcessor.from_pretrained."
+                )
+        if not isinstance(num_latents, int) or isinstance(num_latents, bool) or num_latents < 1:
+            raise ValueError(
+                f"num_latents is {num_latents!r} but must be a positive integer, the model's "
+                "resampler_config.num_latents. It was probably left empty: copy it from there (128 in the release)."
+            )
         self.num_latents = num_latents
         self.token_sampling = token_sampling
         self.image_token = IMAGE_TOKEN
@@ -131,7 +142,8 @@ class Blip3Processor(ProcessorMixin):
             )
         if text is None:
             return images, None
-        text = [text] if isinstance(text, str) else list(text)
+        is_single = isinstance(text, str | bytes | dict) or not hasattr(text, "__iter__")
+        text = [text] if is_single else list(text)
         if not all(isinstance(prompt, str) for prompt in text):
             raise ValueError(
                 f"text holds a {type(next(p for p in text if not isinstance(p, str))).__name__} but must be a string "
@@ -161,14 +173,11 @@ class Blip3Processor(ProcessorMixin):
         )
         images_kwargs, text_kwargs = merged["images_kwargs"], merged["text_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None)
-        image_inputs = {} if images is None else self.image_processor(images, **images_kwargs)
+        image_inputs, runs = ({}, []) if images is None else self._process_images(images, **images_kwargs)
         if text is None:
             return BatchFeature(dict(image_inputs), tensor_type=return_tensors)
-        runs = iter(range(len(image_inputs["image_sizes"]) if image_inputs else 0))
-        text = [
-            re.sub(IMAGE_TOKEN, lambda _: self.replace_image_token(image_inputs, next(runs), **images_kwargs), prompt)
-            for prompt in text
-        ]
+        remaining_runs = iter(runs)
+        text = [re.sub(IMAGE_TOKEN, lambda _: next(remaining_runs), prompt) for prompt in text]
         return_types = text_kwargs.pop("return_mm_token_type_ids", False)
         text_inputs = self.tokenizer(text, **text_kwargs)
         self._check_special_mm_tokens(text, text_inputs, modalities=["image"])
@@ -177,6 +186,15 @@ class Blip3Processor(ProcessorMixin):
                 [int(token == self.image_token_id) for token in row] for row in text_inputs["input_ids"]
             ]
         return BatchFeature({**text_inputs, **image_inputs}, tensor_type=return_tensors)
+
+    def validate_inputs(self, *args: Any, **kwargs: Any) -> None:
+        """Leave the checks to `_check_layout`: those of transformers 5 refuse grey arrays and mixed nesting."""
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
+        """Prepare pictures and the image tokens of each; transformers 5 calls this as well."""
+        image_inputs = self.image_processor(images, **kwargs)
+        num_pictures = len(image_inputs["image_sizes"])
+        return image_inputs, [self.replace_image_token(image_inputs, index, **kwargs) for index in range(num_pictures)]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """Write out the image tokens of one picture; transformers 5 and vLLM call this per `<image>`."""

