@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from support import ROOT
 
 MODEL_FILES = ["configuration_blip3.py", "image_processing_blip3.py", "modeling_blip3.py", "processing_blip3.py"]
@@ -66,7 +67,7 @@ def test_model_files_import_only_what_the_loader_allows(name):
             modules = [] if node.level else [node.module]
             if node.level:
                 assert node.level == 1, f"{name} line {node.lineno}"
-                assert (ROOT / f"{node.module}.py").is_file(), f"{name} line {node.lineno}: no root file {node.module}"
+                assert (ROOT / f"{node.module}.py").is_file(), f"{name} line {node.lineno}: {node.module}"
         else:
             continue
         assert {module.split(".")[0] for module in modules} <= allowed, f"{name} line {node.lineno}"
@@ -74,7 +75,7 @@ def test_model_files_import_only_what_the_loader_allows(name):
 
 @pytest.mark.parametrize("name", MODEL_FILES)
 def test_model_files_name_every_file_they_need(name):
-    """transformers 4.57 copies the files a module imports itself, and not what those import in turn."""
+    """Transformers 4.57 copies the files a module imports itself, and not what those import in turn."""
 
     def imported(file: str) -> set[str]:
         text = (ROOT / file).read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from huggingface_hub import ModelCard
+
 from support import IS_TRANSFORMERS_5, ROOT, draw_picture
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
