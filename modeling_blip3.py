@@ -300,12 +300,25 @@ class Blip3Resampler(Blip3PreTrainedModel):
 # -- the model --------------------------------------------------------------------------------------------------------
 
 
+def _accept_checkpoint_names(vision_tower: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
+    """Let `load_state_dict` read a vision tower under the names that checkpoints have.
+
+    Those of transformers 4.57 hold a `vision_model` that 5.x lacks. from_pretrained and save_pretrained translate;
+    Trainer does not when it resumes, and would keep the tower as it was (huggingface/transformers#43701).
+    """
+    inner = f"{prefix}vision_model."
+    if "vision_model" not in vision_tower._modules:
+        for name in [name for name in state_dict if name.startswith(inner)]:
+            state_dict[prefix + name.removeprefix(inner)] = state_dict.pop(name)
+
+
 class Blip3Model(Blip3PreTrainedModel):
     """Vision tower, resampler and decoder without the output layer."""
 
     def __init__(self, config: Blip3Config):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower.register_load_state_dict_pre_hook(_accept_checkpoint_names)
         self.resampler = Blip3Resampler._from_config(
             config.resampler_config, output_size=config.text_config.hidden_size
         )

@@ -2,6 +2,7 @@
 """The rules of CONTRIBUTING.md that a program can check."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -106,9 +107,7 @@ def test_public_functions_of_the_model_files_have_docstrings_and_types():
 
 
 def test_configurations_of_model_and_processor_agree():
-    """Different grids in config.json and preprocessor_config.json would be served without a message by some engines."""
-    import json
-
+    """Some engines serve different grids in config.json and preprocessor_config.json without a message."""
     config, images, processor = (
         json.loads((ROOT / name).read_text())
         for name in ("config.json", "preprocessor_config.json", "processor_config.json")
