@@ -85,14 +85,14 @@ def template() -> dict:
 def build_config(config: dict, config_class: Any = None) -> Any:
     """Build, and so validate, the configuration object of a config.json."""
     if config_class is None:
-        from configuration_blip3 import Blip3Config as config_class  # imports transformers, which takes seconds
+        from configuration_blip3 import Blip3Config  # here, as it imports transformers, which takes seconds
+
+        config_class = Blip3Config
     ignored = ("dtype", "auto_map", "transformers_version")
     return config_class.from_dict({key: value for key, value in config.items() if key not in ignored})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parts of our config.json
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Parts of our config.json -----------------------------------------------------------------------------------------
 
 
 def vision_config_of(views: Views, given: dict | None, image_size: int | None) -> dict:
@@ -218,9 +218,7 @@ def tile_grids_of(pixel_grids: list | None, flavour: str, tile_size: int) -> lis
     return [[height // tile_size, width // tile_size] for width, height in pixel_grids]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Whole files, from the released form to ours
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Whole files, from the released form to ours ----------------------------------------------------------------------
 
 
 def read_released_config(path: Path, is_required: bool) -> dict:
@@ -326,9 +324,7 @@ def complete_config(config: dict) -> tuple[dict, str]:
     return config, "unfused" if built.text_config.model_type == "mistral" else "phi3"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Whole files, from our form to the released one
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Whole files, from our form to the released one -------------------------------------------------------------------
 
 
 def original_configs(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[dict[str, dict], int]:

@@ -119,10 +119,8 @@ def expected_shapes(config: dict) -> Shapes:
     Args:
         config: our config.json, with a phi3 text_config.
     """
-    text, resampler = config["text_config"], config["resampler_config"]
-    return (
-        _vision_shapes(config["vision_config"]) | _resampler_shapes(resampler, text["hidden_size"]) | _text_shapes(text)
-    )
+    vision, resampler, text = (config[f"{part}_config"] for part in ("vision", "resampler", "text"))
+    return _vision_shapes(vision) | _resampler_shapes(resampler, text["hidden_size"]) | _text_shapes(text)
 
 
 def _vision_shapes(vision: dict) -> Shapes:
@@ -192,3 +190,35 @@ def projection_widths(text: dict) -> tuple[int, int]:
     """Return the rows of the query projection and of the key (and value) projection of a text_config."""
     head_dim = text["hidden_size"] // text["num_attention_heads"]
     return text["num_attention_heads"] * head_dim, text["num_key_value_heads"] * head_dim
+
+
+def check_shapes(shapes: Shapes, config: dict, description: str) -> None:
+    """Compare a folded checkpoint with its config.
+
+    Args:
+        shapes: released names and shapes.
+        config: our config.json, with a phi3 text_config.
+        description: where the tensors are from.
+
+    Raises:
+        ValueError: listing what is missing, unexpected or of another shape.
+    """
+    expected = expected_shapes(config)
+    missing, unexpected = set(expected) - set(shapes), set(shapes) - set(expected)
+    if missing or unexpected:
+        lists = [f"{len(missing)} are missing: {some(missing)}"] if missing else []
+        lists += [f"{len(unexpected)} are unexpected: {some(unexpected)}"] if unexpected else []
+        raise ValueError(
+            f"{description} should hold {len(expected)} tensors (after folding); {'; '.join(lists)}. The file is "
+            "probably incomplete or its config belongs to another checkpoint: check both, or pass --source-config."
+        )
+    wrong = [
+        f"{name} is {list(shapes[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if shapes[name] != shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{description} has {len(wrong)} tensors of another shape than its config gives: {'; '.join(wrong[:4])}. "
+            "The config probably belongs to another checkpoint: pass the right one with --source-config."
+        )

@@ -11,7 +11,6 @@ In: the command line. Out: a `Checkpoint`, its tensors checked against its confi
 import argparse
 import hashlib
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +42,7 @@ from conversion.names import (
     POOLING_HEAD,
     PREFIXES,
     TIMM_NAMES,
+    check_shapes,
     expected_shapes,
     some,
     swap_prefix,
@@ -58,7 +58,9 @@ from conversion.tensors import (
     concat,
     fold,
     fuse_text,
+    progress_bar,
     shape_of,
+    shapes_of,
     views_of,
 )
 from conversion.tokenizer_files import TOKENIZER_FILES, count_ids, present_files
@@ -66,41 +68,7 @@ from conversion.tokenizer_files import TOKENIZER_FILES, count_ids, present_files
 ORIGINAL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.model")
 
 
-def load_source(args: argparse.Namespace) -> Checkpoint:
-    """Read whichever kind of source was given.
-
-    Raises:
-        FileNotFoundError: if a path does not exist.
-        ValueError: if it is not a source of that kind.
-    """
-    given = [args.source, args.vision, args.text, args.tokenizer, args.vision_config, args.source_config]
-    for path in given:
-        if path is not None and not path.exists():
-            raise FileNotFoundError(
-                f"{path} does not exist; expected a local file or folder (nothing is downloaded). It is probably "
-                "misspelt or relative to another folder: check the path."
-            )
-    if args.source is None:
-        return from_backbones(args)
-    config = optional_json(args.source / "config.json")
-    is_ours = config is not None and config.get("model_type") == "blip3"
-    if args.to_original and not is_ours:
-        raise ValueError(
-            f"{args.source} is no folder with a config.json of model_type 'blip3', which --to-original starts from. "
-            "It is probably already in the original layout: leave --to-original out to convert it to ours."
-        )
-    ignored = [name for name in ("vision", "vision_config", "source_config") if vars(args)[name] is not None]
-    if is_ours and ignored:
-        raise ValueError(
-            f"{args.source} is one of our folders and --{ignored[0].replace('_', '-')} was given too; such a folder "
-            "describes itself. The option is for original checkpoints: leave it out."
-        )
-    return from_ours(args) if is_ours else from_release(args)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Files ------------------------------------------------------------------------------------------------------------
 
 
 def open_reader(path: Path) -> Reader:
@@ -157,7 +125,7 @@ def check_known_release(folder: Path) -> str | None:
     for release, shards in KNOWN_RELEASES.items():
         if sizes != {name: num_bytes for name, (_, num_bytes) in shards.items()}:
             continue
-        with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="sha256", file=sys.stderr) as progress:
+        with progress_bar(sum(sizes.values()), "sha256") as progress:
             for name, (expected, _) in shards.items():
                 _check_hash(folder / name, expected, release, progress)
         print(f"{folder} is {release}: sha256 of {len(shards)} shards as released")
@@ -183,9 +151,7 @@ def _folder_of(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A release
-# ---------------------------------------------------------------------------------------------------------------------
+# -- A release --------------------------------------------------------------------------------------------------------
 
 
 def from_release(args: argparse.Namespace) -> Checkpoint:
@@ -218,7 +184,7 @@ def from_release(args: argparse.Namespace) -> Checkpoint:
     preprocessor = optional_json(folder / "preprocessor_config.json")
     config, flavour = released_config(views, source_config, preprocessor, _given_vision(args), args.flavour)
     used, unused = fold(views, config["image_token_id"])
-    check_shapes(used, config, description)
+    check_shapes(shapes_of(used), config, description)
     _check_big_vocabulary(views, source_config)
     small_files = present_files(folder, ORIGINAL_FILES + TOKENIZER_FILES)
     if args.source_config is not None:
@@ -266,33 +232,6 @@ def refuse_first_family(names: Iterable[str], description: str) -> None:
         )
 
 
-def check_shapes(views: Views, config: dict, description: str) -> None:
-    """Compare names and shapes with the config.
-
-    Raises:
-        ValueError: listing what is missing, unexpected or of another shape.
-    """
-    expected = expected_shapes(config)
-    missing, unexpected = set(expected) - set(views), set(views) - set(expected)
-    if missing or unexpected:
-        lists = [f"{len(missing)} are missing: {some(missing)}"] if missing else []
-        lists += [f"{len(unexpected)} are unexpected: {some(unexpected)}"] if unexpected else []
-        raise ValueError(
-            f"{description} should hold {len(expected)} tensors (after folding); {'; '.join(lists)}. The file is "
-            "probably incomplete or its config belongs to another checkpoint: check both, or pass --source-config."
-        )
-    wrong = [
-        f"{name} is {list(views[name].shape)}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if views[name].shape != shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"{description} has {len(wrong)} tensors of another shape than its config gives: {'; '.join(wrong[:4])}. "
-            "The config probably belongs to another checkpoint: pass the right one with --source-config."
-        )
-
-
 def _check_big_vocabulary(views: Views, source_config: dict) -> None:
     vocab = source_config.get("text_config", {}).get("vocab_size", RELEASED_TEXT["vocab_size"])
     for name, added in FOLDED.items():
@@ -303,9 +242,7 @@ def _check_big_vocabulary(views: Views, source_config: dict) -> None:
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Backbones
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Backbones --------------------------------------------------------------------------------------------------------
 
 
 def from_backbones(args: argparse.Namespace) -> Checkpoint:
@@ -320,19 +257,19 @@ def from_backbones(args: argparse.Namespace) -> Checkpoint:
     vision = vision_config_of(views, _given_vision(args), None)
     source_text = optional_json(_folder_of(args.text) / "config.json")
     text = text_config_of(source_text or RELEASED_TEXT, window_shift=1)
-    views |= {
+    text_views = {
         "lang_model." + name: view
         for name, view in views_of(open_reader(args.text)).items()
         if name.startswith(("model.", "lm_head.")) and "rotary_emb" not in name
     }
     folder = args.tokenizer or _folder_of(args.text)
-    num_ids = count_ids(folder, shape_of(views, EMBEDDING)[0])
+    num_ids = count_ids(folder, shape_of(text_views, EMBEDDING)[0])
     width = vision["hidden_size"]
     resampler = template()["resampler_config"] | {"hidden_size": width, "intermediate_size": 4 * width}
     flavour = "instruct" if args.flavour == "auto" else args.flavour
     config = join_config(vision, resampler, text, num_ids, None, flavour)
-    used, unused = _add_fresh(views, config)
-    check_shapes(used, config, description)
+    used, unused = _add_fresh(views | text_views, config)
+    check_shapes(shapes_of(used), config, description)
     return Checkpoint(
         views=used,
         unused=unused,
@@ -418,9 +355,7 @@ def _add_fresh(views: Views, config: dict) -> tuple[Views, Views]:
     return views, unused
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Our own
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Our own ----------------------------------------------------------------------------------------------------------
 
 
 def from_ours(args: argparse.Namespace) -> Checkpoint:
@@ -439,7 +374,7 @@ def from_ours(args: argparse.Namespace) -> Checkpoint:
             "differ. Convert the original release again with that flavour."
         )
     views = fuse_text({to_released(name): view for name, view in views_of(open_reader(folder)).items()})
-    check_shapes(views, config, description)
+    check_shapes(shapes_of(views), config, description)
     original, unused, dtype_changed = folder / "original", {}, False
     if (original / "unused.safetensors").is_file():
         reader = SafetensorsReader([original / "unused.safetensors"])

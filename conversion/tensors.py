@@ -12,6 +12,7 @@ both only rearrange such ranges, so a conversion is planned from headers alone a
 import json
 import math
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,9 +31,7 @@ SEED = 0
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stored tensors and views of their rows
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Stored tensors and views of their rows ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,16 @@ def views_of(reader: Reader) -> Views:
     }
 
 
+def shapes_of(views: Views) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every view."""
+    return {name: view.shape for name, view in views.items()}
+
+
+def total_bytes(views: Views) -> int:
+    """Return the bytes of all views when written."""
+    return sum(view.num_bytes for view in views.values())
+
+
 def shape_of(views: Views, name: str) -> tuple[int, ...]:
     """Return the shape of a tensor that every checkpoint must hold.
 
@@ -118,9 +127,7 @@ def shape_of(views: Views, name: str) -> tuple[int, ...]:
     return views[name].shape
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rearranging: each function and the one that undoes it
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Rearranging: each function and the one that undoes it ------------------------------------------------------------
 
 
 def concat(*views: View) -> View:
@@ -227,9 +234,7 @@ def fuse_text(views: Views) -> Views:
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Readers
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Readers ----------------------------------------------------------------------------------------------------------
 
 
 class SafetensorsReader:
@@ -356,9 +361,7 @@ class FreshReader:
         return whole[start:stop].to(spec.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Streaming
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Streaming --------------------------------------------------------------------------------------------------------
 
 
 def chunks(view: View) -> Iterator[np.ndarray]:
@@ -380,6 +383,11 @@ def chunks(view: View) -> Iterator[np.ndarray]:
             yield converted.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
+def progress_bar(num_bytes: int, description: str) -> tqdm:
+    """Return a bar of bytes on stderr, to be used in a `with`."""
+    return tqdm(total=num_bytes, unit="B", unit_scale=True, desc=description, file=sys.stderr)
+
+
 def write_safetensors(path: Path, views: Views, progress: tqdm, **metadata: str) -> None:
     """Stream views into one safetensors file: header length (8 bytes, little endian), JSON header, data.
 
@@ -387,7 +395,8 @@ def write_safetensors(path: Path, views: Views, progress: tqdm, **metadata: str)
         RuntimeError: if the file ends up with another length than its header says.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    names, offset = sorted(views, key=lambda name: (-views[name].dtype.itemsize, name)), 0  # wide dtypes first: aligned
+    names = sorted(views, key=lambda name: (-views[name].dtype.itemsize, name))  # wide dtypes first keeps alignment
+    offset = 0
     for name in names:
         view = views[name]
         ends = [offset, offset + view.num_bytes]

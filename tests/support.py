@@ -10,7 +10,7 @@ import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from blip3 import convert_weights
+import convert_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # facts about the reference, beside the repository; not part of it

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from blip3 import convert_weights
+from conversion.names import to_released
 from support import SHARED, convert, load_model, needs_reference
 
 pytestmark = needs_reference
@@ -190,7 +190,7 @@ def test_greedy_ids_from_embeddings_are_exact(case):
 
 def reference_name(name: str) -> str:
     """Our parameter name under the release's, without `vlm.`; folded rows keep the big matrix's name."""
-    return convert_weights.to_released(name).removeprefix("vlm.")
+    return to_released(name).removeprefix("vlm.")
 
 
 @pytest.fixture
