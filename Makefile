@@ -3,7 +3,8 @@ PYTHON ?= python3
 LINE ?= 5
 VENV := .venv$(if $(filter 4,$(LINE)),-transformers-4)
 CONSTRAINTS := constraints$(if $(filter 4,$(LINE)),-transformers-4).txt
-RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
+OTHER := $(abspath $(wildcard .venv$(if $(filter 4,$(LINE)),,-transformers-4)/bin/python))
+RUN := HF_HUB_OFFLINE=1 BLIP3_OTHER_PYTHON=$(OTHER) $(VENV)/bin/python
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -20,7 +21,7 @@ $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 demo: setup  ## ask a picture: python demo.py --help for your own
 	$(RUN) demo.py
 
-test: setup  ## every test that needs no large disk: about 8 minutes on 2 cores
+test: setup  ## every test that needs no large disk; LINE=4 after LINE=5 also exchanges folders between the two
 	$(RUN) -m pytest -m 'not slow'
 
 test-slow: setup  ## convert a source of true size (35 GB of disk)

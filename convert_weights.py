@@ -82,7 +82,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("keep", "float32", "bfloat16", "float16"), default="keep", help="default: %(default)s")
     add("--max-shard-size", type=parse_size, default="5GB", help="bytes, with unit; default: %(default)s")
     add("--text-layout", choices=("phi3", "unfused"), help="unfused: mistral; default: phi3, or as SOURCE if ours")
-    add("--vision-config", type=Path, metavar="FILE", help="SigLIP config.json; default: inferred, SO400M's heads")
+    add(
+        "--vision-config",
+        type=Path,
+        metavar="FILE",
+        help="SigLIP sizes; default: siglip_vision_config.json of SOURCE, SO400M",
+    )
     add("--verify", action="store_true", help="read everything back and compare; default: off")
     add("--to-original", action="store_true", help="SOURCE is ours, write released names; default: off")
     add("--flavour", choices=("auto", "instruct", "base"), default="auto", help="default: %(default)s")

@@ -283,9 +283,11 @@ def from_backbones(args: argparse.Namespace) -> Checkpoint:
 
 
 def _given_vision(args: argparse.Namespace) -> dict | None:
-    """Return the SigLIP config of --vision-config, else the one beside --vision, if it is SigLIP's own."""
+    """Return the SigLIP config of --vision-config, else the one in SOURCE, else --vision's if it is SigLIP's own."""
     if args.vision_config:
         return read_json(args.vision_config)
+    if args.source and (beside := optional_json(_folder_of(args.source) / "siglip_vision_config.json")):
+        return beside
     config = optional_json(_folder_of(args.vision) / "config.json") if args.vision else None
     return config if config and (config.get("vision_config") or "num_attention_heads" in config) else None
 

@@ -146,7 +146,9 @@ def test_first_family_is_refused(tmp_path, tiny, capsys):
 
 
 def test_heads_must_be_known(tmp_path, capsys):
-    assert "--vision-config" in refused(capsys, TINY, tmp_path / "out")
+    source = tmp_path / "source"
+    shutil.copytree(TINY, source, ignore=shutil.ignore_patterns("siglip_vision_config.json"))
+    assert "--vision-config" in refused(capsys, source, tmp_path / "out")
 
 
 def timm_names(tower: dict, prefix: str) -> dict:
@@ -311,3 +313,10 @@ def test_known_releases_are_the_shared_ones():
         lines = [line.split() for line in listing.read_text().splitlines()]
         assert KNOWN_RELEASES[listing.parent.name] == {name: (digest, int(size)) for name, digest, size in lines}
     assert len(KNOWN_RELEASES) == len(list((REFERENCE / "release").glob("*/shards.sha256.txt")))
+
+
+def test_vision_sizes_beside_the_weights_are_found(tiny_source, tmp_path):
+    output = tmp_path / "converted"
+    convert(tiny_source, output)
+    config = json.loads((output / "config.json").read_text())
+    assert config["vision_config"]["num_attention_heads"] == 2

@@ -534,7 +534,7 @@ DESCRIBE = textwrap.dedent(
 )
 
 
-@pytest.mark.skipif("BLIP3_OTHER_PYTHON" not in os.environ, reason="BLIP3_OTHER_PYTHON names no other interpreter")
+@pytest.mark.skipif(not os.environ.get("BLIP3_OTHER_PYTHON"), reason="BLIP3_OTHER_PYTHON names no other interpreter")
 def test_a_saved_processor_loads_on_the_other_line(processor, tmp_path):
     saved = tmp_path / "saved"
     processor.save_pretrained(saved)
