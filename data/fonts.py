@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Free fonts by name: Pillow's own and those of three small packages (licences in docs/data.md)."""
+
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from PIL import ImageFont
+
+FACES = {
+    "Aileron": ("", ""),  # inside Pillow
+    "Caladea": ("font_caladea", "Caladea-Regular.ttf"),
+    "Caladea Bold": ("font_caladea", "Caladea-Bold.ttf"),
+    "Caladea Italic": ("font_caladea", "Caladea-Italic.ttf"),
+    "Manrope Light": ("font_manrope", "Manrope-Light.ttf"),
+    "Manrope": ("font_manrope", "Manrope-Medium.ttf"),
+    "Manrope Bold": ("font_manrope", "Manrope-ExtraBold.ttf"),
+    "Fredoka One": ("font_fredoka_one", "FredokaOne-Regular.ttf"),
+}
+"""Face -> (package, file)."""
+
+
+@lru_cache(maxsize=2048)
+def load_font(face: str, points: int) -> ImageFont.FreeTypeFont:
+    """Load a face at a size.
+
+    Args:
+        face: a key of `FACES`.
+        points: size in pixels.
+
+    Raises:
+        ValueError: for an unknown face.
+        ImportError: if its package is not installed.
+    """
+    if face not in FACES:
+        raise ValueError(
+            f"The font is {face!r} but must be one of {', '.join(FACES)}. The record was probably written by a later "
+            "version: update, or build the records again."
+        )
+    package, file = FACES[face]
+    if not package:
+        font = ImageFont.load_default(points)
+        if not isinstance(font, ImageFont.FreeTypeFont):
+            raise ImportError(
+                "Pillow was built without FreeType and has no scalable font, which drawing text needs. It was "
+                "probably compiled by hand: install a wheel with `pip install --force-reinstall Pillow`."
+            )
+        return font
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            f"The font {face!r} needs the package {package.replace('_', '-')}, which is not installed. The extra was "
+            "probably left out: run `pip install 'blip3[data]'`, or draw with Pillow's own font, fonts=('Aileron',)."
+        )
+    # Basic layout: the same everywhere, with or without Raqm.
+    return ImageFont.truetype(
+        str(Path(spec.origin).parent / "files" / file), points, layout_engine=ImageFont.Layout.BASIC
+    )

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several pictures in one record: comparisons, sequences, interleaved documents, few-shot rules."""
+
+from collections.abc import Callable
+
+from .formats import few_shot_question
+from .records import Record
+from .scenes import (
+    NUMBERS,
+    Composition,
+    Rng,
+    Scene,
+    ask,
+    compose,
+    crowd,
+    describe,
+    distinct,
+    draw_scene,
+    make_record,
+    phrase,
+    pick,
+    pick_many,
+    scattered,
+)
+from .settings import LABELS, WorldSettings
+from .splits import draw_until, rule_key, scene_key
+from .text_pages import Page, any_string, draw_page
+from .things import plural
+
+ORDINALS = ("first", "second", "third", "fourth")
+
+
+def _label_pictures(count: int) -> str:
+    return " ".join(f"Image {index + 1}: <image>" for index in range(count))
+
+
+# ------------------------------------------------------------------------------------------ comparing two pictures
+
+
+def compare_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    """Compare two pictures: the same things or not, which has more, which shows a thing."""
+    return pick(rng, (_compare_same, _compare_more, _compare_which))(rng, split, settings)
+
+
+def _compare_same(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    first = scattered(rng, split, settings, 1, 3)
+    is_same = bool(rng.integers(2))
+    composition = first.composition
+    while not is_same and scene_key(composition) == scene_key(first.composition):
+        composition = compose(rng, split, lambda: _changed(rng, first.composition, settings))
+    pictures = [first, draw_scene(rng, composition, settings)]
+    question = f"{_label_pictures(2)} Do the two pictures show the same things?"
+    return ask("compare", question, "yes" if is_same else "no", pictures, choices=["yes", "no"])
+
+
+def _changed(rng: Rng, composition: Composition, settings: WorldSettings) -> Composition:
+    """Replace the colour or the kind of one thing."""
+    index = int(rng.integers(len(composition)))
+    colour, thing = composition[index]
+    new = (pick(rng, settings.colours), thing) if rng.integers(2) else (colour, pick(rng, settings.things))
+    return (*composition[:index], new, *composition[index + 1 :])
+
+
+def _compare_more(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    thing, answer = pick(rng, settings.things), pick(rng, ("the first", "the second", "the same"))
+    counts = sorted(pick_many(rng, range(1, settings.max_count + 1), 2), reverse=answer == "the first")
+    counts = [counts[0]] * 2 if answer == "the same" else counts
+    pictures = [draw_scene(rng, compose(rng, split, _some_of(rng, settings, thing, n)), settings) for n in counts]
+    question = f"{_label_pictures(2)} Which picture has more {plural(thing)}?"
+    return ask("compare", question, answer, pictures, choices=["the first", "the second", "the same"])
+
+
+def _some_of(rng: Rng, settings: WorldSettings, thing: str, count: int) -> Callable[[], Composition]:
+    """Give a proposal of `count` of a thing in any colours, among up to three others."""
+    others = [other for other in settings.things if other != thing]
+
+    def propose() -> Composition:
+        wanted = [(pick(rng, settings.colours), thing) for _ in range(count)]
+        rest = [(pick(rng, settings.colours), pick(rng, others)) for _ in range(int(rng.integers(4)))]
+        return (*wanted, *rest)
+
+    return propose
+
+
+def _compare_which(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    pictures = [scattered(rng, split, settings, 1, 3)]
+    things = {thing for _, thing in pictures[0].composition}
+    while len(pictures) < 2:
+        other = scattered(rng, split, settings, 1, 3)
+        if things.isdisjoint(thing for _, thing in other.composition):
+            pictures.append(other)
+    index = int(rng.integers(2))
+    colour, thing = pick(rng, pictures[index].composition)
+    question = f"{_label_pictures(2)} Which picture shows {phrase(colour, thing)}?"
+    return ask("compare", question, f"the {ORDINALS[index]}", pictures, choices=["the first", "the second"])
+
+
+# ------------------------------------------------------------------------------------ several pictures, instruction
+
+
+def multi_image_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    """Ask about two to four pictures: the odd one out, the next of a sequence, a text in each, a conversation."""
+    return pick(rng, (_odd_one_out, _next_of_sequence, _read_each, _walk_through))(rng, split, settings)
+
+
+def _odd_one_out(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    count = int(rng.integers(3, 5))
+    colour, other = pick_many(rng, settings.colours, 2)
+    index = int(rng.integers(count))
+    pictures = []
+    for position in range(count):
+        shown = other if position == index else colour
+        wanted = compose(rng, split, _coloured(rng, settings, shown))
+        pictures.append(draw_scene(rng, wanted, settings))
+    question = f"{_label_pictures(count)} In which picture have the things another colour?"
+    return ask("multi_image", question, f"the {ORDINALS[index]}", pictures)
+
+
+def _coloured(rng: Rng, settings: WorldSettings, colour: str) -> Callable[[], Composition]:
+    """Give a proposal of one to three things, all of one colour."""
+    return lambda: tuple((colour, thing) for thing in pick_many(rng, settings.things, int(rng.integers(1, 4))))
+
+
+def _next_of_sequence(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    thing, step = pick(rng, settings.things), pick(rng, (1, -1))
+    start = int(rng.integers(1, 4)) if step > 0 else int(rng.integers(4, 7))
+    counts = [start, start + step, start + 2 * step]
+    pictures = [draw_scene(rng, compose(rng, split, _some_of(rng, settings, thing, n)), settings) for n in counts]
+    question = f"{_label_pictures(3)} How many {plural(thing)} come next?"
+    return ask("multi_image", question, str(start + 3 * step), pictures)
+
+
+def _read_each(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    strings = [any_string(rng, split, settings) for _ in range(int(rng.integers(2, 5)))]
+    pictures = [draw_page(rng, [text], settings) for text in strings]
+    return ask("multi_image", f"{_label_pictures(len(strings))} Read them in order.", ", ".join(strings), pictures)
+
+
+def _walk_through(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    pictures = [scattered(rng, split, settings, 1, 3) for _ in range(int(rng.integers(2, 5)))]
+    turns = [("user", f"{_label_pictures(len(pictures))} How many pictures are there?")]
+    turns.append(("assistant", f"There are {NUMBERS[len(pictures)]} pictures."))
+    for index in pick_many(rng, range(len(pictures)), 2):
+        answer = f"It shows {describe(pictures[index].composition)}."
+        turns += [("user", f"What does the {ORDINALS[index]} picture show?"), ("assistant", answer)]
+    return make_record("multi_image", "instruction", turns, pictures, turns[-1][1])
+
+
+# --------------------------------------------------------------------------------------------- interleaved documents
+
+
+def interleaved_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    """Write a document of two to four pictures, each before the sentence that fits it best."""
+    pictures: list[Scene | Page] = []
+    chunks = []
+    for index in range(int(rng.integers(2, 5))):
+        if rng.random() < 0.25:
+            text = any_string(rng, split, settings)
+            pictures.append(draw_page(rng, [text], settings))
+            sentence = f"A sign says {text}."
+        else:
+            scene = crowd(rng, split, settings)
+            pictures.append(scene)
+            verb = "are" if scene.composition.count(scene.composition[0]) > 1 else "is"
+            sentence = f"{'Here' if not index else pick(rng, ('Then there', 'Next there'))} {verb} "
+            sentence += f"{describe(scene.composition)}."
+        chunks.append(("document", f"<image>{sentence}"))
+    if rng.integers(2):
+        chunks.insert(0, ("document", f"A walk in {NUMBERS[len(pictures)]} pictures."))
+    answer = " ".join(text for _, text in chunks)
+    return make_record("interleaved", "interleaved", chunks, pictures, answer)
+
+
+# --------------------------------------------------------------------------------------------------- few-shot rules
+
+
+def rule_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    """Follow a rule that only the shots give: two made-up words for two colours, things, counts or places.
+
+    Every shot and the query show one of the two values, each about equally often among the shots; everything else
+    about the pictures is drawn anew, so nothing but the rule explains the words.
+    """
+    attribute = pick(rng, tuple(_SHOWN))
+    labels = draw_until(split, lambda: _labels(rng, attribute, settings), lambda labels: rule_key(attribute, labels))
+    values = list(labels)
+    half = [values[index % 2] for index in range(settings.num_shots)]
+    shown = [*pick_many(rng, half, len(half)), pick(rng, values)]
+    pictures = [_SHOWN[attribute](rng, split, settings, value) for value in shown]
+    question = few_shot_question("Which word?")
+    turns = [("document", f"{question}{labels[value]}") for value in shown[:-1]]
+    turns += [("user", question), ("assistant", labels[shown[-1]])]
+    answer = labels[shown[-1]]
+    rule = {"attribute": attribute, "labels": labels, "keys": [rule_key(attribute, labels)]}
+    return make_record("rule", "few_shot", turns, pictures, answer, rule=rule, choices=sorted(labels.values()))
+
+
+def _labels(rng: Rng, attribute: str, settings: WorldSettings) -> dict[str, str]:
+    places = ("left", "right") if rng.integers(2) else ("top", "bottom")
+    pools = {"colour": settings.colours, "thing": settings.things, "count": ("1", "2", "3", "4"), "place": places}
+    return dict(zip(pick_many(rng, pools[attribute], 2), pick_many(rng, LABELS, 2), strict=True))
+
+
+def _show_colour(rng: Rng, split: str, settings: WorldSettings, value: str) -> Scene:
+    return draw_scene(rng, compose(rng, split, _coloured(rng, settings, value)), settings)
+
+
+def _show_thing(rng: Rng, split: str, settings: WorldSettings, value: str) -> Scene:
+    def propose() -> Composition:
+        return tuple((colour, value) for colour in pick_many(rng, settings.colours, int(rng.integers(1, 4))))
+
+    return draw_scene(rng, compose(rng, split, propose), settings)
+
+
+def _show_count(rng: Rng, split: str, settings: WorldSettings, value: str) -> Scene:
+    proposal = compose(rng, split, lambda: distinct(rng, settings, int(value)))
+    return draw_scene(rng, proposal, settings)
+
+
+def _show_place(rng: Rng, split: str, settings: WorldSettings, value: str) -> Scene:
+    """Draw one thing in the named half of the picture."""
+    composition = compose(rng, split, lambda: distinct(rng, settings, 1))
+    edge, past = {"left": (2, 0), "right": (0, 1), "top": (3, 0), "bottom": (1, 1)}[value]
+    while True:
+        scene = draw_scene(rng, composition, settings)
+        if (scene.boxes[0][edge] > 0.5) == bool(past):
+            return scene
+
+
+_SHOWN: dict[str, Callable[..., Scene]] = {
+    "colour": _show_colour,
+    "thing": _show_thing,
+    "count": _show_count,
+    "place": _show_place,
+}
