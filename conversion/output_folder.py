@@ -41,6 +41,13 @@ from conversion.tensors import (
 from conversion.tokenizer_files import copy_files, present_files, stop_ids, write_tokenizer
 
 CODE_FILES = ("configuration_blip3.py", "image_processing_blip3.py", "processing_blip3.py", "modeling_blip3.py")
+DOOR_FILES = (  # handler.py and what it imports
+    "handler.py",
+    "requirements.txt",
+    "serving/__init__.py",
+    "serving/bodies.py",
+    "serving/pictures.py",
+)
 MARK = "Written by `convert_weights.py`"
 MODEL_CARD = """---
 library_name: transformers
@@ -208,13 +215,14 @@ def write_small_files(folder: Path, checkpoint: Checkpoint, text_layout: str, vi
         FileNotFoundError: if this repository lacks a file that every output carries.
         ValueError: if the tokenizer is another model's, or the config is refused.
     """
-    missing = [name for name in CODE_FILES if not (REPOSITORY / name).is_file()]
+    missing = [name for name in (*CODE_FILES, *DOOR_FILES) if not (REPOSITORY / name).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{REPOSITORY} lacks {some(missing)}, which every OUTPUT carries. The clone is probably incomplete: "
             "restore the files from version control."
         )
-    copy_files(folder, present_files(REPOSITORY, (*CODE_FILES, "LICENSE")))
+    (folder / "serving").mkdir()
+    copy_files(folder, present_files(REPOSITORY, (*CODE_FILES, *DOOR_FILES, "LICENSE")))
     if checkpoint.flavour == "instruct":
         copy_files(folder, {"chat_template.jinja": _template(checkpoint, "chat_template.jinja")})
     ids = stop_ids(checkpoint, write_tokenizer(folder, checkpoint))

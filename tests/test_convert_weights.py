@@ -13,7 +13,7 @@ import torch
 
 import convert_weights
 from conversion.names import FOLDED, to_ours, to_released
-from conversion.output_folder import CODE_FILES
+from conversion.output_folder import CODE_FILES, DOOR_FILES
 from conversion_support import REFERENCE, TINY, TINY_VISION, refused, same_bits, tensors_of
 from support import ROOT, convert, needs_reference
 
@@ -41,8 +41,8 @@ def test_release_values(tiny, ours, ours_tensors):
     assert config["resampler_config"]["num_latents"] == 8
     assert config["resampler_config"]["intermediate_size"] == 96
     assert "torch_dtype" not in (ours / "config.json").read_text()
-    names = {path.name for path in ours.iterdir()}
-    assert {*CODE_FILES, "README.md", "processor_config.json", "chat_template.jinja"} <= names
+    names = {path.relative_to(ours).as_posix() for path in ours.rglob("*")}
+    assert {*CODE_FILES, *DOOR_FILES, "README.md", "processor_config.json", "chat_template.jinja"} <= names
     assert json.loads((ours / "preprocessor_config.json").read_text())["size"] == {"height": 76, "width": 76}
 
 
