@@ -30,6 +30,9 @@ test-slow: setup  ## convert a source of true size (35 GB of disk)
 test-common: setup  ## transformers' own tests of models, processors and image processors
 	$(RUN) tests/common/run.py
 
+test-vllm:  ## vLLM's engine and OpenAI server on the CPU (environment of its own, 3.5 GB)
+	$(PYTHON) tests/on_vllm/run.py
+
 check: setup  ## lint and types
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.,configuration_blip3 image_processing_blip3 processing_blip3 modeling_blip3)
@@ -38,4 +41,4 @@ check: setup  ## lint and types
 fix: setup  ## format
 	$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
 
-.PHONY: help setup demo test test-slow test-common check fix
+.PHONY: help setup demo test test-slow test-common test-vllm check fix
