@@ -24,7 +24,7 @@ demo: setup  ## ask a picture: python demo.py --help for your own
 test: setup  ## every test that needs no large disk; LINE=4 after LINE=5 also exchanges folders between the two
 	$(RUN) -m pytest -m 'not slow'
 
-test-slow: setup  ## convert a source of true size (35 GB of disk)
+test-slow: setup  ## convert a source of true size (9 GB of disk; the source is a sparse file)
 	$(RUN) -m pytest -m slow
 
 test-common: setup  ## transformers' own tests of models, processors and image processors
