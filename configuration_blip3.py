@@ -110,10 +110,10 @@ class Blip3ResamplerConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         _check_keys("resampler_config", kwargs, known=vars(self), refuse_all=True)
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size"):
-            _check_positive(f"resampler_config.{name}", getattr(self, name))
-        _check_positive("resampler_config.num_latents", num_latents)
-        _check_choice("resampler_config.token_sampling", token_sampling, TOKEN_SAMPLINGS)
-        _check_choice("resampler_config.tile_grouping", tile_grouping, TILE_GROUPINGS)
+            check_positive(f"resampler_config.{name}", getattr(self, name))
+        check_positive("resampler_config.num_latents", num_latents)
+        check_choice("resampler_config.token_sampling", token_sampling, TOKEN_SAMPLINGS)
+        check_choice("resampler_config.tile_grouping", tile_grouping, TILE_GROUPINGS)
         super().__init__(**kwargs)
 
 
@@ -322,7 +322,12 @@ LEGACY_CONFIG_KEYS = frozenset(
 )
 
 
-def _check_positive(name: str, value: Any) -> None:
+def check_positive(name: str, value: Any) -> None:
+    """Refuse anything but a positive integer.
+
+    Raises:
+        ValueError: naming the setting.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(
             f"{name} is {value!r} but must be a positive integer. It was probably left empty or scaled by a ratio: "
@@ -330,7 +335,12 @@ def _check_positive(name: str, value: Any) -> None:
         )
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of the choices.
+
+    Raises:
+        ValueError: naming the setting.
+    """
     if value not in choices:
         raise ValueError(
             f"{name} is {value!r} but must be one of {', '.join(map(repr, choices))}. It is probably misspelt: "

@@ -74,15 +74,20 @@ def choose_grid(image_size: tuple[int, int], tile_grids: Sequence[Sequence[int]]
     return best
 
 
+def grid_of(image_size: tuple[int, int], tile_grids: Sequence[Sequence[int]], tile_size: int) -> tuple[int, int]:
+    """(rows, columns) of the tiles beside the global view; (0, 0) without grids or for the size `GLOBAL_VIEW_ONLY`."""
+    if not tile_grids or tuple(image_size) == GLOBAL_VIEW_ONLY:
+        return (0, 0)
+    return choose_grid(image_size, tile_grids, tile_size)
+
+
 def count_tiles(image_size: tuple[int, int], tile_grids: Sequence[Sequence[int]], tile_size: int) -> int:
     """Count the tiles of a picture, its global view included; 1 without grids or for the size `GLOBAL_VIEW_ONLY`.
 
     >>> count_tiles((300, 900), tile_grids=[(1, 2), (1, 3)], tile_size=384), count_tiles((0, 0), [(1, 2)], 384)
     (4, 1)
     """
-    if not tile_grids or tuple(image_size) == GLOBAL_VIEW_ONLY:
-        return 1
-    rows, columns = choose_grid(image_size, tile_grids, tile_size)
+    rows, columns = grid_of(image_size, tile_grids, tile_size)
     return 1 + rows * columns
 
 
@@ -205,9 +210,7 @@ class Blip3ImageProcessor(BaseImageProcessor):
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of the tiles a picture of (height, width) pixels is cut into; (0, 0) without tiles."""
-        if not (self.do_image_splitting and self.tile_grids):
-            return (0, 0)
-        return choose_grid((height, width), self.tile_grids, self.tile_size)
+        return grid_of(self.image_size_for_model(height, width), self.tile_grids, self.tile_size)
 
     def image_size_for_model(self, height: int, width: int, do_image_splitting: bool | None = None) -> tuple[int, int]:
         """The `image_sizes` row of a picture of (height, width) pixels."""
@@ -266,10 +269,9 @@ class Blip3ImageProcessor(BaseImageProcessor):
                 image = self._to_rgb(picture, options)
             except Exception as error:  # decoders raise whatever a broken file makes them meet
                 raise ValueError(f"Picture {index + 1} of {len(pictures)}: {_explain(error)}") from error
-            image_sizes[index] = torch.tensor(
-                self.image_size_for_model(image.height, image.width, options["do_image_splitting"])
-            )
-            self._fill_tiles(pixel_values[index], image, options)
+            image_size = self.image_size_for_model(image.height, image.width, options["do_image_splitting"])
+            image_sizes[index] = torch.tensor(image_size)
+            self._fill_tiles(pixel_values[index], image, grid_of(image_size, self.tile_grids, self.tile_size), options)
         return self._package(pixel_values, image_sizes, return_tensors, options)
 
     def _package(
@@ -334,18 +336,18 @@ class Blip3ImageProcessor(BaseImageProcessor):
             picture = ImageOps.exif_transpose(picture)
         return _flatten_to_rgb(picture)
 
-    def _fill_tiles(self, pixel_values: torch.Tensor, image: Image.Image, options: dict) -> None:
-        """Write one picture's tiles into its (T, 3, S, S) slots."""
+    def _fill_tiles(
+        self, pixel_values: torch.Tensor, image: Image.Image, grid: tuple[int, int], options: dict
+    ) -> None:
+        """Write one picture's global view and (rows, columns) of tiles into its (T, 3, S, S) slots."""
         side = self.tile_size
         resize = _resize_with_torch if options["resize_backend"] == "torch" else _resize_with_pil
         pixel_values[0] = torch.from_numpy(resize(image, (side, side), options["resample"])).permute(2, 0, 1)
-        num_tiles = 1
-        if options["do_image_splitting"] and self.tile_grids:
-            image_size = (image.height, image.width)
-            rows, columns = choose_grid(image_size, self.tile_grids, side)
-            num_tiles += rows * columns
+        rows, columns = grid
+        num_tiles = 1 + rows * columns
+        if num_tiles > 1:
             canvas = np.zeros((rows * side, columns * side, 3), dtype=np.uint8)
-            height, width = fit_inside(image_size, canvas.shape[:2])
+            height, width = fit_inside((image.height, image.width), canvas.shape[:2])
             top, left = (canvas.shape[0] - height) // 2, (canvas.shape[1] - width) // 2
             canvas[top : top + height, left : left + width] = resize(image, (height, width), options["resample"])
             tiles = torch.from_numpy(canvas).view(rows, side, columns, side, 3).permute(0, 2, 4, 1, 3)

@@ -34,7 +34,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_blip3 import Blip3Config, Blip3ResamplerConfig
-from .image_processing_blip3 import GLOBAL_VIEW_ONLY, choose_grid, count_tiles
+from .image_processing_blip3 import count_tiles, grid_of
 
 try:  # transformers 5: initialisers that leave loaded weights alone
     from transformers import initialization as init
@@ -365,7 +365,7 @@ class Blip3Model(Blip3PreTrainedModel):
                 "batch dimension was probably dropped or a collator stacked it: pass what the processor returns."
             )
         sizes = [tuple(size) for size in image_sizes.tolist()]
-        grids = [self._grid(size) for size in sizes]
+        grids = [grid_of(size, self.config.tile_grids, self.config.tile_size) for size in sizes]
         tiles = self._used_tiles(pixel_values, [1 + rows * columns for rows, columns in grids])
         tower_kwargs = {
             name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)
@@ -378,13 +378,6 @@ class Blip3Model(Blip3PreTrainedModel):
             hidden_states=tower_outputs.hidden_states,
             attentions=tower_outputs.attentions,
         )
-
-    def _grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """(rows, columns) of a picture's tiles, (0, 0) for a global view alone."""
-        tile_grids, tile_size = self.config.tile_grids, self.config.tile_size
-        if count_tiles(image_size, tile_grids, tile_size) == 1:
-            return GLOBAL_VIEW_ONLY
-        return choose_grid(image_size, tile_grids, tile_size)
 
     def _used_tiles(self, pixel_values: torch.Tensor, num_tiles: list[int]) -> torch.Tensor:
         """Drop the slots without picture: (I, T, 3, S, S) -> (N, 3, S, S)."""

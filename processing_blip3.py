@@ -19,7 +19,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 # transformers 4.57 copies the files named here and no further: what image_processing_blip3 imports must be named too.
-from .configuration_blip3 import TOKEN_SAMPLINGS
+from .configuration_blip3 import TOKEN_SAMPLINGS, check_choice, check_positive
 from .image_processing_blip3 import Blip3ImageProcessorKwargs, count_tiles
 
 # transformers 5 finds the parts of a processor from its arguments and expands placeholders in its own __call__.
@@ -74,11 +74,8 @@ class Blip3Processor(ProcessorMixin):
                     f"{name} is None but Blip3Processor needs both of its parts. It was probably left out: pass it, "
                     "or load the processor with AutoProcessor.from_pretrained."
                 )
-        if not isinstance(num_latents, int) or isinstance(num_latents, bool) or num_latents < 1:
-            raise ValueError(
-                f"num_latents is {num_latents!r} but must be a positive integer, the model's "
-                "resampler_config.num_latents. It was probably left empty: copy it from there (128 in the release)."
-            )
+        check_positive("num_latents", num_latents)
+        check_choice("token_sampling", token_sampling, TOKEN_SAMPLINGS)
         self.num_latents = num_latents
         self.token_sampling = token_sampling
         self.image_token = IMAGE_TOKEN
@@ -88,11 +85,6 @@ class Blip3Processor(ProcessorMixin):
                 f"The tokenizer ({len(tokenizer)} tokens) has no token {IMAGE_TOKEN!r}, which marks where a picture "
                 "goes. It is probably the plain tokenizer of the language model: load the one that convert_weights.py "
                 "wrote, or add the token."
-            )
-        if token_sampling not in TOKEN_SAMPLINGS:
-            raise ValueError(
-                f"token_sampling is {token_sampling!r} but must be one of {', '.join(map(repr, TOKEN_SAMPLINGS))}, as "
-                "in the model's resampler_config. It is probably misspelt: use 'patch' for the released weights."
             )
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 

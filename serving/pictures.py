@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one safe way to open a picture that a stranger names: every door that answers requests uses it.
+"""The one safe way to open a picture that a stranger names, for every API; the page opens only its own uploads.
 
     http(s) URL --- check the URL --- resolve --- check every address --- connect to a checked address --- read --+
          ^                                                                                              |         |
