@@ -136,7 +136,9 @@ def stream_rows(paths: str | Sequence[str], format: str | None = None) -> Iterat
         ) from error
     kind = format or ("webdataset" if files[0].endswith(".tar") else "parquet")
     rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
-    yield from rows.decode(False)
+    # In batches of one: plain iteration inside a DataLoader worker gives that worker's share of the files only.
+    for batch in rows.decode(False).iter(batch_size=1):
+        yield {name: values[0] for name, values in batch.items()}
 
 
 def read_parquet(paths: str | Sequence[str], skip_faulty: bool = False) -> Iterator[Record]:
@@ -145,6 +147,11 @@ def read_parquet(paths: str | Sequence[str], skip_faulty: bool = False) -> Itera
     Raises:
         RecordError: naming row and field.
     """
+    yield from read_rows(stream_rows(paths, "parquet"), skip_faulty, str(paths))
+
+
+def read_rows(rows: Iterable[Row], skip_faulty: bool = False, source: str = "records") -> Iterator[Record]:
+    """Read rows of the parquet files that `data.build` writes; `source` names them in messages."""
 
     def convert(row: Row, place: str) -> Iterator[Record]:
         images = [_as_picture(image, place, "images") for image in row.get("images") or []]
@@ -163,7 +170,7 @@ def read_parquet(paths: str | Sequence[str], skip_faulty: bool = False) -> Itera
             checked.truth,
         )
 
-    yield from _convert(stream_rows(paths, "parquet"), str(paths), convert, skip_faulty)
+    yield from _convert(rows, source, convert, skip_faulty)
 
 
 # -------------------------------------------------------------------------------------------- LLaVA and mixtures

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What may be drawn and how large, and the words the drawn world is made of."""
 
-from dataclasses import dataclass
+import difflib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from .fonts import FACES
 from .things import THINGS
@@ -73,6 +78,8 @@ class WorldSettings:
     """Smallest font size, in pixels; pages too small for it are enlarged."""
     max_characters: int = 6
     """Longest string of random characters to read."""
+    ocr_strings: tuple[int, int] = (1, 4)
+    """Fewest and most strings on a page of the `ocr` task."""
     max_count: int = 6
     """Largest number of things to count."""
     num_shots: int = 8
@@ -100,10 +107,41 @@ class WorldSettings:
                     f"WorldSettings.{name} is {given} but must hold at least {least} of {', '.join(known)}. "
                     f"{unknown or 'Too few'} is probably a typing error: correct it."
                 )
-        for name in ("sides", "document_sides", "object_sides", "text_heights"):
+        for name in ("sides", "document_sides", "object_sides", "text_heights", "ocr_strings"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(
                     f"WorldSettings.{name} is {(low, high)} but must be (smallest, largest), both positive. The two "
                     "were probably swapped: exchange them."
                 )
+
+
+def load_settings(path: str | Path) -> WorldSettings:
+    """Read settings from a YAML file of field names and values; what it leaves out keeps its default.
+
+    Raises:
+        ValueError: for an unknown field or a value that `WorldSettings` refuses.
+    """
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    return settings_from(values, str(path))
+
+
+def settings_from(values: dict[str, Any], place: str = "world") -> WorldSettings:
+    """Build settings from field names and values, as YAML gives them.
+
+    Raises:
+        ValueError: for an unknown field or a value that `WorldSettings` refuses.
+    """
+    known = [field.name for field in fields(WorldSettings)]
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"Known fields: {', '.join(known)}."
+            raise ValueError(
+                f"{place} has the field {name!r} but the drawn world has no such setting; it would draw as if the "
+                f"line were not there. It is probably misspelt. {hint}"
+            )
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    return WorldSettings(**given)

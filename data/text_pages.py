@@ -135,7 +135,8 @@ def read_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
 
 def ocr_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """Write the strings of a page at one of six granularities, with or without a raw caption in front."""
-    strings = [any_string(rng, split, settings) for _ in range(int(rng.integers(1, 5)))]
+    fewest, most = settings.ocr_strings
+    strings = [any_string(rng, split, settings) for _ in range(int(rng.integers(fewest, most + 1)))]
     page, granularity = draw_page(rng, strings, settings), pick(rng, settings.ocr_granularities)
     count = len(strings)
     caption = f"A page with {NUMBERS[count]} line{'s' * (count > 1)} of text." if rng.random() < 0.5 else ""

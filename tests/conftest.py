@@ -60,3 +60,11 @@ def processor(tiny_repo: Path) -> object:
 def unfused_model(unfused_repo: Path) -> torch.nn.Module:
     """The tiny model with split projections, in evaluation mode; tests must not change it."""
     return load_model(unfused_repo).eval()
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small untrained model of the drawn world; tests must not change it."""
+    from training_support import make_small_model  # imports what only training needs
+
+    return make_small_model(tmp_path_factory.mktemp("small"))

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint that answers questions in batches: left-padded, greedy."""
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from .tasks import Question
+
+STOPS = ("<|end|>", "<|endofchunk|>")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+_FINGERPRINTED = (".jinja", ".json", ".model", ".py", ".safetensors")
+
+
+class Answerer(Protocol):
+    """What is scored."""
+
+    def length(self, question: Question) -> int:
+        """Give about how many tokens the prompt takes, to batch questions of similar length."""
+
+    def answer(self, questions: Sequence[Question]) -> list[str]:
+        """Answer a batch."""
+
+
+class Checkpoint:
+    """A folder that `from_pretrained` loads, as an `Answerer`.
+
+    Args:
+        folder: a converted or trained checkpoint.
+        subfolder: inside it, or empty.
+        base_resolution: show each picture as its global view alone.
+        max_new_tokens: of one answer.
+        dtype: one of `DTYPES`; `auto` takes the checkpoint's.
+        device: such as `cpu` or `cuda`; `auto` takes a GPU where there is one.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint in the folder.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        subfolder: str = "",
+        *,
+        base_resolution: bool = False,
+        max_new_tokens: int = 48,
+        dtype: str = "auto",
+        device: str = "auto",
+    ):
+        check_folder(folder, subfolder)
+        if (Path(folder, subfolder) / "modeling_blip3.py").is_file():  # its code lies beside it, not in `folder`
+            folder, subfolder = Path(folder, subfolder), ""
+        options: dict[str, Any] = {"trust_remote_code": True, "subfolder": subfolder}
+        self.processor = AutoProcessor.from_pretrained(folder, **options)
+        model = AutoModelForImageTextToText.from_pretrained(folder, **options, dtype=dtype)
+        self.model = model.to(pick_device(device)).eval()
+        self.base_resolution, self.max_new_tokens = base_resolution, max_new_tokens
+        self.stop_ids = self._find_stops()
+
+    def length(self, question: Question) -> int:
+        """Count the tokens of the prompt and of its pictures, without painting them."""
+        sizes = [picture.drawing.size for picture in question.pictures if picture.drawing is not None]
+        splits = not self.base_resolution
+        counted = self.processor._get_num_multimodal_tokens(image_sizes=sizes, do_image_splitting=splits)
+        num_tokens = len(self.processor.tokenizer(self.render(question))["input_ids"])  # with one `<image>` a picture
+        return num_tokens - len(sizes) + sum(counted["num_image_tokens"])
+
+    def render(self, question: Question) -> str:
+        """Write the prompt of a question, with `<image>` where pictures stand.
+
+        Raises:
+            ValueError: for messages without a chat template.
+        """
+        if isinstance(question.prompt, str):
+            return question.prompt
+        if not self.processor.chat_template:
+            raise ValueError(
+                f"The question {question.id} is a conversation but the processor has no chat template. The checkpoint "
+                "is probably a base model: score it with --task rule caption, or score its fine-tuned successor."
+            )
+        return self.processor.apply_chat_template(list(question.prompt), add_generation_prompt=True, tokenize=False)
+
+    def prepare(self, questions: Sequence[Question]) -> Any:
+        """Give the model inputs of a batch: `input_ids` (B, L), padded on the left, and its pictures."""
+        images = [[picture.open() for picture in question.pictures] for question in questions]
+        return self.processor(
+            images=images,
+            text=[self.render(question) for question in questions],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            do_image_splitting=not self.base_resolution,
+        )
+
+    @torch.inference_mode()
+    def answer(self, questions: Sequence[Question]) -> list[str]:
+        """Answer a batch, up to the first stop."""
+        inputs = self.prepare(questions).to(self.model.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        ids = self.model.generate(
+            **inputs,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=self.stop_ids,
+            pad_token_id=self.processor.tokenizer.pad_token_id,
+        )
+        new = ids[:, inputs["input_ids"].shape[1] :].tolist()
+        kept = [list(itertools.takewhile(lambda token: token not in self.stop_ids, row)) for row in new]
+        return [text.strip() for text in self.processor.batch_decode(kept, skip_special_tokens=True)]
+
+    def _find_stops(self) -> list[int]:
+        """Ids that end an answer: the markers the tokenizer knows, and the checkpoint's own."""
+        tokenizer, own = self.processor.tokenizer, self.model.generation_config.eos_token_id
+        vocabulary = tokenizer.get_vocab()
+        ids = [vocabulary[marker] for marker in STOPS if marker in vocabulary]
+        ids += own if isinstance(own, list) else [own] if own is not None else []
+        return sorted({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+
+
+def pick_device(device: str) -> str:
+    """Give the device itself, for `auto` a GPU where there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def check_folder(folder: str | Path, subfolder: str = "") -> Path:
+    """Give the folder of a checkpoint's own files.
+
+    Raises:
+        FileNotFoundError: if it has no config.json.
+    """
+    path = Path(folder, subfolder)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path} has no config.json but a checkpoint is a folder with one. The path is probably misspelt or the "
+            "training has not saved yet: name the folder that from_pretrained loads."
+        )
+    return path
+
+
+def fingerprint(folder: str | Path, subfolder: str = "") -> str:
+    """Tell checkpoints apart by the names and the contents of their files.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint in the folder.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(check_folder(folder, subfolder).iterdir()):
+        if path.is_file() and path.suffix in _FINGERPRINTED:
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{digest.hexdigest()[:32]}"

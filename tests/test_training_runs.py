@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs on tiny settings: every stage through the command line, resumed, accumulated, on two processes."""
+
+import itertools
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from blip3.data.records import Record, Turn, write_jsonl
+from blip3.training import train as stage
+from blip3.training.encode import Encoder, TooLongError
+from blip3.training.mixture import Mixture
+from support import draw_picture, load_model
+from training_support import (
+    WORLD,
+    losses_of,
+    newest_checkpoint,
+    tiny_recipe,
+    weights_in,
+    write_recipe,
+    write_sizes,
+)
+
+TOWER = "model.vision_tower."
+
+
+def start(*command: object, modules: Path, **variables: str) -> subprocess.Popen:
+    """Start an interpreter on one thread, with a cache of remote code of its own."""
+    environment = os.environ | {"HF_MODULES_CACHE": str(modules), "OMP_NUM_THREADS": "1"} | variables
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def expect_success(process: subprocess.Popen) -> str:
+    try:
+        output = process.communicate(timeout=600)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0, output[-6000:]
+    return output
+
+
+def fall_of(losses: list[float]) -> float:
+    """Mean of the last fifth over mean of the first."""
+    part = len(losses) // 5
+    return np.mean(losses[-part:]) / np.mean(losses[:part])
+
+
+@pytest.fixture(scope="module")
+def text_only(tmp_path_factory) -> str:
+    """A file of conversations without pictures, so that some batches have none."""
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    turns = [(Turn("user", f"What follows {n}?"), Turn("assistant", f"It is {n + 1}.")) for n in range(8)]
+    write_jsonl((Record(f"t{n}", "instruction", (), each) for n, each in enumerate(turns)), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def mixture(text_only) -> list[dict]:
+    """Samples without, with one and with several pictures."""
+    return [{"drawn": "name"}, {"drawn": "compare"}, {"records": text_only, "weight": 2}]
+
+
+@pytest.fixture(scope="module")
+def straight(small_model, mixture, tmp_path_factory) -> Path:
+    """The folder of a run that nothing disturbed: twelve steps of four samples."""
+    folder = tmp_path_factory.mktemp("straight")
+    recipe = tiny_recipe(folder / "run.yaml", small_model, mixture=mixture, max_steps=12)
+    assert stage.train(recipe) == folder / "run" / "final"
+    return folder / "run"
+
+
+# -- the whole recipe -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory) -> Path:
+    """The folder in which every command of the recipe ran, one after another."""
+    folder = tmp_path_factory.mktemp("stages")
+
+    def call(module: str, *arguments: object) -> None:
+        expect_success(start("-m", f"blip3.training.{module}", *arguments, modules=folder / "modules"))
+
+    call("new_model", write_sizes(folder), folder / "new", "--samples", 20)
+    common = {"max_steps": 30, "save_every": 30, "batch_size": 8}
+    tower = {"mixture": None, "max_length": None, "tasks": ["ocr"], "text_width": 32, "text_layers": 1}
+    path = write_recipe(folder / "0_tower.yaml", folder / "new", **common, **tower)
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "null" not in line))
+    call("train_tower", path)
+    kinds = {
+        "1_pretrain": {
+            "mixture": [{"drawn": "caption", "weight": 2}, {"drawn": "ocr"}, {"drawn": "interleaved"}],
+            "any_resolution": False,
+            "packing": True,
+        },
+        "2_sft": {"mixture": [{"drawn": "name"}, {"drawn": "count"}], "group_by_length": True},
+        "3_sft_multi_image": {"mixture": [{"drawn": "compare"}, {"drawn": "name"}], "packing": True},
+    }
+    model = folder / "0_tower" / "final"
+    for name, settings in kinds.items():
+        call("train", write_recipe(folder / f"{name}.yaml", model, **common, **settings), "learning_rate=2e-3")
+        model = folder / name / "final"
+    return folder
+
+
+def assert_is_complete(final: Path) -> None:
+    """Load a folder as a user does, on this line, and see that the other line would find every weight."""
+    processor = AutoProcessor.from_pretrained(final, trust_remote_code=True)
+    inputs = processor(text="<image>a", images=draw_picture(60, 40), return_tensors="pt")
+    model, saved = load_model(final).eval(), weights_in(final)
+    assert type(model).__name__ == "Blip3ForConditionalGeneration"
+    assert len(saved) == len(model.state_dict())
+    tower = [name for name in saved if name.startswith(TOWER)]
+    assert all(name.startswith(f"{TOWER}vision_model.") for name in tower), "names that both transformers lines read"
+    embedding = saved[f"{TOWER}vision_model.embeddings.patch_embedding.weight"]
+    assert any(torch.equal(parameter, embedding) for parameter in model.vision_tower.parameters())
+    assert torch.isfinite(model(**inputs).logits).all()
+    assert (final / "recipe.yaml").is_file()
+
+
+STAGES = ["0_tower", "1_pretrain", "2_sft", "3_sft_multi_image"]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_loss_falls_in_each_stage(stages, name):
+    losses = losses_of(stages / name)
+    assert len(losses) == 30
+    assert fall_of(losses) < 0.9, losses
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_each_stage_leaves_a_complete_folder(stages, name):
+    final = stages / name / "final"
+    assert_is_complete(final)
+    assert list((stages / name / "runs").rglob("events.out.tfevents.*")), "curves for TensorBoard"
+
+
+def test_each_stage_starts_where_the_one_before_ended_and_keeps_the_tower(stages):
+    towers = [
+        {name: tensor for name, tensor in weights_in(stages / each / "final").items() if name.startswith(TOWER)}
+        for each in STAGES
+    ]
+    for other in towers[1:]:
+        assert all(torch.equal(tensor, other[name]) for name, tensor in towers[0].items())
+    weights = [weights_in(stages / each / "final") for each in STAGES]
+    for before, after in itertools.pairwise(weights):
+        changed = {
+            name.removeprefix("model.").split(".")[0] for name in after if not torch.equal(before[name], after[name])
+        }
+        assert changed == {"resampler", "language_model", "lm_head"}
+
+
+# -- interruptions ----------------------------------------------------------------------------------------------------
+
+KILLED = """
+    import os, signal, sys
+    from blip3.training import train
+
+    step, real = int(sys.argv.pop(1)), train.StageTrainer.training_step
+
+    def training_step(self, *arguments, **options):
+        if self.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, *arguments, **options)
+
+    train.StageTrainer.training_step = training_step
+    train.main()
+"""
+
+
+def test_a_killed_run_resumes_with_the_same_losses_and_weights(straight, small_model, mixture, tmp_path):
+    path = write_recipe(tmp_path / "run.yaml", small_model, mixture=mixture, max_steps=12)
+    step = random.Random().randrange(3, 12)
+    process = start("-c", textwrap.dedent(KILLED), step, path, modules=tmp_path / "modules")
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == -signal.SIGKILL, output[-3000:]
+    assert newest_checkpoint(tmp_path / "run").name == f"checkpoint-{step // 3 * 3}"
+    broken = tmp_path / "run" / f"checkpoint-{step // 3 * 3 + 1}"  # and one killed while it was written
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes(b"half")
+
+    stage.train(tiny_recipe(path, small_model, mixture=mixture, max_steps=12))
+    assert losses_of(tmp_path / "run") == losses_of(straight), f"killed at step {step}"
+    resumed, expected = weights_in(tmp_path / "run" / "final"), weights_in(straight / "final")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_finished_run_is_left_as_it_is(straight, small_model, mixture):
+    before = weights_in(straight / "final")
+    stage.train(tiny_recipe(straight.with_suffix(".yaml"), small_model, mixture=mixture, max_steps=12))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_in(straight / "final").items())
+
+
+@pytest.mark.parametrize("settings", [{"packing": True}, {"group_by_length": True}, {"num_workers": 2}], ids=str)
+def test_other_orders_resume_as_well(small_model, mixture, tmp_path, settings):
+    changes = {"mixture": mixture, "max_steps": 6, **settings}
+    stage.train(tiny_recipe(tmp_path / "whole.yaml", small_model, **changes))
+    stage.train(tiny_recipe(tmp_path / "half.yaml", small_model, **changes))
+    for path in sorted((tmp_path / "half" / "checkpoint-6").iterdir()):
+        path.unlink()
+    stage.train(tiny_recipe(tmp_path / "half.yaml", small_model, **changes))
+    assert losses_of(tmp_path / "half") == losses_of(tmp_path / "whole")
+
+
+# -- switches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 1, "accumulation": 4},
+        {"gradient_checkpointing": True},
+        {"packing": True},
+        {"num_workers": 1},
+    ],
+    ids=str,
+)
+def test_the_same_samples_give_the_same_losses(straight, small_model, mixture, tmp_path, settings):
+    stage.train(tiny_recipe(tmp_path / "run.yaml", small_model, mixture=mixture, max_steps=12, **settings))
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(straight), abs=2e-3)
+
+
+def test_bfloat16_runs_and_stays_near(straight, small_model, mixture, tmp_path):
+    stage.train(tiny_recipe(tmp_path / "run.yaml", small_model, mixture=mixture, max_steps=12, bf16=True))
+    losses = losses_of(tmp_path / "run")
+    assert losses != losses_of(straight)
+    assert losses == pytest.approx(losses_of(straight), abs=0.1)
+    assert all(tensor.dtype == torch.float32 for tensor in weights_in(tmp_path / "run" / "final").values())
+    stage.train(tiny_recipe(tmp_path / "next.yaml", small_model, mixture=mixture, max_steps=12))
+    assert losses_of(tmp_path / "next") == losses_of(straight), "the next run in this process is in fp32 again"
+
+
+def changed_parts(before: dict, after: dict) -> set[str]:
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    return {name.removeprefix("model.").split(".")[0] for name in changed}
+
+
+@pytest.mark.parametrize("trainable", [["resampler"], ["language_model"], ["vision_tower", "resampler"]], ids=str)
+def test_only_what_the_recipe_names_is_trained(small_model, mixture, tmp_path, trainable):
+    settings = {"mixture": mixture, "max_steps": 2, "save_every": 2, "trainable": trainable}
+    stage.train(tiny_recipe(tmp_path / "run.yaml", small_model, **settings))
+    changed = changed_parts(weights_in(small_model), weights_in(tmp_path / "run" / "final"))
+    assert changed == set(trainable) | ({"lm_head"} if "language_model" in trainable else set())
+
+
+def test_the_tower_may_have_its_own_learning_rate(small_model, mixture, tmp_path):
+    settings = {
+        "mixture": mixture,
+        "max_steps": 2,
+        "trainable": ["vision_tower", "resampler", "language_model"],
+        "weight_decay": 0.1,
+        "vision_learning_rate": 0.0,
+    }
+    stage.train(tiny_recipe(tmp_path / "run.yaml", small_model, **settings))
+    changed = changed_parts(weights_in(small_model), weights_in(tmp_path / "run" / "final"))
+    assert changed == {"resampler", "language_model", "lm_head"}
+    groups = torch.load(newest_checkpoint(tmp_path / "run") / "optimizer.pt", weights_only=True)["param_groups"]
+    assert sorted((group["initial_lr"], group["weight_decay"]) for group in groups) == [
+        (0.0, 0.0), (0.0, 0.1), (3e-3, 0.0), (3e-3, 0.1)
+    ]  # fmt: skip
+
+
+def test_samples_too_long_to_be_cut_give_way_to_the_next(small_model, text_only, caplog):
+    processor = AutoProcessor.from_pretrained(small_model, trust_remote_code=True)
+    mixture = Mixture([{"drawn": "name"}, {"records": text_only}], 40, 0, WORLD)
+    longest = max(len(Encoder(processor, 1000)(mixture[i])["input_ids"]) for i in range(40) if not mixture[i].images)
+    samples = stage.Samples(mixture, Encoder(processor, longest))
+    first = next(index for index in range(40) if mixture[index].images and not mixture[index + 1].images)
+    assert torch.equal(samples[first]["input_ids"], samples[first + 1]["input_ids"])
+    assert "for its first turn but max_length is" in caplog.text
+    with pytest.raises(TooLongError):
+        stage.Samples(Mixture([{"drawn": "name"}], 5, 0, WORLD), Encoder(processor, longest))[0]
+
+
+def test_samples_of_like_length_go_together(small_model, mixture):
+    processor = AutoProcessor.from_pretrained(small_model, trust_remote_code=True)
+    samples = stage.Samples(Mixture(mixture, 200, 0, WORLD), Encoder(processor, 1000))
+    order = list(stage.LengthSortedSampler(samples, 4, seed=0))
+    assert sorted(order) == list(range(200))
+    lengths = [len(samples[index]["input_ids"]) for index in order]
+    spreads = [np.ptp(lengths[first : first + 4]) for first in range(0, 200, 4)]
+    assert np.mean(spreads) < 0.5 * np.mean([np.ptp(random.Random(0).sample(lengths, 4)) for _ in range(50)])
+    assert order == list(stage.LengthSortedSampler(samples, 4, seed=0))
+    assert order != list(stage.LengthSortedSampler(samples, 4, seed=1))
+
+
+# -- two processes ----------------------------------------------------------------------------------------------------
+
+SHARDED = """
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from torch.distributed.tensor import DTensor
+    from blip3.training import train
+
+    real_arguments, real_step = train.training_arguments, train.StageTrainer.training_step
+    steps = []
+
+    class Stopped(Exception):
+        pass
+
+    def training_arguments(recipe):
+        arguments = real_arguments(recipe)
+        arguments.device
+        # accelerate shards on accelerators only; under another name it does so on CPUs
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+        return arguments
+
+    def training_step(self, model, *arguments, **options):
+        steps.append(self.state.global_step)
+        if len(steps) == 9:
+            raise Stopped
+        weights = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+        assert len(weights) == len(list(model.parameters())), "every weight is sharded"
+        assert sum(weight.to_local().numel() for weight in weights) < 0.6 * sum(weight.numel() for weight in weights)
+        kinds = {type(module).__name__ for module in model.modules()}
+        assert {"FSDPPhi3DecoderLayer", "FSDPSiglipEncoderLayer", "FSDPBlip3ResamplerLayer"} <= kinds, kinds
+        return real_step(self, model, *arguments, **options)
+
+    train.training_arguments, train.StageTrainer.training_step = training_arguments, training_step
+    try:
+        train.main()
+    except Stopped:
+        train.main()
+    assert steps == [*range(9), *range(6, 12)], steps
+"""
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def train_on_two(path: Path, *launch: object) -> None:
+    """Train on two processes that talk through gloo."""
+    process = start(
+        "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), *launch, path,
+        modules=path.parent / "modules",
+    )  # fmt: skip
+    expect_success(process)
+
+
+def assert_same_run(output: Path, straight: Path, steps: int = 12) -> None:
+    assert losses_of(output)[:steps] == pytest.approx(losses_of(straight)[:steps], abs=1e-3)
+    found, expected = weights_in(output / "final"), weights_in(straight / "final")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().mean() < 1e-4, name  # 12 steps at 3e-3; Adam enlarges rounding
+        if name.startswith(TOWER):
+            assert torch.equal(found[name], tensor), name
+
+
+def test_two_processes_train_as_one(straight, small_model, mixture, tmp_path):
+    settings = {"mixture": mixture, "max_steps": 12, "batch_size": 2}
+    train_on_two(write_recipe(tmp_path / "run.yaml", small_model, **settings), "-m", "blip3.training.train")
+    assert_same_run(tmp_path / "run", straight)
+
+
+def test_sharded_processes_train_as_one_resume_and_save_a_complete_folder(straight, small_model, mixture, tmp_path):
+    (tmp_path / "sharded.py").write_text(textwrap.dedent(SHARDED))
+    settings = {"mixture": mixture, "max_steps": 12, "batch_size": 2, "fsdp": True}
+    path = write_recipe(tmp_path / "run.yaml", small_model, **settings)
+    train_on_two(path, tmp_path / "sharded.py")
+    assert_same_run(tmp_path / "run", straight)
+    assert_is_complete(tmp_path / "run" / "final")

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Make a small BLIP-3 with fresh weights: sizes from YAML, a tokenizer trained on drawn texts.
+
+    python -m blip3.training.new_model training/recipes/mini/model.yaml outputs/mini/new
+
+The 4B model starts from published parts instead: `convert_weights.py --vision SIGLIP --text PHI3`.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+
+from ..data.records import Record
+from ..data.settings import WorldSettings, load_settings
+from ..data.world import TASKS, drawn_records
+from .recipe import check_keys
+from .run import name_tower_for_both_lines
+from .tokenizer import train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE_FILES = ("configuration_blip3.py", "image_processing_blip3.py", "processing_blip3.py", "modeling_blip3.py")
+KEYS = ("vision_config", "resampler_config", "text_config", "tile_grids", "vocab_size", "system_prompt", "world")
+
+
+def main() -> None:
+    """Read the command line and make the model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", type=Path, help="YAML file of sizes")
+    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=400, help="drawn records a task for the tokenizer")
+    args = parser.parse_args()
+    make_model(args.sizes, args.output, args.seed, args.samples)
+
+
+def make_model(sizes: Path, output: Path, seed: int = 0, samples: int = 400) -> None:
+    """Write a complete model folder: configuration, code, tokenizer, processor files, fresh weights.
+
+    Args:
+        sizes: YAML with `vision_config`, `resampler_config`, `text_config`, `tile_grids`, `vocab_size`, optionally
+            `system_prompt` (empty by default: a small model has no tokens to spare) and `world`, a YAML file of
+            `WorldSettings` beside it.
+        output: created if missing.
+        seed: of the weights.
+        samples: drawn records per task that the tokenizer is trained on.
+
+    Raises:
+        ValueError: for unknown keys or sizes that contradict each other.
+    """
+    values = yaml.safe_load(sizes.read_text(encoding="utf-8"))
+    check_keys(str(sizes), values, KEYS)
+    world = load_settings(sizes.parent / values["world"]) if "world" in values else WorldSettings()
+    output.mkdir(parents=True, exist_ok=True)
+    for name in CODE_FILES:
+        shutil.copyfile(ROOT / name, output / name)
+    tokenizer = train_tokenizer(drawn_texts(world, samples), values["vocab_size"])
+    save_tokenizer(tokenizer, output)
+    _write_template(output, values.get("system_prompt", ""))
+    _write_configs(output, values, tokenizer)
+    config = AutoConfig.from_pretrained(output, trust_remote_code=True)
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
+    # Positions as loud as pixels from the start: at the usual scale a tower takes hundreds of steps to hear them.
+    positions = [value for name, value in model.vision_tower.named_parameters() if "position_embedding" in name]
+    torch.nn.init.normal_(positions[0], std=0.5)
+    model.save_pretrained(output)
+    name_tower_for_both_lines(output)
+
+
+def drawn_texts(world: WorldSettings, samples: int) -> Iterator[str]:
+    """Give the texts of drawn training records, every task."""
+    for task in TASKS:
+        for record in drawn_records(task, "train", seed=0, count=samples, settings=world):
+            yield from _texts(record)
+
+
+def _texts(record: Record) -> Iterator[str]:
+    for turn in record.turns:
+        yield turn.text.replace("<image>", "")
+    for answer in (record.chosen, record.rejected):
+        if answer:
+            yield answer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json with names that both transformers lines know."""
+    tokenizer.backend_tokenizer.save(str(output / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        "pad_token": tokenizer.pad_token,
+        "unk_token": tokenizer.unk_token,
+        "model_max_length": 2048,
+        "extra_special_tokens": {"image_token": "<image>"},
+    }
+    (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_template(output: Path, system_prompt: str) -> None:
+    """Write the repository's chat template with another default system prompt, or none."""
+    template = (ROOT / "chat_template.jinja").read_text(encoding="utf-8")
+    first, rest = template.split("{%- endif -%}", 1)
+    if system_prompt:
+        before, after = first.split("<|system|>\\n", 1)
+        _, after = after.split("<|end|>", 1)
+        rest = f"{before}<|system|>\\n{system_prompt}<|end|>{after}{{%- endif -%}}{rest}"
+    (output / "chat_template.jinja").write_text(rest.lstrip("\n"), encoding="utf-8")
+
+
+def _write_configs(output: Path, values: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the JSON configurations: the repository's own with other sizes and ids."""
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "<|endoftext|>", "<|end|>", "<pad>")}
+    ids["<|endofchunk|>"] = tokenizer.convert_tokens_to_ids("<|endofchunk|>")
+    stops = {"bos_token_id": ids["<s>"], "pad_token_id": ids["<pad>"]}
+    vision, grids = values["vision_config"], values["tile_grids"]
+    side = {"height": vision["image_size"], "width": vision["image_size"]}
+    text = {**values["text_config"], "vocab_size": len(tokenizer), **stops, "eos_token_id": ids["<|end|>"]}
+    new = {
+        "config.json": {
+            "vision_config": vision,
+            "resampler_config": {**values["resampler_config"], "hidden_size": vision["hidden_size"]},
+            "text_config": text,
+            "tile_grids": grids,
+            "dtype": "float32",
+            "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
+        },
+        "preprocessor_config.json": {"size": side, "tile_grids": grids},
+        "processor_config.json": {"num_latents": values["resampler_config"]["num_latents"]},
+        "generation_config.json": {**stops, "eos_token_id": [ids["<|end|>"], ids["<|endofchunk|>"]]},
+    }
+    for name, changes in new.items():
+        settings = json.loads((ROOT / name).read_text(encoding="utf-8")) | changes
+        (output / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write trained models as the folder `mini/` that this repository ships, with example pictures never trained on.
+
+python -m blip3.training.publish mini --instruct FOLDER --base FOLDER
+
+mini/                configuration, tokenizer, processor files, weights in shards; the code is the repository's own
+mini/base/           the same after pre-training, for few-shot prompts
+mini/examples/       pictures and examples.json: prompt, truth
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoModelForImageTextToText
+
+from ..data.records import Record, to_few_shot_prompt
+from ..data.settings import WorldSettings, load_settings
+from ..data.world import drawn_record
+from .run import PROCESSOR_FILES, SAVED_RECIPE, name_tower_for_both_lines
+
+WORLD = Path(__file__).parent / "recipes" / "mini" / "world.yaml"
+EXAMPLES = (  # task, index within the held-out series of SEED, what it shows
+    ("read", 3),
+    ("count", 0),
+    ("name", 1),
+    ("relation", 2),
+    ("box", 0),
+    ("compare", 1),
+    ("rule", 0),
+)
+SEED = 1_000_003  # scores use small seeds: examples are no part of them
+
+
+def main() -> None:
+    """Read the command line and write the folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="folder to write, such as mini")
+    parser.add_argument("--instruct", type=Path, required=True, help="trained folder that answers questions")
+    parser.add_argument("--base", type=Path, help="trained folder that takes few-shot prompts")
+    parser.add_argument("--dtype", default="bfloat16", help="of the weights (default: %(default)s)")
+    parser.add_argument("--max-shard-size", default="5MB", help="of each safetensors file (default: %(default)s)")
+    args = parser.parse_args()
+    publish(args.instruct, args.output, args.dtype, args.max_shard_size)
+    if args.base:
+        publish(args.base, args.output / "base", args.dtype, args.max_shard_size)
+    write_examples(args.output / "examples", load_settings(WORLD))
+
+
+def publish(source: Path, output: Path, dtype: str = "bfloat16", max_shard_size: str = "5MB") -> None:
+    """Write one trained model without its code: `auto_map` then means the files of the repository around it.
+
+    Args:
+        source: folder of a finished stage.
+        output: made if need be; its weights are replaced.
+        dtype: of the weights, a name of torch.
+        max_shard_size: of each safetensors file.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    for old in output.glob("model*.safetensors*"):
+        old.unlink()
+    model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True, dtype=getattr(torch, dtype))
+    model.save_pretrained(output, max_shard_size=max_shard_size)
+    name_tower_for_both_lines(output)
+    for code in output.glob("*.py"):
+        code.unlink()
+    _tidy_config(output / "config.json")
+    for name in PROCESSOR_FILES:
+        shutil.copyfile(source / name, output / name)
+    recipe = yaml.safe_load((source / SAVED_RECIPE).read_text(encoding="utf-8"))
+    (output / SAVED_RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+
+
+def _tidy_config(path: Path) -> None:
+    """Name the code by file alone and drop what transformers writes about the machine it was saved on."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["auto_map"] = {name: value.split("--")[-1] for name, value in config["auto_map"].items()}
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        section.pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_examples(folder: Path, world: WorldSettings) -> None:
+    """Write one held-out example of each kind: PNG pictures and examples.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    examples = []
+    for task, index in EXAMPLES:
+        record = drawn_record(task, "held_out", SEED, index, world)
+        names = [f"{task}-{number}.png" for number in range(len(record.images))]
+        prompt, kept = _prompt_of(record)
+        for name, picture in list(zip(names, record.images, strict=True))[-kept:]:
+            picture.open().save(folder / name, optimize=True)
+        examples.append({"task": task, "images": names[-kept:], "prompt": prompt, "truth": record.truth["answer"]})
+    (folder / "examples.json").write_text(json.dumps(examples, indent=2) + "\n", encoding="utf-8")
+
+
+def _prompt_of(record: Record, num_shots: int = 4) -> tuple[Any, int]:
+    """Give the question (or the few-shot prompt) of a record and the number of pictures it shows."""
+    if record.kind == "few_shot":
+        prompt, _ = to_few_shot_prompt(record, num_shots)
+    else:
+        prompt = record.turns[0].text
+    return prompt, prompt.count("<image>")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every stage does around `Trainer`: resume or refuse, arguments, logs."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_callback import TrainerState
+
+from .recipe import Recipe, RunRecipe, load_recipe, save_recipe
+
+SAVED_RECIPE = "recipe.yaml"
+PROCESSOR_FILES = (
+    "chat_template.jinja",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+PROCESSOR_CODE = "processing_blip3.py"  # what a model's save_pretrained leaves out
+_MAY_CHANGE = ("log_every", "save_every", "keep_checkpoints", "num_workers", "notes")
+
+
+def start(recipe: RunRecipe) -> str | None:
+    """Seed everything, save the resolved recipe, and find the checkpoint to resume from.
+
+    Returns:
+        the newest complete checkpoint in `recipe.output`, or None.
+
+    Raises:
+        ValueError: if the folder holds a run of another recipe.
+    """
+    output = Path(recipe.output)
+    saved = output / SAVED_RECIPE
+    checkpoint = find_checkpoint(output)
+    if saved.is_file() and checkpoint:
+        before = load_recipe(saved, type(recipe))
+        changed = [
+            name
+            for name in vars(recipe)
+            if name not in _MAY_CHANGE and _plain(getattr(before, name)) != _plain(getattr(recipe, name))
+        ]
+        if changed:
+            raise ValueError(
+                f"{output} holds a run whose {changed[0]} was {getattr(before, changed[0])!r}, and now it is "
+                f"{getattr(recipe, changed[0])!r}; resumed, it would be neither of the two. The recipe was probably "
+                "edited: give it another output, or remove the folder."
+            )
+    if is_main_process():
+        save_recipe(recipe, saved)
+    set_seed(recipe.seed)
+    return checkpoint
+
+
+def find_checkpoint(output: Path) -> str | None:
+    """Find the newest complete checkpoint; a run may be killed while it writes one.
+
+    `Trainer` writes its state last, so a folder without a readable one is incomplete. It is overwritten when the
+    resumed run gets there.
+    """
+    folders = [path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    for folder in sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        except (OSError, ValueError, TypeError):
+            continue
+        return str(folder)
+    return None
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def num_processes() -> int:
+    """Processes that train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process writes what all of them share."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def training_arguments(recipe: RunRecipe, **others: Any) -> TrainingArguments:
+    """Translate a recipe for `Trainer`."""
+    if not torch.accelerator.is_available():  # unasked, transformers refuses bfloat16 there
+        others |= {"use_cpu": True, "ddp_backend": "gloo" if num_processes() > 1 else None}
+    # transformers 4.57 leaves a run's precision in the environment, where the next one would take it for granted
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if recipe.bf16 else "no"
+    if isinstance(recipe, Recipe):
+        if recipe.gradient_checkpointing:
+            others |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        if recipe.fsdp:
+            # transformers 4.57 passes neither on to accelerate
+            os.environ |= {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+            others |= {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+    return TrainingArguments(
+        output_dir=recipe.output,
+        max_steps=recipe.max_steps,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(recipe.schedule, recipe.schedule),
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=recipe.weight_decay,
+        adam_beta2=recipe.adam_beta2,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.bf16,
+        logging_steps=recipe.log_every,
+        save_steps=recipe.save_every,
+        save_total_limit=recipe.keep_checkpoints,
+        dataloader_num_workers=recipe.num_workers,
+        seed=recipe.seed,
+        remove_unused_columns=False,
+        report_to=["tensorboard"],
+        **others,
+    )
+
+
+def copy_processor(source: str | Path, output: str | Path) -> None:
+    """Copy tokenizer, template, processor files and processor code unchanged; stages differ in weights only."""
+    for name in (*PROCESSOR_FILES, PROCESSOR_CODE):
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(output) / name)
+
+
+def log_metrics(recipe: RunRecipe, metrics: dict[str, Any]) -> None:
+    """Write final figures beside the checkpoints."""
+    path = Path(recipe.output) / "metrics.json"
+    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def name_tower_for_both_lines(folder: str | Path) -> None:
+    """Name a folder's tower weights as transformers 4.57 does; 5.x reads these names too and keeps them on saving."""
+    for path in Path(folder).glob("model*.safetensors"):
+        save_file(
+            {_old_name(name): tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"}
+        )
+    index = Path(folder) / "model.safetensors.index.json"
+    if index.is_file():
+        values = json.loads(index.read_text(encoding="utf-8"))
+        values["weight_map"] = {_old_name(name): file for name, file in values["weight_map"].items()}
+        index.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _old_name(name: str) -> str:
+    tower, inner = "model.vision_tower.", "model.vision_tower.vision_model."
+    return inner + name.removeprefix(inner).removeprefix(tower) if name.startswith(tower) else name

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Train a stage of the recipe: pre-training, fine-tuning with one picture or with several. One loss, next token.
+
+    python -m blip3.training.train training/recipes/mini/1_pretrain.yaml [key=value ...]
+    torchrun --nproc_per_node 8 -m blip3.training.train training/recipes/2_sft.yaml
+
+Run the same command again after an interruption: the run goes on from its newest checkpoint with the same losses. The
+trained model, with processor and recipe, appears in OUTPUT/final; curves are in OUTPUT/runs (TensorBoard).
+"""
+
+import argparse
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
+
+from ..data.records import Picture
+from .encode import Collator, Encoder, TooLongError
+from .mixture import Mixture
+from .recipe import MODULES, Recipe, load_recipe, save_recipe
+from .run import SAVED_RECIPE, copy_processor, num_processes, start, training_arguments
+
+WINDOW = 64  # batches within which samples are sorted by length
+MAX_TOO_LONG = 100  # samples in a row
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Read the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of the recipe's values")
+    args = parser.parse_args()
+    train(load_recipe(args.recipe, Recipe, args.overrides))
+
+
+def train(recipe: Recipe) -> Path:
+    """Train, resuming if there is a checkpoint, and write the model to `recipe.output`/final.
+
+    Returns:
+        that folder.
+    """
+    arguments = training_arguments(recipe)  # starts the process group
+    checkpoint = start(recipe)
+    with arguments.main_process_first(desc="copying the model's code into the cache"):
+        processor = AutoProcessor.from_pretrained(recipe.model, trust_remote_code=True)
+        model = AutoModelForImageTextToText.from_pretrained(recipe.model, trust_remote_code=True, dtype=torch.float32)
+    freeze(model, recipe)
+    encoder = Encoder(processor, recipe.max_length, recipe.any_resolution, recipe.learn_end_of_chunk)
+    count = recipe.max_steps * recipe.batch_size * recipe.accumulation * num_processes()
+    samples = Samples(Mixture(recipe.mixture, count, recipe.seed, recipe.world), encoder)
+    trainer = StageTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=samples,
+        data_collator=Collator(processor.tokenizer.pad_token_id, recipe.packing, recipe.max_length),
+        recipe=recipe,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    output = Path(recipe.output) / "final"
+    trainer.save_whole_model(output)
+    if trainer.is_world_process_zero():
+        copy_processor(recipe.model, output)
+        save_recipe(recipe, output / SAVED_RECIPE)
+    return output
+
+
+def freeze(model: Any, recipe: Recipe) -> None:
+    """Leave only the recipe's modules trainable; the output layer goes with the language model."""
+    modules = {"vision_tower": [model.vision_tower], "resampler": [model.model.resampler]}
+    modules["language_model"] = [model.language_model, model.lm_head]
+    for name in MODULES:
+        for module in modules[name]:
+            module.requires_grad_(name in recipe.trainable)
+
+
+class Samples(Dataset):
+    """Encoded samples of a mixture; item i never changes. One too long to be cut gives way to the sample after it."""
+
+    def __init__(self, mixture: Mixture, encoder: Encoder):
+        self.mixture, self.encoder = mixture, encoder
+
+    def __len__(self) -> int:
+        return len(self.mixture)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        for other in range(index, index + MAX_TOO_LONG):
+            record = self.mixture[other % len(self)]
+            try:
+                return self.encoder(record)
+            except TooLongError as error:
+                last = error
+                logger.warning("Skipped: %s", error)
+        raise last
+
+    def estimate_length(self, index: int) -> int:
+        """Guess a sample's length from its record and the sizes of its pictures, which are not decoded."""
+        record, processor = self.mixture[index], self.encoder.processor
+        length = sum(len(turn.text) for turn in record.turns) // 4
+        for picture in record.images:
+            shown = processor.image_processor.image_size_for_model(*size_of(picture), self.encoder.any_resolution)
+            length += processor._count_image_tokens(shown)
+        return length
+
+
+def size_of(picture: Picture) -> tuple[int, int]:
+    """Give a picture's (height, width) from its drawing or its file's header."""
+    if picture.drawing:
+        return picture.drawing.size
+    try:
+        with Image.open(io.BytesIO(picture.data) if picture.data else picture.path or "") as image:
+            return image.height, image.width
+    except OSError:
+        width, height = picture.open().size  # says what is wrong
+        return height, width
+
+
+class LengthSortedSampler(Sampler[int]):
+    """Goes through windows of `WINDOW` batches; batches hold samples of like length, in random order.
+
+    Args:
+        samples: with `estimate_length`.
+        batch_size: of all processes together.
+        seed: of the order of batches.
+    """
+
+    def __init__(self, samples: Samples, batch_size: int, seed: int):
+        self.samples, self.batch_size, self.seed = samples, batch_size, seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[int]:
+        window = WINDOW * self.batch_size
+        for first in range(0, len(self.samples), window):
+            indices = range(first, min(first + window, len(self.samples)))
+            ordered = sorted(indices, key=self.samples.estimate_length)
+            batches = [ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size)]
+            for number in np.random.default_rng([self.seed, first]).permutation(len(batches)):
+                yield from batches[number]
+
+
+class StageTrainer(Trainer):
+    """`Trainer` that takes samples in the mixture's order and knows the recipe.
+
+    Args:
+        recipe: of the stage.
+        **kwargs: of `Trainer`.
+    """
+
+    optimizer: Any
+
+    def __init__(self, recipe: Recipe, **kwargs: Any):
+        self.recipe = recipe
+        super().__init__(**kwargs)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
+        samples: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.recipe.group_by_length:
+            return LengthSortedSampler(samples, self.recipe.batch_size * num_processes(), self.recipe.seed)
+        return SequentialSampler(samples)
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        """AdamW, with the tower's own learning rate if the recipe gives one."""
+        rate = self.recipe.vision_learning_rate
+        if rate is None or self.optimizer is not None:
+            return super().create_optimizer(*args)
+        model = args[0] if args else self.model
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                key = (
+                    rate if "vision_tower." in name else self.args.learning_rate,
+                    self.args.weight_decay if name in decayed else 0.0,
+                )
+                groups.setdefault(key, []).append(parameter)
+        kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+        self.optimizer = kind(
+            [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()], **settings
+        )
+        return self.optimizer
+
+    def save_whole_model(self, output: Path) -> None:
+        """Save model and code as one folder, gathered if it is sharded."""
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        self.save_model(str(output))
+
+
+if __name__ == "__main__":
+    main()
