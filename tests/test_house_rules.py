@@ -121,6 +121,7 @@ def test_configurations_of_model_and_processor_agree():
 def test_no_absolute_paths_and_no_large_files_are_tracked():
     for name in TRACKED:
         content = (ROOT / name).read_bytes()
-        assert len(content) < 500_000, name
+        is_weights = name.startswith("mini/") and name.endswith(".safetensors")
+        assert len(content) < (6_000_000 if is_weights else 500_000), name
         if name != "tests/test_house_rules.py":
             assert not re.search(rb"(?<![\w.:/~])/(work|root|home|opt|tmp)/\w", content), name

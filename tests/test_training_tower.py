@@ -9,14 +9,15 @@ import torch
 import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoTokenizer
 
 from blip3.data.canvas import Drawing, Shape, Text, shape_box
 from blip3.data.settings import settings_from
 from blip3.data.world import drawn_record
 from blip3.training import train_tower as stage
+from blip3.training.new_model import make_model
 from blip3.training.recipe import load_recipe
-from support import load_model
+from support import ROOT, load_model
 from training_support import WORLD, losses_of, weights_in
 
 TILE, PER_SIDE = 48, 4
@@ -277,3 +278,20 @@ def test_a_resumed_tower_is_the_same(trained, small_model, tmp_path):
     assert losses_of(tmp_path / "run") == losses_of(trained)
     resumed, straight = weights_in(tmp_path / "run" / "final"), weights_in(trained / "final")
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+def test_the_shipped_tower_loads_and_starts_a_new_model(tmp_path):
+    tower, report = AutoModel.from_pretrained(ROOT / "mini" / "tower", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    make_model(
+        ROOT / "training" / "recipes" / "mini" / "model.yaml", tmp_path, samples=5, tower=ROOT / "mini" / "tower"
+    )
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, trust_remote_code=True, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    pixels = torch.rand(2, 3, 96, 96)
+    with torch.no_grad():
+        expected = tower.float()(pixels).last_hidden_state
+        assert torch.equal(model.vision_tower(pixels).last_hidden_state, expected)

@@ -2,8 +2,10 @@
 r"""Make a small BLIP-3 with fresh weights: sizes from YAML, a tokenizer trained on drawn texts.
 
     python -m blip3.training.new_model training/recipes/mini/model.yaml outputs/mini/new
+    python -m blip3.training.new_model training/recipes/mini/model.yaml outputs/mini/new --tower mini/tower
 
-The 4B model starts from published parts instead: `convert_weights.py --vision SIGLIP --text PHI3`.
+The second starts with a tower that stage 0 has trained already. The 4B model starts from published parts instead:
+`convert_weights.py --vision SIGLIP --text PHI3`.
 """
 
 import argparse
@@ -15,13 +17,13 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from ..data.records import Record
 from ..data.settings import WorldSettings, load_settings
 from ..data.world import TASKS, drawn_records
 from .recipe import check_keys
-from .run import name_tower_for_both_lines
+from .run import match_names, name_tower_for_both_lines
 from .tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,11 +38,12 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=400, help="drawn records a task for the tokenizer")
+    parser.add_argument("--tower", type=Path, help="folder of a trained vision tower (default: fresh weights)")
     args = parser.parse_args()
-    make_model(args.sizes, args.output, args.seed, args.samples)
+    make_model(args.sizes, args.output, args.seed, args.samples, args.tower)
 
 
-def make_model(sizes: Path, output: Path, seed: int = 0, samples: int = 400) -> None:
+def make_model(sizes: Path, output: Path, seed: int = 0, samples: int = 400, tower: Path | None = None) -> None:
     """Write a complete model folder: configuration, code, tokenizer, processor files, fresh weights.
 
     Args:
@@ -50,6 +53,7 @@ def make_model(sizes: Path, output: Path, seed: int = 0, samples: int = 400) -> 
         output: created if missing.
         seed: of the weights.
         samples: drawn records per task that the tokenizer is trained on.
+        tower: folder of a trained vision tower of the same sizes.
 
     Raises:
         ValueError: for unknown keys or sizes that contradict each other.
@@ -67,11 +71,28 @@ def make_model(sizes: Path, output: Path, seed: int = 0, samples: int = 400) -> 
     config = AutoConfig.from_pretrained(output, trust_remote_code=True)
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
-    # Positions as loud as pixels from the start: at the usual scale a tower takes hundreds of steps to hear them.
-    positions = [value for name, value in model.vision_tower.named_parameters() if "position_embedding" in name]
-    torch.nn.init.normal_(positions[0], std=0.5)
+    scale_fresh_weights(model)
+    if tower:
+        trained = AutoModel.from_pretrained(tower, dtype=torch.float32).state_dict()
+        model.vision_tower.load_state_dict(match_names(trained, model.vision_tower))
     model.save_pretrained(output)
     name_tower_for_both_lines(output)
+
+
+@torch.no_grad()
+def scale_fresh_weights(model: Any) -> None:
+    """Draw some fresh weights at the scale that a narrow model learns from.
+
+    The usual 0.02 is right for thousands of channels. At 192, positions drawn so take hundreds of steps to be heard
+    beside pixels, and a resampler needs three times the samples to the same loss.
+    """
+    for name, weight in model.vision_tower.named_parameters():
+        if "position_embedding" in name:
+            weight.normal_(std=0.5)
+    for weight in model.model.resampler.parameters():
+        if weight.ndim == 2:
+            weight.normal_(std=weight.shape[-1] ** -0.5)
+    model.model.resampler.latents.normal_(std=1.0)
 
 
 def drawn_texts(world: WorldSettings, samples: int) -> Iterator[str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from ..data.records import Record, to_few_shot_prompt
@@ -40,15 +41,19 @@ def main() -> None:
     """Read the command line and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder to write, such as mini")
-    parser.add_argument("--instruct", type=Path, required=True, help="trained folder that answers questions")
+    parser.add_argument("--tower", type=Path, help="trained folder whose tower is written to OUTPUT/tower")
+    parser.add_argument("--instruct", type=Path, help="trained folder that answers questions")
     parser.add_argument("--base", type=Path, help="trained folder that takes few-shot prompts")
     parser.add_argument("--dtype", default="bfloat16", help="of the weights (default: %(default)s)")
     parser.add_argument("--max-shard-size", default="5MB", help="of each safetensors file (default: %(default)s)")
     args = parser.parse_args()
-    publish(args.instruct, args.output, args.dtype, args.max_shard_size)
+    if args.tower:
+        publish_tower(args.tower, args.output / "tower", args.dtype)
     if args.base:
         publish(args.base, args.output / "base", args.dtype, args.max_shard_size)
-    write_examples(args.output / "examples", load_settings(WORLD))
+    if args.instruct:
+        publish(args.instruct, args.output, args.dtype, args.max_shard_size)
+        write_examples(args.output / "examples", load_settings(WORLD))
 
 
 def publish(source: Path, output: Path, dtype: str = "bfloat16", max_shard_size: str = "5MB") -> None:
@@ -73,6 +78,22 @@ def publish(source: Path, output: Path, dtype: str = "bfloat16", max_shard_size:
         shutil.copyfile(source / name, output / name)
     recipe = yaml.safe_load((source / SAVED_RECIPE).read_text(encoding="utf-8"))
     (output / SAVED_RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+
+
+def publish_tower(source: Path, output: Path, dtype: str = "bfloat16") -> None:
+    """Write the vision tower of a trained model as a SiglipVisionModel of its own, for either transformers line.
+
+    Args:
+        source: folder of a finished stage.
+        output: made if need be.
+        dtype: of the weights, a name of torch.
+    """
+    model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True, dtype=getattr(torch, dtype))
+    model.vision_tower.save_pretrained(output)
+    path = output / "model.safetensors"
+    weights = {f"vision_model.{name.removeprefix('vision_model.')}": value for name, value in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    shutil.copyfile(source / SAVED_RECIPE, output / SAVED_RECIPE)
 
 
 def _tidy_config(path: Path) -> None:

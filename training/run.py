@@ -153,3 +153,10 @@ def name_tower_for_both_lines(folder: str | Path) -> None:
 def _old_name(name: str) -> str:
     tower, inner = "model.vision_tower.", "model.vision_tower.vision_model."
     return inner + name.removeprefix(inner).removeprefix(tower) if name.startswith(tower) else name
+
+
+def match_names(weights: dict[str, torch.Tensor], tower: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Give a tower's weights the names it has (4.57 puts `vision_model.` before them) and drop a pooling head."""
+    prefix = "vision_model." if any(name.startswith("vision_model.") for name in tower.state_dict()) else ""
+    bare = {name.removeprefix("vision_model."): weight for name, weight in weights.items()}
+    return {f"{prefix}{name}": weight for name, weight in bare.items() if not name.startswith("head.")}

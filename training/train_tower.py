@@ -42,7 +42,7 @@ from ..data.settings import COLOURS, WorldSettings, settings_from
 from ..data.things import THINGS
 from ..data.world import drawn_record
 from .recipe import RunRecipe, load_recipe, save_recipe
-from .run import copy_processor, log_metrics, start, training_arguments
+from .run import copy_processor, log_metrics, match_names, start, training_arguments
 
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 MIN_OVERLAP = 0.35
@@ -102,7 +102,7 @@ def train_tower(recipe: TowerRecipe) -> Path:
     trainer.train(resume_from_checkpoint=resume)
     accuracy = evaluate_tower(siglip, held_out)
     log_metrics(recipe, accuracy)
-    model.vision_tower.load_state_dict(_without_head(siglip.siglip.vision_model.state_dict(), model.vision_tower))
+    model.vision_tower.load_state_dict(match_names(siglip.siglip.vision_model.state_dict(), model.vision_tower))
     output = Path(recipe.output) / "final"
     model.save_pretrained(output)
     save_recipe(recipe, output / "recipe.yaml")
@@ -416,12 +416,6 @@ def evaluate_tower(model: PatchSiglip, pictures: TowerPictures, batch_size: int 
             right[kind] += float((best == truth.argmax(-1))[is_one].sum())
             seen[kind] += float(is_one.sum())
     return {f"held_out_{kind}": right[kind] / max(1.0, seen[kind]) for kind in KINDS}
-
-
-def _without_head(state: dict[str, torch.Tensor], tower: nn.Module) -> dict[str, torch.Tensor]:
-    """Keep what the model's tower has, under its names."""
-    prefix = "vision_model." if any(name.startswith("vision_model.") for name in tower.state_dict()) else ""
-    return {f"{prefix}{name}": value for name, value in state.items() if not name.startswith("head.")}
 
 
 if __name__ == "__main__":
