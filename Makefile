@@ -33,12 +33,21 @@ test-common: setup  ## transformers' own tests of models, processors and image p
 test-vllm:  ## vLLM's engine and OpenAI server on the CPU (environment of its own, 3.5 GB)
 	$(PYTHON) tests/on_vllm/run.py
 
+test-doors:  ## the page in headless Chromium, batches on Ray Data, quantization (environment of its own, 2 GB)
+	$(PYTHON) tests/doors/run.py
+
+soak: setup  ## ten minutes of load on the handler, then on `transformers serve` (LINE=5 only)
+	$(RUN) tests/soak/run.py --door handler
+	$(RUN) tests/soak/run.py --door http
+
 check: setup  ## lint and types
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.,configuration_blip3 image_processing_blip3 processing_blip3 modeling_blip3)
 	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.data.,records world readers build)
+	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.training.,recipe run mixture encode train tokenizer new_model measure_packing)
+	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.evaluation.,metrics score)
 
 fix: setup  ## format
 	$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
 
-.PHONY: help setup demo test test-slow test-common test-vllm check fix
+.PHONY: help setup demo test test-slow test-common test-vllm test-doors soak check fix

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class EndpointHandler:
     """Answers requests with one model; one request at a time.
 
     Args:
-        path: the repository's folder.
+        path: the repository's folder; its mini/ is loaded where the folder has no weights of its own.
         picture_limits: what may be fetched and decoded; from `BLIP3_PICTURE_...` variables by default.
         request_limits: what may be asked of the model; from `BLIP3_REQUEST_...` variables by default.
         public_loopback: loopback addresses to fetch pictures from, for tests only.
@@ -48,9 +49,13 @@ class EndpointHandler:
     ):
         self.fetcher = PictureFetcher(picture_limits, public_loopback)
         self.limits = read_limits(RequestLimits, "BLIP3_REQUEST_") if request_limits is None else request_limits
-        self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-        model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True, dtype="auto")
-        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        source = find_checkpoint(path) | {"trust_remote_code": True}
+        self.processor = AutoProcessor.from_pretrained(**source)
+        model = AutoModelForImageTextToText.from_pretrained(**source, dtype="auto")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if model.device.type != device:  # a quantized model is there already, and refuses to be moved
+            model = model.to(device)
+        self.model = model.eval()
 
     def __call__(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         """Answer one body.
@@ -145,6 +150,16 @@ class EndpointHandler:
                 }
             )
         return answers
+
+
+def find_checkpoint(path: str) -> dict[str, Any]:
+    """Say what `from_pretrained` must load: the folder, or its mini/ where the folder has no weights of its own."""
+    folder, mini = Path(path), Path(path, "mini")
+    if any(folder.glob("*.safetensors")) or not (mini / "config.json").is_file():
+        return {"pretrained_model_name_or_path": path}
+    if (mini / "modeling_blip3.py").is_file():
+        return {"pretrained_model_name_or_path": str(mini)}
+    return {"pretrained_model_name_or_path": path, "subfolder": "mini"}
 
 
 @contextlib.contextmanager

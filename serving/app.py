@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A page to talk with BLIP-3 about pictures: streamed answers, and the tiles and tokens each picture becomes.
 
-    python serving/app.py                                    the repository's mini/, or a tiny model of random weights
+    python serving/app.py                                    the repository's mini/
     python serving/app.py --model FOLDER --subfolder NAME    any converted checkpoint
 
     question, pictures --+--> answer --- messages_of --> processor --> generate in a thread --> text, piece by piece
@@ -17,12 +17,12 @@ import argparse
 import base64
 import dataclasses
 import html
-import importlib
 import io
+import json
 import logging
 import os
+import shutil
 import signal
-import sys
 import tempfile
 import textwrap
 import threading
@@ -52,10 +52,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 EXIF_ORIENTATION, FIRST_TURNED = 0x0112, 5  # from 5 on, height and width change places
 IMAGE_TOKEN = "<image>"
 SEEN_TITLE = "What the model sees"
-RANDOM_WEIGHTS = (
-    "**These weights are random, so every answer is noise.** The page, the tiles and the token counts are real. "
-    "Start it with `--model FOLDER` for a trained checkpoint."
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -532,13 +528,12 @@ def refuse_urls(box: gr.MultimodalTextbox) -> None:
     box.async_move_resource_to_block_cache = move_files_only
 
 
-def build_page(chat: Chat, name: str, notice: str = "", examples: Sequence[dict] = ()) -> gr.Blocks:
+def build_page(chat: Chat, name: str, examples: Sequence[dict] = ()) -> gr.Blocks:
     """Lay the page out and connect its parts.
 
     Args:
         chat: answers; its folder of uploads becomes Gradio's.
         name: of the checkpoint, shown under the title.
-        notice: a warning shown above everything, in Markdown.
         examples: `text` and `files` of questions to start with.
     """
     limits = chat.limits
@@ -548,8 +543,6 @@ def build_page(chat: Chat, name: str, notice: str = "", examples: Sequence[dict]
     ) as page:
         turns, shown = gr.State([]), gr.State(None)
         gr.Markdown(f"# BLIP-3\nTalk about pictures with `{name}`, and see what the model sees.", elem_id="title")
-        if notice:
-            gr.Markdown(notice, elem_id="notice")
         with gr.Row():
             with gr.Column(scale=3, min_width=420):
                 shown_chat = chat_log(examples)
@@ -598,7 +591,7 @@ def build_page(chat: Chat, name: str, notice: str = "", examples: Sequence[dict]
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; Spaces and containers set host and port by Gradio's own variables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="converted folder (default: the one that holds mini/, or random)")
+    parser.add_argument("--model", type=Path, help="converted folder (default: the one that holds mini/)")
     parser.add_argument("--subfolder", default="", help="checkpoint inside it (default: none)")
     host, port = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
     parser.add_argument("--host", default=host, help="address to listen on; 0.0.0.0 for all (default: %(default)s)")
@@ -631,20 +624,30 @@ def load(folder: Path, subfolder: str = "") -> tuple[Any, Any]:
             "checkpoint, which continues text: pass an instruct checkpoint as --model."
         )
     model = AutoModelForImageTextToText.from_pretrained(**source, dtype="auto")
-    return processor, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if model.device.type != device:  # a quantized model is there already, and refuses to be moved
+        model = model.to(device)
+    return processor, model.eval()
 
 
-def draw_examples(demo: Any, folder: Path) -> list[dict]:
-    """Draw the pictures of the questions to start with, and write them where the page may read them."""
-    folder.mkdir(parents=True)
-    scene = demo.draw_scene()
-    pictures = {"street": scene, "left": scene.crop((0, 400, 640, 960)), "right": scene.crop((640, 400, 1280, 960))}
-    for name, picture in pictures.items():
-        picture.save(folder / f"{name}.png")
-    street, left, right = (str(folder / f"{name}.png") for name in pictures)
+def load_examples(source: Path, folder: Path) -> list[dict]:
+    """Copy the questions that stand beside a checkpoint, with their pictures, to where the page may read them.
+
+    Args:
+        source: with examples.json, as mini/examples is; without it there are no examples.
+        folder: to make.
+    """
+    if not (source / "examples.json").is_file():
+        return []
+    shutil.copytree(source, folder)
+    examples = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
     return [
-        {"text": "What is written on the sign?", "files": [street]},
-        {"text": "Which of the two pictures shows more houses?", "files": [left, right]},
+        {
+            "text": " ".join(example["prompt"].replace(IMAGE_TOKEN, " ").split()),
+            "files": [str(folder / name) for name in example["images"]],
+        }
+        for example in examples
+        if example["task"] != "rule"  # a few-shot prompt, for base checkpoints
     ]
 
 
@@ -652,23 +655,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Load, build the page and serve it until it is interrupted."""
     args = parse_arguments(arguments)
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    demo, notice = None, ""
-    if (HERE.parent / "demo.py").is_file():  # absent on a Space of three files
-        sys.path.insert(0, str(HERE.parent))
-        demo = importlib.import_module("demo")
+    folder, subfolder = args.model, args.subfolder
+    if folder is None:
+        folder, subfolder = find_mini(), subfolder or "mini"
+    if folder is None:
+        raise SystemExit("No checkpoint: --model was not given and there is no mini/ here. Pass --model FOLDER.")
     with tempfile.TemporaryDirectory(prefix="blip3-page-") as scratch:
-        folder, subfolder = args.model, args.subfolder
-        if folder is None:
-            folder, subfolder = find_mini(), subfolder or "mini"
-        if folder is None and demo is not None:
-            folder, subfolder, notice = demo.make_random_model(Path(scratch)), "", RANDOM_WEIGHTS
-        if folder is None:
-            raise SystemExit("No checkpoint: --model was not given and there is no mini/ here. Pass --model FOLDER.")
         processor, model = load(folder, subfolder)
         chat = Chat(processor, model, Path(scratch) / "uploads")
-        examples = draw_examples(demo, Path(scratch) / "examples") if demo is not None else []
-        name = "random weights" if notice else subfolder or folder.resolve().name
-        launch(build_page(chat, name, notice, examples), chat.limits, args.host, args.port)
+        examples = load_examples(folder / subfolder / "examples", Path(scratch) / "examples")
+        name = subfolder or folder.resolve().name
+        launch(build_page(chat, name, examples), chat.limits, args.host, args.port)
 
 
 def launch(page: gr.Blocks, limits: Limits, host: str, port: int | None, is_blocking: bool = True) -> str:

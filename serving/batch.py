@@ -352,7 +352,10 @@ class TransformersEngine:
         model = AutoModelForImageTextToText.from_pretrained(
             settings.model, trust_remote_code=True, dtype=settings.dtype
         )
-        self.model = model.to("cuda" if settings.num_gpus_per_worker else "cpu").eval()
+        device = "cuda" if settings.num_gpus_per_worker else "cpu"
+        if model.device.type != device:  # a quantized model is there already, and refuses to be moved
+            model = model.to(device)
+        self.model = model.eval()
 
     def prepare(self, picture: bytes, question: str) -> Any:
         """Return the model inputs of one row."""

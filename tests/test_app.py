@@ -19,7 +19,6 @@ from transformers import AutoProcessor
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e .[app]")
 
-import demo
 from serving import app
 from serving.app import Chat, Limits, Options, Turn
 from serving_support import silence_bytes
@@ -263,13 +262,28 @@ def test_base_checkpoints_are_refused(legible_repo, tmp_path, monkeypatch):
         app.load(legible_repo)
 
 
-def test_without_a_checkpoint_the_page_says_that_weights_are_random(monkeypatch):
-    started = {}
+def test_without_a_checkpoint_the_page_does_not_start(monkeypatch):
     monkeypatch.setattr(app, "find_mini", lambda: None)
+    with pytest.raises(SystemExit, match="no mini/ here"):
+        app.main(["--port", "7999"])
+
+
+def test_the_page_of_mini_starts_with_its_examples(legible_repo, tmp_path, monkeypatch):
+    examples = shutil.copytree(legible_repo, tmp_path / "mini") / "examples"
+    examples.mkdir()
+    draw_picture(90, 60).save(examples / "a.png")
+    listed = [
+        {"task": "read", "images": ["a.png"], "prompt": "<image>\nWhat is written here?", "truth": "47"},
+        {"task": "rule", "images": ["a.png"], "prompt": "<image>one<|endofchunk|>", "truth": "two"},
+    ]
+    (examples / "examples.json").write_text(json.dumps(listed), encoding="utf-8")
+    started = {}
+    monkeypatch.setattr(app, "find_mini", lambda: tmp_path)
     monkeypatch.setattr(app, "launch", lambda page, *rest: started.update(config=page.get_config_file(), rest=rest))
     app.main(["--port", "7999"])
-    assert "These weights are random" in str(started["config"])
-    assert "What is written on the sign?" in str(started["config"])
+    assert "What is written here?" in str(started["config"])
+    assert "endofchunk" not in str(started["config"])
+    assert "with `mini`" in str(started["config"])
     assert started["rest"] == (Limits(), "127.0.0.1", 7999)
 
 
@@ -288,7 +302,7 @@ def test_the_card_of_the_space_names_files_that_exist():
 def address(chat, monkeypatch):
     """The page, served on a free port."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(chat.uploads))
-    page = app.build_page(chat, "tiny", app.RANDOM_WEIGHTS)
+    page = app.build_page(chat, "tiny")
     yield app.launch(page, chat.limits, "127.0.0.1", None, is_blocking=False)
     page.close()
 
@@ -315,7 +329,7 @@ def tab(tmp_path):
 
 def test_a_visitor_uploads_asks_and_reads(chat, loaded, address, tab, tmp_path):
     processor, model = loaded
-    scene = demo.draw_scene()
+    scene = draw_picture(960, 1280)
     pictures = [scene, scene.crop((0, 300, 1280, 700))]
     files = [tmp_path / "first.png", tmp_path / "second.png"]
     for picture, file in zip(pictures, files, strict=True):
@@ -329,7 +343,6 @@ def test_a_visitor_uploads_asks_and_reads(chat, loaded, address, tab, tmp_path):
     num_images = int((inputs["input_ids"] == processor.image_token_id).sum())
 
     tab.goto(address)
-    tab.locator("#notice", has_text="These weights are random").wait_for()
     tab.set_input_files("#question input[type=file]", files)
     tab.locator("#seen", has_text=f"2 pictures, {num_images} image tokens").wait_for()
     tab.locator("#length input[type=number]").fill("24")

@@ -69,6 +69,20 @@ def base_handler(tiny_repo, tmp_path_factory):
         yield module.EndpointHandler(str(base))
 
 
+@pytest.mark.parametrize("has_code", [True, False])
+def test_a_repository_without_weights_serves_its_mini(tiny_repo, handler, tmp_path, has_code):
+    """This repository is one: its own config.json is the 4B model's, and no weights are beside it."""
+    mini = shutil.copytree(tiny_repo, tmp_path / "repository" / "mini")
+    for name in ("handler.py", "requirements.txt", "config.json", "processor_config.json", "preprocessor_config.json"):
+        shutil.copy(ROOT / name, mini.parent)
+    shutil.move(mini / "serving", mini.parent)
+    for file in mini.glob("*_blip3.py"):
+        (shutil.copy if has_code else shutil.move)(file, mini.parent)
+    with container(mini.parent) as module:
+        found = module.EndpointHandler(str(mini.parent))
+        assert say(found, "Hello") == say(handler, "Hello")
+
+
 def encode(image, kind="PNG"):
     file = io.BytesIO()
     image.save(file, kind)
