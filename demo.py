@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask a picture a question and see what the model looked at.
+"""Ask pictures questions and see what the model looked at.
 
-    python demo.py                                                   a drawn picture, a tiny model with random weights
-    python demo.py --model FOLDER --image FILE --question "..."      your own
+    python demo.py                                                          example pictures
+    python demo.py --image FILE --question "What is written in the picture?"    your own
+    python demo.py --model FOLDER --image FILE --question "..."             another checkpoint
 
-Writes one figure: the picture with its chosen tiles, the global view, the tokens each part takes, and the answer.
-Until the repository ships trained weights, the run without --model converts a random checkpoint made on the spot: it
-shows that every part works, and its answer means nothing.
+The example pictures were drawn from the held-out split: no training sees what they show. The figure has the first
+picture with its chosen tiles, the global view, the tokens each part takes, and every answer.
+
+Until all of mini/ is trained, the run without --model converts a random checkpoint made on the spot: it shows that
+every part works, and its answers mean nothing.
 """
 
 import argparse
+import json
 import tempfile
-import textwrap
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -22,42 +27,66 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreame
 import convert_weights
 from random_checkpoint import write_release_layout
 
-PANEL, MARGIN, LINE = 420, 24, 22
+HERE = Path(__file__).resolve().parent
+MINI = HERE / "mini"
+WIDTH, MARGIN, LINE = 1320, 28, 24
+INK, FAINT, GOOD, BAD = "#1d2430", "#7a8391", "#1f7a4d", "#b3402a"
+TILE_COLOURS = ("#d9480f", "#1864ab", "#2b8a3e", "#862e9c", "#c92a2a", "#5c940d")
+
+
+@dataclass
+class Exchange:
+    """A question about pictures, and its answer."""
+
+    pictures: list[Image.Image]
+    prompt: str
+    """A question, or a few-shot prompt; one `<image>` a picture."""
+    truth: str = ""
+    task: str = "question"
+    answer: str = field(default="", init=False)
+
+    @property
+    def is_few_shot(self) -> bool:
+        """Whether the base model continues the prompt."""
+        return self.task == "rule"
+
+    @property
+    def question(self) -> str:
+        """What a person reads."""
+        if self.is_few_shot:
+            return self.prompt.split("<image>")[-1]
+        return " ".join(self.prompt.replace("<image>", "").split())
 
 
 def main() -> None:
     """Load, ask, print and draw."""
     args = parse_arguments()
     with tempfile.TemporaryDirectory() as scratch:
-        model_folder = args.model or make_random_model(Path(scratch))
-        start = time.perf_counter()
-        processor = AutoProcessor.from_pretrained(model_folder, trust_remote_code=True)
-        model = AutoModelForImageTextToText.from_pretrained(model_folder, trust_remote_code=True, dtype="auto").eval()
-        picture = Image.open(args.image).convert("RGB") if args.image else draw_scene()
-        print(
-            f"Loaded {sum(p.numel() for p in model.parameters()):,} parameters in {time.perf_counter() - start:.1f} s."
-        )
-        inputs = prepare(processor, picture, args.question).to(model.dtype)
-        parts = describe_parts(processor, picture, inputs)
-        print(f"\nQuestion: {args.question}\nAnswer:   ", end="", flush=True)
-        answer = ask(model, processor, inputs, args.max_new_tokens)
-    note = "" if args.model else "The weights are random: the answer is noise, the pipeline is real."
-    print(f"\n{note}")
-    figure = draw_figure(picture, inputs, processor, args.question, answer, [*parts, note])
+        is_random = args.model is None and not (MINI / "config.json").is_file()
+        folder = make_random_model(Path(scratch)) if is_random else args.model or MINI
+        run(args, folder)
+    if is_random:
+        print("The weights are random: the answers are noise, the pipeline is real.")
+
+
+def run(args: argparse.Namespace, folder: Path) -> None:
+    """Ask everything and write the figure."""
+    start = time.perf_counter()
+    exchanges = [own_question(args)] if args.image else load_examples(folder)
+    models = {folder: load(folder)}
+    for exchange in exchanges:
+        wanted = folder / "base" if exchange.is_few_shot and (folder / "base").is_dir() else folder
+        if wanted not in models:
+            models[wanted] = load(wanted)
+        processor, model = models[wanted]
+        print(f"\n{exchange.question}\n  -> ", end="", flush=True)
+        exchange.answer = ask(model, processor, exchange, args.max_new_tokens)
+        if exchange.truth:
+            print(f"     ({'right' if is_right(exchange) else f'it is {exchange.truth}'})")
+    figure = draw_figure(exchanges, models[folder][0])
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.save(args.output)
-    print(f"Figure: {args.output}")
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="converted folder (default: a random tiny model)")
-    parser.add_argument("--image", type=Path, help="picture file (default: a drawn scene of 960 x 1280 pixels)")
-    parser.add_argument("--question", default="What is written on the sign?", help="default: %(default)s")
-    parser.add_argument("--max-new-tokens", type=int, default=24, help="length of the answer (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"), help="figure (default: %(default)s)")
-    return parser.parse_args()
+    print(f"\nFigure: {args.output}   ({time.perf_counter() - start:.0f} s in all)")
 
 
 def make_random_model(scratch: Path) -> Path:
@@ -70,84 +99,232 @@ def make_random_model(scratch: Path) -> Path:
     return output
 
 
-def prepare(processor, picture: Image.Image, question: str):
-    """Turn a question about a picture into model inputs."""
-    messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
-    return processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="checkpoint folder (default: mini, or random weights)")
+    parser.add_argument("--image", type=Path, action="append", help="picture file; repeat for several")
+    parser.add_argument("--question", default="What is written in the picture?", help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="length of an answer (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"), help="figure (default: %(default)s)")
+    return parser.parse_args()
+
+
+def own_question(args: argparse.Namespace) -> Exchange:
+    """Make an exchange of the user's pictures and question, pictures first unless the question places them."""
+    pictures = [Image.open(path).convert("RGB") for path in args.image]
+    prompt = args.question if "<image>" in args.question else "<image>\n" * len(pictures) + args.question
+    return Exchange(pictures, prompt)
+
+
+def load_examples(model: Path) -> list[Exchange]:
+    """Read the example pictures that stand beside a model.
+
+    Raises:
+        SystemExit: if there are none.
+    """
+    folder = (model if (model / "examples").is_dir() else MINI) / "examples"
+    if not (folder / "examples.json").is_file():
+        raise SystemExit(
+            f"{folder} has no examples.json, so there is nothing to ask. The checkpoint was probably copied without "
+            "its examples: pass --image FILE --question TEXT."
+        )
+    examples = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
+    return [
+        Exchange(
+            [Image.open(folder / name).convert("RGB") for name in example["images"]],
+            example["prompt"],
+            example["truth"],
+            example["task"],
+        )
+        for example in examples
+    ]
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """Load processor and model; `mini` as a subfolder of this repository, where its code is."""
+    source, options = folder, {}
+    if not (folder / "modeling_blip3.py").is_file() and folder.resolve().is_relative_to(HERE):
+        source, options = HERE, {"subfolder": folder.resolve().relative_to(HERE).as_posix()}
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=True, **options)
+    model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True, dtype=torch.float32, **options)
+    print(f"{folder.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters")
+    return processor, model.eval()
 
 
 @torch.no_grad()
-def ask(model: torch.nn.Module, processor, inputs, max_new_tokens: int) -> str:
+def ask(model: Any, processor: Any, exchange: Exchange, max_new_tokens: int) -> str:
     """Generate and stream the answer."""
+    text, options = exchange.prompt, {}
+    if exchange.is_few_shot:
+        options = {"do_image_splitting": False}  # as it was trained
+    else:
+        text = processor.apply_chat_template(messages_of(exchange), add_generation_prompt=True, tokenize=False)
+    inputs = processor(text=text, images=exchange.pictures, return_tensors="pt", **options).to(model.dtype)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def describe_parts(processor, picture: Image.Image, inputs) -> list[str]:
-    """Say what the picture became, in pixels, tiles and tokens."""
-    rows, columns = processor.image_processor.grid_of(picture.height, picture.width)
-    image_tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
-    side = processor.image_processor.tile_size
-    parts = [
-        f"picture: {picture.height} x {picture.width} pixels (height x width)",
-        f"grid: {rows} x {columns} tiles of {side} pixels, and the global view",
-        f"image tokens: {1 + rows * columns} parts x {processor.num_latents} = {image_tokens}",
-        f"prompt: {inputs['input_ids'].shape[1]} tokens in all",
-    ]
-    print("\n".join(parts))
-    return parts
+def messages_of(exchange: Exchange) -> list[dict[str, Any]]:
+    """Write a question as one chat message."""
+    parts: list[dict[str, str]] = []
+    for index, text in enumerate(exchange.prompt.split("<image>")):
+        parts += [{"type": "image"}] if index else []
+        text = text if any(part["type"] == "text" for part in parts) else text.removeprefix("\n")
+        parts += [{"type": "text", "text": text}] if text else []
+    return [{"role": "user", "content": parts}]
 
 
-def draw_scene() -> Image.Image:
-    """Draw a street at dusk with a sign: 960 x 1280 pixels, every pixel ours."""
-    height, width = 960, 1280
-    sky = Image.linear_gradient("L").resize((width, height))
-    scene = Image.composite(Image.new("RGB", sky.size, "#ffb37a"), Image.new("RGB", sky.size, "#27408b"), sky)
-    pen = ImageDraw.Draw(scene)
-    pen.ellipse((900, 470, 1080, 650), fill="#ffe08a")
-    pen.polygon([(0, 640), (330, 470), (700, 660), (1010, 540), (1280, 640), (1280, 960), (0, 960)], fill="#2f5d3a")
-    pen.polygon([(520, 960), (690, 660), (730, 660), (960, 960)], fill="#4a4a4f")
-    for index, left in enumerate((60, 250, 1010)):
-        top = 520 + 30 * index
-        pen.rectangle((left, top, left + 150, 860), fill=("#8c3b2e", "#b98b5e", "#5b6c8f")[index])
-        pen.polygon([(left - 20, top), (left + 75, top - 90), (left + 170, top)], fill="#3b2a26")
-        for row in range(3):
-            pen.rectangle((left + 25, top + 40 + 90 * row, left + 60, top + 90 + 90 * row), fill="#ffe9a8")
-            pen.rectangle((left + 90, top + 40 + 90 * row, left + 125, top + 90 + 90 * row), fill="#ffe9a8")
-    pen.rectangle((455, 560, 467, 880), fill="#d8d8d8")
-    pen.rectangle((380, 470, 545, 570), fill="white", outline="#1a1a1a", width=5)
-    pen.text((462, 520), "No. 47", fill="#b00020", font=ImageFont.load_default(40), anchor="mm")
-    return scene
+def is_right(exchange: Exchange) -> bool:
+    """Whether the answer is the truth; of a box, whether the two overlap by half."""
+    if exchange.task == "box":
+        return overlap(exchange.answer, exchange.truth) > 0.5
+    return exchange.answer == exchange.truth
 
 
-def draw_figure(picture, inputs, processor, question: str, answer: str, notes: list[str]) -> Image.Image:
-    """Lay out the picture with its grid, the global view, the tiles and the answer."""
-    rows, columns = processor.image_processor.grid_of(picture.height, picture.width)
-    tiles = (inputs["pixel_values"][0].float().mul(0.5).add(0.5).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
-    tiled = picture.copy()
-    tiled.thumbnail((PANEL, PANEL))
-    global_view = Image.fromarray(tiles[0]).resize((PANEL // 2, PANEL // 2))
-    side = PANEL // max(rows, columns, 1) - 6
-    lefts = (MARGIN, 2 * MARGIN + PANEL, 3 * MARGIN + PANEL + PANEL // 2)
-    figure = Image.new("RGB", (lefts[2] + PANEL + MARGIN, PANEL + 3 * MARGIN + 9 * LINE), "white")
-    pen, font = ImageDraw.Draw(figure), ImageFont.load_default(16)
-    top = MARGIN + LINE
-    titles = ("picture", "global view", f"tiles ({rows} x {columns}), padding black")
-    for left, title in zip(lefts, titles, strict=True):
-        pen.text((left, MARGIN - 6), title, fill="black", font=font)
-    figure.paste(tiled, (lefts[0], top))
-    figure.paste(global_view, (lefts[1], top))
+def overlap(one: str, other: str) -> float:
+    """Intersection over union of two boxes written `[x1, y1][x2, y2]`; 0 if one cannot be read."""
+    try:
+        (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = (parse_box(text) for text in (one, other))
+    except ValueError:
+        return 0.0
+    shared = max(0.0, min(ax2, bx2) - max(ax1, bx1)) * max(0.0, min(ay2, by2) - max(ay1, by1))
+    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - shared
+    return shared / union if union > 0 else 0.0
+
+
+def parse_box(text: str) -> list[float]:
+    """Read the four numbers of a box."""
+    numbers = [float(number) for number in text.replace("][", ", ").strip("[] .").split(",")]
+    if len(numbers) != 4:
+        raise ValueError(text)
+    return numbers
+
+
+# ------------------------------------------------------------------------------------------------------ the figure
+
+
+def draw_figure(exchanges: list[Exchange], processor: Any) -> Image.Image:
+    """Draw what the model saw of the first picture, and every exchange below."""
+    top = draw_parts(exchanges[0], processor)
+    cards = [draw_card(exchange) for exchange in exchanges]
+    rows = [cards[index : index + 3] for index in range(0, len(cards), 3)]
+    heights = [max(card.height for card in row) for row in rows]
+    figure = Image.new("RGB", (WIDTH, top.height + sum(heights) + MARGIN * (len(rows) + 1)), "white")
+    figure.paste(top, (0, 0))
+    y = top.height + MARGIN // 2
+    for row, height in zip(rows, heights, strict=True):
+        for index, card in enumerate(row):
+            figure.paste(card, (MARGIN + index * (card.width + MARGIN), y))
+        y += height + MARGIN
+    return figure
+
+
+def draw_parts(exchange: Exchange, processor: Any) -> Image.Image:
+    """Draw the picture with its grid, the global view and the tiles, each with its tokens."""
+    picture, image_processor = exchange.pictures[0], processor.image_processor
+    rows, columns = image_processor.grid_of(picture.height, picture.width)
+    tiles = image_processor(picture, return_tensors="pt")["pixel_values"][0]
+    mean, std = (
+        torch.tensor(value).view(-1, 1, 1) for value in (image_processor.image_mean, image_processor.image_std)
+    )
+    shown = [Image.fromarray(((t * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()) for t in tiles]
+    height, side = 380, 380 // max(rows, 2)
+    whole = picture.resize((round(picture.width * height / picture.height), height), Image.Resampling.BICUBIC)
+    whole.thumbnail((460, height))
+    outline_tiles(whole, rows, columns)
+    figure = Image.new("RGB", (WIDTH, height + 150), "white")
+    pen = ImageDraw.Draw(figure)
+    tokens = processor.num_latents
+    write(pen, (MARGIN, 20), "What the model looks at", 26)
+    total = f"{1 + rows * columns} parts x {tokens} = {(1 + rows * columns) * tokens} image tokens"
+    write(
+        pen, (MARGIN, 56), f"{picture.height} x {picture.width} pixels, {rows} x {columns} tiles: {total}", 16, FAINT
+    )
+    figure.paste(whole, (MARGIN, 100))
+    x = 2 * MARGIN + 460
+    figure.paste(shown[0].resize((190, 190), Image.Resampling.NEAREST), (x, 100))
+    pen.rectangle((x, 100, x + 189, 289), outline=FAINT)
+    write(pen, (x, 298), f"global view: {tokens} tokens", 15, FAINT)
+    x += 190 + MARGIN
     for index in range(rows * columns):
         row, column = divmod(index, columns)
-        tile = Image.fromarray(tiles[1 + index]).resize((side, side))
-        figure.paste(tile, (lefts[2] + column * (side + 6), top + row * (side + 6)))
-    lines = [*notes, "", *textwrap.wrap(f"Question: {question}", 110), *textwrap.wrap(f"Answer: {answer}", 110)]
-    for index, line in enumerate(lines[:9]):
-        pen.text((MARGIN, PANEL + 2 * MARGIN + index * LINE), line, fill="black", font=font)
+        corner = (x + column * (side + 10), 100 + row * (side + 10))
+        figure.paste(shown[1 + index].resize((side, side), Image.Resampling.NEAREST), corner)
+        colour = TILE_COLOURS[index % len(TILE_COLOURS)]
+        pen.rectangle((corner[0], corner[1], corner[0] + side - 1, corner[1] + side - 1), outline=colour, width=4)
+    write(pen, (x, 100 + rows * (side + 10) + 4), f"tiles: {tokens} tokens each", 15, FAINT)
     return figure
+
+
+def outline_tiles(picture: Image.Image, rows: int, columns: int) -> None:
+    """Draw the tiles over the picture, as far as they show it."""
+    if not rows * columns:
+        return
+    scale = max(picture.height / rows, picture.width / columns)  # side of a tile in pixels of this picture
+    top, left = (picture.height - rows * scale) / 2, (picture.width - columns * scale) / 2
+    pen = ImageDraw.Draw(picture)
+    for index in range(rows * columns):
+        row, column = divmod(index, columns)
+        x, y = left + column * scale, top + row * scale
+        box = (max(0, x), max(0, y), min(picture.width, x + scale) - 1, min(picture.height, y + scale) - 1)
+        pen.rectangle(box, outline=TILE_COLOURS[index % len(TILE_COLOURS)], width=4)
+
+
+def draw_card(exchange: Exchange) -> Image.Image:
+    """Draw the pictures of an exchange with question and answer."""
+    width = (WIDTH - 4 * MARGIN) // 3
+    card = Image.new("RGB", (width, 330), "#f6f7f9")
+    shown = [picture.copy() for picture in exchange.pictures]
+    room = (width - 20 - 10 * (len(shown) - 1)) // len(shown)
+    x = 10
+    for picture in shown:
+        picture.thumbnail((room, 190))
+        card.paste(picture, (x, 10))
+        x += room + 10
+    if exchange.task == "box":
+        outline_box(card, shown[0], exchange.answer)
+    pen = ImageDraw.Draw(card)
+    y = 210
+    for line in wrap(exchange.question, width - 24, 16):
+        write(pen, (12, y), line, 16)
+        y += 21
+    colour = INK if not exchange.truth else GOOD if is_right(exchange) else BAD
+    for line in wrap(exchange.answer or "(nothing)", width - 24, 20)[:2]:
+        write(pen, (12, y + 4), line, 20, colour)
+        y += 26
+    if exchange.truth and not is_right(exchange):
+        write(pen, (12, y + 6), f"it is {exchange.truth}", 15, FAINT)
+    return card
+
+
+def outline_box(card: Image.Image, picture: Image.Image, answer: str) -> None:
+    """Draw the box of an answer over the picture in the card's corner."""
+    try:
+        x1, y1, x2, y2 = parse_box(answer)
+    except ValueError:
+        return
+    corners = (10 + x1 * picture.width, 10 + y1 * picture.height, 10 + x2 * picture.width, 10 + y2 * picture.height)
+    if corners[0] < corners[2] and corners[1] < corners[3]:
+        ImageDraw.Draw(card).rectangle(corners, outline="#d9480f", width=3)
+
+
+def wrap(text: str, width: int, size: int) -> list[str]:
+    """Break a text into lines of at most so many pixels."""
+    font, lines = ImageFont.load_default(size), [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, size: int, colour: str = INK) -> None:
+    """Write a line of text."""
+    pen.text(corner, text, fill=colour, font=ImageFont.load_default(size))
 
 
 if __name__ == "__main__":

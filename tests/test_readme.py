@@ -105,5 +105,23 @@ def test_the_demo_runs_from_another_folder_and_says_its_weights_are_random(tmp_p
     )
     assert result.returncode == 0, result.stderr
     assert "weights are random" in result.stdout
-    assert "5 parts x 8 = 40" in result.stdout
+    assert result.stdout.count("  -> ") == 7
+    assert (tmp_path / "figure.png").stat().st_size > 30_000
+
+
+def test_the_demo_answers_ones_own_pictures(tmp_path, tiny_repo):
+    names = [str(tmp_path / f"{index}.png") for index in range(2)]
+    for index, name in enumerate(names):
+        draw_picture(90 + 40 * index, 120, seed=index).save(name)
+    images = [argument for name in names for argument in ("--image", name)]
+    arguments = ["--model", str(tiny_repo), *images, "--question", "Are they alike?", "--max-new-tokens", "4"]
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "demo.py"), *arguments, "--output", str(tmp_path / "figure.png")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Are they alike?" in result.stdout
+    assert "random" not in result.stdout
     assert (tmp_path / "figure.png").stat().st_size > 10_000
