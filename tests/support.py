@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions several test files use; fixtures are in conftest.py."""
 
+import sys
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -36,3 +38,15 @@ def draw_picture(height: int, width: int, seed: int = 0) -> Image.Image:
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 256, (max(2, height // 16), max(2, width // 16), 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+class QuietServer(ThreadingHTTPServer):
+    """A server that says nothing when a client hangs up.
+
+    The traceback that the standard one prints in its thread calls `ast.parse`, which before Python 3.11.8 breaks an
+    `ast.parse` of the main thread (python/cpython#106905): transformers reading a repository's code, for one.
+    """
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)

@@ -7,7 +7,7 @@ import io
 import json
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from blip3 import image_processing_blip3
 from blip3.configuration_blip3 import RELEASED_TILE_GRIDS, TWELVE_TILE_GRIDS
 from blip3.image_processing_blip3 import Blip3ImageProcessor, choose_grid, count_tiles, fit_inside
 from blip3.modeling_blip3 import visible_patches
-from support import ROOT, SHARED, needs_reference
+from support import ROOT, SHARED, QuietServer, needs_reference
 
 FIXTURES = SHARED / "reference" / "fixtures"
 PHOTOGRAPHS = ("img_0.jpg", "img_1.jpg", "img_2.jpg", "img_3.jpg", "gray.png")
@@ -454,7 +454,7 @@ def server(monkeypatch, encoded):
 
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = QuietServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"

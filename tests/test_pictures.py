@@ -18,7 +18,7 @@ import subprocess
 import threading
 import time
 import zlib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 from hypothesis import given, settings
@@ -27,7 +27,7 @@ from PIL import Image, PngImagePlugin
 
 from serving import pictures
 from serving.pictures import PictureFetcher, PictureLimits, is_public, read_limits, resolve_with_system
-from support import draw_picture
+from support import QuietServer, draw_picture
 
 PUBLIC, PRIVATE = "127.0.0.5", "127.0.0.1"
 LIMITS = PictureLimits(
@@ -158,7 +158,7 @@ class Site(BaseHTTPRequestHandler):
 
 
 def start(address):
-    server = ThreadingHTTPServer((address, 0), Site)
+    server = QuietServer((address, 0), Site)
     server.daemon_threads, server.block_on_close = True, False
     server.requests, server.locations, server.stopped = [], {}, threading.Event()
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()

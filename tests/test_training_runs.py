@@ -5,7 +5,6 @@ import itertools
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -340,16 +339,10 @@ SHARDED = """
 """
 
 
-def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
 def train_on_two(path: Path, *launch: object) -> None:
     """Train on two processes that talk through gloo."""
     process = start(
-        "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), *launch, path,
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *launch, path,
         modules=path.parent / "modules",
     )  # fmt: skip
     expect_success(process)
