@@ -25,6 +25,9 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 
 import convert_weights
+from data.formats import parse_boxes
+from data.records import Turn, to_message
+from evaluation.metrics import box_iou
 from random_checkpoint import write_release_layout
 
 HERE = Path(__file__).resolve().parent
@@ -159,47 +162,20 @@ def ask(model: Any, processor: Any, exchange: Exchange, max_new_tokens: int) -> 
     if exchange.is_few_shot:
         options = {"do_image_splitting": False}  # as it was trained
     else:
-        text = processor.apply_chat_template(messages_of(exchange), add_generation_prompt=True, tokenize=False)
+        messages = [to_message(Turn("user", text))]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     inputs = processor(text=text, images=exchange.pictures, return_tensors="pt", **options).to(model.dtype)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def messages_of(exchange: Exchange) -> list[dict[str, Any]]:
-    """Write a question as one chat message."""
-    parts: list[dict[str, str]] = []
-    for index, text in enumerate(exchange.prompt.split("<image>")):
-        parts += [{"type": "image"}] if index else []
-        text = text if any(part["type"] == "text" for part in parts) else text.removeprefix("\n")
-        parts += [{"type": "text", "text": text}] if text else []
-    return [{"role": "user", "content": parts}]
-
-
 def is_right(exchange: Exchange) -> bool:
     """Whether the answer is the truth; of a box, whether the two overlap by half."""
     if exchange.task == "box":
-        return overlap(exchange.answer, exchange.truth) > 0.5
+        given, true = (parse_boxes(text) for text in (exchange.answer, exchange.truth))
+        return bool(given) and box_iou(given[0], true[0]) > 0.5
     return exchange.answer == exchange.truth
-
-
-def overlap(one: str, other: str) -> float:
-    """Intersection over union of two boxes written `[x1, y1][x2, y2]`; 0 if one cannot be read."""
-    try:
-        (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = (parse_box(text) for text in (one, other))
-    except ValueError:
-        return 0.0
-    shared = max(0.0, min(ax2, bx2) - max(ax1, bx1)) * max(0.0, min(ay2, by2) - max(ay1, by1))
-    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - shared
-    return shared / union if union > 0 else 0.0
-
-
-def parse_box(text: str) -> list[float]:
-    """Read the four numbers of a box."""
-    numbers = [float(number) for number in text.replace("][", ", ").strip("[] .").split(",")]
-    if len(numbers) != 4:
-        raise ValueError(text)
-    return numbers
 
 
 # ------------------------------------------------------------------------------------------------------ the figure
@@ -301,10 +277,10 @@ def draw_card(exchange: Exchange) -> Image.Image:
 
 def outline_box(card: Image.Image, picture: Image.Image, answer: str) -> None:
     """Draw the box of an answer over the picture in the card's corner."""
-    try:
-        x1, y1, x2, y2 = parse_box(answer)
-    except ValueError:
+    boxes = parse_boxes(answer)
+    if not boxes:
         return
+    x1, y1, x2, y2 = boxes[0]
     corners = (10 + x1 * picture.width, 10 + y1 * picture.height, 10 + x2 * picture.width, 10 + y2 * picture.height)
     if corners[0] < corners[2] and corners[1] < corners[3]:
         ImageDraw.Draw(card).rectangle(corners, outline="#d9480f", width=3)

@@ -431,10 +431,11 @@ def to_messages(record: Record) -> list[dict[str, Any]]:
             f"Record {record.id!r} is of kind {record.kind} but only {', '.join(CHAT_KINDS)} and preference are "
             "conversations. The mixture probably names a pre-training file: use to_pretraining_text."
         )
-    return [_message(turn) for turn in record.turns]
+    return [to_message(turn) for turn in record.turns]
 
 
-def _message(turn: Turn) -> dict[str, Any]:
+def to_message(turn: Turn) -> dict[str, Any]:
+    """Give one turn as a chat message; see `to_messages`."""
     parts: list[dict[str, str]] = []
     has_text = False
     for index, text in enumerate(turn.text.split(IMAGE_TOKEN)):

@@ -7,11 +7,9 @@ The same samples go through the same model in batches of the recipe's `batch_siz
 Tokens are those of the samples: image tokens count, padding does not.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .encode import Collator, Encoder
 from .mixture import Mixture
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, load_recipe, recipe_arguments
 from .train import freeze
 
 ORDERS = {"padded": False, "padded, sorted by length": False, "packed": True}
@@ -27,9 +25,7 @@ ORDERS = {"padded": False, "padded, sorted by length": False, "packed": True}
 
 def main() -> None:
     """Read the command line and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path, help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of the recipe's values")
+    parser = recipe_arguments(__doc__)
     parser.add_argument("--batches", type=int, default=20, help="batches of each kind (default: %(default)s)")
     args = parser.parse_intermixed_args()
     recipe = load_recipe(args.recipe, Recipe, args.overrides)

@@ -84,7 +84,7 @@ def scale_fresh_weights(model: Any) -> None:
     """Draw some fresh weights at the scale that a narrow model learns from.
 
     The usual 0.02 is right for thousands of channels. At 192, positions drawn so take hundreds of steps to be heard
-    beside pixels, and a resampler needs three times the samples to the same loss.
+    beside pixels, and a resampler learns more slowly (docs/training.md, "The small model").
     """
     for name, weight in model.vision_tower.named_parameters():
         if "position_embedding" in name:
@@ -141,8 +141,8 @@ def _write_template(output: Path, system_prompt: str) -> None:
 
 def _write_configs(output: Path, values: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
     """Write the JSON configurations: the repository's own with other sizes and ids."""
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "<|endoftext|>", "<|end|>", "<pad>")}
-    ids["<|endofchunk|>"] = tokenizer.convert_tokens_to_ids("<|endofchunk|>")
+    tokens = ("<s>", "<|end|>", "<pad>", "<image>", "<|endofchunk|>")
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
     stops = {"bos_token_id": ids["<s>"], "pad_token_id": ids["<pad>"]}
     vision, grids = values["vision_config"], values["tile_grids"]
     side = {"height": vision["image_size"], "width": vision["image_size"]}
@@ -154,7 +154,7 @@ def _write_configs(output: Path, values: dict[str, Any], tokenizer: PreTrainedTo
             "text_config": text,
             "tile_grids": grids,
             "dtype": "float32",
-            "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
+            "image_token_id": ids["<image>"],
         },
         "preprocessor_config.json": {"size": side, "tile_grids": grids},
         "processor_config.json": {"num_latents": values["resampler_config"]["num_latents"]},

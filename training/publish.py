@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write trained models as the folder `mini/` that this repository ships, with example pictures never trained on.
+r"""Write trained models as the folder `mini/` that this repository ships, with example pictures never trained on.
 
-python -m blip3.training.publish mini --instruct FOLDER --base FOLDER
+    python -m blip3.training.publish mini --instruct FOLDER --base FOLDER
+    python -m blip3.training.publish mini --tower FOLDER
 
-mini/                configuration, tokenizer, processor files, weights in shards; the code is the repository's own
-mini/base/           the same after pre-training, for few-shot prompts
-mini/examples/       pictures and examples.json: prompt, truth
+    mini/                configuration, tokenizer, processor files, weights in shards
+    mini/base/           the same after pre-training, for few-shot prompts
+    mini/tower/          the vision tower alone, after stage 0: SiglipVisionModel
+    mini/examples/       pictures and examples.json: prompt, truth
+
+The code is the repository's own.
 """
 
 import argparse
@@ -15,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
@@ -74,10 +77,8 @@ def publish(source: Path, output: Path, dtype: str = "bfloat16", max_shard_size:
     for code in output.glob("*.py"):
         code.unlink()
     _tidy_config(output / "config.json")
-    for name in PROCESSOR_FILES:
+    for name in (*PROCESSOR_FILES, SAVED_RECIPE):
         shutil.copyfile(source / name, output / name)
-    recipe = yaml.safe_load((source / SAVED_RECIPE).read_text(encoding="utf-8"))
-    (output / SAVED_RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
 
 
 def publish_tower(source: Path, output: Path, dtype: str = "bfloat16") -> None:

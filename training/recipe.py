@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes: one YAML file says everything about a run, and the resolved one is saved beside the checkpoint."""
 
+import argparse
 import difflib
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -178,6 +179,14 @@ def load_recipe(path: str | Path, kind: type[SomeRecipe], overrides: Sequence[st
             values[each.name] = _as_float(values[each.name])
     resolved: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in values.items()}
     return kind(**resolved)
+
+
+def recipe_arguments(description: str | None) -> argparse.ArgumentParser:
+    """Make a parser of what every command of this folder takes: `recipe` and `overrides` of `load_recipe`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of the recipe's values")
+    return parser
 
 
 def _as_float(value: str | int) -> Any:

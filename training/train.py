@@ -8,7 +8,6 @@ Run the same command again after an interruption: the run goes on from its newes
 trained model, with processor and recipe, appears in OUTPUT/final; curves are in OUTPUT/runs (TensorBoard).
 """
 
-import argparse
 import io
 import logging
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 from ..data.records import Picture
 from .encode import Collator, Encoder, TooLongError
 from .mixture import Mixture
-from .recipe import MODULES, Recipe, load_recipe, save_recipe
+from .recipe import MODULES, Recipe, load_recipe, recipe_arguments, save_recipe
 from .run import SAVED_RECIPE, copy_processor, num_processes, start, training_arguments
 
 WINDOW = 64  # batches within which samples are sorted by length
@@ -35,10 +34,7 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     """Read the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path, help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of the recipe's values")
-    args = parser.parse_args()
+    args = recipe_arguments(__doc__).parse_args()
     train(load_recipe(args.recipe, Recipe, args.overrides))
 
 

@@ -14,7 +14,6 @@ The second level is ours: captions alone need far more pictures before patch tok
 that level too, patches against the text tower's embeddings of the names, had learned no character after 750 steps.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,8 +40,8 @@ from ..data.records import Record
 from ..data.settings import COLOURS, WorldSettings, settings_from
 from ..data.things import THINGS
 from ..data.world import drawn_record
-from .recipe import RunRecipe, load_recipe, save_recipe
-from .run import copy_processor, log_metrics, match_names, start, training_arguments
+from .recipe import RunRecipe, load_recipe, recipe_arguments, save_recipe
+from .run import SAVED_RECIPE, copy_processor, log_metrics, match_names, start, training_arguments
 
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 MIN_OVERLAP = 0.35
@@ -71,10 +70,7 @@ class TowerRecipe(RunRecipe):
 
 def main() -> None:
     """Read the command line, train, and write the model with its new tower."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path, help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of the recipe's values")
-    args = parser.parse_args()
+    args = recipe_arguments(__doc__).parse_args()
     train_tower(load_recipe(args.recipe, TowerRecipe, args.overrides))
 
 
@@ -105,7 +101,7 @@ def train_tower(recipe: TowerRecipe) -> Path:
     model.vision_tower.load_state_dict(match_names(siglip.siglip.vision_model.state_dict(), model.vision_tower))
     output = Path(recipe.output) / "final"
     model.save_pretrained(output)
-    save_recipe(recipe, output / "recipe.yaml")
+    save_recipe(recipe, output / SAVED_RECIPE)
     copy_processor(recipe.model, output)
     return output
 

@@ -10,46 +10,23 @@ taken from PATH; where it is missing and this runs as root on Debian, it is inst
 status is pytest's; 1 when a test was skipped, 2 when something could not be installed.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 from xml.etree import ElementTree
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE.parent))
+from own_environment import ROOT, make_environment, parse_expression, run_pytest  # noqa: E402
+
 ENVIRONMENT = ROOT / ".venv-doors"
 CONSTRAINTS = ROOT / "constraints-doors.txt"
-PYTHON = ENVIRONMENT / "bin" / "python"
 PACKAGES = ["pytest", "psutil", "--editable", f"{ROOT}[app,batch,data,quantize]"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # as tests/test_app.py looks for them
 FILES = ["test_app.py", "test_batch.py", "test_quantization.py"]
-VARIABLES = {"HF_HUB_OFFLINE": "1"}
-
-
-def make_environment() -> None:
-    """Make `.venv-doors` unless it is there and as constraints-doors.txt says.
-
-    Raises:
-        RuntimeError: if pip fails.
-    """
-    wanted, stamp = CONSTRAINTS.read_text(encoding="utf-8"), ENVIRONMENT / "ready.txt"
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
-        return
-    shutil.rmtree(ENVIRONMENT, ignore_errors=True)
-    venv.create(ENVIRONMENT, with_pip=True)
-    install = [str(PYTHON), "-m", "pip", "install", "--quiet"]
-    for arguments in (["--upgrade", "pip"], ["--constraint", str(CONSTRAINTS), *PACKAGES]):
-        if subprocess.run([*install, *arguments], check=False).returncode:
-            raise RuntimeError(
-                f"pip install {arguments[-1]} failed in {ENVIRONMENT.name}, which should get the versions of "
-                f"{CONSTRAINTS.name}. The package index is probably out of reach: see the message above."
-            )
-    stamp.write_text(wanted, encoding="utf-8")
 
 
 def find_browser() -> None:
@@ -81,22 +58,20 @@ def check_nothing_was_skipped(report: Path) -> int:
 
 def main() -> int:
     """Install what is missing, run the tests."""
-    parser = argparse.ArgumentParser(description="Test the page, batches on Ray Data and quantization.")
-    parser.add_argument("-k", metavar="EXPRESSION", default="", help="run only the tests that match, as pytest's -k")
-    options = parser.parse_args()
+    expression = parse_expression("Test the page, batches on Ray Data and quantization.")
+    install = ["install", "--quiet", "--constraint", str(CONSTRAINTS), *PACKAGES]
     try:
         find_browser()
-        make_environment()
+        make_environment(
+            ENVIRONMENT, CONSTRAINTS, [install], "The package index is probably out of reach: see the message above."
+        )
     except (OSError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2
-    # addopts of the repository start two processes; Ray starts workers of its own
-    command = [str(PYTHON), "-m", "pytest", "-o", "addopts=", "-ra", "-p", "no:cacheprovider", "--durations", "5"]
-    command += ["-k", options.k] if options.k else []
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        command += ["--junitxml", str(report), *(str(HERE.parent / name) for name in FILES)]
-        status = subprocess.run(command, cwd=ROOT, env=os.environ | VARIABLES, check=False).returncode
+        files = ["--junitxml", report, *(HERE.parent / name for name in FILES)]
+        status = run_pytest(ENVIRONMENT, expression, files, {"HF_HUB_OFFLINE": "1"})
         return status or check_nothing_was_skipped(report)
 
 
