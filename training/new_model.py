@@ -3,15 +3,16 @@ r"""Make a small BLIP-3 with fresh weights: sizes from YAML, a tokenizer trained
 
     python -m blip3.training.new_model training/recipes/mini/model.yaml outputs/mini/new
     python -m blip3.training.new_model training/recipes/mini/model.yaml outputs/mini/new --tower mini/tower
+    python -m blip3.training.new_model training/recipes/mini/model.yaml OUTPUT resampler_config.num_latents=8
 
-The second starts with a tower that stage 0 has trained already. The 4B model starts from published parts instead:
-`convert_weights.py --vision SIGLIP --text PHI3`.
+The second starts with a tower that stage 0 has trained already, the third changes a size. The 4B model starts from
+published parts instead: `convert_weights.py --vision SIGLIP --text PHI3`.
 """
 
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Pre
 from ..data.records import Record
 from ..data.settings import WorldSettings, load_settings
 from ..data.world import TASKS, drawn_records
-from .recipe import check_keys
+from .recipe import check_keys, parse_override
 from .run import match_names, name_tower_for_both_lines
 from .tokenizer import train_tokenizer
 
@@ -36,14 +37,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", type=Path, help="YAML file of sizes")
     parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="in place of the file's values")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=400, help="drawn records a task for the tokenizer")
     parser.add_argument("--tower", type=Path, help="folder of a trained vision tower (default: fresh weights)")
-    args = parser.parse_args()
-    make_model(args.sizes, args.output, args.seed, args.samples, args.tower)
+    args = parser.parse_intermixed_args()
+    make_model(args.sizes, args.output, args.seed, args.samples, args.tower, args.overrides)
 
 
-def make_model(sizes: Path, output: Path, seed: int = 0, samples: int = 400, tower: Path | None = None) -> None:
+def make_model(
+    sizes: Path,
+    output: Path,
+    seed: int = 0,
+    samples: int = 400,
+    tower: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
     """Write a complete model folder: configuration, code, tokenizer, processor files, fresh weights.
 
     Args:
@@ -54,11 +63,15 @@ def make_model(sizes: Path, output: Path, seed: int = 0, samples: int = 400, tow
         seed: of the weights.
         samples: drawn records per task that the tokenizer is trained on.
         tower: folder of a trained vision tower of the same sizes.
+        overrides: `key=value` or `section.key=value` each, in place of the file's values.
 
     Raises:
         ValueError: for unknown keys or sizes that contradict each other.
     """
     values = yaml.safe_load(sizes.read_text(encoding="utf-8"))
+    for path, value in map(parse_override, overrides):
+        section, _, key = path.rpartition(".")
+        (values.setdefault(section, {}) if section else values)[key] = value
     check_keys(str(sizes), values, KEYS)
     world = load_settings(sizes.parent / values["world"]) if "world" in values else WorldSettings()
     output.mkdir(parents=True, exist_ok=True)
@@ -157,7 +170,11 @@ def _write_configs(output: Path, values: dict[str, Any], tokenizer: PreTrainedTo
             "image_token_id": ids["<image>"],
         },
         "preprocessor_config.json": {"size": side, "tile_grids": grids},
-        "processor_config.json": {"num_latents": values["resampler_config"]["num_latents"]},
+        "processor_config.json": {
+            key: values["resampler_config"][key]
+            for key in ("num_latents", "token_sampling")
+            if key in values["resampler_config"]
+        },
         "generation_config.json": {**stops, "eos_token_id": [ids["<|end|>"], ids["<|endofchunk|>"]]},
     }
     for name, changes in new.items():

@@ -152,14 +152,7 @@ def load_recipe(path: str | Path, kind: type[SomeRecipe], overrides: Sequence[st
             f"{path} holds a {type(values).__name__} but a recipe is a mapping of keys to values. It is probably "
             "another file: pass one of training/recipes."
         )
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator:
-            raise ValueError(
-                f"The override is {override!r} but must be key=value. The sign was probably forgotten: write for "
-                "example max_steps=10."
-            )
-        values[key] = yaml.safe_load(value)
+    values |= dict(map(parse_override, overrides))
     check_keys(str(path), values, [each.name for each in fields(kind)])
     missing = [each.name for each in fields(kind) if _is_required(each) and each.name not in values]
     if missing:
@@ -179,6 +172,21 @@ def load_recipe(path: str | Path, kind: type[SomeRecipe], overrides: Sequence[st
             values[each.name] = _as_float(values[each.name])
     resolved: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in values.items()}
     return kind(**resolved)
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """Read one `key=value`, value in YAML.
+
+    Raises:
+        ValueError: without the sign.
+    """
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise ValueError(
+            f"The override is {override!r} but must be key=value. The sign was probably forgotten: write for "
+            "example max_steps=10."
+        )
+    return key, yaml.safe_load(value)
 
 
 def recipe_arguments(description: str | None) -> argparse.ArgumentParser:

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models with fresh weights: sizes from a file and from the command line."""
+
+import sys
+
+import pytest
+from transformers import AutoProcessor
+
+from blip3.training import new_model
+from blip3.training.new_model import make_model
+from support import draw_picture, load_model
+from training_support import SIZES, write_sizes
+
+
+def test_sizes_on_the_command_line_reach_model_and_processor(tmp_path, monkeypatch):
+    given = [write_sizes(tmp_path), tmp_path / "new", "--samples", 5, "--seed", 1]
+    given += ["resampler_config.token_sampling=fixed", "resampler_config.num_latents=3", "tile_grids=[[2, 2]]"]
+    monkeypatch.setattr(sys, "argv", ["new_model", *map(str, given)])
+    new_model.main()
+    model = load_model(tmp_path / "new").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "new", trust_remote_code=True)
+    resampler = model.config.resampler_config
+    assert (resampler.token_sampling, resampler.num_latents) == ("fixed", 3)
+    assert resampler.head_dim == SIZES["resampler_config"]["head_dim"]
+    inputs = processor(text="<image>", images=draw_picture(96, 96), return_tensors="pt")
+    image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert (inputs["input_ids"] == image_token).sum() == 3  # once a picture, however many tiles
+    assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
+
+
+@pytest.mark.parametrize("override", ["resampler_config.num_latens=8", "resampler=8", "num_latents"])
+def test_an_override_that_names_nothing_is_refused(tmp_path, override):
+    with pytest.raises(ValueError, match=override.split("=")[0].split(".")[-1]):
+        make_model(write_sizes(tmp_path), tmp_path / "new", samples=5, overrides=[override])
