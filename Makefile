@@ -40,14 +40,20 @@ soak: setup  ## ten minutes of load on the handler, then on `transformers serve`
 	$(RUN) tests/soak/run.py --door handler
 	$(RUN) tests/soak/run.py --door http
 
+bench: setup  ## speed and memory beside the peers (docs/speed.md); an environment of its own, with torchvision
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[benchmarks]'
+	HF_HUB_OFFLINE=1 .venv-bench/bin/python -m blip3.benchmarks.run --update-docs
+
 check: setup  ## lint and types
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.,configuration_blip3 image_processing_blip3 processing_blip3 modeling_blip3)
 	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.data.,records world readers build)
 	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.training.,recipe run mixture encode train tokenizer new_model measure_packing)
 	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.evaluation.,metrics score)
+	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.benchmarks.,run memory_child)
 
 fix: setup  ## format
 	$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
 
-.PHONY: help setup demo test test-slow test-common test-vllm test-doors soak check fix
+.PHONY: help setup demo test test-slow test-common test-vllm test-doors soak bench check fix

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sixteen prompts at once against one after the other, and a second question about the same pictures."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .clock import Comparison, Contestant, timed
+from .contestants import OURS
+from .generation import time_generation
+from .parts import Bench
+
+MIXED = (0,) * 6 + (1,) * 6 + (3,) * 4  # pictures of each row
+ONE_BATCH, ONE_BY_ONE, BY_LENGTH = "one batch", "one by one", "batches by length"
+FIRST, FEATURES, CACHE = "first question", "second, features reused", "second, cache continued"
+
+
+def measure_batching(bench: Bench) -> list[Comparison]:
+    """Measure the throughput of a mixed batch."""
+    found = []
+    rows = (0, 1, 3) if bench.is_quick else MIXED
+    for dtype in bench.dtypes[:1]:
+        model = bench.build(OURS, dtype)
+        new_tokens = 4 * bench.sizes.new_tokens
+        groups: dict[str, list[Sequence[int]]] = {
+            ONE_BATCH: [rows],
+            ONE_BY_ONE: [(count,) for count in rows],
+            BY_LENGTH: [[count for count in rows if count == each] for each in sorted(set(rows))],
+        }
+        runners = {name: _throughput(bench, model, dtype, each, new_tokens) for name, each in groups.items()}
+        facts = {"rows": rows, "new_tokens": new_tokens, "dtype": dtype}
+        units = {
+            "rate": (f"{len(rows)} mixed prompts, {dtype}", "tokens/s", 1.0),
+            "first": (f"{len(rows)} mixed prompts, {dtype}, first tokens of all", "s", 1.0),
+        }
+        found += bench.compare("", runners, units, facts, least=0 if bench.is_quick else 1)
+    return found
+
+
+def _throughput(bench: Bench, model: Any, dtype: str, groups: Sequence[Sequence[int]], new_tokens: int) -> Contestant:
+    """Answer every group of prompts; gives new tokens a second, and the seconds spent on first tokens."""
+    batches = [bench.inputs(OURS, dtype, list(rows)) for rows in groups]
+    num_tokens = new_tokens * sum(len(rows) for rows in groups)
+
+    def run() -> dict[str, float]:
+        found = [time_generation(model, inputs, new_tokens, bench.device) for inputs in batches]
+        return {
+            "rate": num_tokens / sum(each["all"] for each in found),
+            "first": sum(each["first"] for each in found),
+        }
+
+    return run
+
+
+def measure_questions(bench: Bench) -> list[Comparison]:
+    """Measure a second question about the same pictures, and count how often the vision tower runs for it."""
+    found = []
+    for dtype in bench.dtypes[:1]:
+        model = bench.build(OURS, dtype)
+        questions = ask_twice(model, bench.inputs(OURS, dtype, [3]), bench.sizes.new_tokens)
+        facts = {
+            "tower_runs": {name: count_runs(model.model.vision_tower, ask) for name, ask in questions.items()},
+            "pictures": 3,
+        }
+        runners = {name: timed(ask, bench.device) for name, ask in questions.items()}
+        found += bench.compare(f"3 pictures, {dtype}", runners, {"seconds": ("", "ms", 1000.0)}, facts)
+    return found
+
+
+def ask_twice(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int) -> dict[str, Callable[[], Any]]:
+    """Three ways to answer about pictures: from pixels, from their features, from the conversation's cache."""
+    ids = inputs["input_ids"]
+    text = {"input_ids": ids, "attention_mask": inputs["attention_mask"]}
+    with torch.inference_mode():
+        features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+    tokens = features.pooler_output
+    question = torch.full_like(ids[:, :5], 20)
+
+    def generate(**kwargs: Any) -> Any:
+        with torch.inference_mode():
+            return model.generate(
+                **kwargs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True, use_cache=True
+            )
+
+    conversation: dict[str, Any] = {}
+
+    def first() -> None:
+        conversation["answer"] = generate(**inputs)
+
+    def from_features() -> None:
+        generate(**text, mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=tokens)})
+
+    def from_cache() -> None:
+        answer = conversation["answer"]
+        longer = torch.cat([answer.sequences, question], dim=1)
+        mask = torch.ones_like(longer)
+        conversation["answer"] = generate(
+            input_ids=longer, attention_mask=mask, past_key_values=answer.past_key_values
+        )
+
+    first()
+    return {FIRST: first, FEATURES: from_features, CACHE: from_cache}
+
+
+def count_runs(module: torch.nn.Module, work: Callable[[], Any]) -> int:
+    """Count how often a module's forward is called."""
+    calls: list[int] = []
+    handle = module.register_forward_pre_hook(lambda *_: calls.append(1))
+    work()
+    handle.remove()
+    return len(calls)

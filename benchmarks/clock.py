@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure contestants in turn, and say what was found with its spread.
+
+    round 0   A B C     warms up: caches, allocator, compilation
+    round 1   C B A     each contestant once, in an order that turns round every time
+    round 2   A B C     ...
+
+A machine that slows down for a while slows all contestants of a round, so ratios are taken round by round and their
+median and quartiles are given. Absolute values are those of one machine on one day.
+"""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+Contestant = Callable[[], Mapping[str, float]]  # runs once and returns what it measured, by metric
+Values = dict[str, dict[str, list[float]]]  # metric -> contestant -> a value each round
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How much to measure."""
+
+    rounds: int = 7
+    """Counted rounds of one comparison, at most."""
+    seconds: float = 8.0
+    """After which no further round of a comparison is started."""
+    longest_run_seconds: float = 20.0
+    """A contestant predicted to take longer for one run is left out, and the results say so; never where an aim
+    needs it."""
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "seconds", "longest_run_seconds"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(
+                    f"{name} is {value} but must be positive. It was probably meant to switch the limit off: write a "
+                    "large number."
+                )
+
+
+@dataclasses.dataclass
+class Comparison:
+    """One row of the results: the same work done by several contestants."""
+
+    name: str
+    """Unique within its part."""
+    unit: str
+    """Of the values: s, ms, tokens/s, tokens, MiB."""
+    values: dict[str, list[float]]
+    """Contestant -> a value each round; the first contestant is ours."""
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Sizes, counts and shares that belong to it."""
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Contestant -> why it was not measured."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The row with medians, quartiles, and for each other contestant its ratio to the first."""
+        first = next(iter(self.values), None)
+        return {
+            **dataclasses.asdict(self),
+            "values": {name: [_rounded(value) for value in values] for name, values in self.values.items()},
+            "summary": {name: summarize(values) for name, values in self.values.items()},
+            "ratio_to_first": {
+                name: summarize(ratios(values, self.values[first]))
+                for name, values in self.values.items()
+                if first is not None and name != first
+            },
+        }
+
+
+def measure_in_turn(contestants: Mapping[str, Contestant], effort: Effort, least: int = 0) -> Values:
+    """Run contestants in turn until the rounds or the seconds are used up.
+
+    The first round warms up, and is counted only if the seconds leave no time for another.
+
+    Args:
+        contestants: name -> callable that runs once and returns its values by metric.
+        effort: how many rounds, for how long.
+        least: counted rounds to make however long they take; for contestants slow to warm up.
+
+    Returns:
+        metric -> contestant -> values, round by round.
+
+    Raises:
+        ValueError: without contestants.
+    """
+    if not contestants:
+        raise ValueError(
+            "There is no contestant to measure. Every one was probably predicted to take too long: raise "
+            "--longest-run-seconds."
+        )
+    started = time.perf_counter()
+    rounds: list[dict[str, Mapping[str, float]]] = []
+    while len(rounds) <= least or (len(rounds) <= effort.rounds and time.perf_counter() - started < effort.seconds):
+        names = list(contestants)
+        order = names if len(rounds) % 2 == 0 else names[::-1]
+        rounds.append({name: contestants[name]() for name in order})
+    counted = rounds[1:] or rounds
+    metrics = dict.fromkeys(metric for found in counted[0].values() for metric in found)
+    return {
+        metric: {
+            name: [found[name][metric] for found in counted] for name in contestants if metric in counted[0][name]
+        }
+        for metric in metrics
+    }
+
+
+def timed(work: Callable[[], Any], device: str, metric: str = "seconds") -> Contestant:
+    """Make a contestant of a callable: the seconds it takes, an accelerator's work included."""
+
+    def contestant() -> dict[str, float]:
+        synchronize(device)
+        started = time.perf_counter()
+        work()
+        synchronize(device)
+        return {metric: time.perf_counter() - started}
+
+    return contestant
+
+
+def synchronize(device: str) -> None:
+    """Wait for an accelerator; nothing to do on a CPU."""
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile, interpolated.
+
+    >>> quartiles([4, 1, 3, 2, 5]), quartiles([2.0])
+    ((2.0, 3.0, 4.0), (2.0, 2.0, 2.0))
+    """
+    if len(values) == 1:
+        return (float(values[0]),) * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def summarize(values: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and number of values."""
+    low, middle, high = quartiles(values)
+    return {"median": _rounded(middle), "low": _rounded(low), "high": _rounded(high), "count": len(values)}
+
+
+def ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Ratios of two contestants, round by round.
+
+    >>> ratios([2, 9], [1, 3])
+    [2.0, 3.0]
+    """
+    return [value / other for value, other in zip(values, others, strict=True)]
+
+
+def slope(points: Mapping[float, float]) -> tuple[float, float]:
+    """Least-squares line through points: (value per step, value at 0).
+
+    >>> slope({1: 3.0, 2: 5.0, 3: 7.0})
+    (2.0, 1.0)
+    """
+    line = statistics.linear_regression(list(points), list(points.values()))
+    return line.slope, line.intercept
+
+
+def geometric_mean_rounds(comparisons: Sequence[Mapping[str, Sequence[float]]], name: str, other: str) -> list[float]:
+    """Ratio of two contestants over several comparisons: the geometric mean of each round's ratios."""
+    each = [ratios(values[name], values[other]) for values in comparisons]
+    num_rounds = min(len(found) for found in each)
+    return [statistics.geometric_mean(found[index] for found in each) for index in range(num_rounds)]
+
+
+def _rounded(value: float) -> float:
+    """Six significant digits: more than any clock here can tell apart."""
+    if value == 0 or not math.isfinite(value):
+        return float(value)
+    return round(value, 5 - math.floor(math.log10(abs(value))))

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time to the first token and time of each further one, through `generate`, greedy.
+
+The clock is a stopping criterion, which `generate` asks after every token: what a caller waits for, sampling and
+bookkeeping included, image processing not.
+"""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
+
+from .clock import Comparison, Contestant, synchronize
+from .contestants import BARE, IDEFICS, LLAVA, OURS, SQUARE, count_image_tokens
+from .machine import copy_contestant
+from .parts import Bench
+
+EAGER, STATIC, COMPILED = "eager", "static cache", "compiled"
+COPY = "memory copy"
+UNITS = {"first": (", first token", "ms", 1000.0), "next": (", each further token", "ms", 1000.0)}
+
+
+class Clock(StoppingCriteria):
+    """Notes when each token is there; never stops."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.stamps: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Note the time."""
+        synchronize(self.device)
+        self.stamps.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def time_generation(
+    model: Any, inputs: Mapping[str, Any], new_tokens: int, device: str, **options: Any
+) -> dict[str, float]:
+    """Generate and give the seconds to the `first` token, for each `next` one (median), and of `all`."""
+    clock = Clock(device)
+    synchronize(device)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        model.generate(
+            **inputs,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            stopping_criteria=StoppingCriteriaList([clock]),
+            **options,
+        )
+    steps = [after - before for before, after in zip(clock.stamps, clock.stamps[1:], strict=False)]
+    return {
+        "first": clock.stamps[0] - started,
+        "next": statistics.median(steps),
+        "all": clock.stamps[-1] - started,
+    }
+
+
+def cache_options(mode: str, is_quick: bool) -> dict[str, Any]:
+    """Arguments of `generate` for one of the three ways to run it."""
+    if mode == EAGER:
+        return {}
+    if mode == STATIC:
+        return {"cache_implementation": "static", "disable_compile": True}
+    # Compiling machine code takes half a minute a model; a quick run only traces.
+    config = CompileConfig(dynamic=False, backend="aot_eager", mode=None) if is_quick else CompileConfig(dynamic=False)
+    config._compile_all_devices = True  # transformers compiles on accelerators only unless told so
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+def measure_generation(bench: Bench) -> list[Comparison]:
+    """Measure batches of 1, 4 and 16 with one picture and three, by dtype, and three ways to run a batch of 1."""
+    found = []
+    for dtype in bench.dtypes:
+        kinds = (OURS, LLAVA, IDEFICS, BARE)
+        models = {kind: bench.build(kind, dtype) for kind in kinds}
+        for mode in (EAGER, STATIC, COMPILED):
+            found += _measure_one(bench, models, dtype, [1], mode)
+        for batch in (1, 4) if bench.is_quick else (1, 4, 16):
+            for pictures in (1, 3):
+                if batch > 1 or pictures > 1:
+                    found += _measure_one(bench, models, dtype, [pictures] * batch, EAGER)
+    return found
+
+
+def name_of(dtype: str, rows: Sequence[int], mode: str) -> str:
+    """Name of a comparison, without its metric."""
+    pictures = f"{rows[0]} picture{'s' * (rows[0] > 1)}"
+    return f"{pictures}, batch {len(rows)}, {dtype}, {mode}"
+
+
+def _measure_one(bench: Bench, models: Mapping[str, Any], dtype: str, rows: list[int], mode: str) -> list[Comparison]:
+    torch._dynamo.reset()
+    options = cache_options(mode, bench.is_quick)
+    left_out = {kind: _reason(bench, kind, dtype, rows, mode) for kind in models}
+    left_out = {kind: reason for kind, reason in left_out.items() if reason}
+    runners: dict[str, Contestant] = {
+        kind: _runner(bench, model, bench.inputs(kind, dtype, rows), options)
+        for kind, model in models.items()
+        if kind not in left_out
+    }
+    num_bytes = step_bytes(bench, dtype, rows)
+    runners[COPY] = copy_contestant(num_bytes, bench.device, "next")
+    kinds = (OURS, LLAVA, IDEFICS)
+    facts = {
+        "dtype": dtype,
+        "rows": rows,
+        "mode": mode,
+        "image_tokens": {kind: rows[0] * count_image_tokens(kind, bench.sizes, SQUARE) for kind in kinds},
+        "step_bytes": num_bytes,
+    }
+    least = 0 if bench.is_quick else 2 if _is_aim(rows, mode) or mode == COMPILED else 0
+    return bench.compare(name_of(dtype, rows, mode), runners, UNITS, facts, left_out, least)
+
+
+def _is_aim(rows: Sequence[int], mode: str) -> bool:
+    """Whether an aim is judged by this comparison: then peers run however long they take."""
+    return list(rows) == [1] and mode == EAGER
+
+
+def _reason(bench: Bench, kind: str, dtype: str, rows: list[int], mode: str) -> str:
+    """Why a contestant is left out; empty if it is not."""
+    if mode != EAGER and (kind == IDEFICS or (kind == LLAVA and dtype != bench.dtypes[0])):
+        return f"peers run with {mode} in {bench.dtypes[0]} only, and Idefics3 not at all"
+    if mode == COMPILED and bench.is_quick and (kind, dtype) != (OURS, "float32"):
+        return "tracing takes longer than a quick run"
+    return "" if _is_aim(rows, mode) else bench.too_long(kind, dtype, rows)
+
+
+def step_bytes(bench: Bench, dtype: str, rows: Sequence[int]) -> int:
+    """Bytes one step must read: every weight of the decoder, and the cache of all rows."""
+    sizes = bench.sizes
+    length = sizes.text_tokens + max(rows) * count_image_tokens(OURS, sizes, SQUARE)
+    cache = len(rows) * length * sizes.text_layers * 2 * sizes.text_width
+    return (sizes.text_parameters + cache) * (2 if dtype == "bfloat16" else 4)
+
+
+def _runner(bench: Bench, model: Any, inputs: dict[str, torch.Tensor], options: dict[str, Any]) -> Contestant:
+    return lambda: time_generation(model, inputs, bench.sizes.new_tokens, bench.device, **options)
