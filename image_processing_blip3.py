@@ -18,6 +18,8 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -262,7 +264,7 @@ class Blip3ImageProcessor(BaseImageProcessor):
                 "images is empty but at least one picture is needed. A text-only prompt was probably given an empty "
                 "list: leave images out or pass None."
             )
-        pixel_values = torch.zeros(len(pictures), self.num_tile_slots, 3, self.tile_size, self.tile_size)
+        pixel_values = torch.empty(len(pictures), self.num_tile_slots, 3, self.tile_size, self.tile_size)
         image_sizes = torch.zeros(len(pictures), 2, dtype=torch.long)
         for index, picture in enumerate(pictures):
             try:
@@ -341,17 +343,21 @@ class Blip3ImageProcessor(BaseImageProcessor):
     ) -> None:
         """Write one picture's global view and (rows, columns) of tiles into its (T, 3, S, S) slots."""
         side = self.tile_size
-        resize = _resize_with_torch if options["resize_backend"] == "torch" else _resize_with_pil
-        pixel_values[0] = torch.from_numpy(resize(image, (side, side), options["resample"])).permute(2, 0, 1)
         rows, columns = grid
         num_tiles = 1 + rows * columns
+        sizes = [(side, side)]
         if num_tiles > 1:
-            canvas = np.zeros((rows * side, columns * side, 3), dtype=np.uint8)
-            height, width = fit_inside((image.height, image.width), canvas.shape[:2])
+            sizes.append(fit_inside((image.height, image.width), (rows * side, columns * side)))
+        resize = _resize_with_torch if options["resize_backend"] == "torch" else _resize_with_pil
+        resized = resize(image, sizes, options["resample"])
+        pixel_values[0] = torch.from_numpy(resized[0]).permute(2, 0, 1)
+        if num_tiles > 1:
+            (height, width), canvas = sizes[1], np.zeros((rows * side, columns * side, 3), dtype=np.uint8)
             top, left = (canvas.shape[0] - height) // 2, (canvas.shape[1] - width) // 2
-            canvas[top : top + height, left : left + width] = resize(image, (height, width), options["resample"])
+            canvas[top : top + height, left : left + width] = resized[1]
             tiles = torch.from_numpy(canvas).view(rows, side, columns, side, 3).permute(0, 2, 4, 1, 3)
             pixel_values[1:num_tiles].view(rows, columns, 3, side, side).copy_(tiles)  # (R, C, 3, S, S)
+        pixel_values[num_tiles:] = 0
         for tile in pixel_values[:num_tiles]:  # one tile at a time stays in the processor's cache
             self._normalize(tile, options)
 
@@ -381,20 +387,38 @@ _PILLOW_CHOOSES_THE_ORDER = int(pillow_version.split(".")[0]) >= 13
 _RESAMPLE_MODES = {PILImageResampling.BICUBIC: "bicubic", PILImageResampling.BILINEAR: "bilinear"}
 
 
-def _resize_with_pil(image: Image.Image, size: tuple[int, int], resample: int) -> np.ndarray:
-    """Resize to (height, width); returns (height, width, 3) uint8."""
+def _resize_with_pil(image: Image.Image, sizes: Sequence[tuple[int, int]], resample: int) -> list[np.ndarray]:
+    """Resize to each (height, width); returns (height, width, 3) uint8 each.
+
+    Pillow lets other threads run meanwhile, so where torch may use several, the sizes are made side by side.
+    """
+    resize = partial(_resize_once, image, resample=resample)
+    if len(sizes) == 1 or torch.get_num_threads() == 1:
+        return list(map(resize, sizes))
+    with ThreadPoolExecutor(len(sizes)) as pool:  # none is kept: its threads would be missing after a fork
+        return list(pool.map(resize, sizes))
+
+
+def _resize_once(image: Image.Image, size: tuple[int, int], resample: int) -> np.ndarray:
     return np.array(image.resize((size[1], size[0]), resample))
 
 
-def _resize_with_torch(image: Image.Image, size: tuple[int, int], resample: int) -> np.ndarray:
-    """Resize to (height, width) with torch's antialiased 8-bit kernels; returns (height, width, 3) uint8."""
+def _resize_with_torch(image: Image.Image, sizes: Sequence[tuple[int, int]], resample: int) -> list[np.ndarray]:
+    """Resize to each (height, width) with torch's antialiased 8-bit kernels; returns (height, width, 3) uint8 each."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W), channels last in memory
-    (height, width), mode = size, _RESAMPLE_MODES[resample]
-    # Two passes with 8 bits between them, in the order Pillow picks. Since 13.0 that is vertical first where height
-    # shrinks more (found by comparing 2,900 random sizes); the other order changes a quarter of the values.
-    shrinks_in_height = image.height - height > max(0, 2 * (image.width - width))
-    vertical_first = _PILLOW_CHOOSES_THE_ORDER and shrinks_in_height
-    for pass_size in ((height, image.width) if vertical_first else (image.height, width), size):
+    return [_interpolate(pixels, size, _RESAMPLE_MODES[resample]) for size in sizes]
+
+
+def _interpolate(pixels: torch.Tensor, size: tuple[int, int], mode: str) -> np.ndarray:
+    """Resize (1, 3, H, W) to (height, width, 3) in two passes with 8 bits between them, in the order Pillow picks.
+
+    Since 13.0 that is vertical first where height shrinks more (found by comparing 2,900 random sizes); the other
+    order, which is torch's own, changes a quarter of the values.
+    """
+    (height, width), (new_height, new_width) = pixels.shape[-2:], size
+    shrinks_in_height = height - new_height > max(0, 2 * (width - new_width))
+    passes = [(new_height, width), size] if _PILLOW_CHOOSES_THE_ORDER and shrinks_in_height else [size]
+    for pass_size in passes:
         pixels = torch.nn.functional.interpolate(pixels, pass_size, mode=mode, align_corners=False, antialias=True)
     return pixels[0].permute(1, 2, 0).numpy()
 

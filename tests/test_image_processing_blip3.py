@@ -587,6 +587,18 @@ def test_size_and_grids_may_be_repeated_at_a_call(processor):
     assert_same_inputs(repeated, wanted)
 
 
+@pytest.mark.parametrize("backend", ["pil", "torch"])
+def test_two_threads_give_the_tiles_of_one(processor, backend):
+    pictures = [make_rgb(300, 500), make_rgb(40, 700), make_rgb(20, 20)]
+    wanted = processor(pictures, return_tensors="pt", resize_backend=backend)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert_same_inputs(processor(pictures, return_tensors="pt", resize_backend=backend), wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
 # -- saving and loading -----------------------------------------------------------------------------------------------
 
 CHANGED = {
