@@ -10,7 +10,7 @@ Weights are random: the time of a dense model does not depend on them. No tokeni
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,13 +140,13 @@ def our_config(sizes: Sizes, **changes: Any) -> Any:
         "intermediate_size": 4 * sizes.vision_width,
         "num_latents": sizes.num_latents,
     }
-    config_class = type(AutoConfig.from_pretrained(ROOT, trust_remote_code=True))
-    return config_class(
+    own = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
+    return type(own)(
         vision_config={"model_type": "siglip_vision_model", **sizes.vision_config()},
         resampler_config=resampler,
         text_config={"model_type": "phi3", "sliding_window": 2048, **sizes.text_config()},
         image_token_id=sizes.image_token_id,
-        auto_map=AutoConfig.from_pretrained(ROOT, trust_remote_code=True).auto_map,
+        auto_map=own.auto_map,
         name_or_path=str(ROOT),
         **changes,
     )
@@ -232,6 +232,18 @@ def make_inputs(
     if sum(rows) and kind != BARE:
         inputs |= _make_pictures(kind, sizes, rows, grid, generator, dtype)
     return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+@torch.inference_mode()
+def prefill(model: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
+    """Read a prompt as `generate` does first: a cache, and logits of the last token alone."""
+    return model(**inputs, logits_to_keep=1, use_cache=True)
+
+
+def label(inputs: Mapping[str, torch.Tensor], sizes: Sizes) -> dict[str, torch.Tensor]:
+    """Add labels to the inputs of a forward: every token but image tokens."""
+    ids = inputs["input_ids"]
+    return {**inputs, "labels": ids.masked_fill(ids == sizes.image_token_id, -100)}
 
 
 def _make_pictures(

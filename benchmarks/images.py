@@ -4,6 +4,7 @@
 Grids, tile size, filter and normalisation are the same for all. `pil` is our bit-exact backend, `torch` the faster.
 """
 
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
@@ -42,6 +43,7 @@ def measure_images(bench: Bench) -> list[Comparison]:
     return found
 
 
+@functools.cache  # a large one takes longer to draw than to measure
 def draw_picture(image_size: tuple[int, int]) -> Image.Image:
     """Draw colours that change at several scales, like a photograph for codec and filter: (height, width) pixels."""
     generator = np.random.default_rng(0)

@@ -19,7 +19,7 @@ from typing import Any
 
 from . import contestants
 from .clock import Comparison
-from .contestants import LLAVA, OURS, SQUARE, count_image_tokens
+from .contestants import LLAVA, OURS, SQUARE, count_image_tokens, prefill
 from .parts import Bench, describe_comparison
 from .products import record_products
 
@@ -120,7 +120,7 @@ def count_largest_tensor(bench: Bench, dtype: str) -> Comparison:
     """Find the largest tensor of a prefill: logits of every token, or the scores of attention, would be among them."""
     model = bench.build(OURS, dtype)
     inputs = bench.inputs(OURS, dtype, [1])
-    record = record_products(lambda: model(**inputs, logits_to_keep=1, use_cache=True))
+    record = record_products(lambda: prefill(model, inputs))
     sizes, parts = bench.sizes, 1 + SQUARE[0] * SQUARE[1]
     queries, keys = sizes.num_latents, sizes.patches_per_side**2 + sizes.num_latents
     values = {

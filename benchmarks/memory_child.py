@@ -76,18 +76,18 @@ def run_task(request: dict[str, Any]) -> dict[str, int]:
     model = contestants.build(request["kind"], sizes, dtype, device)
     inputs = contestants.make_inputs(request["kind"], sizes, request["rows"], device, dtype)
     if request["task"] == "prefill":
-        return _watch(device, lambda: _prefill(model, inputs))
+        return _watch(device, lambda: contestants.prefill(model, inputs))
     freeze_tower(model)
     if request["checkpointing"]:
         model.gradient_checkpointing_enable()
-    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == sizes.image_token_id, -100)
-    return _watch(device, lambda: model(**inputs).loss.backward())
+    labelled = contestants.label(inputs, sizes)
+    return _watch(device, lambda: model(**labelled).loss.backward())
 
 
 def _warm_up(kind: str, dtype: str, device: str) -> None:
     """Load classes, kernels and caches before the watch begins, by a model of no size."""
     small = contestants.build(kind, contestants.QUICK, dtype, device)
-    _prefill(small, contestants.make_inputs(kind, contestants.QUICK, [1], device, dtype))
+    contestants.prefill(small, contestants.make_inputs(kind, contestants.QUICK, [1], device, dtype))
 
 
 def _watch(device: str, work: Callable[[], Any]) -> dict[str, int]:
@@ -105,11 +105,6 @@ def _load(folder: str, dtype: str, device: str) -> Any:
     for weight in model.parameters():
         weight.detach().amax()
     return model
-
-
-@torch.inference_mode()
-def _prefill(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
-    return model(**inputs, logits_to_keep=1, use_cache=True)
 
 
 if __name__ == "__main__":

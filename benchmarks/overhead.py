@@ -7,12 +7,13 @@ arithmetic    every matrix product of ours, shape by shape, and nothing else
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from .clock import Comparison, Contestant, timed
-from .contestants import BARE, OURS, SQUARE, count_image_tokens
+from .contestants import BARE, OURS, SQUARE, count_image_tokens, prefill
 from .parts import Bench
 from .products import bare_products, count_flops, record_products
 
@@ -39,18 +40,14 @@ def _measure_one(bench: Bench, dtype: str, attention: str) -> list[Comparison]:
     model = bench.build(OURS, dtype, attn_implementation=attention)
     inputs = bench.inputs(OURS, dtype, [1])
     parts = bare_parts(bench, model, inputs, dtype, attention)
-
-    def prefill() -> Any:
-        with torch.inference_mode():
-            return model(**inputs, logits_to_keep=1, use_cache=True)
-
-    record = record_products(prefill)
+    run = partial(prefill, model, inputs)
+    record = record_products(run)
     flops = count_flops(record.products)
-    runners: dict[str, Contestant] = {OURS: timed(prefill, bench.device), PARTS: _run_parts(parts, bench.device)}
+    runners: dict[str, Contestant] = {OURS: timed(run, bench.device), PARTS: _run_parts(parts, bench.device)}
     runners[ARITHMETIC] = timed(bare_products(record.products, model.dtype, bench.device), bench.device)
     units = {"seconds": ("", "ms", 1000.0)}
     units |= {part: (f", {part} alone", "ms", 1000.0) for part in parts}
-    facts = {"dtype": dtype, "attention": attention, "flops": flops, "profile": profile(prefill, bench.device)}
+    facts = {"dtype": dtype, "attention": attention, "flops": flops, "profile": profile(run, bench.device)}
     least = 0 if bench.is_quick or attention != ATTENTIONS[0] else 2
     found = bench.compare(name_of(dtype, attention), runners, units, facts, least=least)
     if found[0].values:

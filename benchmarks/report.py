@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.tables_and_plots import markdown_table, new_figure
 from .aims import make_aims
 from .contestants import IDEFICS, LLAVA, OURS, ROOT
 from .images import LLAVA_PIL, LLAVA_TORCHVISION, PIL, TORCH
@@ -58,7 +59,7 @@ def judge(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def aims_table(aims: Sequence[dict[str, Any]]) -> list[str]:
     """The aims as a Markdown table."""
-    return _markdown(
+    return markdown_table(
         ["what", "aim", "result (quartiles)", "reached"],
         [[aim["what"], aim["aim"], _shown(aim["result"], aim["unit"]), _verdict(aim)] for aim in aims],
     )
@@ -122,7 +123,7 @@ def _tables(results: dict[str, dict[str, Any]]) -> list[str]:
         for row in result["comparisons"]:
             groups.setdefault((*row["values"], *row["left_out"]), []).append(row)
         for contestants, rows in groups.items():
-            lines += ["", *_markdown(["", "unit", *contestants], [_row(row, contestants) for row in rows])]
+            lines += ["", *markdown_table(["", "unit", *contestants], [_row(row, contestants) for row in rows])]
     return lines
 
 
@@ -150,10 +151,6 @@ def _verdict(aim: dict[str, Any]) -> str:
     return "yes" if aim["reached"] else f"no, missed by {aim['missed_by']:.0%}"
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows]]
-
-
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
@@ -170,17 +167,8 @@ def draw_plot(results: dict[str, dict[str, Any]]) -> Any:
     Raises:
         ImportError: without matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            f"The plot is drawn by matplotlib, which cannot be imported ({error}). It is probably not installed: "
-            "pip install 'blip3[benchmarks]' or pip install matplotlib."
-        ) from error
     rows = {part: {row["name"]: row for row in result["comparisons"]} for part, result in results.items()}
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((13, 3.8), "benchmarks")
     images, first, pictures = figure.subplots(1, 3)
     _draw_images(images, rows.get("images", {}))
     _draw_first_tokens(first, rows.get("generation", {}))

@@ -117,9 +117,10 @@ def make_bench(options: argparse.Namespace) -> Bench:
     given = {name: getattr(options, name) for name in QUICK_EFFORT if getattr(options, name) is not None}
     effort = Effort(**{**(QUICK_EFFORT if options.quick else {}), **given})
     device = machine.pick_device(options.device)
-    machine.set_threads(options.threads or machine.count_cores())
+    threads = options.threads or machine.count_cores()
+    machine.set_threads(threads)
     sizes = QUICK if options.quick else QUARTER if device == "cpu" else TRUE
-    bench = Bench(device, sizes, effort, options.threads or machine.count_cores(), {}, say)
+    bench = Bench(device, sizes, effort, threads, {}, say)
     side, copy_bytes = (128, 2**16) if options.quick else (2048, 2**28) if device == "cpu" else (8192, 2**33)
     rates = machine.measure_rates(device, bench.dtypes, side, copy_bytes, effort)
     return dataclasses.replace(bench, rates=rates)

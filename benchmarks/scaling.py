@@ -2,12 +2,11 @@
 """Cost against number of pictures, parts a picture and rows: a line through the medians, and its slope."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import torch
-
 from .clock import Comparison, Contestant, slope, summarize, timed
-from .contestants import GLOBAL, IDEFICS, LLAVA, OURS, SQUARE
+from .contestants import GLOBAL, IDEFICS, LLAVA, OURS, SQUARE, prefill
 from .parts import Bench
 
 KINDS = (OURS, LLAVA, IDEFICS)
@@ -44,7 +43,7 @@ def _line(
             if reason:
                 left_out[kind] = reason
                 continue
-            runners[kind] = timed(_prefill(model, bench.inputs(kind, dtype, rows, grid=grid)), bench.device)
+            runners[kind] = timed(partial(prefill, model, bench.inputs(kind, dtype, rows, grid=grid)), bench.device)
         facts = {"what": what, "place": place, "dtype": dtype}
         name = f"prefill, {place} {what}{'s' * (place > 1)}, {dtype}"
         found += bench.compare(name, runners, {"seconds": ("", "ms", 1000.0)}, facts, left_out)
@@ -68,11 +67,3 @@ def fit(comparisons: Sequence[Comparison], what: str, dtype: str) -> Comparison:
         lines[kind] = {"ms": slope(points)[0], "ms_at_0": slope(points)[1], "ms_in_the_first_half": slope(near)[0]}
     values = {kind: [line["ms"]] for kind, line in lines.items()}
     return Comparison(f"{SLOPE} {what}, {dtype}", "ms", values, {"lines": lines})
-
-
-def _prefill(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
-    @torch.inference_mode()
-    def run() -> Any:
-        return model(**inputs, logits_to_keep=1, use_cache=True)
-
-    return run

@@ -15,10 +15,11 @@ from .parts import Bench
 def measure_tokens(bench: Bench) -> list[Comparison]:
     """Count at the release's tile size, each peer with its own way of cutting a picture up."""
     config = our_config(TRUE)
+    image_processor = AutoImageProcessor.from_pretrained(ROOT, trust_remote_code=True)
     rows = []
     for height, width in IMAGE_SIZES:
         values = {
-            OURS: [float(_count_ours(config, height, width))],
+            OURS: [float(_count_ours(config, image_processor, height, width))],
             LLAVA: [float(_count_llava(config, height, width))],
             IDEFICS: [float(_count_idefics(height, width))],
         }
@@ -27,8 +28,8 @@ def measure_tokens(bench: Bench) -> list[Comparison]:
     return rows
 
 
-def _count_ours(config: Any, height: int, width: int) -> int:
-    rows, columns = AutoImageProcessor.from_pretrained(ROOT, trust_remote_code=True).grid_of(height, width)
+def _count_ours(config: Any, image_processor: Any, height: int, width: int) -> int:
+    rows, columns = image_processor.grid_of(height, width)
     return config.resampler_config.num_latents * (1 + rows * columns)
 
 

@@ -12,7 +12,8 @@ import torch
 
 from ..training.encode import Collator
 from .clock import Comparison, Contestant, timed
-from .contestants import LLAVA, OURS, count_image_tokens
+from .contestants import LLAVA, OURS, count_image_tokens, label
+from .machine import DTYPES
 from .parts import Bench
 
 PACKED, PADDED = "packed", "padded"
@@ -64,7 +65,7 @@ def freeze_tower(model: Any) -> Any:
 
 def _pictures(bench: Bench, grids: Sequence[tuple[int, int]], dtype: str) -> dict[str, torch.Tensor]:
     side = bench.sizes.tile_size
-    pixels = torch.rand(len(grids), 5, 3, side, side).to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    pixels = torch.rand(len(grids), 5, 3, side, side).to(DTYPES[dtype])
     return {
         "pixel_values": pixels,
         "image_sizes": torch.tensor([[rows * side, columns * side] for rows, columns in grids]),
@@ -84,8 +85,7 @@ def _measure_checkpointing(bench: Bench, dtype: str, batch: dict[str, torch.Tens
 def _measure_peers(bench: Bench, dtype: str) -> list[Comparison]:
     runners: dict[str, Contestant] = {}
     for kind in (OURS, LLAVA):
-        inputs = bench.inputs(kind, dtype, [1])
-        inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == bench.sizes.image_token_id, -100)
+        inputs = label(bench.inputs(kind, dtype, [1]), bench.sizes)
         model = freeze_tower(bench.build(kind, dtype))
         runners[kind] = timed(_step(model, inputs), bench.device)
     return bench.compare(f"a step on one picture, {dtype}", runners, {"seconds": ("", "ms", 1000.0)})

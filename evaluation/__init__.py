@@ -5,5 +5,6 @@ metrics.py    answers and truths to numbers and intervals
 tasks.py      records to questions, and answers to scores, by task
 answer.py     a checkpoint that answers questions in batches
 report.py     scores to results.json, table.md, plot.png and samples.md
+tables_and_plots.py   what every report is written with
 score.py      the command
 """

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .metrics import bootstrap_interval, commonest_share, mean_and_interval
+from .tables_and_plots import markdown_table, new_figure
 from .tasks import TASKS, Question, Scores
 
 Numbers = dict[str, Any]
@@ -164,7 +165,7 @@ def _table(results: Sequence[Result], summaries: list[Numbers], differences: lis
         f"Held-out drawn world, seed {settings['seed']}, {settings['count']} questions a task, intervals of "
         f"{CONFIDENCE}; made by `blip3.evaluation.score`.",
         "",
-        *_markdown(head, rows),
+        *markdown_table(head, rows),
         *_other_scores(by_row, models),
         *_differences(differences),
         *(line for label, row in by_row.items() for line in _breakdowns(label, row, models)),
@@ -180,7 +181,7 @@ def _other_scores(by_row: dict[str, dict[str, Numbers]], models: list[str]) -> l
             rows.append([label, name, str(numbers["count"]), *values])
     if not rows:
         return []
-    return ["", "## Other scores of the same answers", "", *_markdown(["task", "score", "n", *models], rows)]
+    return ["", "## Other scores of the same answers", "", *markdown_table(["task", "score", "n", *models], rows)]
 
 
 def _differences(differences: list[Numbers]) -> list[str]:
@@ -193,7 +194,7 @@ def _differences(differences: list[Numbers]) -> list[str]:
         label = row_label(difference["task"], difference["shots"])
         rows.append([label, difference["model"], "{:+.1f} [{:+.1f}, {:+.1f}]".format(*shown)])
     head = ["task", "model", f"points from {differences[0]['minus']}, same questions"]
-    return ["", f"## Against {differences[0]['minus']}", "", *_markdown(head, rows)]
+    return ["", f"## Against {differences[0]['minus']}", "", *markdown_table(head, rows)]
 
 
 def _breakdowns(label: str, row: dict[str, Numbers], models: list[str]) -> list[str]:
@@ -203,7 +204,7 @@ def _breakdowns(label: str, row: dict[str, Numbers], models: list[str]) -> list[
             [group, str(numbers["count"]), *(_cell(row[m]["groups"][name][group], row[m]["task"]) for m in models)]
             for group, numbers in groups.items()
         ]
-        lines += ["", f"## {label}: {name}", "", *_markdown([name, "n", *models], cells)]
+        lines += ["", f"## {label}: {name}", "", *markdown_table([name, "n", *models], cells)]
     return lines
 
 
@@ -212,11 +213,6 @@ def _cell(numbers: Numbers, task: str) -> str:
     if TASKS[task].is_share:
         return f"{100 * score:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
     return f"{score:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def _escape(text: str) -> str:
@@ -238,7 +234,7 @@ def _samples(results: Sequence[Result]) -> str:
                 texts = (_escape(text) for text in (question.text, question.truth, answer))
                 rows.append([mark, question.id, *texts, f"{main[index]:g}"])
         head = ["", "record", "question", "truth", "answer", TASKS[result.task].metric]
-        lines += ["", f"## {result.model}: {result.label}", "", *_markdown(head, rows)]
+        lines += ["", f"## {result.model}: {result.label}", "", *markdown_table(head, rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -254,21 +250,12 @@ def draw_plot(results: Sequence[Result], summaries: Sequence[Numbers]) -> Any:
     Raises:
         ImportError: without matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            f"The plot is drawn by matplotlib, which cannot be imported ({error}). It is probably not installed: "
-            "pip install 'blip3[evaluation]' or pip install matplotlib."
-        ) from error
     panels = []
     for is_share in (True, False):
         chosen = [pair for pair in zip(results, summaries, strict=True) if pair[0].is_share == is_share]
         panels += [(is_share, chosen)] if chosen else []
     num_rows = [len({result.label for result, _ in chosen}) for _, chosen in panels]
-    figure = Figure(figsize=(2.5 + 0.9 * sum(num_rows), 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((2.5 + 0.9 * sum(num_rows), 4.5), "evaluation")
     all_axes = figure.subplots(1, len(panels), width_ratios=num_rows, squeeze=False)[0]
     for axes, (is_share, chosen) in zip(all_axes, panels, strict=True):
         _draw_bars(axes, chosen, 100 if is_share else 1)

@@ -8,12 +8,12 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 from PIL import Image
 
 from serving_support import data_url, url_of_bytes, user_message
-from support import draw_picture
+from support import QuietServer, draw_picture
 
 PUBLIC, PRIVATE = "127.0.0.5", "127.0.0.1"  # the guard is told to take PUBLIC for a public address
 NUM_TOKENS = 16
@@ -84,7 +84,7 @@ class PictureServer:
                 outer.trapped += 1
                 self.send_error(418)
 
-        self.servers = [ThreadingHTTPServer((PUBLIC, 0), Site), ThreadingHTTPServer((PRIVATE, 0), Trap)]
+        self.servers = [QuietServer((PUBLIC, 0), Site), QuietServer((PRIVATE, 0), Trap)]
         self.url, self.private_url = (f"http://{s.server_address[0]}:{s.server_address[1]}" for s in self.servers)
         self.ports = [server.server_address[1] for server in self.servers]
 

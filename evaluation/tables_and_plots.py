@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every report is written with: Markdown tables and matplotlib figures."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Give the lines of a Markdown table.
+
+    >>> markdown_table(["a", "b"], [["1", "2"]])
+    ['| a | b |', '| --- | --- |', '| 1 | 2 |']
+    """
+    return ["| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows]]
+
+
+def new_figure(size: tuple[float, float], extra: str) -> Any:
+    """Make an empty matplotlib `Figure` that needs no display.
+
+    Args:
+        size: (width, height) in inches.
+        extra: of this package, named where matplotlib is missing.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"The plot is drawn by matplotlib, which cannot be imported ({error}). It is probably not installed: "
+            f"pip install 'blip3[{extra}]' or pip install matplotlib."
+        ) from error
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
