@@ -20,12 +20,12 @@ patches of all groups, Q latents, E text width. Sizes are (height, width), grids
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
@@ -137,6 +137,31 @@ def _unpadded_region(
 
 
 # -- the resampler ----------------------------------------------------------------------------------------------------
+
+
+def group_rows_by_length(attention_mask: torch.Tensor) -> list[list[int]]:
+    """Group the rows of a left-padded batch by length, so that at most a quarter of a group is padding.
+
+    Args:
+        attention_mask: (B, L), 0 on padding.
+
+    Returns:
+        Rows of each group, longest first; empty if padding is not all on the left, or less than a quarter is.
+
+    >>> group_rows_by_length(torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]]))
+    [[1], [0, 2]]
+    """
+    mask = attention_mask.bool()
+    lengths = mask.sum(-1).tolist()
+    is_left_padded = bool((mask[:, 1:] | ~mask[:, :-1]).all()) and min(lengths) > 0
+    if not is_left_padded or sum(lengths) > 0.75 * mask.numel():
+        return []
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if not groups or lengths[row] < 0.75 * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
 
 
 def eager_attention_forward(
@@ -397,6 +422,8 @@ class Blip3Model(Blip3PreTrainedModel):
             )
         if not is_padded:
             return pixel_values
+        if all(n == pixel_values.shape[1] for n in num_tiles):
+            return pixel_values.flatten(0, 1)  # without a copy
         return torch.cat([picture[:n] for picture, n in zip(pixel_values, num_tiles, strict=True)])
 
     def _resample(self, patches: torch.Tensor, sizes: list, grids: list) -> tuple[torch.Tensor, ...]:
@@ -502,7 +529,9 @@ class Blip3Model(Blip3PreTrainedModel):
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.get(name) is None:
                 kwargs[name] = bool(getattr(self.config, name)) or None
-        outputs = self.language_model(
+        groups = self._rows_to_prefill_apart(attention_mask, past_key_values, kwargs)
+        decode = partial(self._prefill_by_length, groups) if groups else self.language_model
+        outputs = decode(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -534,6 +563,67 @@ class Blip3Model(Blip3PreTrainedModel):
                 "was probably dropped by a collator: pass everything the processor returns."
             )
         return torch.cat(self.get_image_features(pixel_values, image_sizes, return_dict=True).pooler_output)
+
+    def _rows_to_prefill_apart(self, attention_mask: Any, past_key_values: Any, kwargs: dict) -> list[list[int]]:
+        """Groups of rows of like length, if `generate` begins a batch that padding makes much larger; or none.
+
+        Text alone beside three pictures is padded to a hundred times its length. Ranks that gather weights together
+        must run alike, and a scaled rotary embedding depends on the longest row: there all rows stay together.
+        """
+        is_apart_possible = (
+            not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and type(past_key_values) is DynamicCache
+            and past_key_values.get_seq_length() == 0
+            and isinstance(attention_mask, torch.Tensor)
+            and attention_mask.dim() == 2
+            and not (kwargs.get("output_attentions") or kwargs.get("output_hidden_states"))
+            and not (torch.distributed.is_available() and torch.distributed.is_initialized())
+            and getattr(getattr(self.language_model, "rotary_emb", None), "rope_type", None) == "default"
+        )
+        return group_rows_by_length(attention_mask) if is_apart_possible else []
+
+    def _prefill_by_length(
+        self,
+        groups: list[list[int]],
+        inputs_embeds: torch.Tensor,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        past_key_values: DynamicCache,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder over each group without the padding it does not need.
+
+        Hidden states and cache are those of one run over all rows, with zeros under the padding left out.
+        """
+        kwargs.pop("cache_position", None)  # transformers 4: of the whole batch
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
+        hidden_states = torch.zeros_like(inputs_embeds)
+        starts, caches = [], []
+        for rows in groups:
+            start = int(attention_mask[rows].any(0).int().argmax())
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds[rows, start:],
+                attention_mask=attention_mask[rows, start:],
+                position_ids=position_ids[rows, start:],
+                past_key_values=DynamicCache(),
+                **kwargs,
+            )
+            hidden_states[rows, start:] = outputs.last_hidden_state
+            starts.append(start)
+            caches.append(outputs.past_key_values.layers)
+        for index, layers in enumerate(zip(*caches, strict=True)):
+            keys, values = (
+                tensor.new_zeros(len(inputs_embeds), tensor.shape[1], inputs_embeds.shape[1], tensor.shape[3])
+                for tensor in (layers[0].keys, layers[0].values)
+            )
+            for rows, start, layer in zip(groups, starts, layers, strict=True):
+                keys[rows, :, start:], values[rows, :, start:] = layer.keys, layer.values
+                layer.keys = layer.values = None  # or both copies of the whole cache would be held
+            past_key_values.update(keys, values, index)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def _must_run_idle_vision(self, past_key_values: Any) -> bool:
         """Whether a batch without pictures must pass through the vision modules all the same.

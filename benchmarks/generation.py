@@ -66,8 +66,9 @@ def cache_options(mode: str, is_quick: bool) -> dict[str, Any]:
         return {}
     if mode == STATIC:
         return {"cache_implementation": "static", "disable_compile": True}
-    # Compiling machine code takes half a minute a model; a quick run only traces.
-    config = CompileConfig(dynamic=False, backend="aot_eager", mode=None) if is_quick else CompileConfig(dynamic=False)
+    # Compiling machine code takes half a minute a model; a quick run only traces. A sliding cache counts its tokens in
+    # a Python number: with dynamic=False every step would be compiled anew.
+    config = CompileConfig(backend="aot_eager", mode=None) if is_quick else CompileConfig()
     config._compile_all_devices = True  # transformers compiles on accelerators only unless told so
     return {"cache_implementation": "static", "compile_config": config}
 

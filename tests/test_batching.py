@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Row i of a mixed batch is row i alone, however it is generated, and pictures never change rows."""
 
+import sys
+
 import pytest
 import torch
-from transformers import CompileConfig
+from transformers import CompileConfig, DynamicCache
 
 from support import draw_picture
 
@@ -137,3 +139,60 @@ def test_features_encoded_before_repeat_with_their_rows(tiny_model, processor):
     options = {"num_beams": 3, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     generated = tiny_model.generate(**inputs, mm_encoder_outputs={"image": features}, **options)
     assert generated[:, inputs["input_ids"].shape[1] :].tolist() == generate(tiny_model, processor, ROWS, num_beams=3)
+
+
+@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize("has_positions", [True, False])
+def test_a_prompt_read_group_by_group_equals_one_read_at_once(
+    tiny_model, processor, monkeypatch, window, has_positions
+):
+    """Logits, every entry of the cache that is not padding, and the logits of a step after it."""
+    texts, images = [text for text, _ in ROWS], [pictures for _, pictures in ROWS]
+    inputs = dict(processor(text=texts, images=images, padding=True, return_tensors="pt"))
+    mask = inputs["attention_mask"]
+    if has_positions:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    monkeypatch.setattr(tiny_model.config.text_config, "sliding_window", window)
+    lengths: list[tuple[int, ...]] = []
+    handle = tiny_model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+
+    def read() -> list[torch.Tensor]:
+        cache = DynamicCache(config=tiny_model.config.text_config)
+        with torch.no_grad():
+            logits = tiny_model(**inputs, past_key_values=cache, use_cache=True).logits
+            longer = torch.cat([mask, mask[:, -1:]], dim=1)
+            step = {"position_ids": longer.sum(-1, keepdim=True) - 1} if has_positions else {}
+            after = tiny_model(torch.full_like(mask[:, -1:], 7), attention_mask=longer, past_key_values=cache, **step)
+        return [logits[mask.bool()], after.logits, *(kept(layer.keys) for layer in cache.layers)]
+
+    def kept(states: torch.Tensor) -> torch.Tensor:
+        last = torch.cat([mask, mask[:, -1:]], dim=1)[:, -states.shape[2] :]
+        return states.transpose(1, 2)[last.bool()]
+
+    apart = read()
+    num_groups = len(lengths) - 1
+    monkeypatch.setattr(type(tiny_model.model), "_rows_to_prefill_apart", lambda *_: [])
+    together = read()
+    handle.remove()
+    assert num_groups > 1
+    assert sum(rows * length for rows, length in lengths[:num_groups]) < 0.75 * mask.numel()
+    for one, other in zip(apart, together, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mask", "groups"),
+    [
+        pytest.param([[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]], [[1], [0, 2]], id="left padding"),
+        pytest.param([[1, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]], [], id="right padding"),
+        pytest.param([[0, 1, 1, 1], [1, 1, 1, 1]], [], id="little padding"),
+        pytest.param([[0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]], [], id="a hole"),
+        pytest.param([[0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 1]], [], id="an empty row"),
+        pytest.param([[1, 1, 1, 1]], [], id="one row"),
+    ],
+)
+def test_rows_are_grouped_where_padding_is_on_the_left_and_much(tiny_model, mask, groups):
+    group_rows_by_length = sys.modules[type(tiny_model).__module__].group_rows_by_length
+    assert group_rows_by_length(torch.tensor(mask)) == groups

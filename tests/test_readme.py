@@ -86,7 +86,7 @@ def test_the_file_map_is_the_tree():
     assert {folder for folder in folders if folder not in named and folder.rstrip("/") not in file_map} == set()
 
 
-@pytest.mark.parametrize("name", ["configuration_blip3", "image_processing_blip3"])
+@pytest.mark.parametrize("name", ["configuration_blip3", "image_processing_blip3", "modeling_blip3"])
 def test_doctests(name):
     import doctest
     import importlib
