@@ -82,6 +82,8 @@ class WorldSettings:
     """Fewest and most strings on a page of the `ocr` task."""
     max_count: int = 6
     """Largest number of things to count."""
+    quiz_questions: tuple[int, int] = (3, 9)
+    """Fewest and most questions of the `quiz` task; one that is drawn twice is asked once."""
     num_shots: int = 8
     """Shots of a few-shot record; `to_few_shot_prompt` can keep fewer."""
     box_decimals: int = 3
@@ -107,7 +109,7 @@ class WorldSettings:
                     f"WorldSettings.{name} is {given} but must hold at least {least} of {', '.join(known)}. "
                     f"{unknown or 'Too few'} is probably a typing error: correct it."
                 )
-        for name in ("sides", "document_sides", "object_sides", "text_heights", "ocr_strings"):
+        for name in ("sides", "document_sides", "object_sides", "text_heights", "ocr_strings", "quiz_questions"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(

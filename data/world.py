@@ -44,6 +44,7 @@ TASKS = {
     "grounding": Task(scenes.grounding_task, "grounding"),
     "interleaved": Task(sequences.interleaved_task, "interleaved"),
     "dialogue": Task(scenes.dialogue_task, "instruction"),
+    "quiz": Task(scenes.quiz_task, "instruction"),
     "multi_image": Task(sequences.multi_image_task, "instruction"),
     "form": Task(documents.form_task, "instruction", True),
     "table": Task(documents.table_task, "instruction", True),

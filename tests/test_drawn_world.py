@@ -20,7 +20,7 @@ from blip3.data.formats import OCR_GRANULARITIES, ground, ocr_item, parse_boxes,
 from blip3.data.records import KINDS, read_jsonl
 from blip3.data.settings import CHARACTERS, COLOURS, FURNITURE, WORDS, WorldSettings
 from blip3.data.splits import SPLITS, scene_key, split_of, string_key
-from blip3.data.things import THINGS, draw_mask
+from blip3.data.things import THINGS, draw_mask, plural
 from blip3.data.world import TASKS, content_keys, drawn_record, drawn_records
 from support import ROOT
 
@@ -148,6 +148,48 @@ def test_answers_agree_with_the_truth(series):
             assert record.truth["answer"] == record.truth["pictures"][0]["strings"][0]["text"] == record.turns[1].text
         for record in series["box", split]:
             assert np.allclose(parse_boxes(record.truth["answer"])[0], record.truth["box"], atol=6e-4)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_answer_of_a_quiz_follows_from_the_truth(series, split):
+    """Read each question back and answer it from the objects alone; no question may have two answers."""
+    kinds = Counter()
+    for record in series["quiz", split]:
+        objects = record.truth["pictures"][0]["objects"]
+        asked = [turn.text.removeprefix("<image>\n") for turn in record.turns[::2]]
+        assert len(set(asked)) == len(asked)
+        assert 1 <= len(asked) <= 9
+        for question, answer in zip(asked, (turn.text for turn in record.turns[1::2]), strict=True):
+            kind, truths = answer_from_objects(question, objects)
+            assert truths == {answer}, (record.id, question)
+            kinds[kind] += 1
+    assert all(kinds[kind] > 10 for kind in ("colour", "thing", "count", "relation", "box")), kinds
+
+
+def answer_from_objects(question: str, objects: list[dict]) -> tuple[str, set[str]]:
+    """The kind of a question and every answer that the objects allow."""
+    if match := re.fullmatch(r"What colour is the (\w+)\?", question):
+        return "colour", {each["colour"] for each in objects if each["thing"] == match[1]}
+    if match := re.fullmatch(r"What is the (\w+) thing\?", question):
+        return "thing", {each["thing"] for each in objects if each["colour"] == match[1]}
+    if match := re.fullmatch(r"How many (.+) are there\?", question):
+        names = [
+            f"{colour}{thing}".strip()
+            for each in objects
+            for colour in ("", f"{each['colour']} ")
+            for thing in ("things", plural(each["thing"]))
+        ]
+        return "count", {str(names.count(match[1]))}
+    if match := re.fullmatch(r"Where is the (\w+) (\w+)\? Answer with its box\.", question):
+        fitting = [each["box"] for each in objects if (each["colour"], each["thing"]) == (match[1], match[2])]
+        return "box", {write_box(box, 3) for box in fitting}
+    one, words, other = re.fullmatch(r"Is the (\w+ \w+) (.*) the (\w+ \w+)\?", question).groups()
+    boxes = {f"{each['colour']} {each['thing']}": each["box"] for each in objects}
+    assert all([f"{each['colour']} {each['thing']}" for each in objects].count(name) == 1 for name in (one, other))
+    axis, choices = (0, ("left", "right")) if words == "left or right of" else (1, ("above", "below"))
+    first, second = boxes[one], boxes[other]
+    found = {choices[0]} if first[axis + 2] < second[axis] else set()
+    return "relation", found | ({choices[1]} if first[axis] > second[axis + 2] else set())
 
 
 def test_boxes_are_where_the_ink_is(series):
