@@ -20,6 +20,9 @@ Rng = np.random.Generator
 Composition = tuple[tuple[str, str], ...]  # (colour, thing) each
 Item = TypeVar("Item")
 
+_ASK_COLOUR, _ASK_THING = "What colour is the {}?", "What is the {} thing?"
+_ASK_COUNT, _ASK_BOX = "How many {} are there?", "Where is the {} {}? Answer with its box."
+
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _BACKGROUNDS = ("#ffffff", "#f4efe4", "#e8f0f6", "#eaf4e6", "#f7e9ec", "#f1ecf8", "#e6e6e6", "#fdf7d8")
 
@@ -190,7 +193,7 @@ def name_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
 
 def _name_question(rng: Rng, scene: Scene) -> tuple[str, str]:
     colour, thing = pick(rng, scene.composition)
-    questions = [(f"What colour is the {thing}?", colour), (f"What is the {colour} thing?", thing)]
+    questions = [(_ASK_COLOUR.format(thing), colour), (_ASK_THING.format(colour), thing)]
     if len(scene.composition) == 1:
         questions.append(("What is in the picture?", phrase(colour, thing)))
     return pick(rng, questions)
@@ -215,9 +218,14 @@ def count_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     colour, thing = composition[0]
     composition = tuple(composition[int(index)] for index in rng.permutation(len(composition)))
     scene = draw_scene(rng, composition, settings)
-    names = {"thing": plural(thing), "colour": f"{colour} things", "both": f"{colour} {plural(thing)}"}
     wanted = {name: value for name, value in (("colour", colour), ("thing", thing)) if target in (name, "both")}
-    return ask("count", f"How many {names[target]} are there?", str(count), [scene], target=wanted)
+    question = _ASK_COUNT.format(_counted_words(colour, thing)[target])
+    return ask("count", question, str(count), [scene], target=wanted)
+
+
+def _counted_words(colour: str, thing: str) -> dict[str, str]:
+    """What may be counted of a coloured thing, in words: its kind, its colour, or both."""
+    return {"thing": plural(thing), "colour": f"{colour} things", "both": f"{colour} {plural(thing)}"}
 
 
 def _relations(scene: Scene) -> list[tuple[int, int, str]]:
@@ -256,9 +264,7 @@ def box_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     index = int(rng.integers(len(scene.composition)))
     colour, thing = scene.composition[index]
     box = write_box(scene.boxes[index], settings.box_decimals)
-    return ask(
-        "box", f"Where is the {colour} {thing}? Answer with its box.", box, [scene], box=list(scene.boxes[index])
-    )
+    return ask("box", _ASK_BOX.format(colour, thing), box, [scene], box=list(scene.boxes[index]))
 
 
 def _crowd(rng: Rng, settings: WorldSettings) -> Composition:
@@ -304,7 +310,7 @@ def dialogue_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """Ask two to four questions about one scene, as LLaVA's conversations do."""
     scene = scattered(rng, split, settings, 2, 4)
     questions = [("Describe the picture.", f"The picture shows {describe(scene.composition)}.")]
-    questions += [(f"What colour is the {thing}?", f"It is {colour}.") for colour, thing in scene.composition]
+    questions += [(_ASK_COLOUR.format(thing), f"It is {colour}.") for colour, thing in scene.composition]
     questions.append(("How many things are there?", f"There are {NUMBERS[len(scene.composition)]} things."))
     absent = pick(rng, [thing for thing in settings.things if thing not in {kind[1] for kind in scene.composition}])
     questions.append((f"Is there {phrase(absent, '').strip()} in the picture?", "No."))
@@ -342,18 +348,18 @@ def _quiz_questions(scene: Scene, settings: WorldSettings) -> list[list[tuple[st
     names, counts, boxes = [], [], []
     for (colour, thing), box in zip(scene.composition, scene.boxes, strict=True):
         if things[thing] == 1:
-            names.append((f"What colour is the {thing}?", colour))
+            names.append((_ASK_COLOUR.format(thing), colour))
         if colours[colour] == 1:
-            names.append((f"What is the {colour} thing?", thing))
+            names.append((_ASK_THING.format(colour), thing))
         if both[colour, thing] == 1:
             text = write_box(box, settings.box_decimals)
-            boxes.append((f"Where is the {colour} {thing}? Answer with its box.", text))
-        counted = {plural(thing): things[thing], f"{colour} things": colours[colour]}
-        counted[f"{colour} {plural(thing)}"] = both[colour, thing]
-        counts += [(f"How many {words} are there?", str(count)) for words, count in counted.items()]
+            boxes.append((_ASK_BOX.format(colour, thing), text))
+        found = {"thing": things[thing], "colour": colours[colour], "both": both[colour, thing]}
+        words = _counted_words(colour, thing)
+        counts += [(_ASK_COUNT.format(words[target]), str(count)) for target, count in found.items()]
     relations = [
-        _relation_question(scene, *found)
-        for found in _relations(scene)
-        if both[scene.composition[found[0]]] == both[scene.composition[found[1]]] == 1
+        _relation_question(scene, *relation)
+        for relation in _relations(scene)
+        if both[scene.composition[relation[0]]] == both[scene.composition[relation[1]]] == 1
     ]
     return [names, counts, relations, boxes]
