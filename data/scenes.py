@@ -293,6 +293,19 @@ def caption_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     return make_record("caption", "caption", [("document", f"<image>{text}")], [scene], text)
 
 
+def inventory_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    """List one to seven things in the order in which they stand, each as colour and thing.
+
+    Every word can be told from the picture, so a caption of this kind teaches more than others of its length.
+    """
+    scene = scattered(rng, split, settings, 1, min(7, len(settings.colours), len(settings.things)))
+    axis, order = pick(rng, ((0, "From left to right"), (1, "From top to bottom")))
+    middles = [box[axis] + box[axis + 2] for box in scene.boxes]
+    listed = sorted(zip(middles, scene.composition, strict=True))
+    text = f"{order}: {', '.join(' '.join(kind) for _, kind in listed)}."
+    return make_record("inventory", "caption", [("document", f"<image>{text}")], [scene], text)
+
+
 def grounding_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """Write where each thing of a scene is, at one of three granularities, in a caption or as a list."""
     granularity, scene = pick(rng, settings.grounding_granularities), scattered(rng, split, settings, 1, 4)

@@ -40,6 +40,7 @@ TASKS = {
     "compare": Task(sequences.compare_task, "instruction", True),
     "rule": Task(sequences.rule_task, "few_shot", True),
     "caption": Task(scenes.caption_task, "caption"),
+    "inventory": Task(scenes.inventory_task, "caption"),
     "ocr": Task(text_pages.ocr_task, "ocr"),
     "grounding": Task(scenes.grounding_task, "grounding"),
     "interleaved": Task(sequences.interleaved_task, "interleaved"),

@@ -150,6 +150,23 @@ def test_answers_agree_with_the_truth(series):
             assert np.allclose(parse_boxes(record.truth["answer"])[0], record.truth["box"], atol=6e-4)
 
 
+def test_an_inventory_lists_things_in_the_order_in_which_they_stand(series):
+    lengths, orders = set(), Counter()
+    for record in series["inventory", "train"] + series["inventory", "held_out"]:
+        order, listed = re.fullmatch(r"<image>From (\w+ to \w+): (.+)\.", record.turns[0].text).groups()
+        axis = ("left to right", "top to bottom").index(order)
+        objects = record.truth["pictures"][0]["objects"]
+        boxes = {f"{each['colour']} {each['thing']}": each["box"] for each in objects}
+        names = listed.split(", ")
+        assert sorted(names) == sorted(boxes), "everything is listed once"
+        middles = [boxes[name][axis] + boxes[name][axis + 2] for name in names]
+        assert middles == sorted(middles)
+        lengths.add(len(names))
+        orders[order] += 1
+    assert lengths == {1, 2, 3, 4, 5, 6, 7}
+    assert min(orders.values()) > 50
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_answer_of_a_quiz_follows_from_the_truth(series, split):
     """Read each question back and answer it from the objects alone; no question may have two answers."""

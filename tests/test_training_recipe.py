@@ -133,12 +133,19 @@ def test_a_world_file_stands_beside_the_recipe(recipe_file):
         ("schedule=cosin", "schedule 'cosin' but it must be one of constant, linear, cosine"),
         ("trainable=[tower]", r"trainable \['tower'\] but it must name one or more of vision_tower"),
         ("trainable=[]", r"trainable \[\] but it must name"),
+        ("optimizer=sop", "optimizer 'sop' but it must be one of adamw, soap"),
         ("mixture=[]", "has no mixture"),
     ],
 )
 def test_wrong_values_are_named(recipe_file, change, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(recipe_file, Recipe, [change])
+
+
+def test_soap_is_refused_where_matrices_are_sharded(recipe_file):
+    assert load_recipe(recipe_file, Recipe, ["optimizer=soap"]).optimizer == "soap"
+    with pytest.raises(ValueError, match="optimizer 'soap' and fsdp true, but SOAP needs whole matrices"):
+        load_recipe(recipe_file, Recipe, ["optimizer=soap", "fsdp=true"])
 
 
 def test_streams_are_not_sorted_by_length(recipe_file):

@@ -205,15 +205,26 @@ def test_a_finished_run_is_left_as_it_is(straight, small_model, mixture):
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights_in(straight / "final").items())
 
 
-@pytest.mark.parametrize("settings", [{"packing": True}, {"group_by_length": True}, {"num_workers": 2}], ids=str)
-def test_other_orders_resume_as_well(small_model, mixture, tmp_path, settings):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"packing": True},
+        {"group_by_length": True},
+        {"num_workers": 2},
+        {"optimizer": "soap", "max_steps": 22, "save_every": 11},  # its basis is renewed every tenth step
+    ],
+    ids=str,
+)
+def test_other_orders_and_optimizers_resume_as_well(small_model, mixture, tmp_path, settings):
     changes = {"mixture": mixture, "max_steps": 6, **settings}
     stage.train(tiny_recipe(tmp_path / "whole.yaml", small_model, **changes))
     stage.train(tiny_recipe(tmp_path / "half.yaml", small_model, **changes))
-    for path in sorted((tmp_path / "half" / "checkpoint-6").iterdir()):
+    for path in sorted((tmp_path / "half" / f"checkpoint-{changes['max_steps']}").iterdir()):
         path.unlink()
     stage.train(tiny_recipe(tmp_path / "half.yaml", small_model, **changes))
     assert losses_of(tmp_path / "half") == losses_of(tmp_path / "whole")
+    resumed, expected = weights_in(tmp_path / "half" / "final"), weights_in(tmp_path / "whole" / "final")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
 
 
 # -- switches ---------------------------------------------------------------------------------------------------------
@@ -255,6 +266,12 @@ def test_only_what_the_recipe_names_is_trained(small_model, mixture, tmp_path, t
     stage.train(tiny_recipe(tmp_path / "run.yaml", small_model, **settings))
     changed = changed_parts(weights_in(small_model), weights_in(tmp_path / "run" / "final"))
     assert changed == set(trainable) | ({"lm_head"} if "language_model" in trainable else set())
+
+
+def test_soap_learns_as_adamw_does_but_not_the_same(straight, small_model, mixture, tmp_path):
+    stage.train(tiny_recipe(tmp_path / "run.yaml", small_model, mixture=mixture, max_steps=12, optimizer="soap"))
+    assert losses_of(tmp_path / "run")[1:] != losses_of(straight)[1:]
+    assert fall_of(losses_of(tmp_path / "run")) < 1
 
 
 def test_the_tower_may_have_its_own_learning_rate(small_model, mixture, tmp_path):

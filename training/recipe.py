@@ -12,6 +12,7 @@ import yaml
 
 MODULES = ("vision_tower", "resampler", "language_model")
 SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("adamw", "soap")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class RunRecipe:
     batch_size: int
     """Samples a step and process, before accumulation."""
     learning_rate: float
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     seed: int = 0
     """Of data order, drawn samples and fresh weights."""
     accumulation: int = 1
@@ -37,9 +38,9 @@ class RunRecipe:
     warmup_steps: int = 0
     """Steps over which the learning rate rises from zero."""
     weight_decay: float = 0.0
-    """AdamW's; norms and biases are spared."""
+    """Decoupled; norms and biases are spared."""
     adam_beta2: float = 0.999
-    """AdamW's second decay."""
+    """Second decay of AdamW, also within SOAP."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     bf16: bool = False
@@ -101,6 +102,9 @@ class Recipe(RunRecipe):
     """Recompute activations in the backward pass: less memory, about a third more arithmetic."""
     fsdp: bool = False
     """Shard weights, gradients and optimiser with FSDP2, a decoder, vision or resampler layer at a time."""
+    optimizer: str = "adamw"
+    """`adamw`, or `soap` (arXiv:2409.11321, by pytorch-optimizer): AdamW in the eigenbasis of each matrix's gradients.
+    Pays off where matrices are small, as the small model's are; not with `fsdp`."""
     vision_learning_rate: float | None = None
     """Learning rate of the tower when it is trainable; that of the rest if None."""
 
@@ -111,6 +115,16 @@ class Recipe(RunRecipe):
             raise ValueError(
                 f"The recipe has trainable {list(self.trainable)} but it must name one or more of "
                 f"{', '.join(MODULES)}. A name is probably misspelt: correct it."
+            )
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"The recipe has optimizer {self.optimizer!r} but it must be one of {', '.join(OPTIMIZERS)}. It is "
+                "probably misspelt: correct it."
+            )
+        if self.fsdp and self.optimizer == "soap":
+            raise ValueError(
+                "The recipe has optimizer 'soap' and fsdp true, but SOAP needs whole matrices and fsdp shards them. "
+                "The optimizer was probably copied from the small model's recipes: remove it, or train without fsdp."
             )
         if not self.mixture:
             raise ValueError(

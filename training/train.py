@@ -165,9 +165,10 @@ class StageTrainer(Trainer):
         return SequentialSampler(samples)
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        """AdamW, with the tower's own learning rate if the recipe gives one."""
+        """AdamW or SOAP, with the tower's own learning rate if the recipe gives one."""
         rate = self.recipe.vision_learning_rate
-        if rate is None or self.optimizer is not None:
+        is_plain = rate is None and self.recipe.optimizer == "adamw"
+        if is_plain or self.optimizer is not None:
             return super().create_optimizer(*args)
         model = args[0] if args else self.model
         decayed = set(self.get_decay_parameter_names(model))
@@ -175,11 +176,16 @@ class StageTrainer(Trainer):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 key = (
-                    rate if "vision_tower." in name else self.args.learning_rate,
+                    rate if rate is not None and "vision_tower." in name else self.args.learning_rate,
                     self.args.weight_decay if name in decayed else 0.0,
                 )
                 groups.setdefault(key, []).append(parameter)
         kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+        if self.recipe.optimizer == "soap":
+            from pytorch_optimizer import SOAP
+
+            # SOAP's own first decay. Sides above 256 keep their basis: their eigenvectors would cost most of a step.
+            kind, settings = SOAP, {"betas": (0.95, self.args.adam_beta2), "max_precondition_dim": 256}
         self.optimizer = kind(
             [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()], **settings
         )
