@@ -28,9 +28,9 @@ class Effort:
 
     rounds: int = 7
     """Counted rounds of one comparison, at most."""
-    seconds: float = 8.0
+    seconds: float = 5.0
     """After which no further round of a comparison is started."""
-    longest_run_seconds: float = 20.0
+    longest_run_seconds: float = 10.0
     """A contestant predicted to take longer for one run is left out, and the results say so; never where an aim
     needs it."""
 
