@@ -10,7 +10,7 @@ from .clock import ratios, summarize
 from .contestants import BARE, LLAVA, OURS
 from .generation import EAGER
 from .generation import name_of as generation_name
-from .images import LLAVA_PIL, LLAVA_TORCHVISION, PIL, TORCH
+from .images import LLAVA_PIL, LLAVA_TORCHVISION, PIL, PIL_RESIZES, TORCH, TORCH_RESIZES
 from .overhead import ARITHMETIC, PARTS
 from .overhead import name_of as overhead_name
 from .training_step import PACKED, PADDED
@@ -98,6 +98,18 @@ def make_aims(dtypes: Sequence[str]) -> list[Aim]:
             2.5,
             True,
             ratio("images", "all sizes, from PIL, 1 thread", LLAVA_TORCHVISION, TORCH),
+        ),
+        Aim(
+            "bit-exact backend, its resizes alone take, two threads",
+            None,
+            True,
+            ratio("images", "all sizes, from PIL, 2 threads", PIL_RESIZES, PIL),
+        ),
+        Aim(
+            "torch backend, its resizes alone take, one thread",
+            None,
+            True,
+            ratio("images", "all sizes, from PIL, 1 thread", TORCH_RESIZES, TORCH),
         ),
     ]
     for dtype in dtypes:

@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .clock import Comparison, Contestant, timed
-from .contestants import OURS
+from .contestants import OURS, SQUARE, count_image_tokens
 from .generation import time_generation
+from .overhead import profile
 from .parts import Bench
 
 MIXED = (0,) * 6 + (1,) * 6 + (3,) * 4  # pictures of each row
@@ -30,13 +32,43 @@ def measure_batching(bench: Bench) -> list[Comparison]:
             BY_LENGTH: [[count for count in rows if count == each] for each in sorted(set(rows))],
         }
         runners = {name: _throughput(bench, model, dtype, each, new_tokens) for name, each in groups.items()}
-        facts = {"rows": rows, "new_tokens": new_tokens, "dtype": dtype}
+        facts = {
+            "rows": rows,
+            "new_tokens": new_tokens,
+            "dtype": dtype,
+            "profile": profile_step(bench, model, rows),
+            "profiled": f"one further token of a padded batch, {dtype}",
+        }
         units = {
             "rate": (f"{len(rows)} mixed prompts, {dtype}", "tokens/s", 1.0),
             "first": (f"{len(rows)} mixed prompts, {dtype}, first tokens of all", "s", 1.0),
         }
         found += bench.compare("", runners, units, facts, least=0 if bench.is_quick else 1)
     return found
+
+
+def profile_step(bench: Bench, model: Any, rows: Sequence[int]) -> dict[str, float]:
+    """Share of each operator in writing one more token after a padded batch of prompts."""
+    language_model, sizes = model.language_model, bench.sizes
+    lengths = torch.tensor([sizes.text_tokens + count * count_image_tokens(OURS, sizes, SQUARE) for count in rows])
+    longest, like = int(lengths.max()), {"dtype": model.dtype, "device": model.device}
+    shape = (len(rows), sizes.text_heads, longest, sizes.text_width // sizes.text_heads)
+    cache = DynamicCache()
+    for index in range(sizes.text_layers):
+        cache.update(torch.randn(shape, **like), torch.randn(shape, **like), index)
+    token = torch.randn(len(rows), 1, sizes.text_width, **like)
+
+    def write_one() -> None:
+        seen = torch.arange(cache.get_seq_length() + 1) >= longest - lengths[:, None]
+        with torch.inference_mode():
+            language_model(
+                inputs_embeds=token,
+                attention_mask=seen.long().to(model.device),
+                position_ids=seen.sum(1, keepdim=True).to(model.device) - 1,
+                past_key_values=cache,
+            )
+
+    return profile(write_one, bench.device)
 
 
 def _throughput(bench: Bench, model: Any, dtype: str, groups: Sequence[Sequence[int]], new_tokens: int) -> Contestant:

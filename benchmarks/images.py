@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image processing: a decoded picture, or the bytes of a JPEG, to `pixel_values`, one picture a call.
 
-Grids, tile size, filter and normalisation are the same for all. `pil` is our bit-exact backend, `torch` the faster.
+Grids, tile size, filter and normalisation are the same for all. `pil` is our bit-exact backend, `torch` the faster;
+what each cannot go below are its resizes alone, to global view and tiles.
 """
 
 import functools
 import io
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +24,7 @@ from .parts import Bench
 IMAGE_SIZES = ((480, 640), (768, 1024), (1080, 1920), (1536, 2048), (2448, 3264), (3024, 4032))  # (height, width)
 PIL, TORCH = f"{OURS}, pil", f"{OURS}, torch"
 LLAVA_PIL, LLAVA_TORCHVISION = "LLaVA-NeXT, PIL", "LLaVA-NeXT, torchvision"
+PIL_RESIZES, TORCH_RESIZES = "resizes alone, pil", "resizes alone, torch"
 
 
 def measure_images(bench: Bench) -> list[Comparison]:
@@ -73,10 +76,12 @@ def make_processors(tile_size: int) -> tuple[dict[str, Callable[[Any], Any]], di
     processors: dict[str, Callable[[Any], Any]] = {
         PIL: lambda image: ours(image, return_tensors="pt", resize_backend="pil"),
         TORCH: lambda image: ours(image, return_tensors="pt", resize_backend="torch"),
-        LLAVA_PIL: _from_pil(pil_class(**settings)),
+        LLAVA_PIL: _from_bytes(_tensors_of(pil_class(**settings))),
+        PIL_RESIZES: _from_bytes(_resizes_of(ours, "_resize_with_pil")),
+        TORCH_RESIZES: _from_bytes(_resizes_of(ours, "_resize_with_torch")),
     }
     if torchvision_class is not None:
-        processors[LLAVA_TORCHVISION] = _from_pil(torchvision_class(**settings))
+        processors[LLAVA_TORCHVISION] = _from_bytes(_tensors_of(torchvision_class(**settings)))
     return processors, {LLAVA_TORCHVISION: missing} if missing else {}
 
 
@@ -93,14 +98,27 @@ def find_llava_classes() -> tuple[Any, Any, str]:
     return pil_class, getattr(llava_next, torchvision_name), ""
 
 
-def _from_pil(processor: Any) -> Callable[[Any], Any]:
-    """A peer's processor, given bytes as well."""
+def _tensors_of(processor: Any) -> Callable[[Image.Image], Any]:
+    return lambda image: processor(image, return_tensors="pt")
 
-    def process(image: Any) -> Any:
-        opened = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
-        return processor(opened, return_tensors="pt")
 
-    return process
+def _resizes_of(ours: Any, name: str) -> Callable[[Image.Image], Any]:
+    """The resizes of one of our backends, and nothing around them."""
+    module = sys.modules[type(ours).__module__]
+    resize, side = getattr(module, name), ours.tile_size
+
+    def run(image: Image.Image) -> Any:
+        image.load()  # before threads share it
+        rows, columns = ours.grid_of(image.height, image.width)
+        tiles = module.fit_inside((image.height, image.width), (rows * side, columns * side))
+        return resize(image, [(side, side), tiles], ours.resample)
+
+    return run
+
+
+def _from_bytes(process: Callable[[Image.Image], Any]) -> Callable[[Any], Any]:
+    """Let what takes a picture take the bytes of one as well."""
+    return lambda image: process(Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image)
 
 
 def _measure_one(

@@ -20,6 +20,7 @@ from .contestants import IDEFICS, LLAVA, OURS, ROOT
 from .images import LLAVA_PIL, LLAVA_TORCHVISION, PIL, TORCH
 
 DOCUMENTS = (ROOT / "docs" / "speed.md", ROOT / "README.md")
+LEAST_SHARE = 0.01  # of an operator worth a word
 COLORS = {OURS: "#1b6ca8", PIL: "#1b6ca8", TORCH: "#6fb1dd", LLAVA: "#c8553d", LLAVA_PIL: "#c8553d"}
 COLORS |= {LLAVA_TORCHVISION: "#eba28f", IDEFICS: "#7a9e4b"}
 
@@ -124,6 +125,12 @@ def _tables(results: dict[str, dict[str, Any]]) -> list[str]:
             groups.setdefault((*row["values"], *row["left_out"]), []).append(row)
         for contestants, rows in groups.items():
             lines += ["", *markdown_table(["", "unit", *contestants], [_row(row, contestants) for row in rows])]
+        profiles = {
+            json.dumps(row["facts"]["profile"]): row for row in result["comparisons"] if "profile" in row["facts"]
+        }
+        for row in profiles.values():
+            shares = ", ".join(f"`{name}` {share:.0%}" for name, share in row["facts"]["profile"].items())
+            lines += ["", f"Operators of {row['facts'].get('profiled', row['name'])}: {shares}."]
     return lines
 
 
