@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel, StaticCache
 from transformers import __version__ as transformers_version
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
@@ -573,7 +573,7 @@ class Blip3Model(Blip3PreTrainedModel):
         is_apart_possible = (
             not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
-            and type(past_key_values) is DynamicCache
+            and type(past_key_values) in (DynamicCache, StaticCache)
             and past_key_values.get_seq_length() == 0
             and isinstance(attention_mask, torch.Tensor)
             and attention_mask.dim() == 2
@@ -589,12 +589,12 @@ class Blip3Model(Blip3PreTrainedModel):
         inputs_embeds: torch.Tensor,
         attention_mask: Any,
         position_ids: torch.Tensor | None,
-        past_key_values: DynamicCache,
+        past_key_values: DynamicCache | StaticCache,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder over each group without the padding it does not need.
 
-        Hidden states and cache are those of one run over all rows, with zeros under the padding left out.
+        Hidden states and cache are those of one run over all rows, but for what stands under the padding.
         """
         kwargs.pop("cache_position", None)  # transformers 4: of the whole batch
         if position_ids is None:
@@ -614,15 +614,18 @@ class Blip3Model(Blip3PreTrainedModel):
             hidden_states[rows, start:] = outputs.last_hidden_state
             starts.append(start)
             caches.append(outputs.past_key_values.layers)
+        positions = {
+            "cache_position": torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+        }  # transformers 4
         for index, layers in enumerate(zip(*caches, strict=True)):
-            keys, values = (
-                tensor.new_zeros(len(inputs_embeds), tensor.shape[1], inputs_embeds.shape[1], tensor.shape[3])
+            keys, values = (  # ones: transformers 4 takes zeros for the end of a static cache
+                tensor.new_ones(len(inputs_embeds), tensor.shape[1], inputs_embeds.shape[1], tensor.shape[3])
                 for tensor in (layers[0].keys, layers[0].values)
             )
             for rows, start, layer in zip(groups, starts, layers, strict=True):
                 keys[rows, :, start:], values[rows, :, start:] = layer.keys, layer.values
                 layer.keys = layer.values = None  # or both copies of the whole cache would be held
-            past_key_values.update(keys, values, index)
+            past_key_values.update(keys, values, index, positions)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def _must_run_idle_vision(self, past_key_values: Any) -> bool:
@@ -777,7 +780,10 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
         image_sizes: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict:
-        """Leave the pictures out of every step but the first, where the cache has taken them in."""
+        """Leave the pictures out of every step but the first, where the cache has taken them in.
+
+        The first step keeps its (B, L) mask, by which rows are grouped; transformers expands it for a static cache.
+        """
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,
@@ -794,6 +800,8 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
         if not is_first and kwargs.get("use_cache", True):
             for name in ("pixel_values", "image_sizes", "mm_encoder_outputs"):
                 model_inputs.pop(name, None)
+        if is_first and type(past_key_values) is StaticCache and attention_mask is not None:
+            model_inputs["attention_mask"] = attention_mask
         return model_inputs
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:

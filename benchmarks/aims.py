@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .batching import BY_LENGTH, CACHE, FEATURES, ONE_BATCH, ONE_BY_ONE
+from .batching import BY_LENGTH, CACHE, FEATURES, ONE_BATCH, ONE_BY_ONE, STATIC_BATCH
 from .clock import ratios, summarize
 from .contestants import BARE, LLAVA, OURS
 from .generation import EAGER
@@ -160,6 +160,7 @@ def _batch_aims(dtype: str) -> list[Aim]:
             True,
             ratio("batching", name, ONE_BATCH, ONE_BY_ONE),
         ),
+        Aim("the same with a static cache", None, True, ratio("batching", name, STATIC_BATCH, ONE_BY_ONE)),
         Aim("the same in batches of like length", None, True, ratio("batching", name, BY_LENGTH, ONE_BY_ONE)),
         Aim(
             "vision tower runs of a second question, features reused", 0.0, False, _tower_runs(questions, FEATURES), ""

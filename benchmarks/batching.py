@@ -10,12 +10,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .clock import Comparison, Contestant, timed
 from .contestants import OURS, SQUARE, count_image_tokens
-from .generation import time_generation
+from .generation import STATIC, cache_options, time_generation
 from .overhead import profile
 from .parts import Bench
 
 MIXED = (0,) * 6 + (1,) * 6 + (3,) * 4  # pictures of each row
 ONE_BATCH, ONE_BY_ONE, BY_LENGTH = "one batch", "one by one", "batches by length"
+STATIC_BATCH = "one batch, static cache"
 FIRST, FEATURES, CACHE = "first question", "second, features reused", "second, cache continued"
 
 
@@ -32,6 +33,8 @@ def measure_batching(bench: Bench) -> list[Comparison]:
             BY_LENGTH: [[count for count in rows if count == each] for each in sorted(set(rows))],
         }
         runners = {name: _throughput(bench, model, dtype, each, new_tokens) for name, each in groups.items()}
+        static = cache_options(STATIC, bench.is_quick)
+        runners[STATIC_BATCH] = _throughput(bench, model, dtype, [rows], new_tokens, **static)
         facts = {
             "rows": rows,
             "new_tokens": new_tokens,
@@ -43,7 +46,8 @@ def measure_batching(bench: Bench) -> list[Comparison]:
             "rate": (f"{len(rows)} mixed prompts, {dtype}", "tokens/s", 1.0),
             "first": (f"{len(rows)} mixed prompts, {dtype}, first tokens of all", "s", 1.0),
         }
-        found += bench.compare("", runners, units, facts, least=0 if bench.is_quick else 1)
+        time_generation(model, bench.inputs(OURS, dtype, list(rows)), 2, bench.device)  # warms up: rounds take minutes
+        found += bench.compare("", runners, units, facts)
     return found
 
 
@@ -71,13 +75,15 @@ def profile_step(bench: Bench, model: Any, rows: Sequence[int]) -> dict[str, flo
     return profile(write_one, bench.device)
 
 
-def _throughput(bench: Bench, model: Any, dtype: str, groups: Sequence[Sequence[int]], new_tokens: int) -> Contestant:
+def _throughput(
+    bench: Bench, model: Any, dtype: str, groups: Sequence[Sequence[int]], new_tokens: int, **options: Any
+) -> Contestant:
     """Answer every group of prompts; gives new tokens a second, and the seconds spent on first tokens."""
     batches = [bench.inputs(OURS, dtype, list(rows)) for rows in groups]
     num_tokens = new_tokens * sum(len(rows) for rows in groups)
 
     def run() -> dict[str, float]:
-        found = [time_generation(model, inputs, new_tokens, bench.device) for inputs in batches]
+        found = [time_generation(model, inputs, new_tokens, bench.device, **options) for inputs in batches]
         return {
             "rate": num_tokens / sum(each["all"] for each in found),
             "first": sum(each["first"] for each in found),

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from support import draw_picture
 
@@ -143,8 +143,9 @@ def test_features_encoded_before_repeat_with_their_rows(tiny_model, processor):
 
 @pytest.mark.parametrize("window", [None, 12])
 @pytest.mark.parametrize("has_positions", [True, False])
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 def test_a_prompt_read_group_by_group_equals_one_read_at_once(
-    tiny_model, processor, monkeypatch, window, has_positions
+    tiny_model, processor, monkeypatch, window, has_positions, kind
 ):
     """Logits, every entry of the cache that is not padding, and the logits of a step after it."""
     texts, images = [text for text, _ in ROWS], [pictures for _, pictures in ROWS]
@@ -159,7 +160,8 @@ def test_a_prompt_read_group_by_group_equals_one_read_at_once(
     )
 
     def read() -> list[torch.Tensor]:
-        cache = DynamicCache(config=tiny_model.config.text_config)
+        length = {"max_cache_len": mask.shape[1] + 1} if kind is StaticCache else {}
+        cache = kind(config=tiny_model.config.text_config, **length)
         with torch.no_grad():
             logits = tiny_model(**inputs, past_key_values=cache, use_cache=True).logits
             longer = torch.cat([mask, mask[:, -1:]], dim=1)
@@ -180,6 +182,19 @@ def test_a_prompt_read_group_by_group_equals_one_read_at_once(
     assert sum(rows * length for rows, length in lengths[:num_groups]) < 0.75 * mask.numel()
     for one, other in zip(apart, together, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_reads_a_mixed_batch_group_by_group(tiny_model, processor, cache):
+    lengths: list[tuple[int, ...]] = []
+    handle = tiny_model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    generate(tiny_model, processor, ROWS, cache_implementation=cache, disable_compile=True)
+    handle.remove()
+    prompts = [shape for shape in lengths if shape[1] > 1]
+    assert len(prompts) > 1
+    assert sum(rows for rows, _ in prompts) == len(ROWS)
 
 
 @pytest.mark.parametrize(
