@@ -21,11 +21,20 @@ patches of all groups, Q latents, E text width. Sizes are (height, width), grids
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel, StaticCache
+from transformers import (
+    AutoModel,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+)
 from transformers import __version__ as transformers_version
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
@@ -667,6 +676,21 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
         self.lm_head: nn.Module = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
         self._prune_no_split_modules()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, and take the generation settings of the subfolder asked for.
+
+        Given an absolute path, transformers forgets `subfolder` for generation_config.json alone: a model in mini/
+        would stop at the token ids of the model around it.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if kwargs.get("subfolder") and kwargs.get("generation_config") is None:
+            folder = Path(pretrained_model_name_or_path, kwargs["subfolder"])
+            if (folder / "generation_config.json").is_file():
+                model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+        return loaded
 
     @property
     def vision_tower(self) -> nn.Module:

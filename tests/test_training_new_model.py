@@ -26,6 +26,8 @@ def test_sizes_on_the_command_line_reach_model_and_processor(tmp_path, monkeypat
     image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
     assert (inputs["input_ids"] == image_token).sum() == 3  # once a picture, however many tiles
     assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
+    stops = processor.tokenizer.convert_tokens_to_ids(["<|end|>", "<|endofchunk|>"])
+    assert model.generation_config.eos_token_id == stops, "chats end with one, few-shot answers with the other"
 
 
 @pytest.mark.parametrize("override", ["resampler_config.num_latens=8", "resampler=8", "num_latents"])

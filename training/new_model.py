@@ -18,7 +18,13 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from ..data.records import Record
 from ..data.settings import WorldSettings, load_settings
@@ -88,6 +94,7 @@ def make_model(
     if tower:
         trained = AutoModel.from_pretrained(tower, dtype=torch.float32).state_dict()
         model.vision_tower.load_state_dict(match_names(trained, model.vision_tower))
+    model.generation_config = GenerationConfig.from_pretrained(output)  # or its own would replace the file
     model.save_pretrained(output)
     name_tower_for_both_lines(output)
 

@@ -37,6 +37,7 @@ EXAMPLES = (  # task, index within the held-out series of SEED, what it shows
     ("compare", 1),
     ("rule", 0),
 )
+CHAT_TEMPLATE = "chat_template.jinja"
 SEED = 1_000_003  # scores use small seeds: examples are no part of them
 
 
@@ -54,6 +55,7 @@ def main() -> None:
         publish_tower(args.tower, args.output / "tower", args.dtype)
     if args.base:
         publish(args.base, args.output / "base", args.dtype, args.max_shard_size)
+        (args.output / "base" / CHAT_TEMPLATE).unlink()  # as in released base checkpoints: it was not trained to chat
     if args.instruct:
         publish(args.instruct, args.output, args.dtype, args.max_shard_size)
         write_examples(args.output / "examples", load_settings(WORLD))
