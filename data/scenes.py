@@ -306,6 +306,21 @@ def inventory_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     return make_record("inventory", "caption", [("document", f"<image>{text}")], [scene], text)
 
 
+def pairs_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    """List two to six things by colour and once more colours by thing, each list in an order of its own.
+
+    No two share a colour or a kind, so the second word of every pair can be told from the first and the picture alone:
+    each is a lookup by what a thing looks like, which an ordered list (`inventory`) does not ask for.
+    """
+    most = min(6, len(settings.colours), len(settings.things))
+    count = int(rng.integers(2, most + 1)) if most > 1 else 1
+    scene = draw_scene(rng, compose(rng, split, lambda: distinct(rng, settings, count)), settings)
+    things = ", ".join(f"{colour} {thing}" for colour, thing in pick_many(rng, scene.composition, count))
+    colours = ", ".join(f"{thing} {colour}" for colour, thing in pick_many(rng, scene.composition, count))
+    text = f"Things: {things}. Colours: {colours}."
+    return make_record("pairs", "caption", [("document", f"<image>{text}")], [scene], text)
+
+
 def grounding_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """Write where each thing of a scene is, at one of three granularities, in a caption or as a list."""
     granularity, scene = pick(rng, settings.grounding_granularities), scattered(rng, split, settings, 1, 4)

@@ -41,6 +41,7 @@ TASKS = {
     "rule": Task(sequences.rule_task, "few_shot", True),
     "caption": Task(scenes.caption_task, "caption"),
     "inventory": Task(scenes.inventory_task, "caption"),
+    "pairs": Task(scenes.pairs_task, "caption"),
     "ocr": Task(text_pages.ocr_task, "ocr"),
     "grounding": Task(scenes.grounding_task, "grounding"),
     "interleaved": Task(sequences.interleaved_task, "interleaved"),

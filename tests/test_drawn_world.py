@@ -167,6 +167,25 @@ def test_an_inventory_lists_things_in_the_order_in_which_they_stand(series):
     assert min(orders.values()) > 50
 
 
+def test_pairs_list_every_thing_both_ways_in_orders_of_their_own(series):
+    lengths, same_order, in_place = set(), 0, 0
+    records = series["pairs", "train"] + series["pairs", "held_out"]
+    for record in records:
+        found = re.fullmatch(r"<image>Things: (.+)\. Colours: (.+)\.", record.turns[0].text)
+        things, colours = ([tuple(pair.split()) for pair in listed.split(", ")] for listed in found.groups())
+        objects = record.truth["pictures"][0]["objects"]
+        assert sorted(things) == sorted((each["colour"], each["thing"]) for each in objects)
+        assert sorted(colours) == sorted((each["thing"], each["colour"]) for each in objects)
+        assert len({each["colour"] for each in objects}) == len({each["thing"] for each in objects}) == len(objects)
+        lengths.add(len(objects))
+        same_order += [pair[::-1] for pair in things] == colours
+        middles = [each["box"][0] + each["box"][2] for pair in things for each in objects if pair[1] == each["thing"]]
+        in_place += middles == sorted(middles)
+    assert lengths == {2, 3, 4, 5, 6}
+    assert same_order < len(records) / 3, "the second list must not follow from the first"
+    assert in_place < len(records) / 3, "nor the first from where things stand"
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_answer_of_a_quiz_follows_from_the_truth(series, split):
     """Read each question back and answer it from the objects alone; no question may have two answers."""
