@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage 0: labels lie where things are drawn, the loss is SigLIP's, and only the tower changes."""
 
+import json
 import shutil
 
 import numpy as np
@@ -233,6 +234,50 @@ def test_patches_without_things_still_have_a_loss(siglip, batch):
     assert torch.isfinite(siglip(**batch)["loss"])
 
 
+@pytest.fixture
+def with_resampler(small_model, tokenizer, tmp_path):
+    model = load_model(small_model)
+    recipe = tower_recipe(small_model, tmp_path / "tower", resampler=True, picture_weight=0)
+    return stage.PatchSiglip(model.vision_tower, tokenizer, recipe, model.model.resampler)
+
+
+def test_the_latents_level_adds_to_the_loss_and_learns(with_resampler, batch):
+    with_resampler(**batch)["loss"].backward()
+    learning = {name.split(".")[0] for name, weight in with_resampler.named_parameters() if weight.grad is not None}
+    assert learning == {"siglip", "patch_naming", "resampler", "reader", "latent_naming"}
+    assert not [
+        name for name, weight in with_resampler.named_parameters() if weight.requires_grad == (weight.grad is None)
+    ]
+
+
+def test_latents_are_read_as_the_model_makes_them(with_resampler, batch, small_model):
+    """Tiles with more and less padding in one call: each equals its visible patches resampled alone."""
+    patches = torch.randn(4, PER_SIDE**2, with_resampler.resampler.config.hidden_size)
+    is_visible = torch.ones(4, PER_SIDE**2, dtype=torch.bool)
+    is_visible[1, :4] = is_visible[2, :4] = is_visible[3, 2:] = False
+    vectors = with_resampler.read_latents(patches, is_visible)
+    for tile, mask, read in zip(patches, is_visible, vectors, strict=True):
+        alone = with_resampler.resampler(tile[mask], [(1, int(mask.sum()))])
+        torch.testing.assert_close(read, with_resampler.reader(alone)[0])
+    hidden = torch.where(is_visible.unsqueeze(-1), patches, torch.randn_like(patches))
+    assert torch.equal(with_resampler.read_latents(hidden, is_visible), vectors)
+
+
+def test_visible_patches_are_those_that_show_picture(image_processor, small_model, tmp_path):
+    """Padding is black and drawn pictures are light: hidden patches are mostly black, visible ones mostly not."""
+    recipe = tower_recipe(small_model, tmp_path / "tower", parts=9)
+    pictures = stage.TowerPictures(recipe, settings_from(WORLD), image_processor, "train")
+    black, visible = [], []
+    for sample in (pictures[index] for index in range(12)):
+        patches = sample["pixel_values"].unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).flatten(2, 3)
+        black.append((patches.amax(1) == patches.min()).float().mean((-1, -2)).flatten())
+        visible.append(sample["is_visible"].flatten())
+    black, is_visible = torch.cat(black), torch.cat(visible)
+    assert (~is_visible).sum() > 50
+    assert black[~is_visible].min() >= 0.5
+    assert black[is_visible].mean() < 0.1
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +323,24 @@ def test_a_resumed_tower_is_the_same(trained, small_model, tmp_path):
     assert losses_of(tmp_path / "run") == losses_of(trained)
     resumed, straight = weights_in(tmp_path / "run" / "final"), weights_in(trained / "final")
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+def test_a_resampler_trained_beside_the_tower_is_kept(small_model, tmp_path):
+    recipe = tower_recipe(
+        small_model, tmp_path / "run", resampler=True, picture_weight=0, max_steps=15, optimizer="soap"
+    )
+    stage.train_tower(recipe)
+    losses, before, after = (
+        losses_of(tmp_path / "run"),
+        weights_in(small_model),
+        weights_in(tmp_path / "run" / "final"),
+    )
+    assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
+    changed = {name.split(".")[1] for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {"vision_tower", "resampler"}
+    figures = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {f"held_out_{kind}{level}" for kind in stage.KINDS for level in ("", "_from_latents")} == set(figures)
+    assert all(0 <= figure <= 1 for figure in figures.values())
 
 
 def test_the_shipped_tower_loads_and_starts_a_new_model(tmp_path):

@@ -33,6 +33,9 @@ class RunRecipe:
     """Of data order, drawn samples and fresh weights."""
     accumulation: int = 1
     """Batches whose gradients are summed into one step."""
+    optimizer: str = "adamw"
+    """`adamw`, or `soap` (arXiv:2409.11321, by pytorch-optimizer): AdamW in the eigenbasis of each matrix's gradients.
+    Pays off where matrices are small, as the small model's are; not with `fsdp`."""
     schedule: str = "cosine"
     """`constant`, `linear` (to zero) or `cosine` (to zero), after the warm-up."""
     warmup_steps: int = 0
@@ -66,11 +69,12 @@ class RunRecipe:
                     f"The recipe has {name} {getattr(self, name)!r} but it must be a positive integer. It was "
                     "probably left empty, or written as text or with a point: write it as a plain number."
                 )
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"The recipe has schedule {self.schedule!r} but it must be one of {', '.join(SCHEDULES)}. It is "
-                "probably misspelt: correct it."
-            )
+        for name, choices in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"The recipe has {name} {getattr(self, name)!r} but it must be one of {', '.join(choices)}. It is "
+                    "probably misspelt: correct it."
+                )
         for each in fields(self):
             value = getattr(self, each.name)
             if each.type is float and not isinstance(value, int | float):
@@ -102,9 +106,6 @@ class Recipe(RunRecipe):
     """Recompute activations in the backward pass: less memory, about a third more arithmetic."""
     fsdp: bool = False
     """Shard weights, gradients and optimiser with FSDP2, a decoder, vision or resampler layer at a time."""
-    optimizer: str = "adamw"
-    """`adamw`, or `soap` (arXiv:2409.11321, by pytorch-optimizer): AdamW in the eigenbasis of each matrix's gradients.
-    Pays off where matrices are small, as the small model's are; not with `fsdp`."""
     vision_learning_rate: float | None = None
     """Learning rate of the tower when it is trainable; that of the rest if None."""
 
@@ -115,11 +116,6 @@ class Recipe(RunRecipe):
             raise ValueError(
                 f"The recipe has trainable {list(self.trainable)} but it must name one or more of "
                 f"{', '.join(MODULES)}. A name is probably misspelt: correct it."
-            )
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(
-                f"The recipe has optimizer {self.optimizer!r} but it must be one of {', '.join(OPTIMIZERS)}. It is "
-                "probably misspelt: correct it."
             )
         if self.fsdp and self.optimizer == "soap":
             raise ValueError(

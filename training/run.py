@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every stage does around `Trainer`: resume or refuse, arguments, logs."""
+"""What every stage does around `Trainer`: resume or refuse, arguments, optimiser, logs."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import TrainerState
 
 from .recipe import Recipe, RunRecipe, load_recipe, save_recipe
@@ -122,6 +122,48 @@ def training_arguments(recipe: RunRecipe, **others: Any) -> TrainingArguments:
         report_to=["tensorboard"],
         **others,
     )
+
+
+class RecipeTrainer(Trainer):
+    """`Trainer` with the recipe's optimiser.
+
+    Args:
+        recipe: of the run.
+        **kwargs: of `Trainer`.
+    """
+
+    optimizer: Any
+
+    def __init__(self, recipe: RunRecipe, **kwargs: Any):
+        self.recipe = recipe
+        super().__init__(**kwargs)
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        """AdamW or SOAP, with the tower's own learning rate if the recipe gives one."""
+        rate = getattr(self.recipe, "vision_learning_rate", None)
+        is_plain = rate is None and self.recipe.optimizer == "adamw"
+        if is_plain or self.optimizer is not None:
+            return super().create_optimizer(*args)
+        model = args[0] if args else self.model
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                key = (
+                    rate if rate is not None and "vision_tower." in name else self.args.learning_rate,
+                    self.args.weight_decay if name in decayed else 0.0,
+                )
+                groups.setdefault(key, []).append(parameter)
+        kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+        if self.recipe.optimizer == "soap":
+            from pytorch_optimizer import SOAP
+
+            # SOAP's own first decay. Sides above 256 keep their basis: their eigenvectors would cost most of a step.
+            kind, settings = SOAP, {"betas": (0.95, self.args.adam_beta2), "max_precondition_dim": 256}
+        self.optimizer = kind(
+            [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()], **settings
+        )
+        return self.optimizer
 
 
 def copy_processor(source: str | Path, output: str | Path) -> None:

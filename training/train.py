@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..data.records import Picture
 from .encode import Collator, Encoder, TooLongError
 from .mixture import Mixture
 from .recipe import MODULES, Recipe, load_recipe, recipe_arguments, save_recipe
-from .run import SAVED_RECIPE, copy_processor, num_processes, start, training_arguments
+from .run import SAVED_RECIPE, RecipeTrainer, copy_processor, num_processes, start, training_arguments
 
 WINDOW = 64  # batches within which samples are sorted by length
 MAX_TOO_LONG = 100  # samples in a row
@@ -144,52 +144,16 @@ class LengthSortedSampler(Sampler[int]):
                 yield from batches[number]
 
 
-class StageTrainer(Trainer):
-    """`Trainer` that takes samples in the mixture's order and knows the recipe.
+class StageTrainer(RecipeTrainer):
+    """`RecipeTrainer` that takes samples in the mixture's order."""
 
-    Args:
-        recipe: of the stage.
-        **kwargs: of `Trainer`.
-    """
-
-    optimizer: Any
-
-    def __init__(self, recipe: Recipe, **kwargs: Any):
-        self.recipe = recipe
-        super().__init__(**kwargs)
+    recipe: Recipe
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         samples: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.recipe.group_by_length:
             return LengthSortedSampler(samples, self.recipe.batch_size * num_processes(), self.recipe.seed)
         return SequentialSampler(samples)
-
-    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        """AdamW or SOAP, with the tower's own learning rate if the recipe gives one."""
-        rate = self.recipe.vision_learning_rate
-        is_plain = rate is None and self.recipe.optimizer == "adamw"
-        if is_plain or self.optimizer is not None:
-            return super().create_optimizer(*args)
-        model = args[0] if args else self.model
-        decayed = set(self.get_decay_parameter_names(model))
-        groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                key = (
-                    rate if rate is not None and "vision_tower." in name else self.args.learning_rate,
-                    self.args.weight_decay if name in decayed else 0.0,
-                )
-                groups.setdefault(key, []).append(parameter)
-        kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-        if self.recipe.optimizer == "soap":
-            from pytorch_optimizer import SOAP
-
-            # SOAP's own first decay. Sides above 256 keep their basis: their eigenvectors would cost most of a step.
-            kind, settings = SOAP, {"betas": (0.95, self.args.adam_beta2), "max_precondition_dim": 256}
-        self.optimizer = kind(
-            [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()], **settings
-        )
-        return self.optimizer
 
     def save_whole_model(self, output: Path) -> None:
         """Save model and code as one folder, gathered if it is sharded."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Stage 0: train a small vision tower with SigLIP's sigmoid loss on drawn pictures, then keep its patch tokens.
+r"""Stage 0: train a small vision tower on drawn pictures, and a first resampler for its patch tokens.
 
     python -m blip3.training.train_tower training/recipes/mini/0_tower.yaml [key=value ...]
 
@@ -15,9 +15,11 @@ that level too, patches against the text tower's embeddings of the names, had le
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,6 @@ from transformers import (
     AutoTokenizer,
     SiglipConfig,
     SiglipModel,
-    Trainer,
 )
 
 from ..data.canvas import Drawing, Text, text_box
@@ -40,8 +41,9 @@ from ..data.records import Record
 from ..data.settings import COLOURS, WorldSettings, settings_from
 from ..data.things import THINGS
 from ..data.world import drawn_record
+from ..modeling_blip3 import Blip3Resampler, visible_patches
 from .recipe import RunRecipe, load_recipe, recipe_arguments, save_recipe
-from .run import SAVED_RECIPE, copy_processor, log_metrics, match_names, start, training_arguments
+from .run import SAVED_RECIPE, RecipeTrainer, copy_processor, log_metrics, match_names, start, training_arguments
 
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 MIN_OVERLAP = 0.35
@@ -65,7 +67,9 @@ class TowerRecipe(RunRecipe):
     caption_length: int = 32
     """Tokens of a caption; longer ones are cut."""
     picture_weight: float = 0.1
-    """Weight of the picture level against the patch level."""
+    """Weight of the picture level against the patch level; at 0 it is left out."""
+    resampler: bool = False
+    """Train the resampler beside the tower, on the latents' level."""
 
 
 def main() -> None:
@@ -85,10 +89,12 @@ def train_tower(recipe: TowerRecipe) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(recipe.model, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(recipe.model, trust_remote_code=True)
     settings = settings_from(recipe.world)
-    siglip = PatchSiglip(model.vision_tower, tokenizer, recipe)
+    resampler = model.model.resampler if recipe.resampler else None
+    siglip = PatchSiglip(model.vision_tower, tokenizer, recipe, resampler)
     train = TowerPictures(recipe, settings, image_processor, "train")
     held_out = TowerPictures(recipe, settings, image_processor, "held_out", count=128)
-    trainer = Trainer(
+    trainer = RecipeTrainer(
+        recipe=recipe,
         model=siglip,
         args=training_arguments(recipe, label_names=["names"]),
         train_dataset=train,
@@ -136,13 +142,24 @@ class TowerPictures(Dataset):
         rng = np.random.default_rng([self.recipe.seed, index])
         places = tile_places(drawing.size, self.image_processor)
         order = richest_parts(regions, places, self.image_processor.tile_size, rng)[: self.recipe.parts]
-        pixels, names, captions = [], [], []
+        shown = visible_patches(
+            drawing.size, self.image_processor.grid_of(*drawing.size), self.patches_per_side, "patch", "tiles"
+        )
+        pixels, names, captions, visible = [], [], [], []
         for part in order:
             pixels.append(tiles[part])
+            is_visible = torch.zeros(self.patches_per_side**2, dtype=torch.bool)
+            is_visible[shown[part] - part * len(is_visible)] = True
+            visible.append(is_visible)
             label = label_patches(regions, places[part], self.image_processor.tile_size, self.patches_per_side)
             names.append(torch.from_numpy(label))
             captions.append(caption_of(regions, places[part], self.image_processor.tile_size))
-        return {"pixel_values": torch.stack(pixels), "names": torch.stack(names), "captions": captions}
+        return {
+            "pixel_values": torch.stack(pixels),
+            "names": torch.stack(names),
+            "is_visible": torch.stack(visible),
+            "captions": captions,
+        }
 
 
 def patches_per_side(model: str) -> int:
@@ -311,6 +328,7 @@ class TowerCollator:
         return {
             "pixel_values": torch.cat([sample["pixel_values"] for sample in samples]),
             "names": torch.cat([sample["names"] for sample in samples]),
+            "is_visible": torch.cat([sample["is_visible"] for sample in samples]),
             "input_ids": text["input_ids"],
             "is_same": same,
         }
@@ -319,16 +337,71 @@ class TowerCollator:
 # ------------------------------------------------------------------------------------------------------ the model
 
 
+class Naming(nn.Module):
+    """Names what lies under each patch from a vector for each; thrown away afterwards.
+
+    Args:
+        width: of the vectors.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.naming = nn.Linear(width, len(patch_names()))
+        self.presence = nn.Linear(width, 2)
+
+    def loss(self, vectors: torch.Tensor, names: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy within each kind, over patches that show it; several names under a patch share the target.
+
+        Args:
+            vectors: (N, P, width).
+            names: (N, P, K), which of K names lie under each patch.
+        """
+        logits = self.naming(vectors)
+        loss = logits.new_zeros(())
+        for span in patch_kinds().values():
+            truth = names[..., span]
+            counts = truth.sum(-1)
+            is_shown = counts > 0
+            if is_shown.any():
+                target = truth[is_shown] / counts[is_shown].unsqueeze(-1)
+                loss = loss + nn.functional.cross_entropy(logits[..., span][is_shown], target)
+        is_present = torch.stack([names[..., patch_kinds()[kind]].amax(-1) for kind in ("thing", "character")], dim=-1)
+        return loss + sigmoid_loss(self.presence(vectors), is_present).mean()
+
+
+class LatentReader(nn.Module):
+    """Reads a vector for each patch from a tile's latents, with one learned query a patch; thrown away afterwards.
+
+    Args:
+        width: of latents and vectors, a multiple of 32.
+        num_patches: P.
+    """
+
+    def __init__(self, width: int, num_patches: int):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(num_patches, width))
+        self.latent_norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, width // 32, batch_first=True)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (N, Q, width) to vectors (N, P, width)."""
+        latents = self.latent_norm(latents)
+        return self.attention(self.queries.expand(len(latents), -1, -1), latents, latents, need_weights=False)[0]
+
+
 class PatchSiglip(nn.Module):
-    """SigLIP whose sigmoid loss also compares patch tokens with names.
+    """SigLIP that also names what lies under each patch, from patch tokens and, with a resampler, from latents.
 
     Args:
         vision_tower: what training starts from.
         tokenizer: of the model it is for.
-        recipe: sizes of the text tower, weight of the patch level.
+        recipe: sizes of the text tower, weight of the picture level.
+        resampler: to be trained too, or None.
     """
 
-    def __init__(self, vision_tower: nn.Module, tokenizer: Any, recipe: TowerRecipe):
+    def __init__(
+        self, vision_tower: nn.Module, tokenizer: Any, recipe: TowerRecipe, resampler: Blip3Resampler | None = None
+    ):
         super().__init__()
         vision = vision_tower.config.to_dict() | {"vision_use_head": True}
         text = {
@@ -349,18 +422,31 @@ class PatchSiglip(nn.Module):
         self.siglip.vision_model.load_state_dict(start, strict=False)  # the pooling head is new
         nn.init.constant_(self.siglip.logit_scale, float(np.log(10)))
         nn.init.constant_(self.siglip.logit_bias, -10.0)
-        self.naming = nn.Linear(vision["hidden_size"], len(patch_names()))
-        self.presence = nn.Linear(vision["hidden_size"], 2)
         self.picture_weight = recipe.picture_weight
+        if not self.picture_weight:
+            for name, parameter in self.siglip.named_parameters():
+                parameter.requires_grad_(name.startswith("vision_model.") and ".head." not in name)
+        self.patch_naming = Naming(vision["hidden_size"])
+        self.resampler = resampler
+        if resampler is not None:
+            width = resampler.projection.out_features
+            num_patches = (vision["image_size"] // vision["patch_size"]) ** 2
+            self.reader, self.latent_naming = LatentReader(width, num_patches), Naming(width)
 
     def forward(
-        self, pixel_values: torch.Tensor, names: torch.Tensor, input_ids: torch.Tensor, is_same: torch.Tensor
+        self,
+        pixel_values: torch.Tensor,
+        names: torch.Tensor,
+        is_visible: torch.Tensor,
+        input_ids: torch.Tensor,
+        is_same: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """Compare both levels.
+        """Compare every level.
 
         Args:
             pixel_values: tiles (N, 3, S, S).
             names: (N, P, K), which of K names lie under each patch.
+            is_visible: (N, P), which patches show picture and not padding.
             input_ids: captions (N, L), padded on the left.
             is_same: (N, N), which captions are equal.
 
@@ -368,26 +454,22 @@ class PatchSiglip(nn.Module):
             `loss`.
         """
         vision = self.siglip.vision_model(pixel_values)
-        pictures = nn.functional.normalize(vision.pooler_output, dim=-1)
-        captions = nn.functional.normalize(self.siglip.text_model(input_ids).pooler_output, dim=-1)
-        logits = pictures @ captions.T * self.siglip.logit_scale.exp() + self.siglip.logit_bias
-        picture_loss = sigmoid_loss(logits, is_same).sum(-1).mean()
-        patch_loss = self._patch_loss(vision.last_hidden_state, names)
-        return {"loss": patch_loss + self.picture_weight * picture_loss}
+        loss = self.patch_naming.loss(vision.last_hidden_state, names)
+        if self.resampler is not None:
+            loss = loss + self.latent_naming.loss(self.read_latents(vision.last_hidden_state, is_visible), names)
+        if self.picture_weight:
+            pictures = nn.functional.normalize(vision.pooler_output, dim=-1)
+            captions = nn.functional.normalize(self.siglip.text_model(input_ids).pooler_output, dim=-1)
+            logits = pictures @ captions.T * self.siglip.logit_scale.exp() + self.siglip.logit_bias
+            loss = loss + self.picture_weight * sigmoid_loss(logits, is_same).sum(-1).mean()
+        return {"loss": loss}
 
-    def _patch_loss(self, patches: torch.Tensor, names: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy within each kind, over patches that show it; several names under a patch share the target."""
-        logits = self.naming(patches)
-        loss = logits.new_zeros(())
-        for span in patch_kinds().values():
-            truth = names[..., span]
-            counts = truth.sum(-1)
-            is_shown = counts > 0
-            if is_shown.any():
-                target = truth[is_shown] / counts[is_shown].unsqueeze(-1)
-                loss = loss + nn.functional.cross_entropy(logits[..., span][is_shown], target)
-        is_present = torch.stack([names[..., patch_kinds()[kind]].amax(-1) for kind in ("thing", "character")], dim=-1)
-        return loss + sigmoid_loss(self.presence(patches), is_present).mean()
+    def read_latents(self, patches: torch.Tensor, is_visible: torch.Tensor) -> torch.Tensor:
+        """Resample the visible patches of (N, P, D) and read from the latents a vector for each patch, (N, P, E)."""
+        lengths, order = is_visible.sum(-1).sort(stable=True)  # equal lengths side by side, as the resampler wants
+        runs = [(int(count), int(length)) for length, count in zip(*lengths.unique(return_counts=True), strict=True)]
+        latents = self.resampler(patches[order][is_visible[order]], runs)
+        return self.reader(latents[order.argsort()])
 
 
 def sigmoid_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -397,21 +479,30 @@ def sigmoid_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate_tower(model: PatchSiglip, pictures: TowerPictures, batch_size: int = 16) -> dict[str, float]:
-    """Share of patches whose thing, colour or character is the likeliest of its kind, on held-out pictures."""
+    """Share of patches whose thing, colour or character is the likeliest of its kind, on held-out pictures.
+
+    Returns:
+        `held_out_thing` and so on and, with a resampler, `held_out_thing_from_latents` and so on.
+    """
     model.eval()
-    right, seen = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
+    right, seen = Counter[str](), Counter[str]()
     for first in range(0, len(pictures), batch_size):
         samples = [pictures[index] for index in range(first, min(first + batch_size, len(pictures)))]
-        names = torch.cat([sample["names"] for sample in samples])
-        vision = model.siglip.vision_model(torch.cat([sample["pixel_values"] for sample in samples]))
-        logits = model.naming(vision.last_hidden_state)
-        for kind in KINDS:
-            truth = names[..., patch_kinds()[kind]]
+        names, is_visible = (torch.cat([sample[name] for sample in samples]) for name in ("names", "is_visible"))
+        patches = model.siglip.vision_model(
+            torch.cat([sample["pixel_values"] for sample in samples])
+        ).last_hidden_state
+        logits = {"": model.patch_naming.naming(patches)}
+        if model.resampler is not None:
+            logits["_from_latents"] = model.latent_naming.naming(model.read_latents(patches, is_visible))
+        for kind, (level, scores) in product(KINDS, logits.items()):
+            span = patch_kinds()[kind]
+            truth = names[..., span]
             is_one = truth.sum(-1) == 1
-            best = logits[..., patch_kinds()[kind]].argmax(-1)
-            right[kind] += float((best == truth.argmax(-1))[is_one].sum())
-            seen[kind] += float(is_one.sum())
-    return {f"held_out_{kind}": right[kind] / max(1.0, seen[kind]) for kind in KINDS}
+            best = scores[..., span].argmax(-1)
+            right[kind + level] += int((best == truth.argmax(-1))[is_one].sum())
+            seen[kind + level] += int(is_one.sum())
+    return {f"held_out_{name}": right[name] / max(1, seen[name]) for name in seen}
 
 
 if __name__ == "__main__":
