@@ -10,6 +10,7 @@ import torch
 import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoTokenizer
 
 from blip3.data.canvas import Drawing, Shape, Text, shape_box
@@ -344,12 +345,12 @@ def test_a_resampler_trained_beside_the_tower_is_kept(small_model, tmp_path):
 
 
 def test_the_shipped_tower_loads_and_starts_a_new_model(tmp_path):
-    tower, report = AutoModel.from_pretrained(ROOT / "mini" / "tower", output_loading_info=True)
+    shipped = ROOT / "mini" / "tower"
+    tower, report = AutoModel.from_pretrained(shipped, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    make_model(
-        ROOT / "training" / "recipes" / "mini" / "model.yaml", tmp_path, samples=5, tower=ROOT / "mini" / "tower"
-    )
+    sizes, resampler = ROOT / "training" / "recipes" / "mini" / "model.yaml", shipped / "resampler.safetensors"
+    make_model(sizes, tmp_path, samples=5, tower=shipped, resampler=resampler)
     model, report = AutoModelForImageTextToText.from_pretrained(
         tmp_path, trust_remote_code=True, output_loading_info=True
     )
@@ -358,3 +359,6 @@ def test_the_shipped_tower_loads_and_starts_a_new_model(tmp_path):
     with torch.no_grad():
         expected = tower.float()(pixels).last_hidden_state
         assert torch.equal(model.vision_tower(pixels).last_hidden_state, expected)
+    loaded = model.model.resampler.state_dict()
+    for name, weight in load_file(resampler).items():
+        assert torch.equal(loaded[name], weight.float()), name

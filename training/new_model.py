@@ -2,10 +2,11 @@
 r"""Make a small BLIP-3 with fresh weights: sizes from YAML, a tokenizer trained on drawn texts.
 
     python -m blip3.training.new_model training/recipes/mini/model.yaml outputs/mini/new
-    python -m blip3.training.new_model training/recipes/mini/model.yaml outputs/mini/new --tower mini/tower
+    python -m blip3.training.new_model training/recipes/mini/model.yaml outputs/mini/new --tower mini/tower \
+        --resampler mini/tower/resampler.safetensors
     python -m blip3.training.new_model training/recipes/mini/model.yaml OUTPUT resampler_config.num_latents=8
 
-The second starts with a tower that stage 0 has trained already, the third changes a size. The 4B model starts from
+The second starts with what stage 0 has trained already, the third changes a size. The 4B model starts from
 published parts instead: `convert_weights.py --vision SIGLIP --text PHI3`.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -47,8 +49,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=400, help="drawn records a task for the tokenizer")
     parser.add_argument("--tower", type=Path, help="folder of a trained vision tower (default: fresh weights)")
+    parser.add_argument("--resampler", type=Path, help="file of a trained resampler (default: fresh weights)")
     args = parser.parse_intermixed_args()
-    make_model(args.sizes, args.output, args.seed, args.samples, args.tower, args.overrides)
+    make_model(args.sizes, args.output, args.seed, args.samples, args.tower, args.overrides, args.resampler)
 
 
 def make_model(
@@ -58,6 +61,7 @@ def make_model(
     samples: int = 400,
     tower: Path | None = None,
     overrides: Sequence[str] = (),
+    resampler: Path | None = None,
 ) -> None:
     """Write a complete model folder: configuration, code, tokenizer, processor files, fresh weights.
 
@@ -70,6 +74,7 @@ def make_model(
         samples: drawn records per task that the tokenizer is trained on.
         tower: folder of a trained vision tower of the same sizes.
         overrides: `key=value` or `section.key=value` each, in place of the file's values.
+        resampler: safetensors file of a trained resampler of the same sizes.
 
     Raises:
         ValueError: for unknown keys or sizes that contradict each other.
@@ -94,6 +99,8 @@ def make_model(
     if tower:
         trained = AutoModel.from_pretrained(tower, dtype=torch.float32).state_dict()
         model.vision_tower.load_state_dict(match_names(trained, model.vision_tower))
+    if resampler:
+        model.model.resampler.load_state_dict(load_file(resampler))
     model.generation_config = GenerationConfig.from_pretrained(output)  # or its own would replace the file
     model.save_pretrained(output)
     name_tower_for_both_lines(output)

@@ -6,7 +6,7 @@ r"""Write trained models as the folder `mini/` that this repository ships, with 
 
     mini/                configuration, tokenizer, processor files, weights in shards
     mini/base/           the same after pre-training, for few-shot prompts
-    mini/tower/          the vision tower alone, after stage 0: SiglipVisionModel
+    mini/tower/          the vision tower alone, after stage 0: SiglipVisionModel; the resampler trained beside it
     mini/examples/       pictures and examples.json: prompt, truth
 
 The code is the repository's own.
@@ -25,7 +25,9 @@ from transformers import AutoModelForImageTextToText
 from ..data.records import Record, to_few_shot_prompt
 from ..data.settings import WorldSettings, load_settings
 from ..data.world import drawn_record
-from .run import PROCESSOR_FILES, SAVED_RECIPE, name_tower_for_both_lines
+from .recipe import load_recipe
+from .run import PROCESSOR_FILES, RESAMPLER_FILE, SAVED_RECIPE, name_tower_for_both_lines
+from .train_tower import TowerRecipe
 
 WORLD = Path(__file__).parent / "recipes" / "mini" / "world.yaml"
 EXAMPLES = (  # task, index within the held-out series of SEED, what it shows
@@ -84,7 +86,9 @@ def publish(source: Path, output: Path, dtype: str = "bfloat16", max_shard_size:
 
 
 def publish_tower(source: Path, output: Path, dtype: str = "bfloat16") -> None:
-    """Write the vision tower of a trained model as a SiglipVisionModel of its own, for either transformers line.
+    """Write the vision tower of stage 0 as a SiglipVisionModel of its own, for either transformers line.
+
+    The resampler goes beside it if that stage trained one.
 
     Args:
         source: folder of a finished stage.
@@ -93,6 +97,8 @@ def publish_tower(source: Path, output: Path, dtype: str = "bfloat16") -> None:
     """
     model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True, dtype=getattr(torch, dtype))
     model.vision_tower.save_pretrained(output)
+    if load_recipe(source / SAVED_RECIPE, TowerRecipe).resampler:
+        save_file(model.model.resampler.state_dict(), output / RESAMPLER_FILE, metadata={"format": "pt"})
     path = output / "model.safetensors"
     weights = {f"vision_model.{name.removeprefix('vision_model.')}": value for name, value in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})

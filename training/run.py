@@ -15,6 +15,7 @@ from transformers.trainer_callback import TrainerState
 from .recipe import Recipe, RunRecipe, load_recipe, save_recipe
 
 SAVED_RECIPE = "recipe.yaml"
+RESAMPLER_FILE = "resampler.safetensors"  # beside a published tower
 PROCESSOR_FILES = (
     "chat_template.jinja",
     "generation_config.json",
