@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ships in mini/ is small, loads from the repository as a subfolder, and sees pictures it was never shown."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from blip3.data.settings import COLOURS, settings_from
+from blip3.data.things import THINGS
+from blip3.data.world import drawn_records
+from blip3.training.recipe import Recipe, load_recipe
+from support import ROOT
+
+MINI = ROOT / "mini"
+RECIPES = ROOT / "training" / "recipes" / "mini"
+WORLD = settings_from(load_recipe(RECIPES / "1a_pairs.yaml", Recipe).world)
+
+
+@pytest.fixture(scope="module")
+def base():
+    options = {"subfolder": "mini/base", "trust_remote_code": True}
+    processor = AutoProcessor.from_pretrained(ROOT, **options)
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        ROOT, dtype=torch.float32, output_loading_info=True, **options
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    return processor, model.eval()
+
+
+def test_all_of_it_is_small_and_names_no_machine():
+    files = [path for path in MINI.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 25_000_000
+    assert not list(MINI.rglob("*.py")), "the code is the repository's own"
+    config = json.loads((MINI / "base" / "config.json").read_text())
+    assert all("--" not in name for name in config["auto_map"].values())
+    assert "_name_or_path" not in config
+
+
+def test_the_base_model_binds_colours_to_things_of_held_out_scenes(base):
+    """In "Things: red car, ..." the second word of a pair follows from the first and the picture alone.
+
+    Guessing among the things of the scene would be right less than half of the time.
+    """
+    processor, model = base
+    is_name = torch.zeros(2, len(processor.tokenizer), dtype=torch.bool)
+    for row, names in enumerate((COLOURS, THINGS)):
+        for name in names:
+            is_name[row, processor.tokenizer(f" {name}", add_special_tokens=False)["input_ids"][-1]] = True
+    right = asked = 0
+    for record in drawn_records("pairs", "held_out", seed=5, count=40, settings=WORLD):
+        inputs = processor(
+            text=record.turns[0].text,
+            images=[record.images[0].open()],
+            do_image_splitting=False,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            likeliest = model(**inputs).logits[0, :-1].argmax(-1)
+        before, after = inputs["input_ids"][0, :-1], inputs["input_ids"][0, 1:]
+        is_second = (is_name[0][before] & is_name[1][after]) | (is_name[1][before] & is_name[0][after])
+        right += int((likeliest == after)[is_second].sum())
+        asked += int(is_second.sum())
+    assert asked > 200
+    assert right / asked > 0.9
+
+
+def test_the_base_model_writes_a_caption(base):
+    processor, model = base
+    record = next(iter(drawn_records("inventory", "held_out", seed=5, count=1, settings=WORLD)))
+    inputs = processor(
+        text="<image>From left to right:",
+        images=[record.images[0].open()],
+        do_image_splitting=False,
+        return_tensors="pt",
+    )
+    ids = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    words = processor.decode(ids, skip_special_tokens=True).strip(" .").replace(",", "").split()
+    assert words
+    assert {*words[::2]} <= {*COLOURS}
+    assert {*words[1::2]} <= {*THINGS}
