@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 0: labels lie where things are drawn, the loss is SigLIP's, and only the tower changes."""
+"""Stage 0: labels lie where things are drawn, the loss is SigLIP's, and only tower and asked-for resampler change."""
 
 import json
 import shutil

@@ -430,8 +430,8 @@ class PatchSiglip(nn.Module):
         self.resampler = resampler
         if resampler is not None:
             width = resampler.projection.out_features
-            num_patches = (vision["image_size"] // vision["patch_size"]) ** 2
-            self.reader, self.latent_naming = LatentReader(width, num_patches), Naming(width)
+            self.reader = LatentReader(width, patches_per_side(recipe.model) ** 2)
+            self.latent_naming = Naming(width)
 
     def forward(
         self,
