@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ask pictures questions and see what the model looked at.
 
-    python demo.py                                                          example pictures
+    python demo.py                                                          mini/ and its example pictures
     python demo.py --image FILE --question "What is written in the picture?"    your own
     python demo.py --model FOLDER --image FILE --question "..."             another checkpoint
 
 The example pictures were drawn from the held-out split: no training sees what they show. The figure has the first
 picture with its chosen tiles, the global view, the tokens each part takes, and every answer.
-
-Until all of mini/ is trained, the run without --model converts a random checkpoint made on the spot: it shows that
-every part works, and its answers mean nothing.
 """
 
 import argparse
 import json
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +20,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 
-import convert_weights
 from data.formats import parse_boxes
 from data.records import Turn, to_message
 from evaluation.metrics import box_iou
-from random_checkpoint import write_release_layout
 
 HERE = Path(__file__).resolve().parent
 MINI = HERE / "mini"
@@ -64,16 +58,7 @@ class Exchange:
 def main() -> None:
     """Load, ask, print and draw."""
     args = parse_arguments()
-    with tempfile.TemporaryDirectory() as scratch:
-        is_random = args.model is None and not (MINI / "config.json").is_file()
-        folder = make_random_model(Path(scratch)) if is_random else args.model or MINI
-        run(args, folder)
-    if is_random:
-        print("The weights are random: the answers are noise, the pipeline is real.")
-
-
-def run(args: argparse.Namespace, folder: Path) -> None:
-    """Ask everything and write the figure."""
+    folder = args.model
     start = time.perf_counter()
     exchanges = [own_question(args)] if args.image else load_examples(folder)
     models = {folder: load(folder)}
@@ -92,20 +77,10 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     print(f"\nFigure: {args.output}   ({time.perf_counter() - start:.0f} s in all)")
 
 
-def make_random_model(scratch: Path) -> Path:
-    """Make a random checkpoint in the release's layout and convert it."""
-    source = write_release_layout(scratch / "release")
-    output = scratch / "blip3-random"
-    arguments = [str(source), str(output), "--vision-config", str(source / "siglip_vision_config.json"), "--verify"]
-    if convert_weights.main(arguments):
-        raise SystemExit("The random checkpoint could not be converted; the lines above say why.")
-    return output
-
-
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="checkpoint folder (default: mini, or random weights)")
+    parser.add_argument("--model", type=Path, default=MINI, help="checkpoint folder (default: mini)")
     parser.add_argument("--image", type=Path, action="append", help="picture file; repeat for several")
     parser.add_argument("--question", default="What is written in the picture?", help="default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="length of an answer (default: %(default)s)")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny BLIP-3 with random weights in the release's own layout: what tests and the demo convert.
+"""A tiny BLIP-3 with random weights in the release's own layout: what tests convert.
 
 It has every part of a released checkpoint (vision pooling head, decoupled embeddings, output bias, byte-fallback
 tokenizer with the same markers) at a few hundred thousand parameters, so that nothing needs the 17 GB of the release.

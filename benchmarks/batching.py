@@ -26,7 +26,7 @@ def measure_batching(bench: Bench) -> list[Comparison]:
     rows = (0, 1, 3) if bench.is_quick else MIXED
     for dtype in bench.dtypes[:1]:
         model = bench.build(OURS, dtype)
-        new_tokens = 4 * bench.sizes.new_tokens
+        new_tokens = min(4 * bench.sizes.new_tokens, 64)
         groups: dict[str, list[Sequence[int]]] = {
             ONE_BATCH: [rows],
             ONE_BY_ONE: [(count,) for count in rows],

@@ -79,7 +79,7 @@ def measure_generation(bench: Bench) -> list[Comparison]:
     for dtype in bench.dtypes:
         kinds = (OURS, LLAVA, IDEFICS, BARE)
         models = {kind: bench.build(kind, dtype) for kind in kinds}
-        for mode in (EAGER, STATIC, COMPILED):
+        for mode in (EAGER, STATIC, COMPILED) if bench.compiles else (EAGER, STATIC):
             found += _measure_one(bench, models, dtype, [1], mode)
         for batch in (1, 4) if bench.is_quick else (1, 4, 16):
             for pictures in (1, 3):

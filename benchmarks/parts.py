@@ -28,6 +28,8 @@ class Bench:
     """`machine.measure_rates`."""
     say: Callable[[str], None]
     """Called with a line for each comparison that was made."""
+    compiles: bool = True
+    """Whether to measure compiled models too."""
 
     @property
     def dtypes(self) -> tuple[str, ...]:

@@ -52,9 +52,7 @@ class Checkpoint:
         dtype: str = "auto",
         device: str = "auto",
     ):
-        check_folder(folder, subfolder)
-        if (Path(folder, subfolder) / "modeling_blip3.py").is_file():  # its code lies beside it, not in `folder`
-            folder, subfolder = Path(folder, subfolder), ""
+        folder, subfolder = find_code(check_folder(folder, subfolder))
         options: dict[str, Any] = {"trust_remote_code": True, "subfolder": subfolder}
         self.processor = AutoProcessor.from_pretrained(folder, **options)
         model = AutoModelForImageTextToText.from_pretrained(folder, **options, dtype=dtype)
@@ -141,6 +139,21 @@ def check_folder(folder: str | Path, subfolder: str = "") -> Path:
             "training has not saved yet: name the folder that from_pretrained loads."
         )
     return path
+
+
+def find_code(checkpoint: Path) -> tuple[Path, str]:
+    """Split a checkpoint's path into the nearest folder with the model's code, itself or one above, and the rest.
+
+    `from_pretrained` wants them so: the repository ships code once and checkpoints in subfolders.
+
+    Returns:
+        that folder and the subfolder in it; the path itself and nothing if there is no code.
+    """
+    whole = checkpoint.resolve()
+    for folder in (whole, *whole.parents):
+        if (folder / "modeling_blip3.py").is_file():
+            return folder, "" if folder == whole else whole.relative_to(folder).as_posix()
+    return checkpoint, ""
 
 
 def fingerprint(folder: str | Path, subfolder: str = "") -> str:

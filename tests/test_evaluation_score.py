@@ -13,7 +13,7 @@ import torch
 from blip3.data.settings import WorldSettings
 from blip3.data.world import TASKS as DRAWN
 from blip3.evaluation import score as score_module
-from blip3.evaluation.answer import Checkpoint, fingerprint
+from blip3.evaluation.answer import Checkpoint, find_code, fingerprint
 from blip3.evaluation.metrics import wilson_interval
 from blip3.evaluation.report import Result, draw_plot, summarise
 from blip3.evaluation.score import AnswerFile, ScoreSettings, main, parse_arguments, parse_models, score
@@ -472,6 +472,17 @@ def test_a_checkpoint_in_a_subfolder(command, tiny_repo, tmp_path):
         arguments = ["--model", str(root), "--subfolder", "small", "--task", "read"]
         assert main([*command, *arguments, "--output", str(tmp_path / f"out-{code_above}")]) == 0
         assert (tmp_path / f"out-{code_above}" / "predictions" / "small" / "read.jsonl").is_file()
+
+
+def test_code_is_found_in_the_checkpoint_or_above_it(tmp_path):
+    whole, inner = tmp_path / "whole", tmp_path / "whole" / "mini" / "base"
+    inner.mkdir(parents=True)
+    assert find_code(inner) == (inner, "")
+    (whole / "modeling_blip3.py").touch()
+    assert find_code(whole) == (whole, "")
+    assert find_code(inner) == (whole, "mini/base")
+    (inner / "modeling_blip3.py").touch()
+    assert find_code(inner) == (inner, "")
 
 
 def test_errors_of_a_run_are_one_line(command, tmp_path, capsys):

@@ -18,9 +18,10 @@ from blip3.data.settings import settings_from
 from blip3.data.world import drawn_record
 from blip3.training import train_tower as stage
 from blip3.training.new_model import make_model
+from blip3.training.publish import publish_tower
 from blip3.training.recipe import load_recipe
-from support import ROOT, load_model
-from training_support import WORLD, losses_of, weights_in
+from support import load_model
+from training_support import WORLD, losses_of, weights_in, write_sizes
 
 TILE, PER_SIDE = 48, 4
 PATCH = TILE // PER_SIDE
@@ -326,36 +327,42 @@ def test_a_resumed_tower_is_the_same(trained, small_model, tmp_path):
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
 
-def test_a_resampler_trained_beside_the_tower_is_kept(small_model, tmp_path):
-    recipe = tower_recipe(
-        small_model, tmp_path / "run", resampler=True, picture_weight=0, max_steps=15, optimizer="soap"
-    )
-    stage.train_tower(recipe)
+@pytest.fixture(scope="module")
+def trained_with_resampler(small_model, tmp_path_factory):
+    """The folder of a short run that trains a resampler too."""
+    output = tmp_path_factory.mktemp("tower") / "run"
+    changes = {"resampler": True, "picture_weight": 0, "max_steps": 15, "optimizer": "soap"}
+    stage.train_tower(tower_recipe(small_model, output, **changes))
+    return output
+
+
+def test_a_resampler_trained_beside_the_tower_is_kept(trained_with_resampler, small_model):
     losses, before, after = (
-        losses_of(tmp_path / "run"),
+        losses_of(trained_with_resampler),
         weights_in(small_model),
-        weights_in(tmp_path / "run" / "final"),
+        weights_in(trained_with_resampler / "final"),
     )
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
     changed = {name.split(".")[1] for name in after if not torch.equal(after[name], before[name])}
     assert changed == {"vision_tower", "resampler"}
-    figures = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    figures = json.loads((trained_with_resampler / "metrics.json").read_text())
     assert {f"held_out_{kind}{level}" for kind in stage.KINDS for level in ("", "_from_latents")} == set(figures)
     assert all(0 <= figure <= 1 for figure in figures.values())
 
 
-def test_the_shipped_tower_loads_and_starts_a_new_model(tmp_path):
-    shipped = ROOT / "mini" / "tower"
-    tower, report = AutoModel.from_pretrained(shipped, output_loading_info=True)
+def test_a_published_tower_loads_and_starts_a_new_model(trained_with_resampler, tmp_path):
+    published = tmp_path / "tower"
+    publish_tower(trained_with_resampler / "final", published)
+    tower, report = AutoModel.from_pretrained(published, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    sizes, resampler = ROOT / "training" / "recipes" / "mini" / "model.yaml", shipped / "resampler.safetensors"
-    make_model(sizes, tmp_path, samples=5, tower=shipped, resampler=resampler)
+    resampler = published / "resampler.safetensors"
+    make_model(write_sizes(tmp_path), tmp_path / "new", samples=20, tower=published, resampler=resampler)
     model, report = AutoModelForImageTextToText.from_pretrained(
-        tmp_path, trust_remote_code=True, output_loading_info=True
+        tmp_path / "new", trust_remote_code=True, output_loading_info=True
     )
     assert not report["missing_keys"]
-    pixels = torch.rand(2, 3, 96, 96)
+    pixels = torch.rand(2, 3, TILE, TILE)
     with torch.no_grad():
         expected = tower.float()(pixels).last_hidden_state
         assert torch.equal(model.vision_tower(pixels).last_hidden_state, expected)

@@ -2,12 +2,12 @@
 r"""Make a small BLIP-3 with fresh weights: sizes from YAML, a tokenizer trained on drawn texts.
 
     python -m blip3.training.new_model training/recipes/mini/model.yaml outputs/mini/new
-    python -m blip3.training.new_model training/recipes/mini/model.yaml outputs/mini/new --tower mini/tower \
-        --resampler mini/tower/resampler.safetensors
+    python -m blip3.training.new_model training/recipes/mini/model.yaml OUTPUT --tower outputs/mini/0d/tower \
+        --resampler outputs/mini/0d/tower/resampler.safetensors
     python -m blip3.training.new_model training/recipes/mini/model.yaml OUTPUT resampler_config.num_latents=8
 
-The second starts with what stage 0 has trained already, the third changes a size. The 4B model starts from
-published parts instead: `convert_weights.py --vision SIGLIP --text PHI3`.
+The second starts with what stage 0 has trained and `publish --tower` has written, the third changes a size. The 4B
+model starts from published parts instead: `convert_weights.py --vision SIGLIP --text PHI3`.
 """
 
 import argparse

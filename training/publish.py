@@ -2,12 +2,12 @@
 r"""Write trained models as the folder `mini/` that this repository ships, with example pictures never trained on.
 
     python -m blip3.training.publish mini --instruct FOLDER --base FOLDER
-    python -m blip3.training.publish mini --tower FOLDER
+    python -m blip3.training.publish outputs/mini/0d --tower FOLDER
 
     mini/                configuration, tokenizer, processor files, weights in shards
     mini/base/           the same after pre-training, for few-shot prompts
-    mini/tower/          the vision tower alone, after stage 0: SiglipVisionModel; the resampler trained beside it
     mini/examples/       pictures and examples.json: prompt, truth
+    outputs/mini/0d/tower/   the vision tower alone, after stage 0: SiglipVisionModel; the resampler trained beside it
 
 The code is the repository's own.
 """
@@ -31,7 +31,7 @@ from .train_tower import TowerRecipe
 
 WORLD = Path(__file__).parent / "recipes" / "mini" / "world.yaml"
 EXAMPLES = (  # task, index within the held-out series of SEED, what it shows
-    ("read", 3),
+    ("read", 8),
     ("count", 0),
     ("name", 1),
     ("relation", 2),

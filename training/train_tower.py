@@ -485,13 +485,15 @@ def evaluate_tower(model: PatchSiglip, pictures: TowerPictures, batch_size: int 
         `held_out_thing` and so on and, with a resampler, `held_out_thing_from_latents` and so on.
     """
     model.eval()
+    device = model.patch_naming.naming.weight.device
     right, seen = Counter[str](), Counter[str]()
     for first in range(0, len(pictures), batch_size):
         samples = [pictures[index] for index in range(first, min(first + batch_size, len(pictures)))]
-        names, is_visible = (torch.cat([sample[name] for sample in samples]) for name in ("names", "is_visible"))
-        patches = model.siglip.vision_model(
-            torch.cat([sample["pixel_values"] for sample in samples])
-        ).last_hidden_state
+        pixels, names, is_visible = (
+            torch.cat([sample[name] for sample in samples]).to(device)
+            for name in ("pixel_values", "names", "is_visible")
+        )
+        patches = model.siglip.vision_model(pixels).last_hidden_state
         logits = {"": model.patch_naming.naming(patches)}
         if model.resampler is not None:
             logits["_from_latents"] = model.latent_naming.naming(model.read_latents(patches, is_visible))
