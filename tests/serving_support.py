@@ -17,17 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-import random_checkpoint
 from conversion.output_folder import CODE_FILES, DOOR_FILES
-from support import ROOT, convert
+from support import ROOT
 
-MINI = ROOT / "mini" if (ROOT / "mini" / "config.json").is_file() else None
-HEAD_DIM = 96  # Phi-3-mini's; vLLM has no CPU kernel for the 12 of the tiny model
+MINI = ROOT / "mini"
 
 
 def silence_bytes(folder: Path) -> Path:
@@ -44,20 +41,13 @@ def silence_bytes(folder: Path) -> Path:
     return folder
 
 
-def complete_folder(model: Path | None, folder: Path) -> Path:
-    """Copy a checkpoint and whatever it lacks of the files that go with it; without one, make a random one.
+def complete_folder(model: Path, folder: Path) -> Path:
+    """Copy a checkpoint and whatever it lacks of the files that go with it.
 
     Args:
         model: the checkpoint; its code may be that of this repository.
         folder: to write below.
     """
-    if model is None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(random_checkpoint, "TEXT_WIDTH", random_checkpoint.TEXT_HEADS * HEAD_DIM)
-            source = random_checkpoint.write_release_layout(folder / "release")
-        output = folder / "blip3-random"
-        convert(source, output, "--vision-config", source / "siglip_vision_config.json")
-        return silence_bytes(output)
     output = Path(shutil.copytree(model, folder / model.resolve().name))
     for name in (*CODE_FILES, *DOOR_FILES):
         if not (output / name).exists():

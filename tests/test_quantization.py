@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized by torchao and bitsandbytes on the CPU, on mini/ or a random checkpoint: what changes, and by how much.
+"""Quantized by torchao and bitsandbytes on the CPU, on mini/: what changes, and by how much.
 
 python -m pytest -o addopts= -rP tests/test_quantization.py      prints the agreement of each kind
 """
@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
 
-from blip3.data.settings import WorldSettings
+from blip3.data.settings import load_settings
 from blip3.data.world import drawn_records
 from handler import EndpointHandler
 from serving.memory import needs_of
@@ -75,12 +75,7 @@ def quantized(folder, kind):
 @pytest.fixture(scope="module")
 def prompts(processor):
     """Held-out drawn pictures with their questions, ready for the model."""
-    world = ROOT / "training" / "recipes" / "mini" / "world.yaml"
-    settings = WorldSettings()
-    if MINI is not None and world.is_file():
-        from blip3.data.settings import load_settings
-
-        settings = load_settings(world)
+    settings = load_settings(ROOT / "training" / "recipes" / "mini" / "world.yaml")
     found = []
     for task in TASKS:
         for record in drawn_records(task, "held_out", seed=11, count=NUM_RECORDS, settings=settings):
@@ -129,7 +124,7 @@ def test_a_quantized_model_answers_held_out_pictures_like_the_full_one(kind, qua
         same_answers += torch.equal(answer(quantized, inputs), ids)
     share, noise = same / num_tokens, (error / spread) ** 0.5
     print(
-        f"{kind} on {'mini' if MINI else 'random weights'}: {100 * share:.1f} % of {num_tokens} next tokens equal, "
+        f"{kind} on mini: {100 * share:.1f} % of {num_tokens} next tokens equal, "
         f"error of the logits {100 * noise:.1f} % of their spread, "
         f"{same_answers} of {len(references)} greedy answers of up to {NUM_TOKENS} tokens equal"
     )

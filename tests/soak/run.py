@@ -167,7 +167,7 @@ def soak(options: argparse.Namespace, scratch: Path) -> dict:
             alone += [] if has_died else ask_each(door, server, expected)
     return {
         "door": options.door,
-        "model": options.model.resolve().name if options.model else "random weights",
+        "model": options.model.resolve().name,
         "minutes": options.minutes,
         "clients": options.clients,
         "transformers": transformers.__version__ if options.door != "vllm" else "of .venv-vllm",
@@ -191,12 +191,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--door", choices=DOORS, default="handler", help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=10, help="of load (default: %(default)s)")
     parser.add_argument("--clients", type=int, default=8, help="at once (default: %(default)s)")
-    parser.add_argument(
-        "--model",
-        type=Path,
-        default=MINI,
-        help="instruct checkpoint (default: mini/, or random weights until it ships)",
-    )
+    parser.add_argument("--model", type=Path, default=MINI, help="instruct checkpoint (default: mini/)")
     parser.add_argument(
         "--max-growth", type=float, default=MAX_GROWTH_PERCENT, help="of memory, in %% (default: %(default)s)"
     )
