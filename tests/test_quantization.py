@@ -31,14 +31,13 @@ KINDS = {
     ),
 }
 STORED_AS = {"torchao int8": "int8", "bitsandbytes int8": "int8", "bitsandbytes nf4": "nf4"}
-# Least share of equal next tokens, and largest error of the logits as a share of their spread. Random weights are the
-# harder case: their logits are close together. Seen with them: 94 % and 0.03, 95 % and 0.05, 38 % and 0.50.
+# Least share of equal next tokens, and largest error of the logits as a share of their spread. Seen: all of 89 tokens
+# equal, and 0.011, 0.020, 0.160.
 LIMITS = {
-    "torchao int8": (0.9, 0.15),
-    "bitsandbytes int8": (0.9, 0.15),
-    "bitsandbytes nf4": (0.3, 0.8),
+    "torchao int8": (0.95, 0.05),
+    "bitsandbytes int8": (0.95, 0.08),
+    "bitsandbytes nf4": (0.9, 0.35),
 }
-SILENCED = -1000  # logits of tokens that a random model is kept from writing
 TASKS, NUM_RECORDS, NUM_TOKENS = ("read", "name", "count", "relation", "compare"), 4, 12
 
 
@@ -115,8 +114,7 @@ def references(full, prompts):
 def test_a_quantized_model_answers_held_out_pictures_like_the_full_one(kind, quantized, references):
     same, error, spread, num_tokens, same_answers = 0, 0.0, 0.0, 0, 0
     for inputs, ids, expected in references:
-        heard = expected.amin(0) > SILENCED
-        logits, expected = answer_logits(quantized, inputs, ids)[:, heard], expected[:, heard]
+        logits = answer_logits(quantized, inputs, ids)
         same += int((logits.argmax(-1) == expected.argmax(-1)).sum())
         num_tokens += len(logits)
         error += float((logits - expected).square().sum())
