@@ -223,7 +223,12 @@ def openai_cases(site: PictureServer, refusals: dict[str, tuple[int, str]]) -> l
         good("text", "How many dogs are there?"),
         *(good(f"one picture, {name}", picture, QUESTION) for name, picture in PICTURES.items()),
         good("two pictures", "Is", PICTURES["wide"], "above", PICTURES["high"], "or not?"),
-        good("three pictures, streamed", *(PICTURES[n] for n in ("tiny", "page", "wide")), "Compare.", stream=True),
+        good(
+            "three pictures, streamed",
+            *(part for n in ("tiny", "page", "wide") for part in (f"Picture {n}:", PICTURES[n])),
+            "What does the second picture show?",
+            stream=True,
+        ),
         good("streamed", PICTURES["screen"], QUESTION, stream=True),
         Case("by URL", {"messages": by_url(f"{site.url}/wide.png")}, (PICTURES["wide"], QUESTION)),
         Case("by URL, JPEG", {"messages": by_url(f"{site.url}/photo.jpg")}, (PHOTO, QUESTION)),

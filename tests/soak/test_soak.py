@@ -3,12 +3,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
+from serving_support import silence_bytes
 from soak_cases import Case
 from soak_doors import Reply
 from soak_report import MIB, Sample, describe_latency, failures, growth_percent
@@ -17,12 +20,18 @@ from support import IS_TRANSFORMERS_5, ROOT
 RUN = ROOT / "tests" / "soak" / "run.py"
 
 
-def soak(folder, *arguments):
+@pytest.fixture(scope="module")
+def legible(tiny_repo, tmp_path_factory):
+    """The tiny random model: in 20 seconds a trained one answers too few requests to say much."""
+    return silence_bytes(Path(shutil.copytree(tiny_repo, tmp_path_factory.mktemp("soak") / "tiny")))
+
+
+def soak(folder, model, *arguments):
     """Run the command for 20 seconds. Memory is still settling then, so only its doubling is a failure."""
     output = folder / "report.json"
     command = [sys.executable, str(RUN), "--minutes", "0.33", "--clients", "8", "--max-growth", "100"]
     run = subprocess.run(
-        [*command, "--output", str(output), *map(str, arguments)],
+        [*command, "--model", str(model), "--output", str(output), *map(str, arguments)],
         capture_output=True, text=True, timeout=540, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
@@ -36,8 +45,8 @@ def check(report):
     assert report["memory"]["samples"] > 10
 
 
-def test_the_handler_stays_right_under_eight_clients(tmp_path):
-    report = soak(tmp_path, "--door", "handler")
+def test_the_handler_stays_right_under_eight_clients(tmp_path, legible):
+    report = soak(tmp_path, legible, "--door", "handler")
     check(report)
     assert len(report["requests_by_case"]) > 30
     assert report["private_connections"] == 0
@@ -50,8 +59,8 @@ needs_serve = pytest.mark.skipif(
 
 
 @needs_serve
-def test_transformers_serve_stays_right_under_eight_clients(tmp_path):
-    check(soak(tmp_path, "--door", "http"))
+def test_transformers_serve_stays_right_under_eight_clients(tmp_path, legible):
+    check(soak(tmp_path, legible, "--door", "http"))
 
 
 # -- Checks that must be able to fail ---------------------------------------------------------------------------------
