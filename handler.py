@@ -12,6 +12,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ DEFAULT_QUESTION = "Describe the picture."  # for a picture without text; base c
 
 
 class EndpointHandler:
-    """Answers requests with one model; one request at a time.
+    """Answers requests with one model, whichever thread asks; pictures are fetched in the caller's.
+
+    The model has a thread to itself and takes one request at a time: any thread that ran it would keep the memory of
+    its largest request.
 
     Args:
         path: the repository's folder; its mini/ is loaded where the folder has no weights of its own.
@@ -56,6 +60,7 @@ class EndpointHandler:
         if model.device.type != device:  # a quantized model is there already, and refuses to be moved
             model = model.to(device)
         self.model = model.eval()
+        self._model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="blip3-model")
 
     def __call__(self, data: dict[str, Any]) -> list[dict[str, Any]]:
         """Answer one body.
@@ -74,8 +79,7 @@ class EndpointHandler:
         request = parse_body(data, self.limits)
         texts = [self._render(prompt) for prompt in request.prompts]
         rows = self._open_pictures(request.prompts)
-        inputs = self._prepare(texts, rows, request.options)
-        answers = self._generate(inputs, request.options)
+        answers = self._model_thread.submit(self._answer, texts, rows, request.options).result()
         digest = hashlib.sha256("\0".join(texts).encode("utf-8")).hexdigest()[:12]
         num_generated = sum(answer["generated_tokens"] for answer in answers)
         logger.info(
@@ -107,6 +111,10 @@ class EndpointHandler:
         """Open the pictures of all rows, under limits that hold for the request."""
         pictures = iter(self.fetcher.open_pictures([source for prompt in prompts for source in prompt.pictures]))
         return [[next(pictures) for _ in prompt.pictures] for prompt in prompts]
+
+    def _answer(self, texts: list[str], rows: list[list[Image.Image]], options: Options) -> list[dict[str, Any]]:
+        """Answer all prompts in one forward."""
+        return self._generate(self._prepare(texts, rows, options), options)
 
     def _prepare(self, texts: list[str], rows: list[list[Image.Image]], options: Options) -> Any:
         """Prepare the model's inputs and refuse what its context cannot hold."""

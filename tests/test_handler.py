@@ -14,7 +14,9 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -218,6 +220,23 @@ def test_a_batch_is_one_call_of_generate(handler, monkeypatch):
     monkeypatch.setattr(handler.model, "generate", lambda **kwargs: calls.append(1) or generate(**kwargs))
     say(handler, ROWS)
     assert calls == [1]
+
+
+def test_threads_that_ask_at_once_share_one_model_thread(handler, monkeypatch):
+    alone = [say(handler, row) for row in ROWS]
+    names, generate = [], handler.model.generate
+
+    def watched(**kwargs):
+        names.append(threading.current_thread().name)
+        return generate(**kwargs)
+
+    monkeypatch.setattr(handler.model, "generate", watched)
+    with ThreadPoolExecutor(max_workers=len(ROWS)) as clients:
+        together = list(clients.map(lambda row: say(handler, row), ROWS))
+    assert together == alone
+    assert len(names) == len(ROWS)
+    assert len(set(names)) == 1
+    assert threading.current_thread().name not in names
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
