@@ -22,6 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreame
 
 from data.formats import parse_boxes
 from data.records import Turn, to_message
+from evaluation.checkpoints import find_code
 from evaluation.metrics import box_iou
 
 HERE = Path(__file__).resolve().parent
@@ -120,12 +121,11 @@ def load_examples(model: Path) -> list[Exchange]:
 
 
 def load(folder: Path) -> tuple[Any, Any]:
-    """Load processor and model; `mini` as a subfolder of this repository, where its code is."""
-    source, options = folder, {}
-    if not (folder / "modeling_blip3.py").is_file() and folder.resolve().is_relative_to(HERE):
-        source, options = HERE, {"subfolder": folder.resolve().relative_to(HERE).as_posix()}
-    processor = AutoProcessor.from_pretrained(source, trust_remote_code=True, **options)
-    model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True, dtype=torch.float32, **options)
+    """Load processor and model."""
+    source, subfolder = find_code(folder)
+    options = {"subfolder": subfolder, "trust_remote_code": True}
+    processor = AutoProcessor.from_pretrained(source, **options)
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32, **options)
     print(f"{folder.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters")
     return processor, model.eval()
 

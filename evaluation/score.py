@@ -26,7 +26,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..data.settings import WorldSettings, load_settings
-from .answer import DTYPES, Answerer, Checkpoint, fingerprint, pick_device
+from .answer import DTYPES, Answerer, Checkpoint, pick_device
+from .checkpoints import fingerprint
 from .report import Result, write_report
 from .tasks import SPLIT, TASKS, Question, make_questions
 

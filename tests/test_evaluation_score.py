@@ -13,7 +13,8 @@ import torch
 from blip3.data.settings import WorldSettings
 from blip3.data.world import TASKS as DRAWN
 from blip3.evaluation import score as score_module
-from blip3.evaluation.answer import Checkpoint, find_code, fingerprint
+from blip3.evaluation.answer import Checkpoint
+from blip3.evaluation.checkpoints import find_code, fingerprint
 from blip3.evaluation.metrics import wilson_interval
 from blip3.evaluation.report import Result, draw_plot, summarise
 from blip3.evaluation.score import AnswerFile, ScoreSettings, main, parse_arguments, parse_models, score

@@ -51,7 +51,7 @@ def test_all_of_it_is_small_and_names_no_machine():
         assert "_name_or_path" not in config
 
 
-@pytest.mark.parametrize("task", LEAST)
+@pytest.mark.parametrize("task", [task for task in LEAST if task != "read"])
 def test_it_answers_questions_about_held_out_pictures(instruct, task):
     assert share_right(instruct, task) > LEAST[task]
 
@@ -59,6 +59,7 @@ def test_it_answers_questions_about_held_out_pictures(instruct, task):
 def test_it_reads_pages_by_their_tiles(instruct):
     """The report's finding: shown the global view alone, the same weights read far less (v4's ablation)."""
     tiles = share_right(instruct, "read")
+    assert tiles > LEAST["read"]
     instruct.base_resolution = True
     try:
         assert share_right(instruct, "read") < tiles - 0.25

@@ -142,6 +142,17 @@ def test_wrong_values_are_named(recipe_file, change, message):
         load_recipe(recipe_file, Recipe, [change])
 
 
+@pytest.mark.parametrize(
+    ("line", "key"), [("max_steps: 4", "max_steps"), ("world: {sides: [48, 96], sides: [1, 2]}", "sides")]
+)
+def test_a_key_that_stands_twice_is_refused(recipe_file, line, key):
+    text = recipe_file.read_text().rstrip() + f"\n{line}\n"
+    recipe_file.write_text(text)
+    again = len(text.splitlines())
+    with pytest.raises(ValueError, match=rf"the key '{key}' in line \d+ and again in line {again}, but a key"):
+        load_recipe(recipe_file, Recipe)
+
+
 def test_soap_is_refused_where_matrices_are_sharded(recipe_file):
     assert load_recipe(recipe_file, Recipe, ["optimizer=soap"]).optimizer == "soap"
     with pytest.raises(ValueError, match="optimizer 'soap' and fsdp true, but SOAP needs whole matrices"):

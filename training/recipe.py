@@ -153,10 +153,12 @@ def load_recipe(path: str | Path, kind: type[SomeRecipe], overrides: Sequence[st
         overrides: `key=value` each, value in YAML, in place of the file's.
 
     Raises:
-        ValueError: for an unknown or missing key, or a value that cannot be.
+        ValueError: for an unknown, missing or repeated key, or a value that cannot be.
     """
     path = Path(path)
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    text = path.read_text(encoding="utf-8")
+    check_repetition(str(path), yaml.compose(text))
+    values = yaml.safe_load(text) or {}
     if not isinstance(values, dict):
         raise ValueError(
             f"{path} holds a {type(values).__name__} but a recipe is a mapping of keys to values. It is probably "
@@ -216,6 +218,29 @@ def _as_float(value: str | int) -> Any:
 
 def _is_required(each: Any) -> bool:
     return each.default is MISSING and each.default_factory is MISSING
+
+
+def check_repetition(place: str, node: yaml.Node | None) -> None:
+    """Refuse a key that a mapping has twice, of which YAML would keep the last.
+
+    Raises:
+        ValueError: naming the first, and where both stand.
+    """
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            check_repetition(place, item)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if key.value in seen:
+            raise ValueError(
+                f"{place} has the key {key.value!r} in line {seen[key.value]} and again in line {line}, but a key "
+                "counts once. A line was probably copied and not edited: remove one of the two."
+            )
+        seen[key.value] = line
+        check_repetition(place, value)
 
 
 def check_keys(place: str, values: dict[str, Any], known: Sequence[str]) -> None:
