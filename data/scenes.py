@@ -354,20 +354,41 @@ def quiz_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
 
     A picture costs a model far more than a question, so this teaches more in the same time.
     """
-    if rng.random() < 0.6:
+    if rng.random() < 1 - settings.quiz_counts:
         scene = scattered(rng, split, settings, 1, 4)
     else:
         count, target = int(rng.integers(1, settings.max_count + 1)), pick(rng, ("thing", "colour", "both"))
         scene = draw_scene(rng, compose(rng, split, lambda: _counted(rng, settings, count, target)), settings)
     kinds = [questions for questions in _quiz_questions(scene, settings) if questions]
+    return ask_many(rng, "quiz", kinds, [scene], "<image>\n", settings)
+
+
+def ask_many(
+    rng: Rng,
+    name: str,
+    kinds: Sequence[Sequence[tuple[str, str]]],
+    pictures: Sequence[Any],
+    shown: str,
+    settings: WorldSettings,
+) -> Record:
+    """Build a conversation of `settings.quiz_questions` questions, each kind about as likely.
+
+    Args:
+        rng: decides which, and in which order.
+        name: placeholder id.
+        kinds: (question, answer) by kind, none of them empty.
+        pictures: with `drawing` and `truth`.
+        shown: where the pictures stand, in front of the first question.
+        settings: how many questions; one that is drawn twice is asked once.
+    """
     fewest, most = settings.quiz_questions
     asked: dict[str, str] = {}
     for _ in range(int(rng.integers(fewest, most + 1))):
         question, answer = pick(rng, pick(rng, kinds))
         asked.setdefault(question, answer)
     turns = [turn for pair in asked.items() for turn in zip(("user", "assistant"), pair, strict=True)]
-    turns[0] = ("user", f"<image>\n{turns[0][1]}")
-    return make_record("quiz", "instruction", turns, [scene], turns[-1][1])
+    turns[0] = ("user", shown + turns[0][1])
+    return make_record(name, "instruction", turns, pictures, turns[-1][1])
 
 
 def _quiz_questions(scene: Scene, settings: WorldSettings) -> list[list[tuple[str, str]]]:

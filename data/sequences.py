@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several pictures in one record: comparisons, sequences, interleaved documents, few-shot rules."""
 
+from collections import Counter
 from collections.abc import Callable
 
 from .formats import few_shot_question
@@ -11,6 +12,7 @@ from .scenes import (
     Rng,
     Scene,
     ask,
+    ask_many,
     compose,
     crowd,
     describe,
@@ -28,6 +30,8 @@ from .text_pages import Page, any_string, draw_page
 from .things import plural
 
 ORDINALS = ("first", "second", "third", "fourth")
+_ASK_SAME, _ASK_MORE = "Do the two pictures show the same things?", "Which picture has more {}?"
+_ASK_WHICH = "Which picture shows {}?"
 
 
 def _label_pictures(count: int) -> str:
@@ -43,14 +47,22 @@ def compare_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
 
 
 def _compare_same(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    pictures = _same_or_changed(rng, split, settings)
+    return ask("compare", f"{_label_pictures(2)} {_ASK_SAME}", _is_same(pictures), pictures, choices=["yes", "no"])
+
+
+def _same_or_changed(rng: Rng, split: str, settings: WorldSettings) -> list[Scene]:
+    """Draw one to three things twice, every second time with one of them changed."""
     first = scattered(rng, split, settings, 1, 3)
     is_same = bool(rng.integers(2))
     composition = first.composition
     while not is_same and scene_key(composition) == scene_key(first.composition):
         composition = compose(rng, split, lambda: _changed(rng, first.composition, settings))
-    pictures = [first, draw_scene(rng, composition, settings)]
-    question = f"{_label_pictures(2)} Do the two pictures show the same things?"
-    return ask("compare", question, "yes" if is_same else "no", pictures, choices=["yes", "no"])
+    return [first, draw_scene(rng, composition, settings)]
+
+
+def _is_same(pictures: list[Scene]) -> str:
+    return "yes" if len({scene_key(picture.composition) for picture in pictures}) == 1 else "no"
 
 
 def _changed(rng: Rng, composition: Composition, settings: WorldSettings) -> Composition:
@@ -63,11 +75,16 @@ def _changed(rng: Rng, composition: Composition, settings: WorldSettings) -> Com
 
 def _compare_more(rng: Rng, split: str, settings: WorldSettings) -> Record:
     thing, answer = pick(rng, settings.things), pick(rng, ("the first", "the second", "the same"))
+    pictures = _with_more(rng, split, settings, thing, answer)
+    question = f"{_label_pictures(2)} {_ASK_MORE.format(plural(thing))}"
+    return ask("compare", question, answer, pictures, choices=["the first", "the second", "the same"])
+
+
+def _with_more(rng: Rng, split: str, settings: WorldSettings, thing: str, answer: str) -> list[Scene]:
+    """Draw two pictures with as many of a thing that the answer is right."""
     counts = sorted(pick_many(rng, range(1, settings.max_count + 1), 2), reverse=answer == "the first")
     counts = [counts[0]] * 2 if answer == "the same" else counts
-    pictures = [draw_scene(rng, compose(rng, split, _some_of(rng, settings, thing, n)), settings) for n in counts]
-    question = f"{_label_pictures(2)} Which picture has more {plural(thing)}?"
-    return ask("compare", question, answer, pictures, choices=["the first", "the second", "the same"])
+    return [draw_scene(rng, compose(rng, split, _some_of(rng, settings, thing, n)), settings) for n in counts]
 
 
 def _some_of(rng: Rng, settings: WorldSettings, thing: str, count: int) -> Callable[[], Composition]:
@@ -91,8 +108,45 @@ def _compare_which(rng: Rng, split: str, settings: WorldSettings) -> Record:
             pictures.append(other)
     index = int(rng.integers(2))
     colour, thing = pick(rng, pictures[index].composition)
-    question = f"{_label_pictures(2)} Which picture shows {phrase(colour, thing)}?"
+    question = f"{_label_pictures(2)} {_ASK_WHICH.format(phrase(colour, thing))}"
     return ask("compare", question, f"the {ORDINALS[index]}", pictures, choices=["the first", "the second"])
+
+
+def pair_quiz_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    """Ask many short questions about two pictures: those of `compare`, and what their answers are made of.
+
+    Whether two pictures show the same things is one bit; whether both show this thing, and how many of it, says where
+    that bit comes from.
+    """
+    if rng.random() < 1 - settings.quiz_counts:
+        pictures = _same_or_changed(rng, split, settings)
+    else:
+        thing, answer = pick(rng, settings.things), pick(rng, ("the first", "the second", "the same"))
+        pictures = _with_more(rng, split, settings, thing, answer)
+    kinds = [questions for questions in _pair_questions(pictures) if questions]
+    return ask_many(rng, "pair_quiz", kinds, pictures, f"{_label_pictures(2)} ", settings)
+
+
+def _pair_questions(pictures: list[Scene]) -> list[list[tuple[str, str]]]:
+    """Every question about two scenes, with its answer: same, which, both, more, how many."""
+    first, second = (Counter(picture.composition) for picture in pictures)
+    which, both, more, many = [], [], [], []
+    for kind in dict.fromkeys([*first, *second]):
+        shows = [kind in first, kind in second]
+        both.append((f"Do both pictures show {phrase(*kind)}?", "yes" if all(shows) else "no"))
+        if not all(shows):
+            which.append((_ASK_WHICH.format(phrase(*kind)), f"the {ORDINALS[shows.index(True)]}"))
+    things = [Counter(thing for _, thing in picture.composition) for picture in pictures]
+    for thing in dict.fromkeys([*things[0], *things[1]]):
+        counts = [each[thing] for each in things]
+        winner = "same" if counts[0] == counts[1] else ORDINALS[counts.index(max(counts))]
+        more.append((_ASK_MORE.format(plural(thing)), f"the {winner}"))
+        many += [
+            (f"How many {plural(thing)} are in the {ORDINALS[index]} picture?", str(count))
+            for index, count in enumerate(counts)
+            if count
+        ]
+    return [[(_ASK_SAME, _is_same(pictures))], which, both, more, many]
 
 
 # ------------------------------------------------------------------------------------ several pictures, instruction

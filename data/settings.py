@@ -83,7 +83,9 @@ class WorldSettings:
     max_count: int = 6
     """Largest number of things to count."""
     quiz_questions: tuple[int, int] = (3, 9)
-    """Fewest and most questions of the `quiz` task; one that is drawn twice is asked once."""
+    """Fewest and most questions of the `quiz` and `pair_quiz` tasks; one that is drawn twice is asked once."""
+    quiz_counts: float = 0.4
+    """Share of quizzes about scenes with several equal things, to count, or, of two pictures, to compare in number."""
     num_shots: int = 8
     """Shots of a few-shot record; `to_few_shot_prompt` can keep fewer."""
     box_decimals: int = 3

@@ -47,6 +47,7 @@ TASKS = {
     "interleaved": Task(sequences.interleaved_task, "interleaved"),
     "dialogue": Task(scenes.dialogue_task, "instruction"),
     "quiz": Task(scenes.quiz_task, "instruction"),
+    "pair_quiz": Task(sequences.pair_quiz_task, "instruction"),
     "multi_image": Task(sequences.multi_image_task, "instruction"),
     "form": Task(documents.form_task, "instruction", True),
     "table": Task(documents.table_task, "instruction", True),

@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -226,6 +226,49 @@ def answer_from_objects(question: str, objects: list[dict]) -> tuple[str, set[st
     first, second = boxes[one], boxes[other]
     found = {choices[0]} if first[axis + 2] < second[axis] else set()
     return "relation", found | ({choices[1]} if first[axis] > second[axis + 2] else set())
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_answer_of_a_pair_quiz_follows_from_the_truth(series, split):
+    answers = defaultdict(Counter)
+    for record in series["pair_quiz", split]:
+        scenes = [
+            Counter((each["colour"], each["thing"]) for each in picture["objects"])
+            for picture in record.truth["pictures"]
+        ]
+        assert record.turns[0].text.startswith("Image 1: <image> Image 2: <image> ")
+        asked = [turn.text.rpartition("<image> ")[2] for turn in record.turns[::2]]
+        assert len(set(asked)) == len(asked)
+        for question, answer in zip(asked, (turn.text for turn in record.turns[1::2]), strict=True):
+            kind, truth = answer_from_scenes(question, scenes)
+            assert answer == truth, (record.id, question)
+            answers[kind][answer] += 1
+    assert set(answers.pop("many")) >= set("123")
+    assert {kind: set(counts) for kind, counts in answers.items()} == {
+        "same": {"yes", "no"},
+        "both": {"yes", "no"},
+        "which": {"the first", "the second"},
+        "more": {"the first", "the second", "the same"},
+    }
+    assert all(sum(counts.values()) > 20 for counts in answers.values())
+
+
+def answer_from_scenes(question: str, scenes: list[Counter]) -> tuple[str, str]:
+    """The kind of a question about two scenes and its answer, by the things alone."""
+    places = ("the first", "the second")
+    if question == "Do the two pictures show the same things?":
+        return "same", "yes" if scenes[0] == scenes[1] else "no"
+    if match := re.fullmatch(r"Do both pictures show an? (\w+) (\w+)\?", question):
+        return "both", "yes" if all(match.groups() in scene for scene in scenes) else "no"
+    if match := re.fullmatch(r"Which picture shows an? (\w+) (\w+)\?", question):
+        [place] = [place for place, scene in zip(places, scenes, strict=True) if match.groups() in scene]
+        return "which", place
+    if match := re.fullmatch(r"Which picture has more (\w+)\?", question):
+        counts = [sum(n for (_, thing), n in scene.items() if plural(thing) == match[1]) for scene in scenes]
+        return "more", "the same" if counts[0] == counts[1] else places[counts.index(max(counts))]
+    name, ordinal = re.fullmatch(r"How many (\w+) are in the (first|second) picture\?", question).groups()
+    scene = scenes[("first", "second").index(ordinal)]
+    return "many", str(sum(n for (_, thing), n in scene.items() if plural(thing) == name))
 
 
 def test_boxes_are_where_the_ink_is(series):
