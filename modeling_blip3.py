@@ -36,6 +36,7 @@ from transformers import (
     StaticCache,
 )
 from transformers import __version__ as transformers_version
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -663,6 +664,58 @@ class Blip3Model(Blip3PreTrainedModel):
         return (image_tokens.sum() * 0).to(inputs_embeds.device, inputs_embeds.dtype)
 
 
+# -- a cache that grows in place --------------------------------------------------------------------------------------
+
+
+class _GrowingLayer(DynamicLayer):
+    """`DynamicLayer` that writes tokens into room behind those it has, where transformers' copies all for each token.
+
+    What it has given out never changes. Whoever replaces `keys` or `values` (beams, cropping) costs one copy.
+    """
+
+    room = 64  # tokens
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take (B, H, L, C) keys and values; returns them behind all that came before."""
+        is_growing = self.is_initialized and self.keys.numel() > 0 and not getattr(self, "record_past", False)
+        if not is_growing or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().update(key_states, value_states, *args, **kwargs)
+        if self.is_sliding:
+            self.cumulative_length += key_states.shape[-2]
+        return self._extend("keys", key_states), self._extend("values", value_states)
+
+    def _extend(self, name: str, new: torch.Tensor) -> torch.Tensor:
+        old, num_new = getattr(self, name), new.shape[-2]
+        # all of the memory stands at the view of it that is kept, to be freed with it
+        held, end = getattr(old, "held_until", (old, old.shape[-2]))
+        is_writable = torch.is_inference_mode_enabled() or not held.is_inference()
+        if end + num_new > held.shape[-2] or not is_writable:
+            end = old.shape[-2]
+            held = old.new_empty(*old.shape[:2], end + num_new + self.room, old.shape[-1])
+            held[:, :, :end] = old
+        held[:, :, end : end + num_new] = new
+        whole = held[:, :, end - old.shape[-2] : end + num_new]
+        kept = whole[:, :, 1 - self.sliding_window :] if self.is_sliding else whole[:]
+        kept.held_until = held, end + num_new
+        setattr(self, name, kept)
+        return whole
+
+
+class _GrowingSlidingLayer(_GrowingLayer, DynamicSlidingWindowLayer):
+    """The same over the last tokens of a sliding window."""
+
+
+def grow_in_place(cache: DynamicCache) -> None:
+    """Exchange the empty layers of a cache that `generate` has made for ones that grow in place."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = _GrowingLayer()
+        elif type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[index] = _GrowingSlidingLayer(layer.sliding_window)
+
+
 class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
     """BLIP-3 with its output layer: pictures and text in, text out."""
 
@@ -827,6 +880,16 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
         if is_first and type(past_key_values) is StaticCache and attention_mask is not None:
             model_inputs["attention_mask"] = attention_mask
         return model_inputs
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> None:
+        """Make the cache that is asked for; the default one grows in place."""
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache: Any = model_kwargs.get("past_key_values")
+        if given is None and type(cache) is DynamicCache and not cache.offloading:
+            grow_in_place(cache)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
         """Penalise every generated token when generation starts from embeddings.

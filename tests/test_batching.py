@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Row i of a mixed batch is row i alone, however it is generated, and pictures never change rows."""
 
+import copy
 import sys
 
 import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from support import draw_picture
 
@@ -211,3 +213,64 @@ def test_generate_reads_a_mixed_batch_group_by_group(tiny_model, processor, cach
 def test_rows_are_grouped_where_padding_is_on_the_left_and_much(tiny_model, mask, groups):
     group_rows_by_length = sys.modules[type(tiny_model).__module__].group_rows_by_length
     assert group_rows_by_length(torch.tensor(mask)) == groups
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_cache_that_grows_in_place_holds_what_transformers_does(tiny_model, monkeypatch, window):
+    """Through rooms that fill up, several tokens at once, replaced tensors, other modes and copies."""
+    ours, theirs = growing_layer(tiny_model, window), plain_layer(window)
+    monkeypatch.setattr(type(ours), "room", 3)
+    generator = torch.Generator().manual_seed(0)
+    copies, given = [], []
+    for step, length in enumerate([5, 1, 1, 1, 1, 2, 1, 4, 1, 1, 1, 3, 1, 1, 1]):
+        keys, values = torch.randn(2, 2, 3, length, 4, generator=generator)
+        with torch.inference_mode(step in (5, 6)):
+            pairs = [layer.update(keys, values) for layer in (ours, theirs)]
+        for mine, other in zip(*pairs, strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=0)
+        for name in ("keys", "values"):
+            torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=0)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        given.append((pairs[0][0], pairs[0][0].clone()))
+        if step == 8:
+            for layer in (ours, theirs):
+                layer.reorder_cache(torch.tensor([1, 0]))
+        if step in (3, 10):
+            copies.append((copy.deepcopy(ours), copy.deepcopy(theirs)))
+    for mine, other in copies:  # a copy goes its own way
+        keys = torch.randn(2, 3, 1, 4, generator=generator)
+        for one, another in zip(mine.update(keys, keys), other.update(keys, keys), strict=True):
+            torch.testing.assert_close(one, another, rtol=0, atol=0)
+    for tensor, before in given:
+        torch.testing.assert_close(tensor, before, rtol=0, atol=0)
+
+
+def test_generate_copies_its_cache_once_in_a_room_of_tokens(tiny_model, processor, monkeypatch):
+    kind, extended, memories = type(growing_layer(tiny_model, None)), [], set()
+    extend = kind._extend
+
+    def watched(self, name, new):
+        whole = extend(self, name, new)
+        extended.append(name)
+        memories.add((id(self), name, getattr(self, name).untyped_storage().data_ptr()))
+        return whole
+
+    monkeypatch.setattr(kind, "_extend", watched)
+    generate(tiny_model, processor, ROWS, max_new_tokens=100, min_new_tokens=100)
+    num_layers = tiny_model.config.text_config.num_hidden_layers
+    assert len(extended) == 2 * num_layers * 99
+    assert len(memories) <= 2 * num_layers * 2
+
+
+def plain_layer(window):
+    return DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
+
+
+def growing_layer(model, window):
+    """The layer that `generate` puts in place of transformers' own."""
+    cache = DynamicCache()
+    cache.layers = [plain_layer(window)]
+    sys.modules[type(model).__module__].grow_in_place(cache)
+    assert type(cache.layers[0]) is not type(plain_layer(window))
+    return cache.layers[0]
