@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sixteen prompts at once against one after the other, and a second question about the same pictures."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,7 +58,8 @@ def profile_step(bench: Bench, model: Any, rows: Sequence[int]) -> dict[str, flo
     lengths = torch.tensor([sizes.text_tokens + count * count_image_tokens(OURS, sizes, SQUARE) for count in rows])
     longest, like = int(lengths.max()), {"dtype": model.dtype, "device": model.device}
     shape = (len(rows), sizes.text_heads, longest, sizes.text_width // sizes.text_heads)
-    cache = DynamicCache()
+    cache = DynamicCache(config=model.config.text_config)
+    sys.modules[type(model).__module__].grow_in_place(cache)  # as generate does
     for index in range(sizes.text_layers):
         cache.update(torch.randn(shape, **like), torch.randn(shape, **like), index)
     token = torch.randn(len(rows), 1, sizes.text_width, **like)
