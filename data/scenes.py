@@ -359,8 +359,7 @@ def quiz_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     else:
         count, target = int(rng.integers(1, settings.max_count + 1)), pick(rng, ("thing", "colour", "both"))
         scene = draw_scene(rng, compose(rng, split, lambda: _counted(rng, settings, count, target)), settings)
-    kinds = [questions for questions in _quiz_questions(scene, settings) if questions]
-    return ask_many(rng, "quiz", kinds, [scene], "<image>\n", settings)
+    return ask_many(rng, "quiz", _quiz_questions(scene, settings), [scene], "<image>\n", settings)
 
 
 def ask_many(
@@ -376,11 +375,12 @@ def ask_many(
     Args:
         rng: decides which, and in which order.
         name: placeholder id.
-        kinds: (question, answer) by kind, none of them empty.
+        kinds: (question, answer) by kind; some may be empty, not all.
         pictures: with `drawing` and `truth`.
         shown: where the pictures stand, in front of the first question.
         settings: how many questions; one that is drawn twice is asked once.
     """
+    kinds = [questions for questions in kinds if questions]
     fewest, most = settings.quiz_questions
     asked: dict[str, str] = {}
     for _ in range(int(rng.integers(fewest, most + 1))):

@@ -74,17 +74,18 @@ def _changed(rng: Rng, composition: Composition, settings: WorldSettings) -> Com
 
 
 def _compare_more(rng: Rng, split: str, settings: WorldSettings) -> Record:
-    thing, answer = pick(rng, settings.things), pick(rng, ("the first", "the second", "the same"))
-    pictures = _with_more(rng, split, settings, thing, answer)
+    pictures, thing, answer = _with_more(rng, split, settings)
     question = f"{_label_pictures(2)} {_ASK_MORE.format(plural(thing))}"
     return ask("compare", question, answer, pictures, choices=["the first", "the second", "the same"])
 
 
-def _with_more(rng: Rng, split: str, settings: WorldSettings, thing: str, answer: str) -> list[Scene]:
-    """Draw two pictures with as many of a thing that the answer is right."""
+def _with_more(rng: Rng, split: str, settings: WorldSettings) -> tuple[list[Scene], str, str]:
+    """Draw two pictures of a thing, as many in each as a drawn answer says; gives pictures, thing and answer."""
+    thing, answer = pick(rng, settings.things), pick(rng, ("the first", "the second", "the same"))
     counts = sorted(pick_many(rng, range(1, settings.max_count + 1), 2), reverse=answer == "the first")
     counts = [counts[0]] * 2 if answer == "the same" else counts
-    return [draw_scene(rng, compose(rng, split, _some_of(rng, settings, thing, n)), settings) for n in counts]
+    pictures = [draw_scene(rng, compose(rng, split, _some_of(rng, settings, thing, n)), settings) for n in counts]
+    return pictures, thing, answer
 
 
 def _some_of(rng: Rng, settings: WorldSettings, thing: str, count: int) -> Callable[[], Composition]:
@@ -121,10 +122,8 @@ def pair_quiz_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     if rng.random() < 1 - settings.quiz_counts:
         pictures = _same_or_changed(rng, split, settings)
     else:
-        thing, answer = pick(rng, settings.things), pick(rng, ("the first", "the second", "the same"))
-        pictures = _with_more(rng, split, settings, thing, answer)
-    kinds = [questions for questions in _pair_questions(pictures) if questions]
-    return ask_many(rng, "pair_quiz", kinds, pictures, f"{_label_pictures(2)} ", settings)
+        pictures, _, _ = _with_more(rng, split, settings)
+    return ask_many(rng, "pair_quiz", _pair_questions(pictures), pictures, f"{_label_pictures(2)} ", settings)
 
 
 def _pair_questions(pictures: list[Scene]) -> list[list[tuple[str, str]]]:
