@@ -24,10 +24,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 
 from .records import IMAGE_TOKEN, Picture, Record, RecordError, Turn, read_jsonl, record_from_json
+from .yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -283,10 +283,10 @@ def read_mixture(
     number below the size under-samples, one above it over-samples, `all` or nothing takes every entry once.
 
     Raises:
-        ValueError: if the YAML has another form.
+        ValueError: if the YAML has another form, or a file twice.
         RecordError: naming file, entry and field.
     """
-    mixture = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    mixture = read_yaml(path)
     mixture = mixture.get("data_path", mixture) if isinstance(mixture, dict) else mixture
     counts = list(mixture.values()) if isinstance(mixture, dict) else []
     is_right = [count in (None, "all") or (type(count) is int and count > 0) for count in counts]

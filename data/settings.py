@@ -6,10 +6,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .fonts import FACES
 from .things import THINGS
+from .yaml_files import read_yaml
 
 COLOURS = {
     "red": (217, 38, 38),
@@ -118,16 +117,20 @@ class WorldSettings:
                     f"WorldSettings.{name} is {(low, high)} but must be (smallest, largest), both positive. The two "
                     "were probably swapped: exchange them."
                 )
+        if not 0 <= self.quiz_counts <= 1:
+            raise ValueError(
+                f"WorldSettings.quiz_counts is {self.quiz_counts} but must be a share, from 0 to 1. A percentage was "
+                "probably given: divide it by 100."
+            )
 
 
 def load_settings(path: str | Path) -> WorldSettings:
     """Read settings from a YAML file of field names and values; what it leaves out keeps its default.
 
     Raises:
-        ValueError: for an unknown field or a value that `WorldSettings` refuses.
+        ValueError: for an unknown or repeated field or a value that `WorldSettings` refuses.
     """
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    return settings_from(values, str(path))
+    return settings_from(read_yaml(path), str(path))
 
 
 def settings_from(values: dict[str, Any], place: str = "world") -> WorldSettings:

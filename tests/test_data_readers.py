@@ -127,6 +127,12 @@ def test_wrong_mixtures_are_refused(tmp_path, text):
         list(read_mixture(tmp_path / "mix.yaml"))
 
 
+def test_a_mixture_names_a_file_once(tmp_path):
+    (tmp_path / "mix.yaml").write_text("data_path:\n  llava.json: 4\n  other.json: 2\n  llava.json: 8\n")
+    with pytest.raises(ValueError, match=r"mix\.yaml has the key 'llava\.json' in line 2 and again in line 4"):
+        list(read_mixture(tmp_path / "mix.yaml"))
+
+
 # ---------------------------------------------------------------------------------------------- shards of rows
 
 

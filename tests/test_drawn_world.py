@@ -448,7 +448,14 @@ def test_settings_are_followed():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"colours": ("red",)}, {"things": ("dragon", *THINGS)}, {"fonts": ()}, {"sides": (384, 96)}]
+    "wrong",
+    [
+        {"colours": ("red",)},
+        {"things": ("dragon", *THINGS)},
+        {"fonts": ()},
+        {"sides": (384, 96)},
+        {"quiz_counts": 40},
+    ],
 )
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=r"WorldSettings\.\w+ is .* but must .* probably .*: \w+"):

@@ -142,6 +142,14 @@ def test_wrong_values_are_named(recipe_file, change, message):
         load_recipe(recipe_file, Recipe, [change])
 
 
+def test_a_world_file_says_each_thing_once(recipe_file):
+    world = recipe_file.with_name("world.yaml")
+    world.write_text("sides: [48, 96]\nmax_count: 4\nsides: [1, 2]\n")
+    for read in (lambda: load_settings(world), lambda: load_recipe(recipe_file, Recipe, ["world=world.yaml"])):
+        with pytest.raises(ValueError, match=r"world\.yaml has the key 'sides' in line 1 and again in line 3"):
+            read()
+
+
 @pytest.mark.parametrize(
     ("line", "key"), [("max_steps: 4", "max_steps"), ("world: {sides: [48, 96], sides: [1, 2]}", "sides")]
 )

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -31,6 +30,7 @@ from transformers import (
 from ..data.records import Record
 from ..data.settings import WorldSettings, load_settings
 from ..data.world import TASKS, drawn_records
+from ..data.yaml_files import read_yaml
 from .recipe import check_keys, parse_override
 from .run import match_names, name_tower_for_both_lines
 from .tokenizer import train_tokenizer
@@ -79,7 +79,7 @@ def make_model(
     Raises:
         ValueError: for unknown keys or sizes that contradict each other.
     """
-    values = yaml.safe_load(sizes.read_text(encoding="utf-8"))
+    values = read_yaml(sizes)
     for path, value in map(parse_override, overrides):
         section, _, key = path.rpartition(".")
         (values.setdefault(section, {}) if section else values)[key] = value

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from ..data.yaml_files import read_yaml
+
 MODULES = ("vision_tower", "resampler", "language_model")
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "soap")
@@ -156,9 +158,7 @@ def load_recipe(path: str | Path, kind: type[SomeRecipe], overrides: Sequence[st
         ValueError: for an unknown, missing or repeated key, or a value that cannot be.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
-    check_repetition(str(path), yaml.compose(text))
-    values = yaml.safe_load(text) or {}
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(
             f"{path} holds a {type(values).__name__} but a recipe is a mapping of keys to values. It is probably "
@@ -177,7 +177,7 @@ def load_recipe(path: str | Path, kind: type[SomeRecipe], overrides: Sequence[st
         world = {"file": world}
     if "file" in world:
         rest = {key: value for key, value in world.items() if key != "file"}
-        world = yaml.safe_load((path.parent / world["file"]).read_text(encoding="utf-8")) | rest
+        world = read_yaml(path.parent / world["file"]) | rest
     values["world"] = world
     for each in fields(kind):  # YAML reads 1e-3 as text
         if each.type in (float, float | None) and isinstance(values.get(each.name), str | int):
@@ -218,29 +218,6 @@ def _as_float(value: str | int) -> Any:
 
 def _is_required(each: Any) -> bool:
     return each.default is MISSING and each.default_factory is MISSING
-
-
-def check_repetition(place: str, node: yaml.Node | None) -> None:
-    """Refuse a key that a mapping has twice, of which YAML would keep the last.
-
-    Raises:
-        ValueError: naming the first, and where both stand.
-    """
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            check_repetition(place, item)
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen: dict[str, int] = {}
-    for key, value in node.value:
-        line = key.start_mark.line + 1
-        if key.value in seen:
-            raise ValueError(
-                f"{place} has the key {key.value!r} in line {seen[key.value]} and again in line {line}, but a key "
-                "counts once. A line was probably copied and not edited: remove one of the two."
-            )
-        seen[key.value] = line
-        check_repetition(place, value)
 
 
 def check_keys(place: str, values: dict[str, Any], known: Sequence[str]) -> None:
