@@ -240,6 +240,28 @@ def test_the_resampler_goes_through_the_attention_interface(tiny_repo, processor
     assert len(calls) >= 2
 
 
+def test_a_cpu_infers_few_tiles_at_a_time(tiny_model, processor, monkeypatch):
+    images = dict(processor.image_processor([draw_picture(150, 150), draw_picture(60, 300)], return_tensors="pt"))
+    num_tiles, module = [], sys.modules[type(tiny_model.model).__module__]
+    hook = tiny_model.model.vision_tower.register_forward_pre_hook(lambda _, given: num_tiles.append(len(given[0])))
+    try:
+        with torch.inference_mode():
+            at_once = tiny_model.get_image_features(**images)
+            monkeypatch.setattr(module, "_CACHED_VALUES", 1)
+            apart = tiny_model.get_image_features(**images)
+            asked_for_more = tiny_model.get_image_features(**images, output_hidden_states=True)
+        tiny_model.get_image_features(**images)  # with gradients
+    finally:
+        hook.remove()
+    total = num_tiles[0]
+    assert total > 5
+    assert num_tiles == [total] + [1] * total + [total, total]
+    assert torch.allclose(apart.last_hidden_state, at_once.last_hidden_state, atol=1e-5)
+    assert len(asked_for_more.hidden_states[-1]) == total
+    for one, other in zip(apart.pooler_output, at_once.pooler_output, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
 @pytest.mark.parametrize("changes", [{"token_sampling": "fixed"}, {"tile_grouping": "tiles"}])
 def test_other_samplings_run_and_count_their_tokens(tiny_repo, processor, changes):
     config = AutoConfig.from_pretrained(tiny_repo, trust_remote_code=True)
