@@ -46,7 +46,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .configuration_blip3 import Blip3Config, Blip3ResamplerConfig
 from .image_processing_blip3 import count_tiles, grid_of
 
-# Values a layer of the vision tower gives at once on a CPU, in float32; twenty times as many take a quarter longer each.
+# Values a layer of the vision tower gives at once on a CPU in float32; twenty times as many take a quarter longer.
 _CACHED_VALUES = 2**18
 
 try:  # transformers 5: initialisers that leave loaded weights alone
@@ -420,7 +420,7 @@ class Blip3Model(Blip3PreTrainedModel):
     def _encode_tiles(self, tiles: torch.Tensor, **kwargs: bool) -> BaseModelOutputWithPooling:
         """Run the vision tower on (N, 3, S, S).
 
-        In float32 a CPU infers few tiles at a time, whose activations fit its caches. In bfloat16 it waits for arithmetic.
+        In float32 a CPU infers few tiles at a time, whose activations fit its caches; bfloat16 gains nothing.
         """
         settings, dtype = self.config.vision_config, self.vision_tower.dtype
         is_bound_by_memory = tiles.device.type == "cpu" and dtype == torch.float32
