@@ -424,7 +424,8 @@ class Blip3Model(Blip3PreTrainedModel):
         """
         settings, dtype = self.config.vision_config, self.vision_tower.dtype
         is_bound_by_memory = tiles.device.type == "cpu" and dtype == torch.float32
-        if not is_bound_by_memory or torch.is_grad_enabled() or self._is_sharded or kwargs:
+        gives_more = bool(kwargs or settings.output_hidden_states or settings.output_attentions)
+        if not is_bound_by_memory or gives_more or torch.is_grad_enabled() or self._is_sharded:
             return self.vision_tower(tiles.to(dtype), return_dict=True, **kwargs)
         num_values = (settings.image_size // settings.patch_size) ** 2 * settings.hidden_size
         parts = tiles.split(max(1, _CACHED_VALUES // num_values))

@@ -250,14 +250,17 @@ def test_a_cpu_infers_few_tiles_at_a_time(tiny_model, processor, monkeypatch):
             monkeypatch.setattr(module, "_CACHED_VALUES", 1)
             apart = tiny_model.get_image_features(**images)
             asked_for_more = tiny_model.get_image_features(**images, output_hidden_states=True)
+            monkeypatch.setattr(tiny_model.config.vision_config, "output_hidden_states", True)
+            told_to_give_more = tiny_model.get_image_features(**images)
+            monkeypatch.undo()
         tiny_model.get_image_features(**images)  # with gradients
     finally:
         hook.remove()
     total = num_tiles[0]
     assert total > 5
-    assert num_tiles == [total] + [1] * total + [total, total]
+    assert num_tiles == [total] + [1] * total + [total, total, total]
     assert torch.allclose(apart.last_hidden_state, at_once.last_hidden_state, atol=1e-5)
-    assert len(asked_for_more.hidden_states[-1]) == total
+    assert len(asked_for_more.hidden_states[-1]) == len(told_to_give_more.hidden_states[-1]) == total
     for one, other in zip(apart.pooler_output, at_once.pooler_output, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
 
