@@ -3,6 +3,8 @@
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -194,6 +196,25 @@ def test_a_saved_recipe_reloads_equal_and_complete(path, tmp_path):
     assert load_recipe(tmp_path / "deep" / "recipe.yaml", kind) == recipe
     saved = yaml.safe_load((tmp_path / "deep" / "recipe.yaml").read_text())
     assert list(saved) == [each.name for each in fields(kind)]
+
+
+def test_a_recipe_is_read_whole_while_another_process_saves_it(recipe_file, tmp_path):
+    recipe, saved = load_recipe(recipe_file, Recipe), tmp_path / "run" / "recipe.yaml"
+    save_recipe(recipe, saved)
+    done = threading.Event()
+
+    def save_again() -> None:
+        while not done.is_set():
+            save_recipe(recipe, saved)
+
+    with ThreadPoolExecutor(1) as pool:
+        saving = pool.submit(save_again)
+        try:
+            assert all(load_recipe(saved, Recipe) == recipe for _ in range(100))
+        finally:
+            done.set()
+        saving.result()
+    assert [path.name for path in saved.parent.iterdir()] == ["recipe.yaml"]
 
 
 # -- a folder of another run ------------------------------------------------------------------------------------------

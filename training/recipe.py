@@ -3,6 +3,7 @@
 
 import argparse
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -237,7 +238,13 @@ def check_keys(place: str, values: dict[str, Any], known: Sequence[str]) -> None
 
 
 def save_recipe(recipe: RunRecipe, path: str | Path) -> None:
-    """Write the resolved recipe, every default included, as YAML that `load_recipe` reads."""
+    """Write the resolved recipe, every default included, as YAML that `load_recipe` reads.
+
+    The file appears whole: another process that resumes the same run may be reading it.
+    """
+    path = Path(path)
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    unfinished.replace(path)
