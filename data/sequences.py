@@ -24,14 +24,15 @@ from .scenes import (
     pick_many,
     scattered,
 )
-from .settings import LABELS, WorldSettings
-from .splits import draw_until, rule_key, scene_key
+from .settings import LABELS, WORDS, WorldSettings
+from .splits import draw_until, rule_key, scene_key, split_of, string_key
 from .text_pages import Page, any_string, draw_page
 from .things import plural
 
 ORDINALS = ("first", "second", "third", "fourth")
 _ASK_SAME, _ASK_MORE = "Do the two pictures show the same things?", "Which picture has more {}?"
 _ASK_WHICH = "Which picture shows {}?"
+_REPEATED_WORDS = 48  # in a text of repetitions, at most
 
 
 def _label_pictures(count: int) -> str:
@@ -231,16 +232,21 @@ def rule_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """Follow a rule that only the shots give: two made-up words for two colours, things, counts or places.
 
     Every shot and the query show one of the two values, each about equally often among the shots; everything else
-    about the pictures is drawn anew, so nothing but the rule explains the words.
+    about the pictures is drawn anew, so nothing but the rule explains the words. A share of shots, `rule_named`, says
+    the value before the word.
     """
-    attribute = pick(rng, tuple(_SHOWN))
+    attribute = pick(rng, settings.rule_attributes)
     labels = draw_until(split, lambda: _labels(rng, attribute, settings), lambda labels: rule_key(attribute, labels))
     values = list(labels)
     half = [values[index % 2] for index in range(settings.num_shots)]
     shown = [*pick_many(rng, half, len(half)), pick(rng, values)]
     pictures = [_SHOWN[attribute](rng, split, settings, value) for value in shown]
     question = few_shot_question("Which word?")
-    turns = [("document", f"{question}{labels[value]}") for value in shown[:-1]]
+    is_named = rng.random(len(half)) < settings.rule_named if settings.rule_named else [False] * len(half)
+    answers = [
+        f"{value} {labels[value]}" if is_named[index] else labels[value] for index, value in enumerate(shown[:-1])
+    ]
+    turns = [("document", f"{question}{answer}") for answer in answers]
     turns += [("user", question), ("assistant", labels[shown[-1]])]
     answer = labels[shown[-1]]
     rule = {"attribute": attribute, "labels": labels, "keys": [rule_key(attribute, labels)]}
@@ -285,3 +291,23 @@ _SHOWN: dict[str, Callable[..., Scene]] = {
     "count": _show_count,
     "place": _show_place,
 }
+
+
+def repetition_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    """Repeat random words, without a picture: a list in its order, or pairs of words in ever new orders.
+
+    From the second time on every word of a list, and every second word of a pair, stands in the text before, and
+    nowhere else: what follows is known to a model that copies. Few-shot rules need that (docs/training.md).
+    """
+    known = [word for word in WORDS if split_of(string_key(word)) == split]
+    if rng.integers(2):
+        words = pick_many(rng, known, int(rng.integers(3, 13)))
+        text = " ".join(words * (_REPEATED_WORDS // len(words)))
+    else:
+        first = pick_many(rng, known, int(rng.integers(2, 7)))
+        words = [*first, *pick_many(rng, LABELS, len(first))]
+        pairs = [f"{word} {label}" for word, label in zip(first, words[len(first) :], strict=True)]
+        repeats = range(_REPEATED_WORDS // len(words))
+        text = ", ".join(pair for _ in repeats for pair in pick_many(rng, pairs, len(pairs)))
+    keys = [string_key(word) for word in words if word not in LABELS]
+    return make_record("repetition", "interleaved", [("document", text)], [], text, keys=keys)

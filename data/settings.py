@@ -51,6 +51,9 @@ _LABELS = "dax wug blick fep toma zup kiki bouba gorp plim vash moxi teeb norp q
 LABELS = tuple(_LABELS.split())
 """Made-up words that few-shot rules give a meaning."""
 
+RULE_ATTRIBUTES = ("colour", "thing", "count", "place")
+"""What few-shot rules may look at."""
+
 _FURNITURE = """
 receipt invoice ticket form label badge name city street date table total code phone price room seat number item
 count weight order stock sales visitors rain votes private pin owner warning sample official poison keep out
@@ -87,6 +90,10 @@ class WorldSettings:
     """Share of quizzes about scenes with several equal things, to count, or, of two pictures, to compare in number."""
     num_shots: int = 8
     """Shots of a few-shot record; `to_few_shot_prompt` can keep fewer."""
+    rule_attributes: tuple[str, ...] = RULE_ATTRIBUTES
+    """What few-shot rules look at."""
+    rule_named: float = 0.0
+    """Share of shots that say what the rule looks at before its word, `red wug`: then the word can be copied by it."""
     box_decimals: int = 3
     """Digits after the point in boxes that are asked for; the report's finest level has 3."""
     ocr_granularities: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
@@ -101,10 +108,14 @@ class WorldSettings:
     """Names from `fonts.FACES`."""
 
     def __post_init__(self) -> None:
-        for name, known in (("colours", COLOURS), ("things", THINGS), ("fonts", FACES)):
+        for name, least, known in (
+            ("colours", 4, COLOURS),
+            ("things", 4, THINGS),
+            ("fonts", 1, FACES),
+            ("rule_attributes", 1, RULE_ATTRIBUTES),
+        ):
             given = getattr(self, name)
             unknown = [value for value in given if value not in known]
-            least = 1 if name == "fonts" else 4
             if unknown or len(given) < least:
                 raise ValueError(
                     f"WorldSettings.{name} is {given} but must hold at least {least} of {', '.join(known)}. "
@@ -117,11 +128,12 @@ class WorldSettings:
                     f"WorldSettings.{name} is {(low, high)} but must be (smallest, largest), both positive. The two "
                     "were probably swapped: exchange them."
                 )
-        if not 0 <= self.quiz_counts <= 1:
-            raise ValueError(
-                f"WorldSettings.quiz_counts is {self.quiz_counts} but must be a share, from 0 to 1. A percentage was "
-                "probably given: divide it by 100."
-            )
+        for name in ("quiz_counts", "rule_named"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"WorldSettings.{name} is {getattr(self, name)} but must be a share, from 0 to 1. A percentage "
+                    "was probably given: divide it by 100."
+                )
 
 
 def load_settings(path: str | Path) -> WorldSettings:

@@ -45,6 +45,7 @@ TASKS = {
     "ocr": Task(text_pages.ocr_task, "ocr"),
     "grounding": Task(scenes.grounding_task, "grounding"),
     "interleaved": Task(sequences.interleaved_task, "interleaved"),
+    "repetition": Task(sequences.repetition_task, "interleaved"),
     "dialogue": Task(scenes.dialogue_task, "instruction"),
     "quiz": Task(scenes.quiz_task, "instruction"),
     "pair_quiz": Task(sequences.pair_quiz_task, "instruction"),
@@ -114,6 +115,6 @@ def drawn_records(
 
 
 def content_keys(record: Record) -> list[str]:
-    """Give every content key of a drawn record: of its scenes, its strings and its rule."""
+    """Give every content key of a drawn record: of its scenes, its strings, its rule and its words."""
     keys = [key for picture in record.truth["pictures"] for key in picture["keys"]]
-    return keys + record.truth.get("rule", {}).get("keys", [])
+    return keys + record.truth.get("rule", {}).get("keys", []) + record.truth.get("keys", [])

@@ -335,6 +335,42 @@ def test_rules_can_be_learned_only_from_the_shots(series):
     assert max(words.values()) < 60  # no word is right by itself
 
 
+def test_a_share_of_shots_says_what_the_rule_looks_at():
+    named = []
+    for record in drawn_records("rule", "train", 0, 40, WorldSettings(rule_named=0.5, rule_attributes=("thing",))):
+        labels = record.truth["rule"]["labels"]
+        assert record.truth["rule"]["attribute"] == "thing"
+        *shots, _, query = record.turns
+        for shot, picture in zip(shots, record.truth["pictures"], strict=False):
+            (value,) = {each["thing"] for each in picture["objects"]}
+            answer = shot.text.removeprefix("<image>Question:Which word? Short answer:")
+            assert answer in (labels[value], f"{value} {labels[value]}")
+            named.append(answer != labels[value])
+        assert query.text == record.truth["answer"]  # what is asked is never said
+    assert 0.4 < sum(named) / len(named) < 0.6
+
+
+def test_repetitions_can_be_copied_from_the_text_before(series):
+    """Every word comes again; after its first time it follows from what stood around it then."""
+    forms = Counter()
+    for record in (record for split in SPLITS for record in series["repetition", split]):
+        assert not record.images
+        (turn,) = record.turns
+        pairs = [tuple(pair.split()) for pair in turn.text.split(", ")]
+        words = turn.text.replace(",", "").split()
+        assert len(words) <= 48
+        if len(pairs) > 1:
+            assert len(set(pairs)) == len({first for first, _ in pairs}) == len({label for _, label in pairs})
+            assert min(Counter(pairs).values()) > 1
+            forms["pairs"] += 1
+        else:
+            period = len(set(words))
+            assert words == words[:period] * (len(words) // period)
+            assert len(words) // period > 1
+            forms["list"] += 1
+    assert min(forms.values()) > 60
+
+
 @pytest.mark.parametrize("task", ["relation", "compare", "refusal"])
 def test_answers_are_balanced(series, task):
     records = [record for split in SPLITS for record in series[task, split]]
@@ -455,6 +491,8 @@ def test_settings_are_followed():
         {"fonts": ()},
         {"sides": (384, 96)},
         {"quiz_counts": 40},
+        {"rule_named": -0.1},
+        {"rule_attributes": ("size",)},
     ],
 )
 def test_wrong_settings_are_refused(wrong):

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models with fresh weights: sizes from a file and from the command line."""
 
+import json
 import sys
 
 import pytest
 from transformers import AutoProcessor
 
+from blip3.data.settings import load_settings
+from blip3.data.yaml_files import read_yaml
 from blip3.training import new_model
-from blip3.training.new_model import make_model
-from support import draw_picture, load_model
+from blip3.training.new_model import drawn_texts, make_model
+from blip3.training.tokenizer import train_tokenizer
+from support import ROOT, draw_picture, load_model
 from training_support import SIZES, write_sizes
 
 
@@ -34,3 +38,14 @@ def test_sizes_on_the_command_line_reach_model_and_processor(tmp_path, monkeypat
 def test_an_override_that_names_nothing_is_refused(tmp_path, override):
     with pytest.raises(ValueError, match=override.split("=")[0].split(".")[-1]):
         make_model(write_sizes(tmp_path), tmp_path / "new", samples=5, overrides=[override])
+
+
+def test_the_small_model_s_tokenizer_comes_out_of_its_sizes_again():
+    """Tasks that the drawn world learns later must not move the token ids that its weights know."""
+    recipes = ROOT / "training" / "recipes" / "mini"
+    values = read_yaml(recipes / "model.yaml")
+    texts = drawn_texts(load_settings(recipes / values["world"]), 400, values["tokenizer_tasks"])
+    trained = json.loads(train_tokenizer(texts, values["vocab_size"]).backend_tokenizer.to_str())["model"]
+    shipped = json.loads((ROOT / "mini" / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    assert trained["vocab"] == shipped["vocab"]
+    assert trained["merges"] == shipped["merges"]

@@ -97,6 +97,15 @@ def test_the_page_names_every_file_and_only_keys_that_exist():
     assert keys <= {each.name for each in fields(Recipe)}
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_tf32_is_asked_for_only_where_there_is_some(recipe_file, monkeypatch, is_there):
+    monkeypatch.setattr(run, "is_torch_tf32_available", lambda: is_there)
+    monkeypatch.setattr(run, "TrainingArguments", lambda **given: given)
+    given = run.training_arguments(load_recipe(recipe_file, Recipe, ["tf32=true"]))
+    assert given.get("tf32", False) == is_there
+    assert "tf32" not in run.training_arguments(load_recipe(recipe_file, Recipe))
+
+
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 

@@ -37,7 +37,16 @@ from .tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE_FILES = ("configuration_blip3.py", "image_processing_blip3.py", "processing_blip3.py", "modeling_blip3.py")
-KEYS = ("vision_config", "resampler_config", "text_config", "tile_grids", "vocab_size", "system_prompt", "world")
+KEYS = (
+    "vision_config",
+    "resampler_config",
+    "text_config",
+    "tile_grids",
+    "vocab_size",
+    "tokenizer_tasks",
+    "system_prompt",
+    "world",
+)
 
 
 def main() -> None:
@@ -67,8 +76,9 @@ def make_model(
 
     Args:
         sizes: YAML with `vision_config`, `resampler_config`, `text_config`, `tile_grids`, `vocab_size`, optionally
-            `system_prompt` (empty by default: a small model has no tokens to spare) and `world`, a YAML file of
-            `WorldSettings` beside it.
+            `system_prompt` (empty by default: a small model has no tokens to spare), `tokenizer_tasks`, whose drawn
+            texts the tokenizer is trained on (every task by default), and `world`, a YAML file of `WorldSettings`
+            beside it.
         output: created if missing.
         seed: of the weights.
         samples: drawn records per task that the tokenizer is trained on.
@@ -88,7 +98,8 @@ def make_model(
     output.mkdir(parents=True, exist_ok=True)
     for name in CODE_FILES:
         shutil.copyfile(ROOT / name, output / name)
-    tokenizer = train_tokenizer(drawn_texts(world, samples), values["vocab_size"])
+    texts = drawn_texts(world, samples, values.get("tokenizer_tasks", tuple(TASKS)))
+    tokenizer = train_tokenizer(texts, values["vocab_size"])
     save_tokenizer(tokenizer, output)
     _write_template(output, values.get("system_prompt", ""))
     _write_configs(output, values, tokenizer)
@@ -122,9 +133,13 @@ def scale_fresh_weights(model: Any) -> None:
     model.model.resampler.latents.normal_(std=1.0)
 
 
-def drawn_texts(world: WorldSettings, samples: int) -> Iterator[str]:
-    """Give the texts of drawn training records, every task."""
-    for task in TASKS:
+def drawn_texts(world: WorldSettings, samples: int, tasks: Sequence[str]) -> Iterator[str]:
+    """Give the texts of drawn training records, task by task.
+
+    Raises:
+        ValueError: for an unknown task.
+    """
+    for task in tasks:
         for record in drawn_records(task, "train", seed=0, count=samples, settings=world):
             yield from _texts(record)
 

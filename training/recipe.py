@@ -51,6 +51,8 @@ class RunRecipe:
     """Gradients are scaled down to this norm."""
     bf16: bool = False
     """Mixed precision in bfloat16."""
+    tf32: bool = False
+    """Products of float32 matrices with 10 bits of mantissa (TensorFloat-32); only on GPUs that have it."""
     log_every: int = 50
     """Steps between lines of the log."""
     save_every: int = 500

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import TrainerState
+from transformers.utils import is_torch_tf32_available
 
 from .recipe import Recipe, RunRecipe, load_recipe, save_recipe
 
@@ -95,6 +96,8 @@ def training_arguments(recipe: RunRecipe, **others: Any) -> TrainingArguments:
         others |= {"use_cpu": True, "ddp_backend": "gloo" if num_processes() > 1 else None}
     # transformers 4.57 leaves a run's precision in the environment, where the next one would take it for granted
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if recipe.bf16 else "no"
+    if recipe.tf32 and is_torch_tf32_available():  # unasked, transformers refuses it elsewhere
+        others |= {"tf32": True}
     if isinstance(recipe, Recipe):
         if recipe.gradient_checkpointing:
             others |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
