@@ -14,7 +14,7 @@ import torch
 
 from .clock import Comparison, Contestant, timed
 from .contestants import BARE, OURS, SQUARE, count_image_tokens, prefill
-from .parts import Bench, describe_comparison
+from .parts import Bench
 from .products import bare_products, count_flops, record_products
 
 PARTS, ARITHMETIC = "parts", "arithmetic"
@@ -29,8 +29,7 @@ def measure_overhead(bench: Bench) -> list[Comparison]:
         for attention in ATTENTIONS:
             reason = bench.too_long(OURS, dtype, [1]) if attention != ATTENTIONS[0] else ""
             if reason:
-                found.append(Comparison(name_of(dtype, attention), "ms", {}, left_out={OURS: reason}))
-                bench.say(describe_comparison(found[-1]))
+                found += bench.compare(name_of(dtype, attention), {}, {}, left_out={OURS: reason})
             else:
                 found += _measure_one(bench, dtype, attention)
     return found

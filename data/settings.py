@@ -80,6 +80,8 @@ class WorldSettings:
     """Smallest font size, in pixels; pages too small for it are enlarged."""
     max_characters: int = 6
     """Longest string of random characters to read."""
+    made_up_words: float = 0.0
+    """Share of strings to read that are made-up words, so that nobody reads by knowing the words there are."""
     ocr_strings: tuple[int, int] = (1, 4)
     """Fewest and most strings on a page of the `ocr` task."""
     max_count: int = 6
@@ -128,7 +130,7 @@ class WorldSettings:
                     f"WorldSettings.{name} is {(low, high)} but must be (smallest, largest), both positive. The two "
                     "were probably swapped: exchange them."
                 )
-        for name in ("quiz_counts", "rule_named"):
+        for name in ("made_up_words", "quiz_counts", "rule_named"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
                     f"WorldSettings.{name} is {getattr(self, name)} but must be a share, from 0 to 1. A percentage "

@@ -14,6 +14,7 @@ from .settings import CHARACTERS, WORDS, WorldSettings
 from .splits import draw_until, string_key
 
 INKS = ("#111111", "#1c2b4a", "#4a1c1c", "#15402a", "#3a1c4a", "#5a3a10")
+_LETTERS = "".join(WORDS)  # with repetitions: drawn from, it gives letters as often as words do
 _PAPERS = ("#ffffff", "#f8f3e6", "#eaf1f7", "#eef5ea", "#fff6c9")
 
 
@@ -58,6 +59,11 @@ def word(rng: Rng, split: str, longest: int = 99) -> str:
     return pick(rng, (str.lower, str.upper, str.title))(draw_string(rng, split, lambda: pick(rng, known)))
 
 
+def made_up_word(rng: Rng, split: str, length: int) -> str:
+    """Draw random letters, each as frequent as in the English words, cased like `word`."""
+    return pick(rng, (str.lower, str.upper, str.title))(code(rng, split, length, _LETTERS))
+
+
 def number(rng: Rng, split: str, below: int = 1000) -> str:
     """Draw a number of at least two digits."""
     return draw_string(rng, split, lambda: str(rng.integers(10, below)))
@@ -67,6 +73,8 @@ def any_string(rng: Rng, split: str, settings: WorldSettings) -> str:
     """Draw a string to read: a code (mostly), a number or a word of 1 to `max_characters` characters."""
     kind, longest = rng.random(), settings.max_characters
     length = int(rng.integers(1, longest + 1))
+    if settings.made_up_words and rng.random() < settings.made_up_words:
+        return made_up_word(rng, split, max(length, 2))
     if kind < 0.6 or longest < 4:
         return code(rng, split, length)
     if kind < 0.8:

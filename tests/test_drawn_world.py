@@ -350,6 +350,18 @@ def test_a_share_of_shots_says_what_the_rule_looks_at():
     assert 0.4 < sum(named) / len(named) < 0.6
 
 
+def test_a_share_of_strings_are_made_up_words():
+    settings = WorldSettings(made_up_words=0.5)
+    for split in SPLITS:
+        answers = [record.truth["answer"] for record in drawn_records("read", split, 0, 300, settings)]
+        assert all(split_of(string_key(answer)) == split for answer in answers)
+        assert {len(answer) for answer in answers} == {1, 2, 3, 4, 5, 6}
+        lower = [text for text in answers if text.isalpha() and text[1:].islower()]  # only words have small letters
+        made_up = [text for text in lower if text.lower() not in WORDS]
+        assert 0.25 < len(made_up) / len(answers) < 0.42  # two thirds of one half: the others are in capitals
+        assert set("".join(made_up).lower()) >= set("aeiourstlnj")
+
+
 def test_repetitions_can_be_copied_from_the_text_before(series):
     """Every word comes again; after its first time it follows from what stood around it then."""
     forms = Counter()
@@ -492,6 +504,7 @@ def test_settings_are_followed():
         {"sides": (384, 96)},
         {"quiz_counts": 40},
         {"rule_named": -0.1},
+        {"made_up_words": 50},
         {"rule_attributes": ("size",)},
     ],
 )

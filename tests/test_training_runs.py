@@ -17,8 +17,10 @@ from transformers import AutoProcessor
 
 from blip3.data.records import Record, Turn, write_jsonl
 from blip3.training import train as stage
+from blip3.training.average import average
 from blip3.training.encode import Encoder, TooLongError
 from blip3.training.mixture import Mixture
+from blip3.training.new_model import make_model
 from support import draw_picture, load_model
 from training_support import (
     WORLD,
@@ -147,6 +149,26 @@ def test_each_stage_leaves_a_complete_folder(stages, name):
     final = stages / name / "final"
     assert_is_complete(final)
     assert list((stages / name / "runs").rglob("events.out.tfevents.*")), "curves for TensorBoard"
+
+
+def test_the_mean_of_two_stages_is_a_complete_folder(stages, tmp_path):
+    finals = [stages / name / "final" for name in ("2_sft", "3_sft_multi_image")]
+    average(finals, tmp_path / "mean")
+    assert_is_complete(tmp_path / "mean")
+    one, other, mean = (weights_in(folder) for folder in (*finals, tmp_path / "mean"))
+    assert changed_parts(one, mean) == changed_parts(one, other)
+    for name, weight in mean.items():
+        torch.testing.assert_close(weight, (one[name] + other[name]) / 2)
+    assert (tmp_path / "mean" / "recipe.yaml").read_text() == (finals[1] / "recipe.yaml").read_text()
+
+
+def test_means_of_one_or_of_unlike_models_are_refused(small_model, tmp_path):
+    make_model(write_sizes(tmp_path), tmp_path / "other", samples=20, overrides=["resampler_config.num_latents=3"])
+    with pytest.raises(ValueError, match=r"1 model was given .* probably .*: name it"):
+        average([small_model], tmp_path / "mean")
+    with pytest.raises(ValueError, match=r"do not have the same tensors.* probably .*: average models"):
+        average([small_model, tmp_path / "other"], tmp_path / "mean")
+    assert not (tmp_path / "mean").exists()
 
 
 def test_each_stage_starts_where_the_one_before_ended_and_keeps_the_tower(stages):

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Average the weights of models that were trained from one another.
+
+    python -m blip3.training.average outputs/mini/3_averaged outputs/mini/3c_sft_multi_image/final \
+        outputs/mini/3d_sft_multi_image/final
+
+A fine-tuned model and the one it began with lie in one basin of the loss: their mean often keeps what the second
+forgets and has most of what it learned ("Robust fine-tuning of zero-shot models", arXiv:2109.01903).
+"""
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText
+
+from .run import SAVED_RECIPE, copy_processor
+
+
+def main() -> None:
+    """Read the command line and write the mean."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("sources", type=Path, nargs="+", help="trained folders, such as outputs/run/final")
+    args = parser.parse_args()
+    average(args.sources, args.output)
+
+
+@torch.no_grad()
+def average(sources: Sequence[Path], output: Path) -> None:
+    """Write the mean of models as a complete folder: weights in float32, and code, processor and recipe of the last.
+
+    Args:
+        sources: folders of two or more models of the same sizes.
+        output: made if need be.
+
+    Raises:
+        ValueError: for fewer than two, or for models that do not have the same tensors.
+    """
+    if len(sources) < 2:
+        raise ValueError(
+            f"{len(sources)} model was given but a mean needs two or more. The output was probably left out: name it "
+            "first."
+        )
+    total: dict[str, torch.Tensor] = {}
+    for source in sources:
+        model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True, dtype=torch.float32)
+        weights = model.state_dict()
+        total = total or {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        if _shapes(weights) != _shapes(total):
+            name, shape = min(_shapes(weights) ^ _shapes(total))
+            raise ValueError(
+                f"{source} and {sources[0]} do not have the same tensors: only one of the two has {name} of shape "
+                f"{shape}. They are probably models of different sizes: average models trained from one another."
+            )
+        for name, weight in weights.items():
+            total[name] += weight
+    model.load_state_dict({name: weight / len(sources) for name, weight in total.items()})
+    model.save_pretrained(output)
+    copy_processor(sources[-1], output)
+    shutil.copyfile(Path(sources[-1]) / SAVED_RECIPE, Path(output) / SAVED_RECIPE)
+
+
+def _shapes(weights: dict[str, torch.Tensor]) -> set[tuple[str, tuple[int, ...]]]:
+    return {(name, tuple(weight.shape)) for name, weight in weights.items()}
+
+
+if __name__ == "__main__":
+    main()
