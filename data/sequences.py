@@ -3,6 +3,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 
 from .formats import few_shot_question
 from .records import Record
@@ -242,11 +243,9 @@ def rule_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     shown = [*pick_many(rng, half, len(half)), pick(rng, values)]
     pictures = [_SHOWN[attribute](rng, split, settings, value) for value in shown]
     question = few_shot_question("Which word?")
-    is_named = rng.random(len(half)) < settings.rule_named if settings.rule_named else [False] * len(half)
-    answers = [
-        f"{value} {labels[value]}" if is_named[index] else labels[value] for index, value in enumerate(shown[:-1])
-    ]
-    turns = [("document", f"{question}{answer}") for answer in answers]
+    is_named = rng.random(len(half)) < settings.rule_named
+    names = [f"{value} " if named else "" for value, named in zip(shown[:-1], is_named, strict=True)]
+    turns = [("document", f"{question}{name}{labels[value]}") for name, value in zip(names, shown[:-1], strict=True)]
     turns += [("user", question), ("assistant", labels[shown[-1]])]
     answer = labels[shown[-1]]
     rule = {"attribute": attribute, "labels": labels, "keys": [rule_key(attribute, labels)]}
@@ -299,15 +298,20 @@ def repetition_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     From the second time on every word of a list, and every second word of a pair, stands in the text before, and
     nowhere else: what follows is known to a model that copies. Few-shot rules need that (docs/training.md).
     """
-    known = [word for word in WORDS if split_of(string_key(word)) == split]
+    known = _words_of(split)
     if rng.integers(2):
         words = pick_many(rng, known, int(rng.integers(3, 13)))
         text = " ".join(words * (_REPEATED_WORDS // len(words)))
     else:
-        first = pick_many(rng, known, int(rng.integers(2, 7)))
-        words = [*first, *pick_many(rng, LABELS, len(first))]
-        pairs = [f"{word} {label}" for word, label in zip(first, words[len(first) :], strict=True)]
-        repeats = range(_REPEATED_WORDS // len(words))
+        words = pick_many(rng, known, int(rng.integers(2, 7)))
+        labels = pick_many(rng, LABELS, len(words))
+        pairs = [f"{word} {label}" for word, label in zip(words, labels, strict=True)]
+        repeats = range(_REPEATED_WORDS // (2 * len(pairs)))
         text = ", ".join(pair for _ in repeats for pair in pick_many(rng, pairs, len(pairs)))
-    keys = [string_key(word) for word in words if word not in LABELS]
+    keys = [string_key(word) for word in words]
     return make_record("repetition", "interleaved", [("document", text)], [], text, keys=keys)
+
+
+@cache
+def _words_of(split: str) -> tuple[str, ...]:
+    return tuple(word for word in WORDS if split_of(string_key(word)) == split)

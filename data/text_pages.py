@@ -14,6 +14,7 @@ from .settings import CHARACTERS, WORDS, WorldSettings
 from .splits import draw_until, string_key
 
 INKS = ("#111111", "#1c2b4a", "#4a1c1c", "#15402a", "#3a1c4a", "#5a3a10")
+_CASES: tuple[Callable[[str], str], ...] = (str.lower, str.upper, str.title)
 _LETTERS = "".join(WORDS)  # with repetitions: drawn from, it gives letters as often as words do
 _PAPERS = ("#ffffff", "#f8f3e6", "#eaf1f7", "#eef5ea", "#fff6c9")
 
@@ -56,12 +57,12 @@ def code(rng: Rng, split: str, length: int, characters: str = CHARACTERS) -> str
 def word(rng: Rng, split: str, longest: int = 99) -> str:
     """Draw an English word, in small letters, capitals or with a capital first."""
     known = [candidate for candidate in WORDS if len(candidate) <= longest] if longest < 8 else WORDS
-    return pick(rng, (str.lower, str.upper, str.title))(draw_string(rng, split, lambda: pick(rng, known)))
+    return pick(rng, _CASES)(draw_string(rng, split, lambda: pick(rng, known)))
 
 
 def made_up_word(rng: Rng, split: str, length: int) -> str:
     """Draw random letters, each as frequent as in the English words, cased like `word`."""
-    return pick(rng, (str.lower, str.upper, str.title))(code(rng, split, length, _LETTERS))
+    return pick(rng, _CASES)(code(rng, split, length, _LETTERS))
 
 
 def number(rng: Rng, split: str, below: int = 1000) -> str:

@@ -49,8 +49,9 @@ def average(sources: Sequence[Path], output: Path) -> None:
         model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True, dtype=torch.float32)
         weights = model.state_dict()
         total = total or {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        if _shapes(weights) != _shapes(total):
-            name, shape = min(_shapes(weights) ^ _shapes(total))
+        differing = _shapes(weights) ^ _shapes(total)
+        if differing:
+            name, shape = min(differing)
             raise ValueError(
                 f"{source} and {sources[0]} do not have the same tensors: only one of the two has {name} of shape "
                 f"{shape}. They are probably models of different sizes: average models trained from one another."
