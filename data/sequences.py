@@ -25,7 +25,7 @@ from .scenes import (
     pick_many,
     scattered,
 )
-from .settings import LABELS, WORDS, WorldSettings
+from .settings import LABELS, RULE_FORMS, WORDS, WorldSettings
 from .splits import draw_until, rule_key, scene_key, split_of, string_key
 from .text_pages import Page, any_string, draw_page
 from .things import plural
@@ -33,6 +33,7 @@ from .things import plural
 ORDINALS = ("first", "second", "third", "fourth")
 _ASK_SAME, _ASK_MORE = "Do the two pictures show the same things?", "Which picture has more {}?"
 _ASK_WHICH = "Which picture shows {}?"
+_ASK_VALUE = {"colour": "Which colour?", "thing": "Which thing?", "count": "How many?", "place": "Where?"}
 _REPEATED_WORDS = 48  # in a text of repetitions, at most
 
 
@@ -233,8 +234,8 @@ def rule_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """Follow a rule that only the shots give: two made-up words for two colours, things, counts or places.
 
     Every shot and the query show one of the two values, each about equally often among the shots; everything else
-    about the pictures is drawn anew, so nothing but the rule explains the words. A share of shots, `rule_named`, says
-    the value before the word.
+    about the pictures is drawn anew, so nothing but the rule explains the words. A share of the questions,
+    `rule_named`, says the value, in one way throughout a record: what follows can then be told from the text.
     """
     attribute = pick(rng, settings.rule_attributes)
     labels = draw_until(split, lambda: _labels(rng, attribute, settings), lambda labels: rule_key(attribute, labels))
@@ -242,20 +243,30 @@ def rule_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     half = [values[index % 2] for index in range(settings.num_shots)]
     shown = [*pick_many(rng, half, len(half)), pick(rng, values)]
     pictures = [_SHOWN[attribute](rng, split, settings, value) for value in shown]
-    question = few_shot_question("Which word?")
-    is_named = rng.random(len(half)) < settings.rule_named
-    names = [f"{value} " if named else "" for value, named in zip(shown[:-1], is_named, strict=True)]
-    turns = [("document", f"{question}{name}{labels[value]}") for name, value in zip(names, shown[:-1], strict=True)]
-    turns += [("user", question), ("assistant", labels[shown[-1]])]
-    answer = labels[shown[-1]]
+    is_named = rng.random(len(shown)) < settings.rule_named
+    plain, telling = few_shot_question("Which word?"), f"<image>{pick(rng, RULE_FORMS[-2:])}"
+    questions = [telling.format(word=v) if named else plain for v, named in zip(shown, is_named, strict=True)]
+    answers = [labels[value] for value in shown]
     rule = {"attribute": attribute, "labels": labels, "keys": [rule_key(attribute, labels)]}
-    return make_record("rule", "few_shot", turns, pictures, answer, rule=rule, choices=sorted(labels.values()))
+    turns = _few_shots(questions, answers)
+    return make_record("rule", "few_shot", turns, pictures, answers[-1], rule=rule, choices=sorted(labels.values()))
+
+
+def _few_shots(questions: list[str], answers: list[str]) -> list[tuple[str, str]]:
+    shots = [("document", question + answer) for question, answer in zip(questions[:-1], answers[:-1], strict=True)]
+    return [*shots, ("user", questions[-1]), ("assistant", answers[-1])]
 
 
 def _labels(rng: Rng, attribute: str, settings: WorldSettings) -> dict[str, str]:
+    values = pick_many(rng, _values(rng, attribute, settings), 2)
+    return dict(zip(values, pick_many(rng, LABELS, 2), strict=True))
+
+
+def _values(rng: Rng, attribute: str, settings: WorldSettings) -> tuple[str, ...]:
     places = ("left", "right") if rng.integers(2) else ("top", "bottom")
-    pools = {"colour": settings.colours, "thing": settings.things, "count": ("1", "2", "3", "4"), "place": places}
-    return dict(zip(pick_many(rng, pools[attribute], 2), pick_many(rng, LABELS, 2), strict=True))
+    return {"colour": settings.colours, "thing": settings.things, "count": ("1", "2", "3", "4"), "place": places}[
+        attribute
+    ]
 
 
 def _show_colour(rng: Rng, split: str, settings: WorldSettings, value: str) -> Scene:
@@ -290,6 +301,40 @@ _SHOWN: dict[str, Callable[..., Scene]] = {
     "count": _show_count,
     "place": _show_place,
 }
+
+
+def show_and_say_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    """Answer by the picture, as few-shot prompts ask: which colour, which thing, how many, or where.
+
+    A rule asks for the same, with a word in its place: whoever cannot say a value cannot follow a rule about it.
+    """
+    attribute = pick(rng, settings.rule_attributes)
+    known = _values(rng, attribute, settings)
+    values = [pick(rng, known) for _ in range(settings.num_shots + 1)]
+    pictures = [_SHOWN[attribute](rng, split, settings, value) for value in values]
+    turns = _few_shots([few_shot_question(_ASK_VALUE[attribute])] * len(values), values)
+    return make_record("show_and_say", "few_shot", turns, pictures, values[-1])
+
+
+def word_rule_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    """Follow a rule in words alone: two to four words, each again and again beside a made-up word of its own.
+
+    The forms put ever more between the two, up to all that stands between a picture and its answer: a decoder that
+    learns the near ones at the same time soon learns the far ones (docs/training.md).
+    """
+    known = (*settings.colours, *settings.things) if rng.integers(2) else _words_of(split)
+    count = int(rng.integers(2, 5))
+
+    def propose() -> dict[str, str]:
+        return dict(zip(pick_many(rng, known, count), pick_many(rng, LABELS, count), strict=True))
+
+    labels = draw_until(split, propose, lambda labels: rule_key("word", labels))
+    form = RULE_FORMS[pick(rng, settings.word_rule_forms)]
+    shown = [pick(rng, list(labels)) for _ in range(settings.num_shots + 1)]
+    turns = _few_shots([form.format(word=word) for word in shown], [labels[word] for word in shown])
+    rule = {"attribute": "word", "labels": labels, "keys": [rule_key("word", labels)]}
+    keys = [string_key(word) for word in labels] if known is _words_of(split) else []
+    return make_record("word_rule", "few_shot", turns, [], turns[-1][1], rule=rule, keys=keys)
 
 
 def repetition_task(rng: Rng, split: str, settings: WorldSettings) -> Record:

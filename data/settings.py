@@ -54,6 +54,16 @@ LABELS = tuple(_LABELS.split())
 RULE_ATTRIBUTES = ("colour", "thing", "count", "place")
 """What few-shot rules may look at."""
 
+RULE_FORMS = (
+    "{word}:",
+    "Word for {word}:",
+    "{word}. Short answer:",
+    "Which word for {word}? Short answer:",
+    "Question:Which word for {word}? Short answer:",
+    "{word}.Question:Which word? Short answer:",
+)
+"""Ways to ask for a rule's made-up word by a word, ever farther from it; the last two can stand after a picture."""
+
 _FURNITURE = """
 receipt invoice ticket form label badge name city street date table total code phone price room seat number item
 count weight order stock sales visitors rain votes private pin owner warning sample official poison keep out
@@ -95,7 +105,9 @@ class WorldSettings:
     rule_attributes: tuple[str, ...] = RULE_ATTRIBUTES
     """What few-shot rules look at."""
     rule_named: float = 0.0
-    """Share of shots that say what the rule looks at before its word, `red wug`: then the word can be copied by it."""
+    """Share of a rule's questions that say what it looks at, "Which word for red?": then the text tells the answer."""
+    word_rule_forms: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
+    """Forms (`RULE_FORMS`) that the `word_rule` task draws, from `red:wug` to a whole question between."""
     box_decimals: int = 3
     """Digits after the point in boxes that are asked for; the report's finest level has 3."""
     ocr_granularities: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
@@ -115,12 +127,13 @@ class WorldSettings:
             ("things", 4, THINGS),
             ("fonts", 1, FACES),
             ("rule_attributes", 1, RULE_ATTRIBUTES),
+            ("word_rule_forms", 1, range(len(RULE_FORMS))),
         ):
             given = getattr(self, name)
             unknown = [value for value in given if value not in known]
             if unknown or len(given) < least:
                 raise ValueError(
-                    f"WorldSettings.{name} is {given} but must hold at least {least} of {', '.join(known)}. "
+                    f"WorldSettings.{name} is {given} but must hold at least {least} of {', '.join(map(str, known))}. "
                     f"{unknown or 'Too few'} is probably a typing error: correct it."
                 )
         for name in ("sides", "document_sides", "object_sides", "text_heights", "ocr_strings", "quiz_questions"):

@@ -46,6 +46,8 @@ TASKS = {
     "grounding": Task(scenes.grounding_task, "grounding"),
     "interleaved": Task(sequences.interleaved_task, "interleaved"),
     "repetition": Task(sequences.repetition_task, "interleaved"),
+    "word_rule": Task(sequences.word_rule_task, "few_shot"),
+    "show_and_say": Task(sequences.show_and_say_task, "few_shot"),
     "dialogue": Task(scenes.dialogue_task, "instruction"),
     "quiz": Task(scenes.quiz_task, "instruction"),
     "pair_quiz": Task(sequences.pair_quiz_task, "instruction"),

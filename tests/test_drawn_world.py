@@ -18,7 +18,7 @@ from blip3.data import build, canvas, fonts
 from blip3.data.canvas import Drawing, Shape
 from blip3.data.formats import OCR_GRANULARITIES, ground, ocr_item, parse_boxes, write_box, write_ocr
 from blip3.data.records import KINDS, read_jsonl
-from blip3.data.settings import CHARACTERS, COLOURS, FURNITURE, WORDS, WorldSettings
+from blip3.data.settings import CHARACTERS, COLOURS, FURNITURE, RULE_FORMS, WORDS, WorldSettings
 from blip3.data.splits import SPLITS, scene_key, split_of, string_key
 from blip3.data.things import THINGS, draw_mask, plural
 from blip3.data.world import TASKS, content_keys, drawn_record, drawn_records
@@ -335,19 +335,66 @@ def test_rules_can_be_learned_only_from_the_shots(series):
     assert max(words.values()) < 60  # no word is right by itself
 
 
-def test_a_share_of_shots_says_what_the_rule_looks_at():
-    named = []
-    for record in drawn_records("rule", "train", 0, 40, WorldSettings(rule_named=0.5, rule_attributes=("thing",))):
+def test_a_share_of_questions_says_what_the_rule_looks_at():
+    named = Counter()
+    for record in drawn_records("rule", "train", 0, 60, WorldSettings(rule_named=0.5, rule_attributes=("thing",))):
         labels = record.truth["rule"]["labels"]
         assert record.truth["rule"]["attribute"] == "thing"
-        *shots, _, query = record.turns
-        for shot, picture in zip(shots, record.truth["pictures"], strict=False):
+        *shots, question, answer = (turn.text for turn in record.turns)
+        ways = set()
+        for chunk, picture in zip([*shots, question + answer], record.truth["pictures"], strict=True):
             (value,) = {each["thing"] for each in picture["objects"]}
-            answer = shot.text.removeprefix("<image>Question:Which word? Short answer:")
-            assert answer in (labels[value], f"{value} {labels[value]}")
-            named.append(answer != labels[value])
-        assert query.text == record.truth["answer"]  # what is asked is never said
-    assert 0.4 < sum(named) / len(named) < 0.6
+            assert chunk.endswith(f" Short answer:{labels[value]}")
+            question = chunk.removesuffix(labels[value])
+            assert (value in question) == (question != "<image>Question:Which word? Short answer:")
+            ways |= {question.replace(value, "...")} if value in question else set()
+            named[value in question] += 1
+        assert len(ways) <= 1
+        named[tuple(ways)] += 1
+    assert 0.4 < named[True] / (named[True] + named[False]) < 0.6
+    assert named["<image>Question:Which word for ...? Short answer:",] > 15
+    assert named["<image>....Question:Which word? Short answer:",] > 15
+
+
+def test_show_and_say_asks_for_what_rules_give_words_for(series):
+    answers: dict[str, set[str]] = {}
+    for record in (record for split in SPLITS for record in series["show_and_say", split]):
+        *shots, question, answer = (turn.text for turn in record.turns)
+        (asked,) = {shot.partition(" Short answer:")[0] for shot in [*shots, question]}
+        said = [text.partition("Short answer:")[2] for text in [*shots, question + answer]]
+        answers.setdefault(asked.removeprefix("<image>Question:"), set()).update(said)
+        for value, picture in zip(said, record.truth["pictures"], strict=True):
+            objects = picture["objects"]
+            x1, y1, x2, y2 = objects[0]["box"]
+            is_there = {"left": x2 <= 0.5, "right": x1 > 0.5, "top": y2 <= 0.5, "bottom": y1 > 0.5}
+            seen = [{thing["colour"] for thing in objects}, {thing["thing"] for thing in objects}, {str(len(objects))}]
+            assert {value} in seen or is_there[value]
+    assert answers.pop("Where?") == {"left", "right", "top", "bottom"}
+    assert answers.pop("How many?") == {"1", "2", "3", "4"}
+    assert answers == {"Which colour?": set(COLOURS), "Which thing?": set(THINGS)}
+
+
+def test_word_rules_follow_from_the_text_before(series):
+    forms, counts, known = Counter(), Counter(), Counter()
+    for record in (record for split in SPLITS for record in series["word_rule", split]):
+        assert not record.images
+        *shots, question, answer = (turn.text for turn in record.turns)
+        labels = record.truth["rule"]["labels"]
+        assert len(shots) == 8
+        assert len(set(labels.values())) == len(labels)
+        (form,) = {
+            next(form for form in RULE_FORMS for word in labels if chunk == form.format(word=word) + labels[word])
+            for chunk in [*shots, question + answer]
+        }
+        forms[form] += 1
+        counts[len(labels)] += 1
+        known[all(word in WORDS for word in labels)] += 1
+    assert len(forms) == 6
+    assert set(counts) == {2, 3, 4}
+    assert min(*forms.values(), *counts.values(), *known.values()) > 10
+    settings = WorldSettings(word_rule_forms=(0,), num_shots=2)
+    for record in drawn_records("word_rule", "train", 0, 5, settings):
+        assert all(turn.text.count(":") == 1 and " " not in turn.text for turn in record.turns[:2])
 
 
 def test_a_share_of_strings_are_made_up_words():
@@ -506,6 +553,7 @@ def test_settings_are_followed():
         {"rule_named": -0.1},
         {"made_up_words": 50},
         {"rule_attributes": ("size",)},
+        {"word_rule_forms": (6,)},
     ],
 )
 def test_wrong_settings_are_refused(wrong):
