@@ -112,6 +112,20 @@ def test_the_end_of_a_chunk_is_learned_on_request(small_processor):
     assert learned(sample, small_processor).endswith("answer:dax<|endofchunk|><|endoftext|>")
 
 
+def test_few_shot_prompts_learn_their_answers_alone_on_request(small_processor):
+    whole = Encoder(small_processor, 1000, learn_end_of_chunk=True)
+    answers = Encoder(small_processor, 1000, learn_end_of_chunk=True, learn_questions=False)
+    assert learned(whole(few_shot(1)), small_processor).startswith("Question:Which? Short answer:red<|endofchunk|>|Qu")
+    ends = "red<|endofchunk|>|blue<|endofchunk|>|dax<|endofchunk|><|endoftext|>"
+    assert learned(answers(few_shot(2)), small_processor) == ends
+    for record in (document("<image>The short answer:red", kind="caption"), chat("Short answer:", "red")):
+        assert answers(record)["labels"].tolist() == whole(record)["labels"].tolist()
+    told = Record(
+        "words", "few_shot", (), (Turn("document", "red:wug"), Turn("user", "red:"), Turn("assistant", "wug"))
+    )
+    assert answers(told)["labels"].tolist() == whole(told)["labels"].tolist(), "no question to leave out"
+
+
 @pytest.mark.parametrize("kind", DOCUMENT_KINDS)
 def test_the_first_token_is_never_learned(encoder, kind):
     sample = encoder(document("red star", kind=kind))

@@ -32,9 +32,18 @@ class Encoder:
         max_length: longest sample in tokens; a longer record loses its last turns or chunks, pictures included.
         any_resolution: False gives each picture as its global view alone.
         learn_end_of_chunk: whether `<|endofchunk|>` is learned; the report's loss leaves it out.
+        learn_questions: whether few-shot prompts are learned whole, or their answers alone.
     """
 
-    def __init__(self, processor: Any, max_length: int, any_resolution: bool = True, learn_end_of_chunk: bool = False):
+    def __init__(
+        self,
+        processor: Any,
+        max_length: int,
+        any_resolution: bool = True,
+        learn_end_of_chunk: bool = False,
+        learn_questions: bool = True,
+    ):
+        self.learn_questions = learn_questions
         self.processor, self.max_length, self.any_resolution = processor, max_length, any_resolution
         self.end_of_text = processor.tokenizer.eos_token
         ignored = ["<image>", "<image placeholder>", processor.tokenizer.pad_token]
@@ -74,9 +83,29 @@ class Encoder:
         labels = inputs["labels"][0] if is_chat else ids.masked_fill(torch.isin(ids, self.ignored), IGNORE_INDEX)
         sample = {"input_ids": ids, "labels": labels.clone()}
         sample["labels"][0] = IGNORE_INDEX  # nothing comes before it
+        if record.kind == "few_shot" and not self.learn_questions:
+            tokens = self.processor.tokenizer.convert_ids_to_tokens(ids.tolist())
+            sample["labels"].masked_fill_(torch.tensor(find_questions(tokens)), IGNORE_INDEX)
         if pictures:
             sample |= {name: inputs[name] for name in ("pixel_values", "image_sizes")}
         return sample
+
+
+def find_questions(tokens: Sequence[str]) -> list[bool]:
+    """Tell which tokens of a few-shot prompt are questions: of each chunk all up to `Short answer:`, if that is there.
+
+    >>> find_questions(["<image>", "Which?", "Short", "answer", ":", "wug", "<|endofchunk|>", "red", ":", "dax"])
+    [True, True, True, True, True, False, False, False, False, False]
+    """
+    is_question = [False] * len(tokens)
+    start, text = 0, ""
+    for index, token in enumerate(tokens):
+        text += token
+        if text.endswith("answer:"):
+            is_question[start : index + 1] = [True] * (index + 1 - start)
+        elif token == "<|endofchunk|>":
+            start, text = index + 1, ""
+    return is_question
 
 
 def shorten(record: Record, length: int, max_length: int) -> Record:

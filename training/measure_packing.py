@@ -46,7 +46,9 @@ def measure(recipe: Recipe, num_batches: int) -> dict[str, dict[str, float]]:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model.to(device).train()
     freeze(model, recipe)
-    encoder = Encoder(processor, recipe.max_length, recipe.any_resolution, recipe.learn_end_of_chunk)
+    encoder = Encoder(
+        processor, recipe.max_length, recipe.any_resolution, recipe.learn_end_of_chunk, recipe.learn_questions
+    )
     count = num_batches * recipe.batch_size
     mixture = Mixture(recipe.mixture, count, recipe.seed, recipe.world)
     samples = [encoder(mixture[index]) for index in range(count)]

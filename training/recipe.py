@@ -107,6 +107,8 @@ class Recipe(RunRecipe):
     """Batches of samples of like length; costs one pass over the lengths of a window of samples."""
     learn_end_of_chunk: bool = False
     """Learn to write `<|endofchunk|>` after a caption or an answer; the released models do not."""
+    learn_questions: bool = True
+    """Learn few-shot prompts whole; False learns their answers alone: a bare picture is then no cue for a question."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more arithmetic."""
     fsdp: bool = False

@@ -50,7 +50,9 @@ def train(recipe: Recipe) -> Path:
         processor = AutoProcessor.from_pretrained(recipe.model, trust_remote_code=True)
         model = AutoModelForImageTextToText.from_pretrained(recipe.model, trust_remote_code=True, dtype=torch.float32)
     freeze(model, recipe)
-    encoder = Encoder(processor, recipe.max_length, recipe.any_resolution, recipe.learn_end_of_chunk)
+    encoder = Encoder(
+        processor, recipe.max_length, recipe.any_resolution, recipe.learn_end_of_chunk, recipe.learn_questions
+    )
     count = recipe.max_steps * recipe.batch_size * recipe.accumulation * num_processes()
     samples = Samples(Mixture(recipe.mixture, count, recipe.seed, recipe.world), encoder)
     trainer = StageTrainer(
