@@ -67,9 +67,15 @@ def test_it_reads_pages_by_their_tiles(instruct):
         instruct.base_resolution = False
 
 
-def share_right(checkpoint: Checkpoint, task: str, count: int = 80) -> float:
+def test_the_base_model_follows_rules_that_only_the_shots_give():
+    checkpoint = Checkpoint(MINI / "base", dtype="float32", base_resolution=True)
+    assert share_right(checkpoint, "rule", shots=0) < 0.2
+    assert share_right(checkpoint, "rule", shots=8) > 0.8  # whoever guesses between the two words is at one half
+
+
+def share_right(checkpoint: Checkpoint, task: str, count: int = 80, shots: int | None = None) -> float:
     """Share of held-out questions answered right, of a series that the published scores do not use."""
-    questions = make_questions(task, count, 7, SCORED_WORLD)
+    questions = make_questions(task, count, 7, SCORED_WORLD, shots)
     answers = [answer for first in range(0, count, 20) for answer in checkpoint.answer(questions[first : first + 20])]
     right = TASKS[task].judge(questions, answers)[TASKS[task].metric]
     share = sum(map(float, right)) / count
