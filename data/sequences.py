@@ -264,9 +264,8 @@ def _labels(rng: Rng, attribute: str, settings: WorldSettings) -> dict[str, str]
 
 def _values(rng: Rng, attribute: str, settings: WorldSettings) -> tuple[str, ...]:
     places = ("left", "right") if rng.integers(2) else ("top", "bottom")
-    return {"colour": settings.colours, "thing": settings.things, "count": ("1", "2", "3", "4"), "place": places}[
-        attribute
-    ]
+    pools = {"colour": settings.colours, "thing": settings.things, "count": ("1", "2", "3", "4"), "place": places}
+    return pools[attribute]
 
 
 def _show_colour(rng: Rng, split: str, settings: WorldSettings, value: str) -> Scene:

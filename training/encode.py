@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..data.records import CHAT_KINDS, Record, to_messages, to_pretraining_text
+from ..data.records import CHAT_KINDS, END_OF_CHUNK, Record, to_messages, to_pretraining_text
 
 IGNORE_INDEX = -100
 
@@ -47,7 +47,7 @@ class Encoder:
         self.processor, self.max_length, self.any_resolution = processor, max_length, any_resolution
         self.end_of_text = processor.tokenizer.eos_token
         ignored = ["<image>", "<image placeholder>", processor.tokenizer.pad_token]
-        ignored += [] if learn_end_of_chunk else ["<|endofchunk|>"]
+        ignored += [] if learn_end_of_chunk else [END_OF_CHUNK]
         self.ignored = torch.tensor(processor.tokenizer.convert_tokens_to_ids(ignored))
 
     def __call__(self, record: Record) -> dict[str, torch.Tensor]:
@@ -103,7 +103,7 @@ def find_questions(tokens: Sequence[str]) -> list[bool]:
         text += token
         if text.endswith("answer:"):
             is_question[start : index + 1] = [True] * (index + 1 - start)
-        elif token == "<|endofchunk|>":
+        elif token == END_OF_CHUNK:
             start, text = index + 1, ""
     return is_question
 
