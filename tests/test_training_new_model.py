@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+import torch
 from transformers import AutoProcessor
 
 from blip3.data.settings import load_settings
@@ -13,7 +14,7 @@ from blip3.training import new_model
 from blip3.training.new_model import drawn_texts, make_model
 from blip3.training.tokenizer import train_tokenizer
 from support import ROOT, draw_picture, load_model
-from training_support import SIZES, write_sizes
+from training_support import SIZES, make_small_model, write_sizes
 
 
 def test_sizes_on_the_command_line_reach_model_and_processor(tmp_path, monkeypatch):
@@ -38,6 +39,25 @@ def test_sizes_on_the_command_line_reach_model_and_processor(tmp_path, monkeypat
 def test_an_override_that_names_nothing_is_refused(tmp_path, override):
     with pytest.raises(ValueError, match=override.split("=")[0].split(".")[-1]):
         make_model(write_sizes(tmp_path), tmp_path / "new", samples=5, overrides=[override])
+
+
+def test_a_fresh_resampler_for_a_trained_tower_and_language_model(tmp_path, monkeypatch):
+    trained = make_small_model(tmp_path)
+    given = [tmp_path / "model.yaml", tmp_path / "other", "--samples", 20, "--seed", 1, "--around", trained]
+    monkeypatch.setattr(sys, "argv", ["new_model", *map(str, given), "resampler_config.num_latents=3"])
+    new_model.main()
+    before, after = (load_model(folder).state_dict() for folder in (trained, tmp_path / "other"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    drawn = {name for name in before if name.startswith("model.resampler.") and before[name].ndim == 2}
+    assert drawn, "the test must compare the resampler's matrices"
+    assert changed == drawn, "norms begin at 1 and 0 whatever the seed"
+    assert after["model.resampler.latents"].shape[0] == 3
+
+
+def test_a_trained_model_of_another_tokenizer_is_refused(tmp_path):
+    trained = make_small_model(tmp_path)
+    with pytest.raises(ValueError, match="another vocabulary"):
+        make_model(tmp_path / "model.yaml", tmp_path / "other", samples=5, around=trained)
 
 
 def test_the_small_model_s_tokenizer_comes_out_of_its_sizes_again():

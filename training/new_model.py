@@ -5,9 +5,12 @@ r"""Make a small BLIP-3 with fresh weights: sizes from YAML, a tokenizer trained
     python -m blip3.training.new_model training/recipes/mini/model.yaml OUTPUT --tower outputs/mini/0d/tower \
         --resampler outputs/mini/0d/tower/resampler.safetensors
     python -m blip3.training.new_model training/recipes/mini/model.yaml OUTPUT resampler_config.num_latents=8
+    python -m blip3.training.new_model training/recipes/mini/model.yaml OUTPUT resampler_config.num_latents=8 \
+        --around mini/base
 
-The second starts with what stage 0 has trained and `publish --tower` has written, the third changes a size. The 4B
-model starts from published parts instead: `convert_weights.py --vision SIGLIP --text PHI3`.
+The second starts with what stage 0 has trained and `publish --tower` has written, the third changes a size, the fourth
+draws a resampler of another size for a trained tower and language model. The 4B model starts from published parts
+instead: `convert_weights.py --vision SIGLIP --text PHI3`.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerFast,
 )
@@ -31,6 +35,7 @@ from ..data.records import Record
 from ..data.settings import WorldSettings, load_settings
 from ..data.world import TASKS, drawn_records
 from ..data.yaml_files import read_yaml
+from ..evaluation.checkpoints import check_folder, find_code
 from .recipe import check_keys, parse_override
 from .run import match_names, name_tower_for_both_lines
 from .tokenizer import train_tokenizer
@@ -59,8 +64,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=400, help="drawn records a task for the tokenizer")
     parser.add_argument("--tower", type=Path, help="folder of a trained vision tower (default: fresh weights)")
     parser.add_argument("--resampler", type=Path, help="file of a trained resampler (default: fresh weights)")
+    parser.add_argument("--around", type=Path, help="trained model, all of which is taken but its resampler")
     args = parser.parse_intermixed_args()
-    make_model(args.sizes, args.output, args.seed, args.samples, args.tower, args.overrides, args.resampler)
+    make_model(
+        args.sizes, args.output, args.seed, args.samples, args.tower, args.overrides, args.resampler, args.around
+    )
 
 
 def make_model(
@@ -71,6 +79,7 @@ def make_model(
     tower: Path | None = None,
     overrides: Sequence[str] = (),
     resampler: Path | None = None,
+    around: Path | None = None,
 ) -> None:
     """Write a complete model folder: configuration, code, tokenizer, processor files, fresh weights.
 
@@ -85,9 +94,10 @@ def make_model(
         tower: folder of a trained vision tower of the same sizes.
         overrides: `key=value` or `section.key=value` each, in place of the file's values.
         resampler: safetensors file of a trained resampler of the same sizes.
+        around: folder of a trained model of the same tower, language model and tokenizer, which are taken.
 
     Raises:
-        ValueError: for unknown keys or sizes that contradict each other.
+        ValueError: for unknown keys, sizes that contradict each other, or a trained model with another tokenizer.
     """
     values = read_yaml(sizes)
     for path, value in map(parse_override, overrides):
@@ -107,6 +117,8 @@ def make_model(
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
     scale_fresh_weights(model)
+    if around:
+        take_all_but_resampler(model, around, tokenizer)
     if tower:
         trained = AutoModel.from_pretrained(tower, dtype=torch.float32).state_dict()
         model.vision_tower.load_state_dict(match_names(trained, model.vision_tower))
@@ -131,6 +143,29 @@ def scale_fresh_weights(model: Any) -> None:
         if weight.ndim == 2:
             weight.normal_(std=weight.shape[-1] ** -0.5)
     model.model.resampler.latents.normal_(std=1.0)
+
+
+def take_all_but_resampler(model: Any, source: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Load a trained model's tower and language model, so that nothing is fresh but the resampler.
+
+    Args:
+        model: to be changed.
+        source: folder of the trained model, with its code or below a folder that has it.
+        tokenizer: of `model`.
+
+    Raises:
+        ValueError: if the trained model reads other tokens.
+    """
+    folder, subfolder = find_code(check_folder(source))
+    options: dict[str, Any] = {"trust_remote_code": True, "subfolder": subfolder}
+    if AutoTokenizer.from_pretrained(folder, **options).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"{source} has another vocabulary than the tokenizer just trained, so its language model would read other "
+            "words. It was probably made from other sizes or with another number of samples: repeat those here."
+        )
+    trained = AutoModelForImageTextToText.from_pretrained(folder, **options, dtype=torch.float32)
+    for part in ("vision_tower", "language_model", "lm_head"):
+        getattr(model, part).load_state_dict(getattr(trained, part).state_dict())
 
 
 def drawn_texts(world: WorldSettings, samples: int, tasks: Sequence[str]) -> Iterator[str]:
