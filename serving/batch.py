@@ -417,17 +417,7 @@ class VllmEngine:
     def prepare(self, picture: bytes, question: str) -> Any:
         """Return one request: the prompt as the chat template writes it, and the decoded picture."""
         prompt = render(self.processor, question)
-        image_processor = self.processor.image_processor
-        image = image_processor.fetch_images(picture)
-        if image.width * image.height > image_processor.max_image_pixels:
-            raise ValueError(
-                f"The picture has {image.width * image.height} pixels but at most {image_processor.max_image_pixels} "
-                "are decoded."
-            )
-        try:
-            image.load()
-        except Exception as error:  # decoders raise whatever a broken file makes them meet
-            raise ValueError(f"It could not be decoded ({type(error).__name__}: {str(error)[:200]}).") from error
+        image = self.processor.image_processor.open_image(picture)
         num_image_tokens = self.processor._get_num_multimodal_tokens([(image.height, image.width)]).num_image_tokens
         num_tokens = len(self.processor.tokenizer(prompt)["input_ids"]) - 1 + num_image_tokens[0]
         check_length(num_tokens, self.max_new_tokens, self.config)
