@@ -130,12 +130,13 @@ class _PictureError(ValueError):
 class Blip3ImageProcessor(BaseImageProcessor):
     """Cuts pictures into a global view and tiles.
 
-    A picture is a path, an open file, bytes of a file, an http(s) or data URL, a base64 string, a {"bytes", "path"} cell
-    of `datasets`, a PIL image of any mode, or a numpy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels. Where both ends of
-    a shape could be channels, arrays are taken as (H, W, C) and tensors as (C, H, W); `input_data_format` decides
-    otherwise. Transparent pictures are laid on white, 16-bit ones reduced to 8; PIL modes I and I;16 count as 16-bit.
-    Arrays of integers hold 0 to 255 (uint16: 0 to 65535), arrays of floats 0 to 1, or 0 to 255 when a value reaches 2.
-    What is opened here, that is all but PIL images, arrays and tensors, is turned upright as its EXIF tag says.
+    A picture is a path, an open file, bytes of a file, an http(s) or data URL, a base64 string, a {"bytes", "path"}
+    cell of `datasets`, a PIL image of any mode, or a numpy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with
+    1, 3 or 4 channels. Where both ends of a shape could be channels, arrays are taken as (H, W, C) and tensors as
+    (C, H, W); `input_data_format` decides otherwise. Transparent pictures are laid on white, 16-bit ones reduced to 8;
+    PIL modes I and I;16 count as 16-bit. Arrays of integers hold 0 to 255 (uint16: 0 to 65535), arrays of floats 0 to
+    1, or 0 to 255 when a value reaches 2. What is opened here, that is all but PIL images, arrays and tensors, is
+    turned upright as its EXIF tag says.
 
     Args:
         size: {"height": S, "width": S}, the tile in pixels; the vision tower's `image_size`.
@@ -486,8 +487,8 @@ def _entries_of(images: Any) -> list | None:
     """List the entries of what holds images; None for what is one image, or nothing that could hold any."""
     if _is_source(images) or isinstance(images, Image.Image | Mapping | Set) or not isinstance(images, Iterable):
         return None
-    is_pixels = hasattr(images, "ndim") and (images.ndim != 1 or getattr(images, "dtype", None) != object)
-    return None if is_pixels else list(images)
+    is_numeric = getattr(getattr(images, "dtype", None), "kind", "O") in "biufc" or isinstance(images, torch.Tensor)
+    return None if is_numeric or getattr(images, "ndim", 1) != 1 else list(images)
 
 
 def _first_entry(images: Any) -> Any:
@@ -562,8 +563,8 @@ def _explain_unopened(source: Any, error: Exception) -> str:
         reason = f"{type(error).__name__}: {re.sub(r' ?<_io[^>]*>', '', str(error))[:200]}"
         advice = "It is probably damaged, of another type or out of reach: check that PIL.Image.open reads it."
     return (
-        f"{_name_source(source)} could not be opened as a picture ({reason}). Expected an image file, its bytes, a URL "
-        f"or a base64 string. {advice}"
+        f"{_name_source(source)} could not be opened as a picture ({reason}). Expected an image file, its bytes, a "
+        f"URL or a base64 string. {advice}"
     )
 
 

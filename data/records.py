@@ -115,9 +115,9 @@ class Picture:
             ) from None
         except (OSError, ValueError) as error:  # a null byte in a path is a ValueError
             raise ValueError(
-                f"The picture {f'{str(source)!r} ' * (self.data is None)}cannot be decoded: "
-                f"{_explain_undecoded(source, error)}. It must be an image file that Pillow reads. It was probably cut "
-                "off in a download: fetch it again or drop the row."
+                f"The picture {repr(str(source)) if self.data is None else 'in memory'} cannot be decoded: "
+                f"{_explain_undecoded(source, error)}. It must be an image file that Pillow reads. It was probably "
+                "cut off in a download: fetch it again or drop the row."
             ) from error
 
     def to_json(self) -> Any:

@@ -10,7 +10,6 @@ trained model, with processor and recipe, appears in OUTPUT/final; curves are in
 
 import io
 import logging
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,15 +33,18 @@ ORIENTATION, SIDEWAYS = ExifTags.Base.Orientation, (5, 6, 7, 8)  # swap height a
 logger = logging.getLogger(__name__)
 
 
-def main() -> int:
-    """Read the command line and train; return 0, or 1 after printing what is wrong with a record."""
+def main() -> None:
+    """Read the command line and train.
+
+    Raises:
+        SystemExit: with one line, if a record cannot be encoded.
+    """
     args = recipe_arguments(__doc__).parse_args()
     try:
         train(load_recipe(args.recipe, Recipe, args.overrides))
     except SampleError as error:
-        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)  # a worker puts its traceback before
-        return 1
-    return 0
+        reason = str(error).strip().splitlines()[-1]  # a worker process puts its traceback before it
+        raise SystemExit(f"error: {reason.removeprefix(f'{SampleError.__module__}.SampleError: ')}") from None
 
 
 def train(recipe: Recipe) -> Path:
@@ -187,4 +189,4 @@ class StageTrainer(RecipeTrainer):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
