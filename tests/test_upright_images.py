@@ -37,7 +37,7 @@ def files(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """Address of a server on this machine that knows /turned.jpeg, /turned.png, /upright-jpeg.png, /upright-png.png."""
+    """Address of a server on this machine alone with the files of both formats."""
     folder = tmp_path_factory.mktemp("site")
     for kind in FORMATS:
         write_both(folder, kind)
