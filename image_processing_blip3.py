@@ -476,7 +476,10 @@ def check_not_swapped(images: Any, text: Any) -> None:
         _is_source(prompt) and not isinstance(prompt, str)
     )
     if is_image or (isinstance(image, str) and "<image>" in image):
-        held = [f"a {type(entry).__name__}" + f" {entry[:60]!r}" * isinstance(entry, str) for entry in (image, prompt)]
+        held = [
+            f"a str {entry[:60]!r}" if isinstance(entry, str) else f"a {type(entry).__name__}"
+            for entry in (image, prompt)
+        ]
         raise ValueError(
             f"images holds {held[0]} and text holds {held[1]}, but images come first and text, with one <image> each, "
             "second. The two were probably swapped: write processor(images=..., text=...)."
@@ -560,7 +563,7 @@ def _explain_unopened(source: Any, error: Exception) -> str:
     elif isinstance(error, _PictureError):
         reason, advice = str(error), "It was probably moved or never stored: look where it comes from, or drop it."
     else:
-        reason = f"{type(error).__name__}: {re.sub(r' ?<_io[^>]*>', '', str(error))[:200]}"
+        reason = f"{type(error).__name__}: {re.sub(r' ?<[^<>]* object at 0x[^<>]*>', '', str(error))[:200]}"
         advice = "It is probably damaged, of another type or out of reach: check that PIL.Image.open reads it."
     return (
         f"{_name_source(source)} could not be opened as a picture ({reason}). Expected an image file, its bytes, a "

@@ -58,7 +58,7 @@ def turn_upright(image: Image.Image) -> Image.Image:
 
 
 def _explain_undecoded(source: io.BytesIO | Path, error: Exception) -> str:
-    reason = re.sub(r" ?<_io[^>]*>", "", str(error))
+    reason = re.sub(r" ?<[^<>]* object at 0x[^<>]*>", "", str(error))
     if isinstance(source, io.BytesIO):
         return f"{len(source.getbuffer())} bytes, {reason}"
     if os.path.isdir(source):

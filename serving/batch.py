@@ -524,8 +524,13 @@ def make_plan(settings: BatchSettings, done: set[str]) -> Plan:
     Raises:
         ValueError: if the input holds no rows or does not fit the settings.
     """
+    if not settings.input.exists():
+        raise ValueError(
+            f"The input {str(settings.input)!r} does not exist (no such file or folder), but a folder of pictures or "
+            "parquet files, or one parquet file, is expected. It is probably misspelt or relative to another folder: "
+            "correct it, or pass the whole path."
+        )
     files = sorted(_walk(settings.input)) if settings.input.is_dir() else [settings.input]
-    files = files if settings.input.exists() else []
     parquet = [path for path in files if path.suffix.lower() == ".parquet"]
     pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
     if bool(parquet) == bool(pictures):

@@ -7,6 +7,7 @@ import io
 import json
 import threading
 import time
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler
 
 import numpy as np
@@ -478,6 +479,64 @@ def test_a_silent_server_is_given_up(server, processor, monkeypatch):
     monkeypatch.setattr(image_processing_blip3, "URL_TIMEOUT_SECONDS", 0.1)
     with pytest.raises(ValueError, match=r"slow.* could not be opened as a picture \(ReadTimeout"):
         processor(f"{server}/slow")
+
+
+# -- columns, iterators, cells ----------------------------------------------------------------------------------------
+
+
+class Column(Sequence):
+    """What `datasets` 4 gives for `dataset["image"]`: neither a list nor a tuple, read on demand."""
+
+    def __init__(self, entries):
+        self.entries = entries
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, index):
+        return self.entries[index]
+
+
+HOLDERS = {
+    "Column": Column,
+    "iterator": iter,
+    "generator": lambda entries: (entry for entry in entries),
+    "map": lambda entries: map(lambda entry: entry, entries),
+    "dict values": lambda entries: dict(enumerate(entries)).values(),
+    "object array": lambda entries: np.array([*entries, None], dtype=object)[:-1],
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_whatever_holds_images_counts_as_a_list(holder, processor, encoded):
+    entries = [encoded, make_rgb(), Image.fromarray(make_rgb(30, 90))]
+    wanted = processor(entries, return_tensors="pt")
+    assert_same_inputs(processor(HOLDERS[holder](entries), return_tensors="pt"), wanted)
+    rows = [HOLDERS[holder](entries[:1]), HOLDERS[holder](entries[1:])]
+    assert_same_inputs(processor(HOLDERS[holder](rows), return_tensors="pt"), wanted)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_columns_of_datasets(decode, processor, encoded, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="pip install 'blip3[data]'")
+    path = tmp_path / "picture.png"
+    path.write_bytes(encoded)
+    features = datasets.Features({"image": datasets.Image(decode=decode)})
+    column = datasets.Dataset.from_dict({"image": [str(path), str(path)]}, features=features)["image"]
+    assert_same_inputs(processor(column, return_tensors="pt"), processor([path, path], return_tensors="pt"))
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [lambda data, path: {"bytes": data, "path": None}, lambda data, path: {"bytes": None, "path": str(path)},
+     lambda data, path: {"bytes": data, "path": "inside/an/archive.png"}, lambda data, path: {"path": path}],
+)  # fmt: skip
+def test_undecoded_cells_are_opened(cell, processor, encoded, tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(encoded)
+    cell, wanted = cell(encoded, path), processor(path, return_tensors="pt")
+    assert_same_inputs(processor(cell, return_tensors="pt"), wanted)
+    assert_same_inputs(processor([[cell]], return_tensors="pt"), wanted)
 
 
 # -- switches ---------------------------------------------------------------------------------------------------------
