@@ -42,9 +42,10 @@ def main() -> None:
     args = recipe_arguments(__doc__).parse_args()
     try:
         train(load_recipe(args.recipe, Recipe, args.overrides))
+        return
     except SampleError as error:
-        reason = str(error).strip().splitlines()[-1]  # a worker process puts its traceback before it
-        raise SystemExit(f"error: {reason.removeprefix(f'{SampleError.__module__}.SampleError: ')}") from None
+        reason = str(error).strip().splitlines()[-1].rpartition(f"{SampleError.__name__}: ")[2]  # a worker's has more
+    raise SystemExit(f"error: {reason}")  # out here the progress bar has ended its line
 
 
 def train(recipe: Recipe) -> Path:
