@@ -301,7 +301,8 @@ def _read_picture(kind: str, data: bytes) -> bytes:
             num_bytes = path.stat().st_size
             data = path.read_bytes() if num_bytes <= MAX_PICTURE_BYTES else b""
         except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
-            raise ValueError(f"The file {path.name!r} could not be read ({type(error).__name__}).") from None
+            reason = "no such file" if isinstance(error, FileNotFoundError) else type(error).__name__
+            raise ValueError(f"The file {path.name!r} could not be read ({reason}).") from None
     if num_bytes > MAX_PICTURE_BYTES:
         raise ValueError(f"The picture has {num_bytes} bytes but at most {MAX_PICTURE_BYTES} are read.")
     return data

@@ -425,6 +425,8 @@ def test_a_missing_image_ends_a_run_with_one_line_that_names_file_and_record(cha
     output = process.communicate(timeout=600)[0]
     assert process.returncode == 1, output[-3000:]
     assert "Traceback" not in output
-    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert output.count("error: ") == 1
+    line = output.partition("error: ")[2].splitlines()[0]
+    assert "SampleError" not in line
     for part in ("photos.jsonl", "record 'r1'", "1.png", "no such file", "probably"):
         assert part in line

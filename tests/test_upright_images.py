@@ -313,6 +313,15 @@ def test_webdataset_and_parquet_shards(files, tmp_path):
         assert np.array_equal(pixels(record.images[0].open()), pixels(Image.open(upright))), shard
 
 
+def test_images_in_rows_stay_as_given(files):
+    from blip3.data.readers import read_captions
+
+    turned, _ = files
+    with Image.open(turned) as image:
+        (record,) = read_captions([{"image": image, "caption": "A photo."}])
+        assert np.array_equal(pixels(record.images[0].open()), pixels(image))
+
+
 # -- servers ----------------------------------------------------------------------------------------------------------
 
 
