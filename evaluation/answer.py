@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..data.records import open_images
 from .checkpoints import check_folder, find_code
 from .tasks import Question
 
@@ -84,7 +85,7 @@ class Checkpoint:
 
     def prepare(self, questions: Sequence[Question]) -> Any:
         """Give the model inputs of a batch: `input_ids` (B, L), padded on the left, and its pictures."""
-        images = [[picture.open() for picture in question.pictures] for question in questions]
+        images = [open_images(question.pictures, self.processor) for question in questions]
         return self.processor(
             images=images,
             text=[self.render(question) for question in questions],
