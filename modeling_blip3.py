@@ -18,6 +18,7 @@ something, S tile side in pixels, P = p * p patches per tile, D vision width, G 
 patches of all groups, Q latents, E text width. Sizes are (height, width), grids (rows, columns).
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
@@ -436,7 +437,11 @@ def _one_cache(cache: Any, past_key_values: Any) -> Any:
             "Both cache and past_key_values came, two names of one argument; expected one of them. A wrapper probably "
             "added the other: pass cache (past_key_values before transformers 5.24) alone."
         )
-    return past_key_values if cache is None else cache
+    if past_key_values is None:
+        return cache
+    if CACHE_NAME == "cache":
+        warnings.warn("`past_key_values` is deprecated: transformers calls it `cache` since 5.24", stacklevel=3)
+    return past_key_values
 
 
 class Blip3Model(Blip3PreTrainedModel):
