@@ -31,7 +31,7 @@ from transformers.image_utils import ChannelDimension, PILImageResampling, load_
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, logging
 
-from .configuration_blip3 import RELEASED_TILE_GRIDS, check_tile_grids
+from .configuration_blip3 import RELEASED_TILE_GRIDS, check_tile_grids, expose_in_package
 
 logger = logging.get_logger(__name__)
 
@@ -621,5 +621,7 @@ def _refuse_misspelt(kwargs: dict) -> None:
                 f"probably misspelt. Did you mean {close[0]!r}?"
             )
 
+
+expose_in_package(__name__)
 
 __all__ = ["Blip3ImageProcessor"]

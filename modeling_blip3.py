@@ -43,7 +43,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .configuration_blip3 import Blip3Config, Blip3ResamplerConfig
+from .configuration_blip3 import Blip3Config, Blip3ResamplerConfig, expose_in_package
 from .image_processing_blip3 import count_tiles, grid_of
 
 # Values a layer of the vision tower gives at once on a CPU in float32; twenty times as many take a quarter longer.
@@ -975,5 +975,7 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
             order += list(range(first, picture)) * expand_size
         return order
 
+
+expose_in_package(__name__)
 
 __all__ = ["Blip3ForConditionalGeneration", "Blip3Model", "Blip3PreTrainedModel"]

@@ -19,7 +19,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 # transformers 4.57 copies the files named here and no further: what image_processing_blip3 imports must be named too.
-from .configuration_blip3 import TOKEN_SAMPLINGS, check_choice, check_positive
+from .configuration_blip3 import TOKEN_SAMPLINGS, check_choice, check_positive, expose_in_package
 from .image_processing_blip3 import Blip3ImageProcessorKwargs, count_tiles
 
 # transformers 5 finds the parts of a processor from its arguments and expands placeholders in its own __call__.
@@ -277,5 +277,7 @@ class Blip3Processor(ProcessorMixin):
                 conversations if is_batched else conversations[0], chat_template, **kwargs, **(processor_kwargs or {})
             )
 
+
+expose_in_package(__name__)
 
 __all__ = ["Blip3Processor"]
