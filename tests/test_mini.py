@@ -68,7 +68,7 @@ def test_it_reads_pages_by_their_tiles(instruct):
 
 
 def test_the_base_model_follows_rules_that_only_the_shots_give():
-    checkpoint = Checkpoint(MINI / "base", dtype="float32", base_resolution=True)
+    checkpoint = Checkpoint(MINI / "base", dtype="float32")
     assert share_right(checkpoint, "rule", shots=0) < 0.2
     assert share_right(checkpoint, "rule", shots=8) > 0.8  # whoever guesses between the two words is at one half
 
@@ -98,7 +98,6 @@ def test_the_base_model_binds_colours_to_things_of_held_out_scenes(base):
         inputs = processor(
             text=record.turns[0].text,
             images=[record.images[0].open()],
-            do_image_splitting=False,
             return_tensors="pt",
         )
         with torch.no_grad():
@@ -120,7 +119,6 @@ def test_the_base_model_writes_a_caption(base):
     inputs = processor(
         text="<image>From left to right:",
         images=[record.images[0].open()],
-        do_image_splitting=False,
         return_tensors="pt",
     )
     ids = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
