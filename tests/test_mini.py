@@ -73,6 +73,22 @@ def test_the_base_model_follows_rules_that_only_the_shots_give():
     assert share_right(checkpoint, "rule", shots=8) > 0.8  # whoever guesses between the two words is at one half
 
 
+@pytest.mark.parametrize("folder", ["mini", "mini/base"])
+def test_its_tokenizer_writes_every_character_back(folder):
+    processor = AutoProcessor.from_pretrained(ROOT, subfolder=folder, trust_remote_code=True)
+    text = "\u00e9 5\u20ac, \u6f22\u5b57 \U0001f600 <0x41>"
+    ids = processor.tokenizer.encode(text)
+    assert processor.decode(ids, skip_special_tokens=True) == text
+    assert processor.batch_decode([ids], skip_special_tokens=True) == [text]
+
+
+def test_each_model_is_shown_images_as_it_was_trained_to_see_them():
+    for folder in (MINI, MINI / "base"):
+        trained = load_recipe(folder / "recipe.yaml", Recipe).any_resolution
+        settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        assert settings["do_image_splitting"] is trained, folder
+
+
 def share_right(checkpoint: Checkpoint, task: str, count: int = 80, shots: int | None = None) -> float:
     """Share of held-out questions answered right, of a series that the published scores do not use."""
     questions = make_questions(task, count, 7, SCORED_WORLD, shots)

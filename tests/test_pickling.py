@@ -40,7 +40,7 @@ SCRIPT = textwrap.dedent(
 
         def __call__(self, rows):
             return self.processor(text=[TEXTS[row] for row in rows], images=[[picture(row)] for row in rows],
-                                  padding=True, return_tensors="pt")["input_ids"].tolist()
+                                  padding=True, return_tensors="pt", return_labels=True)
 
 
     def main():
@@ -70,8 +70,11 @@ SCRIPT = textwrap.dedent(
         loader = torch.utils.data.DataLoader(
             range(4), batch_size=2, num_workers=1, collate_fn=Collator(processor), multiprocessing_context="spawn"
         )
-        batches = list(loader)
-        assert batches == [Collator(processor)([0, 1]), Collator(processor)([2, 3])]
+        for batch, rows in zip(loader, ([0, 1], [2, 3]), strict=True):
+            expected = Collator(processor)(rows)
+            assert type(batch) is type(expected)
+            assert batch.keys() == expected.keys()
+            assert all(torch.equal(batch[name], expected[name]) for name in expected)
         print(json.dumps(found))
 
 
