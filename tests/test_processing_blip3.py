@@ -140,11 +140,6 @@ def test_template_writes_each_conversation_of_a_batch(processor):
         ),
         pytest.param([message("user", "a"), message("assistant", {"type": "audio"})], "type audio", id="of an answer"),
         pytest.param([message("user", "a"), message("assistant", IMAGE)], "type image", id="picture in an answer"),
-        pytest.param(
-            [message("user", "a"), {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}],
-            "tool_calls",
-            id="tool calls",
-        ),
     ],
 )
 def test_template_refuses_what_the_model_was_not_trained_on(processor, messages, wrong):
@@ -159,6 +154,7 @@ EMPTY = {
     "no parts": {"content": []},
     "part of none": {"content": [{"type": "text", "text": None}]},
     "as an OpenAI client writes it": {"content": None, "tool_calls": None, "refusal": None},
+    "tool calls alone": {"content": None, "tool_calls": [{"type": "function", "function": {"name": "look"}}]},
 }
 
 
