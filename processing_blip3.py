@@ -305,8 +305,9 @@ class Blip3Processor(ProcessorMixin):
         """Render conversations, and with `tokenize=True` prepare them and their images, alike on 4.57 and 5.x.
 
         A message whose content is missing or None, as OpenAI's clients write it, has an empty text; so has a text part
-        of None. Its `tool_calls` are left out, since BLIP-3 was trained without tools. An image part is `{"type": "image"}` with the image under `image`, `url`, `path` or `base64`, or
-        OpenAI's `{"type": "image_url", "image_url": {"url": ...}}`.
+        of None. Its `tool_calls` are left out, since BLIP-3 was trained without tools. An image part is
+        `{"type": "image"}` with the image under `image`, `url`, `path` or `base64`, or OpenAI's
+        `{"type": "image_url", "image_url": {"url": ...}}`.
 
         Args:
             conversation: a list of messages, or a list of such lists.
