@@ -150,13 +150,11 @@ def load(folder: Path) -> tuple[Any, Any]:
 @torch.no_grad()
 def ask(model: Any, processor: Any, exchange: Exchange, max_new_tokens: int) -> str:
     """Generate and stream the answer."""
-    text, options = exchange.prompt, {}
-    if exchange.is_few_shot:
-        options = {"do_image_splitting": False}  # as it was trained
-    else:
+    text = exchange.prompt
+    if not exchange.is_few_shot:
         messages = [to_message(Turn("user", text))]
         text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    inputs = processor(text=text, images=exchange.pictures, return_tensors="pt", **options).to(model.dtype)
+    inputs = processor(text=text, images=exchange.pictures, return_tensors="pt").to(model.dtype)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

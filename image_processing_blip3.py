@@ -33,7 +33,7 @@ from transformers.image_utils import ChannelDimension, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, logging
 
-from .configuration_blip3 import RELEASED_TILE_GRIDS, check_tile_grids
+from .configuration_blip3 import RELEASED_TILE_GRIDS, check_tile_grids, expose_in_package
 
 logger = logging.get_logger(__name__)
 
@@ -214,9 +214,10 @@ class Blip3ImageProcessor(BaseImageProcessor):
         """T, tiles of the largest grid and the global view: constant, so that any two batches concatenate."""
         return 1 + max((rows * columns for rows, columns in self.tile_grids), default=0)
 
-    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+    def grid_of(self, height: int, width: int, do_image_splitting: bool | None = None) -> tuple[int, int]:
         """(rows, columns) of the tiles a picture of (height, width) pixels is cut into; (0, 0) without tiles."""
-        return grid_of(self.image_size_for_model(height, width), self.tile_grids, self.tile_size)
+        image_size = self.image_size_for_model(height, width, do_image_splitting)
+        return grid_of(image_size, self.tile_grids, self.tile_size)
 
     def image_size_for_model(self, height: int, width: int, do_image_splitting: bool | None = None) -> tuple[int, int]:
         """The `image_sizes` row of a picture of (height, width) pixels."""
@@ -782,5 +783,7 @@ def _refuse_misspelt(kwargs: dict) -> None:
                 f"probably misspelt. Did you mean {close[0]!r}?"
             )
 
+
+expose_in_package(__name__)
 
 __all__ = ["Blip3ImageProcessor"]

@@ -48,7 +48,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .configuration_blip3 import CACHE_NAMES, IGNORE_INDEX, Blip3Config, Blip3ResamplerConfig
+from .configuration_blip3 import CACHE_NAMES, IGNORE_INDEX, Blip3Config, Blip3ResamplerConfig, expose_in_package
 from .image_processing_blip3 import count_tiles, grid_of
 
 # Values a layer of the vision tower gives at once on a CPU in float32; twenty times as many take a quarter longer.
@@ -440,7 +440,8 @@ def _one_cache(cache: Any, past_key_values: Any) -> Any:
     if past_key_values is None:
         return cache
     if CACHE_NAME == "cache":
-        warnings.warn("`past_key_values` is deprecated: transformers calls it `cache` since 5.24", stacklevel=3)
+        message = "`past_key_values` is deprecated: transformers calls it `cache` since 5.24"
+        warnings.warn(message, FutureWarning, stacklevel=3)
     return past_key_values
 
 
@@ -1152,5 +1153,7 @@ def _select_images(order: list[int], pictures: dict, features: BaseModelOutputWi
     selected = BaseModelOutputWithPooling(pooler_output=tuple(features.pooler_output[i] for i in order))
     return {"mm_encoder_outputs": {"image": selected}}
 
+
+expose_in_package(__name__)
 
 __all__ = ["Blip3ForConditionalGeneration", "Blip3Model", "Blip3PreTrainedModel"]

@@ -237,7 +237,7 @@ def describe_pictures(
     for index, picture in enumerate(pictures):
         is_turned = arguments["do_exif_transpose"] and is_stored_sideways(picture)
         height, width = picture.size if is_turned else picture.size[::-1]
-        rows, columns = tiler.grid_of(height, width) if splits else (0, 0)
+        rows, columns = tiler.grid_of(height, width, splits)
         values = inputs["pixel_values"][index, : 1 + rows * columns] * std + mean  # (1 + R * C, 3, S, S)
         pixels = (values * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
         num_tokens = processor.replace_image_token(inputs, index).count(IMAGE_TOKEN)
@@ -561,7 +561,11 @@ def build_page(chat: Chat, name: str, examples: Sequence[dict] = ()) -> gr.Block
                     status = gr.HTML(elem_id="status")
                     clear = gr.Button("New conversation", size="sm", scale=0, min_width=160, elem_id="clear")
             with gr.Column(scale=2, min_width=340):
-                splits = gr.Checkbox(True, label="Split into tiles (off: the global view alone)", elem_id="splits")
+                splits = gr.Checkbox(
+                    chat.processor.image_processor.do_image_splitting,
+                    label="Split into tiles (off: the global view alone)",
+                    elem_id="splits",
+                )
                 with gr.Row():
                     length = gr.Slider(
                         1, limits.max_new_tokens, 128, step=1, label="Max new tokens", min_width=150, elem_id="length"

@@ -104,8 +104,10 @@ def test_long_messages_are_shortened_between_words():
 # -- Pictures ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("default", [True, False])
 @pytest.mark.parametrize("splits", [True, False])
-def test_the_tiles_shown_are_the_tiles_the_model_gets(chat, splits):
+def test_the_tiles_shown_are_the_tiles_the_model_gets(chat, monkeypatch, splits, default):
+    monkeypatch.setattr(chat.processor.image_processor, "do_image_splitting", default)
     sizes = [(80, 240), (200, 190), (300, 90)]
     pictures = [draw_picture(height, width, seed) for seed, (height, width) in enumerate(sizes)]
     views = app.describe_pictures(chat.processor, pictures, splits, chat.limits)
@@ -309,6 +311,15 @@ def test_the_card_of_the_space_names_files_that_exist():
     assert header["sdk"] == "gradio"
     assert (app.HERE / header["app_file"]).is_file()
     assert header["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_the_page_starts_with_the_view_of_the_model(chat, monkeypatch, default):
+    monkeypatch.setattr(chat.processor.image_processor, "do_image_splitting", default)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(chat.uploads))
+    page = app.build_page(chat, "tiny")
+    (box,) = [block for block in page.blocks.values() if getattr(block, "elem_id", None) == "splits"]
+    assert box.value is default
 
 
 # -- The browser ------------------------------------------------------------------------------------------------------

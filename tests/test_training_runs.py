@@ -2,6 +2,7 @@
 """Whole runs on tiny settings: every stage through the command line, resumed, accumulated, on two processes."""
 
 import itertools
+import json
 import os
 import random
 import signal
@@ -21,6 +22,7 @@ from blip3.training.average import average
 from blip3.training.encode import Encoder, TooLongError
 from blip3.training.mixture import Mixture
 from blip3.training.new_model import make_model
+from blip3.training.publish import publish
 from support import draw_picture, load_model
 from training_support import (
     WORLD,
@@ -149,6 +151,25 @@ def test_each_stage_leaves_a_complete_folder(stages, name):
     final = stages / name / "final"
     assert_is_complete(final)
     assert list((stages / name / "runs").rglob("events.out.tfevents.*")), "curves for TensorBoard"
+
+
+@pytest.mark.parametrize(("name", "splits"), [("1_pretrain", False), ("2_sft", True), ("3_sft_multi_image", True)])
+def test_a_stage_shows_images_by_default_as_it_was_trained(stages, tmp_path, name, splits):
+    """Base models trained on the global view alone lose most of their few-shot answers when they are shown tiles."""
+    final, mean, published = stages / name / "final", tmp_path / "mean", tmp_path / "published"
+    average([final, final], mean)
+    former = json.loads((mean / "preprocessor_config.json").read_text()) | {"do_image_splitting": not splits}
+    published.mkdir()
+    publish(mean, published)
+    for folder in (final, mean, published):
+        assert json.loads((folder / "preprocessor_config.json").read_text())["do_image_splitting"] is splits
+    (mean / "preprocessor_config.json").write_text(json.dumps(former))
+    publish(mean, published)  # a folder of before
+    assert json.loads((published / "preprocessor_config.json").read_text())["do_image_splitting"] is splits
+    inputs = AutoProcessor.from_pretrained(final, trust_remote_code=True)(
+        text="<image>", images=draw_picture(96, 96), return_tensors="pt"
+    )
+    assert (inputs["image_sizes"].tolist() != [[0, 0]]) is splits
 
 
 def test_the_mean_of_two_stages_is_a_complete_folder(stages, tmp_path):

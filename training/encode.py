@@ -77,7 +77,7 @@ class Encoder:
             images=pictures or None,
             return_tensors="pt",
             return_labels=is_chat,
-            **({} if self.any_resolution or not pictures else {"do_image_splitting": False}),
+            **({"do_image_splitting": self.any_resolution} if pictures else {}),
         )
         ids = inputs["input_ids"][0]
         labels = inputs["labels"][0] if is_chat else ids.masked_fill(torch.isin(ids, self.ignored), IGNORE_INDEX)

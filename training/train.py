@@ -24,7 +24,15 @@ from ..data.records import Picture, Record
 from .encode import Collator, Encoder, TooLongError
 from .mixture import Mixture
 from .recipe import MODULES, Recipe, load_recipe, recipe_arguments, save_recipe
-from .run import SAVED_RECIPE, RecipeTrainer, copy_processor, num_processes, start, training_arguments
+from .run import (
+    SAVED_RECIPE,
+    RecipeTrainer,
+    copy_processor,
+    num_processes,
+    save_image_splitting,
+    start,
+    training_arguments,
+)
 
 WINDOW = 64  # batches within which samples are sorted by length
 MAX_TOO_LONG = 100  # samples in a row
@@ -77,6 +85,7 @@ def train(recipe: Recipe) -> Path:
     trainer.save_whole_model(output)
     if trainer.is_world_process_zero():
         copy_processor(recipe.model, output)
+        save_image_splitting(output, recipe.any_resolution)
         save_recipe(recipe, output / SAVED_RECIPE)
     return output
 
