@@ -20,10 +20,11 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..checkpoints import locate
 from ..data.records import Picture
 from .encode import Collator, Encoder, TooLongError
 from .mixture import Mixture
-from .recipe import MODULES, Recipe, load_recipe, recipe_arguments, save_recipe
+from .recipe import MODULES, Recipe, load_recipe, plain_errors, recipe_arguments, save_recipe
 from .run import SAVED_RECIPE, RecipeTrainer, copy_processor, num_processes, start, training_arguments
 
 WINDOW = 64  # batches within which samples are sorted by length
@@ -35,7 +36,8 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Read the command line and train."""
     args = recipe_arguments(__doc__).parse_args()
-    train(load_recipe(args.recipe, Recipe, args.overrides))
+    with plain_errors():
+        train(load_recipe(args.recipe, Recipe, args.overrides))
 
 
 def train(recipe: Recipe) -> Path:
@@ -45,10 +47,11 @@ def train(recipe: Recipe) -> Path:
         that folder.
     """
     arguments = training_arguments(recipe)  # starts the process group
+    source = locate(recipe.model)
     checkpoint = start(recipe)
     with arguments.main_process_first(desc="copying the model's code into the cache"):
-        processor = AutoProcessor.from_pretrained(recipe.model, trust_remote_code=True)
-        model = AutoModelForImageTextToText.from_pretrained(recipe.model, trust_remote_code=True, dtype=torch.float32)
+        processor = AutoProcessor.from_pretrained(**source)
+        model = AutoModelForImageTextToText.from_pretrained(**source, dtype=torch.float32)
     freeze(model, recipe)
     encoder = Encoder(
         processor, recipe.max_length, recipe.any_resolution, recipe.learn_end_of_chunk, recipe.learn_questions
