@@ -229,7 +229,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 def commands(checkpoint: str) -> list[list]:
     """Every command that loads a checkpoint, as little of it as possible."""
-    score = "--task rule --shots 0 --count 1 --output scores --max-new-tokens 1".split()
+    score = ["--task", "rule", "--shots", "0", "--count", "1", "--output", "scores", "--max-new-tokens", "1"]
     recipes = ROOT / "training" / "recipes" / "mini"
     module, training = ["-m"], "blip3.training."
     size = [f"model={checkpoint}", "output=run", "max_steps=1", "batch_size=1", "accumulation=1", "num_workers=0"]
@@ -243,7 +243,12 @@ def commands(checkpoint: str) -> list[list]:
         [*module, "blip3.evaluation.score", "--model", checkpoint, *score],
         [*module, "blip3.serving.memory", "--model", checkpoint],
         [ROOT / "serving" / "memory.py", "--model", checkpoint, "--measure", "float32", "--tokens", 0],
-        [ROOT / "demo.py", "--model", checkpoint, *"--image image.png --max-new-tokens 1 --output demo.png".split()],
+        [
+            ROOT / "demo.py",
+            "--model",
+            checkpoint,
+            *["--image", "image.png", "--max-new-tokens", "1", "--output", "demo.png"],
+        ],
     ]
 
 
