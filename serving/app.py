@@ -655,6 +655,7 @@ def load_examples(source: Path, folder: Path) -> list[dict]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Load, build the page and serve it until it is interrupted."""
     args = parse_arguments(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # containers end so; uploads are deleted as on Ctrl-C
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
     checkpoint, subfolder = or_its_mini(args.model) if not args.subfolder else args.model, args.subfolder
     with tempfile.TemporaryDirectory(prefix="blip3-page-") as scratch:
@@ -696,5 +697,4 @@ def launch(page: gr.Blocks, limits: Limits, host: str, port: int | None, is_bloc
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # containers end so; uploads are deleted as on Ctrl-C
     main()
