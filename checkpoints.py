@@ -56,7 +56,7 @@ def locate(checkpoint: str | Path, subfolder: str = "", *, only_small_files: boo
 
     Raises:
         FileNotFoundError: if there is no such checkpoint, or no code that goes with it.
-        ValueError: on transformers 4.57, if this process has loaded other code from a folder of the same name.
+        ValueError: if this process has loaded other code from a folder of the same name.
     """
     folder = folder_of(checkpoint, subfolder, only_small_files=only_small_files)
     code, inside = find_code(folder)
@@ -68,9 +68,8 @@ def locate(checkpoint: str | Path, subfolder: str = "", *, only_small_files: boo
             "needs the model's code beside it or above it. It was probably copied out of the repository without the "
             f"code: copy the {len(CODE_FILES)} files *_blip3.py of the repository into it."
         )
-    if not _is_transformers_5():
-        _check_processor_above(folder, code)
-        _check_code_is_alone(code)
+    _check_processor_above(folder, code)
+    _check_code_is_alone(code)
     return {"pretrained_model_name_or_path": str(code), "subfolder": inside, "trust_remote_code": True}
 
 
@@ -214,14 +213,11 @@ def _names_code_elsewhere(folder: Path) -> bool:
     return any("--" in str(name) for name in names)
 
 
-def _is_transformers_5() -> bool:
-    return int(transformers.__version__.split(".")[0]) >= 5
-
-
 def _check_processor_above(folder: Path, code: Path) -> None:
     """Refuse what transformers 4.57 cannot load: it looks for processor_config.json without the subfolder."""
     name = "processor_config.json"
-    if (folder / name).is_file() and not (code / name).is_file():
+    is_transformers_5 = int(transformers.__version__.split(".")[0]) >= 5
+    if not is_transformers_5 and (folder / name).is_file() and not (code / name).is_file():
         raise FileNotFoundError(
             f"{folder} takes its code from {code}, which has no {name}; transformers {transformers.__version__} looks "
             f"for it there. Only the code was probably moved up: copy {name} beside the code, or the code into the "
@@ -230,10 +226,11 @@ def _check_processor_above(folder: Path, code: Path) -> None:
 
 
 def _check_code_is_alone(code: Path) -> None:
-    """Refuse a second folder of the same name with other code: transformers 4.57 would mix the two.
+    """Refuse a second folder of the same name with other code: transformers would mix the two without a word.
 
-    It keeps the code of local folders under the last part of their path. Loading the second replaces every function
-    that the first model still calls.
+    4.57 keeps the code of local folders under the last part of their path, so that the second replaces every function
+    the first model still calls. 5.x adds a digest of the file asked for; but the class of the configuration stands for
+    that of the model, so that the second gets the first one's model unless its configuration's code differs too.
     """
     digest = hashlib.sha256()
     for name in CODE_FILES:
@@ -242,7 +239,7 @@ def _check_code_is_alone(code: Path) -> None:
     if first != code and known != digest.hexdigest():
         raise ValueError(
             f"{code} has other model code than {first}, which this process has loaded, and both folders are named "
-            f"{code.name!r}; transformers {transformers.__version__} tells the code of local folders apart by that "
-            "name alone and would mix the two. One is probably an older copy: rename a folder, load them in two "
-            "processes, or use transformers 5."
+            f"{code.name!r}. Code is expected to be the same under one name, because transformers "
+            f"{transformers.__version__} would mix the two. One is probably an older copy: rename a folder, or load "
+            "them in two processes."
         )

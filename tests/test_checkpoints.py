@@ -174,33 +174,30 @@ def test_a_processor_that_this_line_would_not_find_is_refused(tiny_repo, tmp_pat
 
 @pytest.fixture
 def namesakes(tiny_repo, tmp_path):
-    """Two folders named `final`: the second's image processor has a helper that does something else."""
+    """Two folders named `final`, the second with other code of the model."""
     first, second = (shutil.copytree(tiny_repo, tmp_path / name / "final") for name in ("a", "b"))
     path = second / "modeling_blip3.py"
     path.write_text(path.read_text(encoding="utf-8") + "\nOTHER = True\n", encoding="utf-8")
     return first, second
 
 
-def test_the_second_of_two_namesakes_is_refused_where_their_code_would_mix(namesakes):
+def test_the_second_of_two_namesakes_is_refused(namesakes):
     first, second = namesakes
     locate(first)
-    if IS_TRANSFORMERS_5:
+    with pytest.raises(ValueError, match=r"both folders are named 'final'\..*rename a folder"):
         locate(second)
-        return
-    with pytest.raises(ValueError, match=r"both folders are named 'final'.*rename a folder"):
-        locate(second)
-    shutil.copy(first / "modeling_blip3.py", second)
-    locate(second)  # the same code is one code
+    second = second.rename(second.parent / "other")
+    locate(second)
+    third = shutil.copytree(first, second.parent / "final")
+    locate(third)  # the same code is one code
 
 
 def test_why_namesakes_are_refused(namesakes):
-    """On 4.57 the first model's functions are replaced under it; transformers 5 keeps them apart."""
-    first, second = (
-        AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True) for folder in namesakes
-    )
-    helpers = [vars(sys.modules[type(model).__module__]) for model in (first, second)]
-    assert ["OTHER" in names for names in helpers] == [not IS_TRANSFORMERS_5, True]
-    assert (helpers[0] is helpers[1]) == (not IS_TRANSFORMERS_5)
+    """Both models run one module: the second's on 4.57, the first's on 5.x."""
+    models = [AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True) for folder in namesakes]
+    first, second = (vars(sys.modules[type(model).__module__]) for model in models)
+    assert first is second
+    assert ("OTHER" in first) == (not IS_TRANSFORMERS_5)
 
 
 # ------------------------------------------------------------------------------------------------- every command
@@ -287,3 +284,24 @@ def test_every_command_takes_a_checkpoint_inside_the_repository(number, run, tmp
             assert {"config.json", "tokenizer.json", "preprocessor_config.json"} <= files
             assert ("modeling_blip3.py" in files) == (name != "published/base")  # the repository's own is around it
             assert name == "published/base" or loads(locate(folder))
+
+
+# ------------------------------------------------------------------------------------------ spread over devices
+
+
+@pytest.mark.parametrize("language_model", ["cpu", "disk"])
+def test_a_model_is_spread_over_devices_by_from_pretrained(language_model, tmp_path):
+    """The way that docs/serving.md names; without a GPU, to the disk."""
+    pytest.importorskip("accelerate")
+    source = locate(MINI)
+    places = {"model.vision_tower": "cpu", "model.resampler": "cpu", "lm_head": "cpu"}
+    places["model.language_model"] = language_model
+    whole, spread = (
+        AutoModelForImageTextToText.from_pretrained(**source, dtype=torch.float32, **options)
+        for options in ({}, {"device_map": places, "offload_folder": tmp_path})
+    )
+    processor = AutoProcessor.from_pretrained(**source)
+    inputs = processor(text="<image>What", images=draw_picture(60, 60), return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(whole(**inputs).logits, spread(**inputs).logits)
+    assert any(weight.is_meta for weight in spread.parameters()) == (language_model == "disk")

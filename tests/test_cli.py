@@ -25,7 +25,7 @@ def test_the_installed_command_is_this_one():
 
 
 def test_help_lists_every_subcommand_with_a_line_each_and_imports_none(tmp_path):
-    code = "import sys; from blip3 import cli; cli.main([])\nprint(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys; from blip3 import cli; cli.main([])\nprint([name for name in sys.modules if 'torch' in name])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     *_, loaded = lines = result.stdout.splitlines()
     assert loaded == "[]"

@@ -90,7 +90,7 @@ def train_tower(recipe: TowerRecipe) -> Path:
     resume = start(recipe)
     image_processor = AutoImageProcessor.from_pretrained(**source)
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    model = AutoModelForImageTextToText.from_pretrained(**source)
+    model = AutoModelForImageTextToText.from_pretrained(**source, dtype=torch.float32)
     settings = settings_from(recipe.world)
     resampler = model.model.resampler if recipe.resampler else None
     siglip = PatchSiglip(model.vision_tower, tokenizer, recipe, resampler)
