@@ -8,7 +8,8 @@
                          |
                          +--> preview --- describe_pictures --> panel_html: sizes, grids, tokens, tiles
 
-On a Hugging Face Space this file, its requirements and a checkpoint are enough; serving/space/README.md is the card.
+On a Hugging Face Space this file, checkpoints.py, the requirements and a checkpoint are enough; the card is
+serving/space/README.md.
 The conversation is kept by the server, so what a browser sends is one question, and pictures are opened only from the
 folder of this page's own uploads. Nothing is fetched from the hub, and nothing is reported to anyone.
 """
@@ -598,7 +599,7 @@ def build_page(chat: Chat, name: str, examples: Sequence[dict] = ()) -> gr.Block
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; Spaces and containers set host and port by Gradio's own variables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=MINI, help="checkpoint folder, or owner/name (default: mini)")
+    parser.add_argument("--model", default=MINI, help="checkpoint folder (default: mini)")
     parser.add_argument("--subfolder", default="", help="checkpoint inside it (default: none)")
     host, port = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
     parser.add_argument("--host", default=host, help="address to listen on; 0.0.0.0 for all (default: %(default)s)")
