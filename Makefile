@@ -44,7 +44,7 @@ bench: setup  ## speed and memory beside the peers (docs/speed.md); an environme
 
 check: setup  ## lint and types
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
-	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.,configuration_blip3 image_processing_blip3 processing_blip3 modeling_blip3)
+	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.,checkpoints cli configuration_blip3 image_processing_blip3 processing_blip3 modeling_blip3)
 	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.data.,records world readers build)
 	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.training.,recipe run mixture encode train tokenizer new_model measure_packing average)
 	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.evaluation.,metrics score)

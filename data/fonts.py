@@ -18,6 +18,7 @@ FACES = {
     "Fredoka One": ("font_fredoka_one", "FredokaOne-Regular.ttf"),
 }
 """Face -> (package, file)."""
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @lru_cache(maxsize=2048)
@@ -58,7 +59,7 @@ def load_font(face: str, points: int) -> ImageFont.FreeTypeFont:
     )
 
 
-def wrap(text: str, width: float, font: ImageFont.FreeTypeFont) -> list[str]:
+def wrap(text: str, width: float, font: Font) -> list[str]:
     """Break a text into lines of at most `width` pixels, inside a word where the word alone is longer.
 
     Returns:
@@ -79,7 +80,7 @@ def wrap(text: str, width: float, font: ImageFont.FreeTypeFont) -> list[str]:
     return lines
 
 
-def _break_word(word: str, width: float, font: ImageFont.FreeTypeFont) -> list[str]:
+def _break_word(word: str, width: float, font: Font) -> list[str]:
     """Break a word into pieces of at most `width` pixels, of at least one character each."""
     pieces = [""]
     for character in word:
@@ -89,7 +90,7 @@ def _break_word(word: str, width: float, font: ImageFont.FreeTypeFont) -> list[s
     return pieces
 
 
-def shorten(text: str, width: float, font: ImageFont.FreeTypeFont, ending: str = " ...") -> str:
+def shorten(text: str, width: float, font: Font, ending: str = " ...") -> str:
     """Add `ending` to a text that goes on, and take off as many characters as that needs to stay within `width`."""
     while text and font.getlength(text + ending) > width:
         text = text[:-1]

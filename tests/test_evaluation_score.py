@@ -513,7 +513,7 @@ def test_errors_of_a_run_are_one_line(command, tmp_path, capsys):
     assert main([*command, "--model", str(tmp_path / "nowhere")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert "has no config.json" in error
+    assert "is not there" in error
 
 
 @pytest.mark.parametrize(
