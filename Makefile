@@ -14,7 +14,7 @@ setup:  ## make or complete the virtual environment (every other target does so 
 	$(ENVIRONMENT) --extra $(if $(filter 4,$(LINE)),test,dev)
 	@mkdir -p .typing && ln -sfn .. .typing/blip3
 
-demo:  ## ask about example images, in an environment with no more than that needs; --help for your own
+demo:  ## ask about example images, with no more installed than that needs; python demo.py --help for your own
 	$(ENVIRONMENT) --extra demo
 	$(RUN) demo.py
 
