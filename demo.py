@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreame
 from checkpoints import MINI, folder_of, locate
 from data.fonts import wrap
 from data.formats import parse_boxes
-from data.records import Turn, to_message
+from data.records import Picture, Turn, to_message
 from evaluation.metrics import box_iou
 
 WIDTH, MARGIN, GAP, LABEL, CARDS_IN_A_ROW = 1320, 28, 10, 26, 3
@@ -109,24 +109,26 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def own_question(args: argparse.Namespace) -> Exchange:
     """Make an exchange of the user's pictures and question, pictures first unless the question places them."""
-    pictures = [open_image(path) for path in args.image]
+    pictures = [open_picture(path) for path in args.image]
     prompt = args.question if "<image>" in args.question else "<image>\n" * len(pictures) + args.question
     return Exchange(pictures, prompt)
 
 
-def open_image(path: Path) -> Image.Image:
-    """Open an image file.
+def open_picture(path: Path) -> Image.Image:
+    """Open an image file as RGB, upright.
 
     Raises:
-        SystemExit: if that fails.
+        SystemExit: with one line, if there is no such file or it is no image.
     """
     try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
+        return Picture(path=str(path)).open()
+    except FileNotFoundError:
         raise SystemExit(
-            f"error: {str(path)!r} was given as --image but cannot be opened ({error}). An image that Pillow reads "
-            "is expected. The path is probably misspelt or the file damaged: try it in a viewer."
+            f"error: The image {str(path)!r} cannot be opened: no such file. An image file is expected. The name is "
+            "probably misspelt or starts in another folder: correct it, or pass the whole path."
         ) from None
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def load_examples(model: Path) -> list[Exchange]:
@@ -144,7 +146,7 @@ def load_examples(model: Path) -> list[Exchange]:
     examples = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
     return [
         Exchange(
-            [Image.open(folder / name).convert("RGB") for name in example["images"]],
+            [open_picture(folder / name) for name in example["images"]],
             example["prompt"],
             example["truth"],
             example["task"],

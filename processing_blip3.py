@@ -20,7 +20,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 
 # transformers 4.57 copies the files named here and no further: what image_processing_blip3 imports must be named too.
 from .configuration_blip3 import IGNORE_INDEX, TOKEN_SAMPLINGS, check_choice, check_positive
-from .image_processing_blip3 import Blip3ImageProcessorKwargs, count_tiles
+from .image_processing_blip3 import Blip3ImageProcessorKwargs, check_not_swapped, count_tiles, list_images
 
 # transformers 5 finds the parts of a processor from its arguments and expands placeholders in its own __call__.
 _IS_TRANSFORMERS_5 = hasattr(ProcessorMixin, "get_attributes")
@@ -129,7 +129,8 @@ class Blip3Processor(ProcessorMixin):
         """Prepare prompts and their pictures.
 
         Args:
-            images: one picture, a flat list in reading order, or one list per row of text (empty for rows without).
+            images: one picture, a flat list in reading order, or one list per row of text (empty for rows without);
+                Columns of `datasets` and iterators count as lists.
             text: one prompt or a list, with one `<image>` per picture.
             **kwargs: `return_labels=True` adds `labels` that train on assistant turns only; `return_tensors`,
                 `padding`, `max_length`, `return_mm_token_type_ids` and any image argument as in transformers.
@@ -146,6 +147,8 @@ class Blip3Processor(ProcessorMixin):
                 "BLIP-3 was given video or audio but reads text and images only. The call was probably written for "
                 "another model: pass frames as images, one <image> each."
             )
+        images = list_images(images)
+        check_not_swapped(images, text)
         images, text = self._check_layout(images, text)
         return_labels = kwargs.pop("return_labels", False)
         if _IS_TRANSFORMERS_5:

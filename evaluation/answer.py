@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..checkpoints import locate
+from ..data.records import open_images
 from .tasks import Question
 
 STOPS = ("<|end|>", "<|endofchunk|>")
@@ -83,7 +84,7 @@ class Checkpoint:
 
     def prepare(self, questions: Sequence[Question]) -> Any:
         """Give the model inputs of a batch: `input_ids` (B, L), padded on the left, and its pictures."""
-        images = [[picture.open() for picture in question.pictures] for question in questions]
+        images = [open_images(question.pictures, self.processor) for question in questions]
         return self.processor(
             images=images,
             text=[self.render(question) for question in questions],

@@ -21,6 +21,7 @@ from transformers import AutoProcessor
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e .[app]")
 
+from exif_support import turned_and_upright
 from serving import app
 from serving.app import Chat, Limits, Options, Turn
 from serving_support import silence_bytes
@@ -136,6 +137,21 @@ def test_turned_pictures_are_shown_upright(chat):
     opened = app.open_pictures([chat.uploads / "turned.jpg"], chat.uploads)
     (view,) = app.describe_pictures(chat.processor, opened, True, chat.limits)
     assert (view.height, view.width, view.grid) == (300, 100, (3, 1))
+
+
+def test_the_processors_switch_holds_on_the_page(chat, monkeypatch):
+    monkeypatch.setattr(chat.processor.image_processor, "do_exif_transpose", False)
+    (chat.uploads / "stored.png").write_bytes(turned_and_upright()[0])
+    opened = app.open_pictures([chat.uploads / "stored.png"], chat.uploads)
+    (view,) = app.describe_pictures(chat.processor, opened, True, chat.limits)
+    assert (view.height, view.width, view.grid) == (200, 60, (3, 1))
+
+
+def test_damaged_exif_refuses_no_picture(chat):
+    draw_picture(100, 300).save(chat.uploads / "damaged.png", exif=b"Exif\0\0garbage")
+    opened = app.open_pictures([chat.uploads / "damaged.png"], chat.uploads)
+    (view,) = app.describe_pictures(chat.processor, opened, True, chat.limits)
+    assert (view.height, view.width, view.grid) == (100, 300, (1, 3))
 
 
 def test_only_uploads_are_opened(chat, tmp_path):

@@ -109,7 +109,7 @@ def test_tokens_are_those_the_processor_counts(mini_processor, monkeypatch, draw
     ("arguments", "message"),
     [
         (["--model", "nowhere", "--image", "a.png"], "The checkpoint 'nowhere' was asked for but"),
-        (["--image", "absent.png"], "'absent.png' was given as --image but cannot be opened"),
+        (["--image", "absent.png"], "The image 'absent.png' cannot be opened"),
     ],
 )
 def test_what_is_missing_is_said_in_one_line(arguments, message, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from blip3.data.records import Record, Turn, write_jsonl
+from blip3.data.records import Picture, Record, Turn, write_jsonl
 from blip3.training import train as stage
 from blip3.training.average import average
 from blip3.training.encode import Encoder, TooLongError
@@ -410,3 +410,23 @@ def test_sharded_processes_train_as_one_resume_and_save_a_complete_folder(straig
     train_on_two(path, tmp_path / "sharded.py")
     assert_same_run(tmp_path / "run", straight)
     assert_is_complete(tmp_path / "run" / "final")
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_workers": 1}, {"group_by_length": True}], ids=str)
+def test_a_missing_image_ends_a_run_with_one_line_that_names_file_and_record(changes, small_model, tmp_path):
+    (tmp_path / "data").mkdir()
+    turns = (Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A photo."))
+    records = [Record(f"r{n}", "instruction", (Picture(path=f"{n}.png"),), turns) for n in range(2)]
+    write_jsonl(records, tmp_path / "data" / "photos.jsonl")
+    draw_picture(40, 60).save(tmp_path / "data" / "0.png")
+    mixture = [{"records": str(tmp_path / "data" / "photos.jsonl")}]
+    path = write_recipe(tmp_path / "run.yaml", small_model, mixture=mixture, max_steps=2, **changes)
+    process = start("-m", "blip3.training.train", path, modules=tmp_path / "modules")
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == 1, output[-3000:]
+    assert "Traceback" not in output
+    assert output.count("error: ") == 1
+    line = output.partition("error: ")[2].splitlines()[0]
+    assert "SampleError" not in line
+    for part in ("photos.jsonl", "record 'r1'", "1.png", "no such file", "probably"):
+        assert part in line
