@@ -5,20 +5,17 @@ VENV := .venv$(if $(filter 4,$(LINE)),-transformers-4)
 CONSTRAINTS := constraints$(if $(filter 4,$(LINE)),-transformers-4).txt
 OTHER := $(abspath $(wildcard .venv$(if $(filter 4,$(LINE)),,-transformers-4)/bin/python))
 RUN := HF_HUB_OFFLINE=1 BLIP3_OTHER_PYTHON=$(OTHER) $(VENV)/bin/python
+ENVIRONMENT = $(PYTHON) .ci/environment.py $(VENV) --constraints $(CONSTRAINTS)
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-setup: $(VENV)/.ready  ## make the virtual environment (every other target does so itself)
+setup:  ## make or complete the virtual environment (every other target does so itself)
+	$(ENVIRONMENT) --extra $(if $(filter 4,$(LINE)),test,dev)
+	@mkdir -p .typing && ln -sfn .. .typing/blip3
 
-$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --upgrade pip
-	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(if $(filter 4,$(LINE)),test,dev)]'
-	mkdir -p .typing && ln -sfn .. .typing/blip3
-	touch $@
-
-demo: setup  ## ask a picture: python demo.py --help for your own
+demo:  ## ask about example images, with no more installed than that needs; python demo.py --help for your own
+	$(ENVIRONMENT) --extra demo
 	$(RUN) demo.py
 
 test: setup  ## every test that needs no large disk; LINE=4 after LINE=5 also exchanges folders between the two
@@ -47,7 +44,7 @@ bench: setup  ## speed and memory beside the peers (docs/speed.md); an environme
 
 check: setup  ## lint and types
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
-	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.,configuration_blip3 image_processing_blip3 processing_blip3 modeling_blip3)
+	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.,checkpoints cli configuration_blip3 image_processing_blip3 processing_blip3 modeling_blip3)
 	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.data.,records world readers build)
 	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.training.,recipe run mixture encode train tokenizer new_model measure_packing average)
 	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.evaluation.,metrics score)
