@@ -159,7 +159,7 @@ def write_tokenizer(folder: Path, checkpoint: Checkpoint) -> dict[str, int]:
     if tokenizer is None:
         print(
             f"warning: {source} has no tokenizer.json, so OUTPUT lacks tokenizer.json and tokenizer_config.json; pass "
-            "--tokenizer DIR to add them",
+            + ("--base DIR, the folder it was trained from" if checkpoint.is_ours else "--tokenizer DIR to add them"),
             file=sys.stderr,
         )
         return {}
