@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from conversion.card import write_attributes, write_card
+from conversion import quantized
+from conversion.card import size_line, write_attributes, write_card
 from conversion.configs import Checkpoint, optional_json, original_configs, read_json, write_json
 from conversion.names import EMBEDDING, FOLDED, IMAGE_TOKENS, to_ours
 from conversion.output_folder import (
@@ -58,7 +59,10 @@ def main(argv: list[str] | None = None) -> int:
             args.output, [path for path in (args.source, args.vision, args.text, args.tokenizer, args.base) if path]
         )
         checkpoint = load_source(args)
-        (write_original if args.to_original else write_ours)(checkpoint, args, dtype)
+        if checkpoint.quantization is not None:
+            write_quantized(checkpoint, args)
+        else:
+            (write_original if args.to_original else write_ours)(checkpoint, args, dtype)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -210,8 +214,9 @@ def write_ours(checkpoint: Checkpoint, args: argparse.Namespace, dtype: torch.dt
     changed = checkpoint.dtype_changed or any(
         part.reader.specs[part.name].dtype != view.dtype for view in views.values() for part in view.parts
     )
+    stored = str(views["model.language_model.embed_tokens.weight"].dtype).removeprefix("torch.")
     with replacing(args.output) as folder:
-        config = write_small_files(folder, checkpoint, text_layout, views, args)
+        config = write_small_files(folder, checkpoint, text_layout, stored, size_line(views, stored), args)
         original = folder / "original"
         original.mkdir()
         write_original_files(original, checkpoint.small_files)
@@ -225,6 +230,28 @@ def write_ours(checkpoint: Checkpoint, args: argparse.Namespace, dtype: torch.dt
             verify_bits(folder, views)
             verify_model(config, views)
     print(f"wrote {len(views)} tensors, {total_bytes(views)} bytes, to {args.output}")
+
+
+def write_quantized(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    """Complete a folder that a quantized model saved; its weights stay as they are.
+
+    Raises:
+        ValueError: if the weights were to be changed, the disk is too small, or the method is not known.
+    """
+    if args.to_original or args.text_layout or args.dtype != "keep":
+        raise ValueError(
+            f"{checkpoint.description} holds weights quantized by {checkpoint.quantization}, which have neither "
+            "another dtype nor another layout. It was probably meant to be quantized afterwards: convert the folder "
+            "it was loaded from with these options, and quantize that."
+        )
+    check_space(args.output, sum(path.stat().st_size for path in quantized.weights_files(args.source)))
+    with replacing(args.output) as folder:
+        dtype = checkpoint.config.get("dtype", "float32")
+        size = quantized.size_line(checkpoint, args.source)
+        write_small_files(folder, checkpoint, checkpoint.text_layout, dtype, size, args)
+        quantized.add_requirements(folder, checkpoint.quantization)
+        quantized.copy_weights(args.source, folder, args.verify)
+    print(f"completed {checkpoint.description}, quantized by {checkpoint.quantization}, as {args.output}")
 
 
 def report(checkpoint: Checkpoint, views: Views, text_layout: str) -> None:
@@ -270,7 +297,7 @@ def write_original(checkpoint: Checkpoint, args: argparse.Namespace, dtype: torc
         for name, content in files.items():
             write_json(folder / name, content)
         write_original_files(folder, tokenizer)
-        write_card(folder, checkpoint, args, views, str(stored).removeprefix("torch."))
+        write_card(folder, checkpoint, args, size_line(views, str(stored).removeprefix("torch.")))
         write_attributes(folder)
         with progress_bar(total_bytes(views), "write") as progress:
             write_shards(folder, views, args.max_shard_size, progress)

@@ -7,6 +7,7 @@
     tokenizer_files   the tokenizer of each flavour
     replace           OUTPUT appears at once and keeps what the user put beside it
     card              README.md, NOTICE and .gitattributes, without a local path
+    quantized         folders of quantized weights, copied as they are
     sources           a path on the command line -> a `Checkpoint`
     output_folder     a `Checkpoint` and its row ranges -> OUTPUT's files
 

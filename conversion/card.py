@@ -84,7 +84,7 @@ BODY = """
 
 | | |
 |---|---|
-| parameters | {parameters:,} in {dtype}, {gigabytes:.2f} GB |
+| weights | {size} |
 | image tokens of an image | {tokens} |
 | context | {context:,} tokens |
 
@@ -201,15 +201,20 @@ def given_origin(origin: Origin, args: argparse.Namespace) -> Origin:
 # -- Files ------------------------------------------------------------------------------------------------------------
 
 
-def write_card(folder: Path, checkpoint: Checkpoint, args: argparse.Namespace, views: Views, dtype: str) -> None:
+def size_line(views: Views, dtype: str) -> str:
+    """Return the card's line about the weights, of which most have the dtype."""
+    num_parameters = sum(view.num_bytes // view.dtype.itemsize for view in views.values())
+    return f"{num_parameters:,} parameters in {dtype}, {total_bytes(views) / 1e9:.2f} GB"
+
+
+def write_card(folder: Path, checkpoint: Checkpoint, args: argparse.Namespace, size: str) -> None:
     """Write README.md and NOTICE.
 
     Args:
         folder: with everything else written, but for weights.
         checkpoint: what to describe.
         args: the command line.
-        views: what will be written.
-        dtype: of most weights.
+        size: the line about the weights.
     """
     origin, config = given_origin(checkpoint.origin, args), checkpoint.config
     latents, views_of_image = config["resampler_config"]["num_latents"], {1 + r * c for r, c in config["tile_grids"]}
@@ -219,9 +224,7 @@ def write_card(folder: Path, checkpoint: Checkpoint, args: argparse.Namespace, v
     body = (ORIGINAL_BODY if args.to_original else BODY).format(
         title=_title(origin),
         what=_what(origin, checkpoint),
-        parameters=sum(view.num_bytes // view.dtype.itemsize for view in views.values()),
-        dtype=dtype,
-        gigabytes=total_bytes(views) / 1e9,
+        size=size,
         tokens=" or ".join(f"{count}" for count in counts) + " (the fewest with `do_image_splitting=False`)",
         context=config["text_config"]["max_position_embeddings"],
         loading=LOADING,

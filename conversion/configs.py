@@ -42,6 +42,7 @@ class Checkpoint:
     dtype_changed: bool = False  # since the release
     text_layout: str = "phi3"  # of the source: "phi3" or "unfused"
     template_folders: tuple[Path, ...] = (REPOSITORY,)  # where files that are copied are looked for, in this order
+    quantization: str | None = None  # method, where the weights are no tensors of the model
     origin: Any = None  # `conversion.card.Origin`
 
 

@@ -91,7 +91,7 @@ def write_shards(folder: Path, views: Views, max_bytes: int, progress: tqdm) -> 
 
 
 def write_small_files(
-    folder: Path, checkpoint: Checkpoint, text_layout: str, views: Views, args: argparse.Namespace
+    folder: Path, checkpoint: Checkpoint, text_layout: str, dtype: str, size: str, args: argparse.Namespace
 ) -> dict:
     """Write code, configs, tokenizer and card; return the written config.
 
@@ -99,7 +99,8 @@ def write_small_files(
         folder: where to write.
         checkpoint: what to describe.
         text_layout: `phi3` or `unfused`.
-        views: what will be written, by our names; the embedding's dtype becomes the config's.
+        dtype: that the config names.
+        size: the card's line about the weights.
         args: the command line, for the card.
 
     Raises:
@@ -122,7 +123,6 @@ def write_small_files(
     if not checkpoint.is_ours:
         eos = ids["eos_token_id"]
         text = text | ids | {"eos_token_id": eos[0] if isinstance(eos, list) else eos}
-    dtype = str(views["model.language_model.embed_tokens.weight"].dtype).removeprefix("torch.")
     config = without_paths(checkpoint.config | {"dtype": dtype, "auto_map": template()["auto_map"]})
     config["text_config"] = unfused_text_config(text) if text_layout == "unfused" else text
     build_config(config)  # validates
@@ -132,7 +132,7 @@ def write_small_files(
     write_json(folder / "preprocessor_config.json", checkpoint.preprocessor)
     processor = {key: config["resampler_config"][key] for key in ("num_latents", "token_sampling")}
     write_json(folder / "processor_config.json", read_json(REPOSITORY / "processor_config.json") | processor)
-    write_card(folder, checkpoint, args, views, dtype)
+    write_card(folder, checkpoint, args, size)
     write_attributes(folder)
     return config
 

@@ -52,6 +52,7 @@ from conversion.names import (
     to_ours,
     to_released,
 )
+from conversion.quantized import describe
 from conversion.replace import are_weights_as_written
 from conversion.tensors import (
     FreshReader,
@@ -374,20 +375,16 @@ def from_ours(args: argparse.Namespace) -> Checkpoint:
     """
     folder, base, description = args.source, args.base, str(args.source)
     config, text_layout = complete_config(read_json(folder / "config.json"))
-    if "quantization_config" in config:
-        raise ValueError(
-            f"{description} holds weights quantized by {config['quantization_config'].get('quant_method')!r}, which "
-            "are no tensors of the model. It was probably saved by a quantized model: convert the folder it was "
-            "loaded from, and see docs/publishing.md for the rest."
-        )
     flavour = "instruct" if config["tile_grids"] else "base"
     if args.flavour not in ("auto", flavour) and not args.to_original:
         raise ValueError(
             f"{description} is of flavour {flavour} and --flavour {args.flavour} was given; tokenizers of the two "
             "differ. Convert the original release again with that flavour."
         )
-    views = fuse_text({to_released(name): view for name, view in views_of(open_reader(folder)).items()})
-    check_shapes(shapes_of(views), config, description)
+    quantization, views = describe(config), {}
+    if quantization is None:
+        views = fuse_text({to_released(name): view for name, view in views_of(open_reader(folder)).items()})
+        check_shapes(shapes_of(views), config, description)
     original, unused, dtype_changed = folder / "original", {}, False
     if (original / "unused.safetensors").is_file():
         reader = SafetensorsReader([original / "unused.safetensors"])
@@ -409,5 +406,6 @@ def from_ours(args: argparse.Namespace) -> Checkpoint:
         dtype_changed=dtype_changed,
         text_layout=text_layout,
         template_folders=(*folders, REPOSITORY),
+        quantization=quantization,
         origin=card_origin(folder, base, are_weights_as_written(folder)),
     )
