@@ -282,7 +282,7 @@ def test_the_requirements_are_those_of_the_extra():
 
 # -- The documentation ------------------------------------------------------------------------------------------------
 
-TEXT = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").split("## Quantize")[1].split("\n## ")[0]
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
