@@ -27,6 +27,7 @@ PARTS = {
     "Phi-3-mini-4k-instruct": ("microsoft", "mit"),
 }
 LARGE_TEXT = 10 * 2**20  # bytes; the Hub takes a larger text file as a large file only
+BY_NAME = " (so its folder was named; its checksums were not compared)"
 LARGE = "filter=lfs diff=lfs merge=lfs -text"
 
 LOADING = """```python
@@ -79,13 +80,15 @@ print(processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_specia
 BODY = """
 # {title}
 
-{what} The code in this folder runs it on transformers 4.57 and 5.x: batches, caches, beams, `Trainer`, PEFT, and
-`handler.py` for Hugging Face Inference Endpoints.
+{what}
+
+The code in this folder runs it on transformers 4.57 and 5.x: batches, caches, beams, `Trainer`, PEFT, and `handler.py`
+for Hugging Face Inference Endpoints.
 
 | | |
 |---|---|
 | weights | {size} |
-| image tokens of an image | {tokens} |
+| image tokens an image takes | {tokens} |
 | context | {context:,} tokens |
 
 ## Load
@@ -133,11 +136,13 @@ class Origin:
         base_models: ids on the Hub.
         license: of the weights, as the Hub writes it; None where nothing tells.
         is_release: the weights are those of the one base model, unchanged.
+        is_by_name: it was recognised by the folder's name alone.
     """
 
     base_models: tuple[str, ...] = ()
     license: str | None = None
     is_release: bool = False
+    is_by_name: bool = False
 
 
 def released_origin(path: Path, release: str | None, flavour: str) -> Origin:
@@ -151,8 +156,12 @@ def released_origin(path: Path, release: str | None, flavour: str) -> Origin:
     name = release or _named(path, RELEASES)
     if name is None or (release is None and ("-instruct-" in name) != (flavour == "instruct")):
         return Origin()
-    owner, weights_license = RELEASES.get(name, (None, None))
-    return Origin((f"{owner}/{name}",), weights_license, is_release=True) if owner else Origin()
+    if name not in RELEASES:
+        return Origin()
+    owner, weights_license = RELEASES[name]
+    if release is None:
+        print(f"taken for {owner}/{name} by the folder's name; if it is not, say --base-model ID --license ID")
+    return Origin((f"{owner}/{name}",), weights_license, is_release=True, is_by_name=release is None)
 
 
 def parts_origin(vision: Path, text: Path) -> Origin:
@@ -185,7 +194,8 @@ def card_origin(folder: Path, base: Path | None, is_as_written: bool) -> Origin:
         data = ModelCard(text, ignore_metadata_errors=True).data
         models = data.base_model or ()
         models = (models,) if isinstance(models, str) else tuple(models)
-        return Origin(models, data.license, is_release=is_own and is_as_written and "from the release" in text)
+        is_release = is_own and is_as_written and "from the release" in text
+        return Origin(models, data.license, is_release, is_by_name=BY_NAME in text)
     return Origin()
 
 
@@ -195,6 +205,7 @@ def given_origin(origin: Origin, args: argparse.Namespace) -> Origin:
         tuple(args.base_model) if args.base_model else origin.base_models,
         args.license or origin.license,
         origin.is_release and not args.base_model,
+        origin.is_by_name,
     )
 
 
@@ -220,12 +231,12 @@ def write_card(folder: Path, checkpoint: Checkpoint, args: argparse.Namespace, s
     latents, views_of_image = config["resampler_config"]["num_latents"], {1 + r * c for r, c in config["tile_grids"]}
     if config["resampler_config"]["token_sampling"] == "fixed":
         views_of_image = {2}
-    counts = sorted({number * latents for number in (1, *views_of_image)})
+    counts = sorted({number * latents for number in views_of_image})
     body = (ORIGINAL_BODY if args.to_original else BODY).format(
         title=_title(origin),
         what=_what(origin, checkpoint),
         size=size,
-        tokens=" or ".join(f"{count}" for count in counts) + " (the fewest with `do_image_splitting=False`)",
+        tokens=", ".join(map(str, [*counts, f"{latents} with `do_image_splitting=False`"])),
         context=config["text_config"]["max_position_embeddings"],
         loading=LOADING,
         prompt=_prompt(folder),
@@ -272,7 +283,7 @@ def _what(origin: Origin, checkpoint: Checkpoint) -> str:
 def _source(origin: Origin) -> str:
     models = " and ".join(f"[{name}](https://huggingface.co/{name})" for name in origin.base_models)
     if origin.is_release:
-        return f"the release {models}"
+        return f"the release {models}" + (BY_NAME if origin.is_by_name else ", whose checksums it verified")
     return f"a checkpoint based on {models}" if models else "a checkpoint that it does not recognise as a release"
 
 

@@ -50,6 +50,7 @@ def test_the_header_names_what_the_hub_asks_for(named):
         assert section in text
     assert f"python convert_weights.py {INTERLEAVE} OUTPUT --vision-config VISION_CONFIG --dtype bfloat16" in text
     assert "<|system|>\nA chat between" in text
+    assert "its checksums were not compared" in text
     assert f"Salesforce/{INTERLEAVE}" in (named / "NOTICE").read_text(encoding="utf-8")
     assert (named / "LICENSE").is_file()
 
@@ -72,7 +73,9 @@ def test_a_release_is_recognised_by_checksum_name_and_cache(tmp_path):
     assert by_cache == released_origin(tmp_path / INTERLEAVE, None, "instruct")
     assert by_cache.base_models == (f"Salesforce/{INTERLEAVE}",)
     base = "xgen-mm-phi3-mini-base-r-v1.5"
-    assert released_origin(tmp_path / "anything", base, "base").base_models == (f"Salesforce/{base}",)
+    checked = released_origin(tmp_path / "anything", base, "base")
+    assert checked.base_models == (f"Salesforce/{base}",)
+    assert (checked.is_by_name, by_cache.is_by_name) == (False, True)
     assert released_origin(tmp_path / INTERLEAVE, None, "base").base_models == ()  # the preprocessor says otherwise
     assert released_origin(tmp_path / INTERLEAVE / "deeper", None, "instruct").base_models == ()
     assert {"base", "singleimg", "interleave", "dpo"} == {name.split("-")[-3] for name in RELEASES}
@@ -81,6 +84,7 @@ def test_a_release_is_recognised_by_checksum_name_and_cache(tmp_path):
 def test_the_card_survives_another_conversion_and_the_way_back(named, tmp_path):
     convert(named, tmp_path / "again", "--dtype", "float32")
     assert header(tmp_path / "again") == header(named)
+    assert "its checksums were not compared" in (tmp_path / "again" / "README.md").read_text()
     assert f"from the release [Salesforce/{INTERLEAVE}]" in (tmp_path / "again" / "README.md").read_text()
     convert(named, tmp_path / "back", "--to-original")
     assert header(tmp_path / "back") == header(named)

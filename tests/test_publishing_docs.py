@@ -68,11 +68,10 @@ def instances_table() -> str:
     needs, window = memory.needs_of(config), config.text_config.sliding_window - 1
     rows = ["| folder | weights | " + " | ".join(GPUS) + " |", "|---|---|" + "---|" * len(GPUS)]
     for kind in memory.BYTES:
-        name = kind if kind != "bfloat16" else "bfloat16, float16"
         left = [size * 1e9 - needs.weight_bytes(kind) - ALLOWANCE for size in GPUS.values()]
         fitting = [max(0, int(number // (window * needs.token_bytes(kind)))) for number in left]
         cells = [str(number) if number else "no" for number in fitting]
-        rows.append(f"| {name} | {needs.weight_bytes(kind) / memory.GIB:.2f} GiB | " + " | ".join(cells) + " |")
+        rows.append(f"| {kind} | {needs.weight_bytes(kind) / memory.GIB:.2f} GiB | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
