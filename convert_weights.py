@@ -249,7 +249,7 @@ def write_quantized(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
         dtype = checkpoint.config.get("dtype", "float32")
         size = quantized.size_line(checkpoint, args.source)
         write_small_files(folder, checkpoint, checkpoint.text_layout, dtype, size, args)
-        quantized.add_requirements(folder, checkpoint.quantization)
+        quantized.add_requirements(folder, str(checkpoint.quantization))
         quantized.copy_weights(args.source, folder, args.verify)
     print(f"completed {checkpoint.description}, quantized by {checkpoint.quantization}, as {args.output}")
 

@@ -9,6 +9,7 @@ import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -191,11 +192,11 @@ def card_origin(folder: Path, base: Path | None, is_as_written: bool) -> Origin:
         card = path / "README.md" if path else None
         if card is None or not card.is_file() or MARK not in (text := card.read_text(encoding="utf-8")):
             continue
-        data = ModelCard(text, ignore_metadata_errors=True).data
-        models = data.base_model or ()
+        data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+        models = data.get("base_model") or ()
         models = (models,) if isinstance(models, str) else tuple(models)
         is_release = is_own and is_as_written and "from the release" in text
-        return Origin(models, data.license, is_release, is_by_name=BY_NAME in text)
+        return Origin(models, data.get("license"), is_release, is_by_name=BY_NAME in text)
     return Origin()
 
 
@@ -344,7 +345,7 @@ def write_attributes(folder: Path) -> None:
 _PATH_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file", "local_files_only", "is_local")
 
 
-def without_paths(content: object) -> object:
+def without_paths(content: Any) -> Any:
     """Return a JSON value without the keys under which transformers notes where a file was loaded from."""
     if isinstance(content, dict):
         return {key: without_paths(value) for key, value in content.items() if key not in _PATH_KEYS}
