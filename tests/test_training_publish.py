@@ -7,13 +7,14 @@ import pytest
 
 from blip3.training.new_model import CODE_FILES, ROOT
 from blip3.training.publish import publish
+from training_support import write_recipe
 
 
 @pytest.fixture
 def finished(small_model, tmp_path):
     """A finished stage: the small model with a recipe beside it."""
     folder = shutil.copytree(small_model, tmp_path / "final")
-    (folder / "recipe.yaml").write_text("max_steps: 1\n")
+    write_recipe(folder / "recipe.yaml", small_model)
     return folder
 
 
