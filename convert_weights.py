@@ -2,6 +2,7 @@
 """Convert released BLIP-3 / xGen-MM r-v1.5 weights to this repository's names, and back.
 
     python convert_weights.py RELEASE OUTPUT                     released folder or LAVIS .pt -> our folder
+    python convert_weights.py TRAINED OUTPUT --base OURS         saved by transformers or TRL -> complete again
     python convert_weights.py OURS ORIGINAL --to-original        our folder -> released names
     python convert_weights.py --vision SIGLIP --text PHI3 OUTPUT starting point of pre-training
 
@@ -16,20 +17,19 @@ from pathlib import Path
 
 import torch
 
-from conversion.configs import Checkpoint, optional_json, original_configs, write_json
+from conversion import quantized
+from conversion.card import size_line, write_attributes, write_card
+from conversion.configs import Checkpoint, optional_json, original_configs, read_json, write_json
 from conversion.names import EMBEDDING, FOLDED, IMAGE_TOKENS, to_ours
 from conversion.output_folder import (
-    ORIGINAL_CARD,
-    check_space,
     plan_ours,
-    prepare_output,
-    replacing,
     verify_bits,
     verify_model,
-    write_card,
+    write_original_files,
     write_shards,
     write_small_files,
 )
+from conversion.replace import check_space, prepare_output, replacing
 from conversion.sources import from_backbones, from_ours, from_release
 from conversion.tensors import (
     SEED,
@@ -41,7 +41,13 @@ from conversion.tensors import (
     unfold,
     write_safetensors,
 )
-from conversion.tokenizer_files import TOKENIZER_FILES, copy_files, present_files
+from conversion.tokenizer_files import TOKENIZER_FILES, present_files
+
+MERGE = (
+    'python -c "from peft import PeftModel; from transformers import AutoModelForImageTextToText as Auto; PeftModel.'
+    "from_pretrained(Auto.from_pretrained('{base}', trust_remote_code=True, dtype='auto'), '{adapter}')"
+    ".merge_and_unload().save_pretrained('MERGED')\""
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,9 +55,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
     try:
-        prepare_output(args.output, [path for path in (args.source, args.vision, args.text, args.tokenizer) if path])
+        prepare_output(
+            args.output, [path for path in (args.source, args.vision, args.text, args.tokenizer, args.base) if path]
+        )
         checkpoint = load_source(args)
-        (write_original if args.to_original else write_ours)(checkpoint, args, dtype)
+        if checkpoint.quantization is not None:
+            write_quantized(checkpoint, args)
+        else:
+            (write_original if args.to_original else write_ours)(checkpoint, args, dtype)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -93,6 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--flavour", choices=("auto", "instruct", "base"), default="auto", help="default: %(default)s")
     add("--tokenizer", type=Path, metavar="DIR", help="default: beside the weights")
     add("--source-config", type=Path, metavar="FILE", help="original config.json; default: beside the weights")
+    add("--base", type=Path, metavar="DIR", help="our folder SOURCE was trained from; gives what SOURCE lacks")
+    add("--base-model", action="append", metavar="ID", help="on the Hub, for the card; default: if recognised")
+    add("--license", metavar="ID", help="of the weights, for the card; default: the release's if recognised")
     add("--vision", type=Path, metavar="DIR", help="SigLIP, or tower for a .pt without one; default: none")
     add("--text", type=Path, metavar="DIR", help="Phi-3; default: none")
     return parser
@@ -110,6 +124,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"{len(args.paths)} paths given, {num_paths} expected ({expected})")
     if args.to_original and args.text_layout:
         parser.error("--text-layout is for our layout; --to-original always writes the released one")
+    if args.base and num_paths == 1:
+        parser.error("--base is for a SOURCE that was trained from it; leave it out")
     args.output, args.source = args.paths[-1], args.paths[0] if num_paths == 2 else None
     return args
 
@@ -121,7 +137,10 @@ def load_source(args: argparse.Namespace) -> Checkpoint:
         FileNotFoundError: if a path does not exist.
         ValueError: if it is not a source of that kind.
     """
-    given = [args.source, args.vision, args.text, args.tokenizer, args.vision_config, args.source_config]
+    given = [
+        vars(args)[name]
+        for name in ("source", "base", "vision", "text", "tokenizer", "vision_config", "source_config")
+    ]
     for path in given:
         if path is not None and not path.exists():
             raise FileNotFoundError(
@@ -130,6 +149,7 @@ def load_source(args: argparse.Namespace) -> Checkpoint:
             )
     if args.source is None:
         return from_backbones(args)
+    refuse_adapter(args)
     config = optional_json(args.source / "config.json")
     is_ours = config is not None and config.get("model_type") == "blip3"
     if args.to_original and not is_ours:
@@ -143,7 +163,41 @@ def load_source(args: argparse.Namespace) -> Checkpoint:
             f"{args.source} is one of our folders and --{ignored[0].replace('_', '-')} was given too; such a folder "
             "describes itself. The option is for original checkpoints: leave it out."
         )
+    check_base(args, is_ours)
     return from_ours(args) if is_ours else from_release(args)
+
+
+def check_base(args: argparse.Namespace, is_ours: bool) -> None:
+    """Refuse a --base that cannot complete SOURCE.
+
+    Raises:
+        ValueError: if SOURCE describes itself otherwise, or --base is not one of our folders.
+    """
+    if args.base is None:
+        return
+    config = optional_json(args.base / "config.json")
+    if not is_ours or config is None or config.get("model_type") != "blip3":
+        which = args.base if is_ours else args.source
+        raise ValueError(
+            f"--base {args.base} was given with SOURCE {args.source}, but {which} has no config.json of model_type "
+            "'blip3'. --base is the converted folder that SOURCE was trained from: pass that, or leave it out."
+        )
+
+
+def refuse_adapter(args: argparse.Namespace) -> None:
+    """Refuse a LoRA adapter, which is no model, with the line that makes it one.
+
+    Raises:
+        ValueError: if SOURCE holds an adapter and no weights of a model.
+    """
+    source = args.source
+    if not (source / "adapter_config.json").is_file() or any(source.glob("model*.safetensors")):
+        return
+    base = args.base or read_json(source / "adapter_config.json").get("base_model_name_or_path") or "BASE"
+    raise ValueError(
+        f"{source} holds a LoRA adapter (adapter_config.json) and no weights of a model. It was probably saved by "
+        f"PEFT before merging: run  {MERGE.format(base=base, adapter=source)}  and convert MERGED with --base {base}."
+    )
 
 
 def write_ours(checkpoint: Checkpoint, args: argparse.Namespace, dtype: torch.dtype | None) -> None:
@@ -160,11 +214,12 @@ def write_ours(checkpoint: Checkpoint, args: argparse.Namespace, dtype: torch.dt
     changed = checkpoint.dtype_changed or any(
         part.reader.specs[part.name].dtype != view.dtype for view in views.values() for part in view.parts
     )
+    stored = str(views["model.language_model.embed_tokens.weight"].dtype).removeprefix("torch.")
     with replacing(args.output) as folder:
-        config = write_small_files(folder, checkpoint, text_layout, views)
+        config = write_small_files(folder, checkpoint, text_layout, stored, size_line(views, stored), args)
         original = folder / "original"
         original.mkdir()
-        copy_files(original, checkpoint.small_files)
+        write_original_files(original, checkpoint.small_files)
         with progress_bar(total, "write") as progress:
             write_shards(folder, views, args.max_shard_size, progress)
             if checkpoint.unused:
@@ -175,6 +230,28 @@ def write_ours(checkpoint: Checkpoint, args: argparse.Namespace, dtype: torch.dt
             verify_bits(folder, views)
             verify_model(config, views)
     print(f"wrote {len(views)} tensors, {total_bytes(views)} bytes, to {args.output}")
+
+
+def write_quantized(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    """Complete a folder that a quantized model saved; its weights stay as they are.
+
+    Raises:
+        ValueError: if the weights were to be changed, the disk is too small, or the method is not known.
+    """
+    if args.to_original or args.text_layout or args.dtype != "keep":
+        raise ValueError(
+            f"{checkpoint.description} holds weights quantized by {checkpoint.quantization}, which have neither "
+            "another dtype nor another layout. It was probably meant to be quantized afterwards: convert the folder "
+            "it was loaded from with these options, and quantize that."
+        )
+    check_space(args.output, sum(path.stat().st_size for path in quantized.weights_files(args.source)))
+    with replacing(args.output) as folder:
+        dtype = checkpoint.config.get("dtype", "float32")
+        size = quantized.size_line(checkpoint, args.source)
+        write_small_files(folder, checkpoint, checkpoint.text_layout, dtype, size, args)
+        quantized.add_requirements(folder, str(checkpoint.quantization))
+        quantized.copy_weights(args.source, folder, args.verify)
+    print(f"completed {checkpoint.description}, quantized by {checkpoint.quantization}, as {args.output}")
 
 
 def report(checkpoint: Checkpoint, views: Views, text_layout: str) -> None:
@@ -219,8 +296,9 @@ def write_original(checkpoint: Checkpoint, args: argparse.Namespace, dtype: torc
     with replacing(args.output) as folder:
         for name, content in files.items():
             write_json(folder / name, content)
-        copy_files(folder, tokenizer)
-        write_card(folder, ORIGINAL_CARD, checkpoint)
+        write_original_files(folder, tokenizer)
+        write_card(folder, checkpoint, args, size_line(views, str(stored).removeprefix("torch.")))
+        write_attributes(folder)
         with progress_bar(total_bytes(views), "write") as progress:
             write_shards(folder, views, args.max_shard_size, progress)
         if args.verify:

@@ -5,8 +5,11 @@
     tensors           row ranges of stored tensors: read, fold, split, stream
     configs           released and our small JSON files, there and back
     tokenizer_files   the tokenizer of each flavour
+    replace           OUTPUT appears at once and keeps what the user put beside it
+    card              README.md, NOTICE and .gitattributes, without a local path
+    quantized         folders of quantized weights, copied as they are
     sources           a path on the command line -> a `Checkpoint`
-    output_folder     a `Checkpoint` and its row ranges -> files that replace OUTPUT at once
+    output_folder     a `Checkpoint` and its row ranges -> OUTPUT's files
 
 Each module imports only those above it.
 """

@@ -41,7 +41,9 @@ class Checkpoint:
     is_ours: bool = False
     dtype_changed: bool = False  # since the release
     text_layout: str = "phi3"  # of the source: "phi3" or "unfused"
-    template_folder: Path = REPOSITORY
+    template_folders: tuple[Path, ...] = (REPOSITORY,)  # where files that are copied are looked for, in this order
+    quantization: str | None = None  # method, where the weights are no tensors of the model
+    origin: Any = None  # `conversion.card.Origin`
 
 
 def read_json(path: Path) -> dict:
@@ -303,6 +305,25 @@ def preprocessor_config_of(source: dict | None, config: dict) -> dict:
     values = {key: source[key] for key in ("image_mean", "image_std") if source and key in source}
     sizes = {"size": {"height": side, "width": side}, "tile_grids": config["tile_grids"]}
     return read_json(REPOSITORY / "preprocessor_config.json") | values | sizes
+
+
+def own_preprocessor(folders: tuple[Path, ...], config: dict) -> dict:
+    """Return preprocessor_config.json of the first folder of ours that has one.
+
+    A processor saved by transformers 5.x puts it into processor_config.json, where 4.57 does not look for it.
+
+    Args:
+        folders: the source, and the folder it was trained from if that was given.
+        config: our config.json, whose sizes hold.
+    """
+    ours = read_json(REPOSITORY / "preprocessor_config.json")
+    for folder in folders:
+        nested = (optional_json(folder / "processor_config.json") or {}).get("image_processor")
+        if found := optional_json(folder / "preprocessor_config.json") or nested:
+            side = config["vision_config"]["image_size"]
+            sizes = {"size": {"height": side, "width": side}, "tile_grids": config["tile_grids"]}
+            return found | {key: ours[key] for key in ("auto_map", "processor_class")} | sizes
+    return preprocessor_config_of(None, config)
 
 
 def complete_config(config: dict) -> tuple[dict, str]:

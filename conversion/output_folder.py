@@ -1,30 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OUTPUT: what is written, how it replaces an earlier output at once, and how it is verified.
+"""OUTPUT's files: what is written, and how it is verified.
 
-In: a `Checkpoint` and the `View`s planned for it. Out: a folder, complete or not there at all: everything is written
-to a hidden folder beside it, flushed to disk and renamed.
+In: a `Checkpoint` and the `View`s planned for it. Out: the files of a complete repository of the Hub.
 """
 
-import contextlib
+import argparse
 import hashlib
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from checkpoints import CODE_FILES
+from conversion.card import has_path, without_paths, write_attributes, write_card
 from conversion.configs import (
     REPOSITORY,
     Checkpoint,
     build_config,
-    optional_json,
     read_json,
+    template,
     unfused_text_config,
     write_json,
-    write_text,
 )
 from conversion.names import Shapes, some, to_ours, to_released
 from conversion.sources import open_reader
@@ -49,114 +45,6 @@ DOOR_FILES = (  # handler.py and what it imports
     "serving/bodies.py",
     "serving/pictures.py",
 )
-MARK = "Written by `convert_weights.py`"
-MODEL_CARD = """---
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags: [blip3, xgen-mm, multimodal, custom_code]
----
-
-# BLIP-3 (xGen-MM r-v1.5)
-
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    processor = AutoProcessor.from_pretrained(PATH, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(PATH, trust_remote_code=True, dtype="auto")
-
-{mark} from `{source}`. The weights keep their original licence.
-"""
-ORIGINAL_CARD = """# BLIP-3 (xGen-MM r-v1.5), original layout
-
-{mark} --to-original from `{source}`. The weights keep their original licence.
-"""
-
-# -- Replacing an earlier output --------------------------------------------------------------------------------------
-
-
-def is_our_output(folder: Path) -> bool:
-    """Tell whether a folder may be replaced: written by this script, and no working tree.
-
-    Raises:
-        ValueError: if its config.json is not JSON.
-    """
-    config, card = optional_json(folder / "config.json"), folder / "README.md"
-    if config is None or config.get("model_type") not in ("blip3", "xgenmm") or not card.is_file():
-        return False
-    is_tree = (folder / ".git").exists() or (folder / "convert_weights.py").exists()
-    return MARK in card.read_text(encoding="utf-8") and not is_tree
-
-
-def prepare_output(output: Path, sources: list[Path]) -> None:
-    """Recover from a killed run, then refuse an OUTPUT that is not ours to replace.
-
-    Raises:
-        ValueError: if OUTPUT is something else, or holds a source.
-    """
-    partial, old = _siblings(output)
-    if partial.exists():
-        shutil.rmtree(partial)
-    if old.exists() and not output.exists():
-        old.rename(output)
-    elif old.exists():
-        shutil.rmtree(old)
-    for source in sources:
-        if output.resolve() == source.resolve() or output.resolve() in source.resolve().parents:
-            raise ValueError(
-                f"OUTPUT {output} is, or holds, the source {source}, which would be replaced by the result. "
-                "A path was probably given twice: choose another OUTPUT."
-            )
-    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not is_our_output(output)):
-        raise ValueError(
-            f"OUTPUT {output} exists and was not written by this script; only an empty folder or an earlier output "
-            "is replaced. The path is probably wrong: choose another OUTPUT, or remove it yourself."
-        )
-
-
-def check_space(output: Path, num_bytes: int) -> None:
-    """Refuse to start what cannot end for lack of disk.
-
-    Raises:
-        ValueError: if the disk of OUTPUT has less than `num_bytes` free.
-    """
-    parent = next(path for path in output.absolute().parents if path.exists())
-    free = shutil.disk_usage(parent).free
-    if free < num_bytes:
-        raise ValueError(
-            f"OUTPUT needs {num_bytes / 2**30:.1f} GiB and {parent} has {free / 2**30:.1f} GiB free. An earlier "
-            "output is only removed after the new one is complete: free some space or choose another disk."
-        )
-
-
-@contextlib.contextmanager
-def replacing(output: Path) -> Iterator[Path]:
-    """Give a hidden folder to write to, renamed to `output` at the end. A kill leaves the old output, or none."""
-    partial, old = _siblings(output)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        _fsync_folder(partial)
-        if output.exists():
-            output.rename(old)
-        partial.rename(output)
-        _fsync_folder(output.absolute().parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not output.exists():
-            old.rename(output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _siblings(output: Path) -> tuple[Path, Path]:
-    output = output.absolute()
-    return output.with_name(f".{output.name}.partial"), output.with_name(f".{output.name}.old")
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 # -- Weights ----------------------------------------------------------------------------------------------------------
 
 
@@ -203,14 +91,18 @@ def write_shards(folder: Path, views: Views, max_bytes: int, progress: tqdm) -> 
 # -- Small files ------------------------------------------------------------------------------------------------------
 
 
-def write_small_files(folder: Path, checkpoint: Checkpoint, text_layout: str, views: Views) -> dict:
+def write_small_files(
+    folder: Path, checkpoint: Checkpoint, text_layout: str, dtype: str, size: str, args: argparse.Namespace
+) -> dict:
     """Write code, configs, tokenizer and card; return the written config.
 
     Args:
         folder: where to write.
         checkpoint: what to describe.
         text_layout: `phi3` or `unfused`.
-        views: what will be written, by our names; the embedding's dtype becomes the config's.
+        dtype: that the config names.
+        size: the card's line about the weights.
+        args: the command line, for the card.
 
     Raises:
         FileNotFoundError: if this repository lacks a file that every output carries.
@@ -224,15 +116,15 @@ def write_small_files(folder: Path, checkpoint: Checkpoint, text_layout: str, vi
         )
     (folder / "serving").mkdir()
     copy_files(folder, present_files(REPOSITORY, (*CODE_FILES, *DOOR_FILES, "LICENSE")))
-    if checkpoint.flavour == "instruct":
-        copy_files(folder, {"chat_template.jinja": _template(checkpoint, "chat_template.jinja")})
+    chat_template = _chat_template(checkpoint)
+    if chat_template is not None:
+        copy_files(folder, {chat_template.name: chat_template})
     ids = stop_ids(checkpoint, write_tokenizer(folder, checkpoint))
     text = checkpoint.config["text_config"]
     if not checkpoint.is_ours:
         eos = ids["eos_token_id"]
         text = text | ids | {"eos_token_id": eos[0] if isinstance(eos, list) else eos}
-    dtype = views["model.language_model.embed_tokens.weight"].dtype
-    config = checkpoint.config | {"dtype": str(dtype).removeprefix("torch.")}
+    config = without_paths(checkpoint.config | {"dtype": dtype, "auto_map": template()["auto_map"]})
     config["text_config"] = unfused_text_config(text) if text_layout == "unfused" else text
     build_config(config)  # validates
     write_json(folder / "config.json", config)
@@ -240,20 +132,32 @@ def write_small_files(folder: Path, checkpoint: Checkpoint, text_layout: str, vi
     write_json(folder / "generation_config.json", generation | ids)
     write_json(folder / "preprocessor_config.json", checkpoint.preprocessor)
     processor = {key: config["resampler_config"][key] for key in ("num_latents", "token_sampling")}
-    template = read_json(_template(checkpoint, "processor_config.json"))
-    write_json(folder / "processor_config.json", template | processor)
-    write_card(folder, MODEL_CARD, checkpoint)
+    write_json(folder / "processor_config.json", read_json(REPOSITORY / "processor_config.json") | processor)
+    write_card(folder, checkpoint, args, size)
+    write_attributes(folder)
     return config
 
 
+def write_original_files(folder: Path, files: dict[str, Path]) -> None:
+    """Copy the source's small files, kept for the way back, without paths of the machine they were written on."""
+    copy_files(folder, files)
+    for name in files:
+        if name.endswith(".json") and has_path((folder / name).read_text(encoding="utf-8")):
+            write_json(folder / name, without_paths(read_json(folder / name)))
+
+
 def _template(checkpoint: Checkpoint, name: str) -> Path:
-    own = checkpoint.template_folder / name
-    return own if own.is_file() else REPOSITORY / name
+    """Return the file of the source, of the folder it was trained from, or of this repository."""
+    return next(folder / name for folder in checkpoint.template_folders if (folder / name).is_file())
 
 
-def write_card(folder: Path, card: str, checkpoint: Checkpoint) -> None:
-    """Write README.md from one of the cards; by its mark a later run knows the folder as an output."""
-    write_text(folder / "README.md", card.format(source=checkpoint.description, mark=MARK))
+def _chat_template(checkpoint: Checkpoint) -> Path | None:
+    """Return the chat template; a folder of ours that has processor files but no template was not trained to chat."""
+    if checkpoint.flavour != "instruct":
+        return None
+    path = _template(checkpoint, "chat_template.jinja")
+    has_processor = _template(checkpoint, "processor_config.json").parent != REPOSITORY
+    return None if checkpoint.is_ours and has_processor and path.parent == REPOSITORY else path
 
 
 # -- Verifying --------------------------------------------------------------------------------------------------------

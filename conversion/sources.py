@@ -17,12 +17,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from conversion.card import card_origin, parts_origin, released_origin
 from conversion.configs import (
     RELEASED_TEXT,
+    REPOSITORY,
     Checkpoint,
     complete_config,
     join_config,
     optional_json,
+    own_preprocessor,
     preprocessor_config_of,
     read_json,
     read_released_config,
@@ -49,6 +52,8 @@ from conversion.names import (
     to_ours,
     to_released,
 )
+from conversion.quantized import describe
+from conversion.replace import are_weights_as_written
 from conversion.tensors import (
     FreshReader,
     Reader,
@@ -163,8 +168,7 @@ def from_release(args: argparse.Namespace) -> Checkpoint:
     """
     path, folder, description = args.source, _folder_of(args.source), str(args.source)
     reader = open_reader(path)
-    if path.is_dir():
-        check_known_release(path)
+    release = check_known_release(path) if path.is_dir() else None
     views = released_views(reader, description)
     has_tower = any(name.startswith("vision_encoder.") for name in views)
     if not has_tower and args.vision is None:
@@ -199,6 +203,7 @@ def from_release(args: argparse.Namespace) -> Checkpoint:
         description=description,
         tokenizer=args.tokenizer or folder,
         small_files=small_files,
+        origin=released_origin(path, release, flavour),
     )
 
 
@@ -279,6 +284,7 @@ def from_backbones(args: argparse.Namespace) -> Checkpoint:
         flavour=flavour,
         description=description,
         tokenizer=folder,
+        origin=parts_origin(args.vision, args.text),
     )
 
 
@@ -367,7 +373,7 @@ def from_ours(args: argparse.Namespace) -> Checkpoint:
         FileNotFoundError: if weights are missing.
         ValueError: if tensors and config do not fit, or another flavour is asked for.
     """
-    folder, description = args.source, str(args.source)
+    folder, base, description = args.source, args.base, str(args.source)
     config, text_layout = complete_config(read_json(folder / "config.json"))
     flavour = "instruct" if config["tile_grids"] else "base"
     if args.flavour not in ("auto", flavour) and not args.to_original:
@@ -375,25 +381,31 @@ def from_ours(args: argparse.Namespace) -> Checkpoint:
             f"{description} is of flavour {flavour} and --flavour {args.flavour} was given; tokenizers of the two "
             "differ. Convert the original release again with that flavour."
         )
-    views = fuse_text({to_released(name): view for name, view in views_of(open_reader(folder)).items()})
-    check_shapes(shapes_of(views), config, description)
+    quantization, views = describe(config), {}
+    if quantization is None:
+        views = fuse_text({to_released(name): view for name, view in views_of(open_reader(folder)).items()})
+        check_shapes(shapes_of(views), config, description)
     original, unused, dtype_changed = folder / "original", {}, False
     if (original / "unused.safetensors").is_file():
         reader = SafetensorsReader([original / "unused.safetensors"])
         unused, dtype_changed = views_of(reader), reader.metadata.get("weights_dtype") == "changed"
-    preprocessor = optional_json(folder / "preprocessor_config.json")
+    folders = (folder, *([base] if base else []))
+    has_tokenizer = [path for path in folders if (path / "tokenizer.json").is_file()]
+    generation = [path for path in folders if (path / "generation_config.json").is_file()]
     return Checkpoint(
         views=views,
         unused=unused,
         config=config,
-        preprocessor=preprocessor or preprocessor_config_of(None, config),
-        generation=optional_json(folder / "generation_config.json") or {},
+        preprocessor=own_preprocessor(folders, config),
+        generation=read_json(generation[0] / "generation_config.json") if generation else {},
         flavour=flavour,
         description=description,
-        tokenizer=args.tokenizer or folder,
+        tokenizer=args.tokenizer or (has_tokenizer or folders)[0],
         small_files=present_files(original, ORIGINAL_FILES + TOKENIZER_FILES),
         is_ours=True,
         dtype_changed=dtype_changed,
         text_layout=text_layout,
-        template_folder=folder,
+        template_folders=(*folders, REPOSITORY),
+        quantization=quantization,
+        origin=card_origin(folder, base, are_weights_as_written(folder)),
     )

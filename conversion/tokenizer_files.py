@@ -15,6 +15,19 @@ from conversion.configs import Checkpoint, optional_json, write_json, write_text
 from conversion.names import IMAGE_TOKENS, some
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# What `save_pretrained` adds to tokenizer_config.json: said already in other files, or known to one line only.
+SAVED_BY_TRANSFORMERS = (
+    "added_tokens_decoder",
+    "auto_map",
+    "backend",
+    "image_token",
+    "is_local",
+    "local_files_only",
+    "model_specific_special_tokens",
+    "name_or_path",
+    "processor_class",
+    "chat_template",
+)
 LLAMA_SPACE = "\u2581"
 
 
@@ -146,12 +159,12 @@ def write_tokenizer(folder: Path, checkpoint: Checkpoint) -> dict[str, int]:
     if tokenizer is None:
         print(
             f"warning: {source} has no tokenizer.json, so OUTPUT lacks tokenizer.json and tokenizer_config.json; pass "
-            "--tokenizer DIR to add them",
+            + ("--base DIR, the folder it was trained from" if checkpoint.is_ours else "--tokenizer DIR to add them"),
             file=sys.stderr,
         )
         return {}
     if checkpoint.is_ours and "<image>" in token_ids(tokenizer):
-        copy_files(folder, present_files(source, TOKENIZER_FILES))
+        _copy_ours(folder, checkpoint, tokenizer)
         return {}
     settings = optional_json(source / "tokenizer_config.json") or {}
     num_ids = checkpoint.config["image_token_id"]
@@ -159,6 +172,25 @@ def write_tokenizer(folder: Path, checkpoint: Checkpoint) -> dict[str, int]:
     write_text(folder / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False))
     write_json(folder / "tokenizer_config.json", settings)
     return token_ids(tokenizer)
+
+
+def _copy_ours(folder: Path, checkpoint: Checkpoint, tokenizer: dict) -> None:
+    """Copy a tokenizer of ours, with the settings that both transformers lines read and nothing either adds.
+
+    Raises:
+        ValueError: if `<image>` has another id than in the model.
+    """
+    source, expected = checkpoint.tokenizer, checkpoint.config["image_token_id"]
+    if (found := token_ids(tokenizer)["<image>"]) != expected:
+        raise ValueError(
+            f"The tokenizer of {source} gives <image> the id {found}, but the checkpoint's config says {expected}. It "
+            "probably belongs to another model: pass the right one with --base or --tokenizer."
+        )
+    copy_files(folder, {"tokenizer.json": source / "tokenizer.json"})
+    settings = optional_json(source / "tokenizer_config.json") or {}
+    kept = {key: value for key, value in settings.items() if key not in SAVED_BY_TRANSFORMERS}
+    fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": {"image_token": "<image>"}}
+    write_json(folder / "tokenizer_config.json", kept | fixed)
 
 
 def stop_ids(checkpoint: Checkpoint, ids: dict[str, int]) -> dict:

@@ -33,11 +33,77 @@ def test_only_our_outputs_are_replaced(tmp_path, ours, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
     convert(ours, empty)
-    (empty / "stale").write_text("gone after the next run")
-    convert(ours, empty)
-    assert not (empty / "stale").exists()
     assert (empty / "config.json").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"foreign", "tree", "empty"}
+
+
+@pytest.fixture
+def output(tmp_path, ours):
+    """An earlier output of two weights files and more, in one folder with nothing else."""
+    convert(ours, tmp_path / "out", "--max-shard-size", "1MB")
+    return tmp_path / "out"
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_users_files_stay_and_stale_shards_go(tmp_path, ours, output, capsys):
+    (output / "notes.txt").write_text("mine")
+    (output / "logs" / "july").mkdir(parents=True)
+    (output / "logs" / "july" / "loss.csv").write_text("1,2")
+    (output / "serving" / "mine.py").write_text("pass")
+    (output / "latest").symlink_to("logs", target_is_directory=True)
+    (output / "serving" / "__pycache__").mkdir()
+    (output / "serving" / "__pycache__" / "bodies.pyc").write_bytes(b"0")
+    assert len(list(output.glob("model-*.safetensors"))) > 1
+    capsys.readouterr()
+    convert(ours, output)
+    assert "kept 4 files that this script did not write" in capsys.readouterr().out
+    assert (output / "notes.txt").read_text() == "mine"
+    assert (output / "logs" / "july" / "loss.csv").read_text() == "1,2"
+    assert (output / "serving" / "mine.py").is_file()
+    assert (output / "latest").is_symlink()
+    assert not (output / "serving" / "__pycache__").exists()
+    assert {path.name for path in output.glob("*.safetensors*")} == {"model.safetensors"}
+    fresh = tmp_path / "fresh"
+    convert(ours, fresh)
+    mine = {"notes.txt", "logs/july/loss.csv", "serving/mine.py", "latest/july/loss.csv"}
+    found = {name: data for name, data in contents(output).items() if name not in mine}
+    assert found == contents(fresh)
+    convert(ours, output)  # and again: what was kept is not ours after a run either
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "model-00001-of-00002.safetensors", "serving/bodies.py"])
+def test_a_file_changed_since_is_named_and_nothing_is_lost(ours, output, capsys, name):
+    name = name if (output / name).exists() else min(path.name for path in output.glob("model-*.safetensors"))
+    with (output / name).open("ab") as file:
+        file.write(b" ")
+    before = contents(output)
+    assert f"differ from SHA256SUMS: {name}. " in refused(capsys, ours, output)
+    assert contents(output) == before
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+def test_weights_of_another_run_are_named(ours, output, capsys):
+    (output / "model.safetensors").write_bytes(b"trained since")
+    assert "1 weights files that this script did not write: model.safetensors" in refused(capsys, ours, output)
+
+
+def test_a_file_in_the_way_is_named(ours, output, capsys):
+    (output / "NOTICE").unlink()
+    lines = (output / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (output / "SHA256SUMS").write_text("".join(line for line in lines if "NOTICE" not in line))
+    (output / "NOTICE").write_text("mine")
+    assert "in the way of new ones: NOTICE" in refused(capsys, ours, output)
+    assert (output / "NOTICE").read_text() == "mine"
+
+
+def test_the_checksums_are_those_of_sha256sum(output):
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=output, check=True, capture_output=True)
+    listed = {line.split("  ")[1] for line in (output / "SHA256SUMS").read_text().splitlines()}
+    assert listed == contents(output).keys() - {"SHA256SUMS"}
 
 
 def test_interrupt_removes_the_partial_folder(tmp_path, ours, monkeypatch):
@@ -61,7 +127,7 @@ KILLED_AT_EACH_CALL = """
     sys.path.insert(0, sys.argv[1])
     import configuration_blip3, convert_weights
     from conversion.sources import open_reader
-    source, output, old_marker = sys.argv[2], Path(sys.argv[3]), sys.argv[4]
+    source, output, users = sys.argv[2], Path(sys.argv[3]), sys.argv[4]
 
     def die_at(number):
         count = 0
@@ -76,6 +142,7 @@ KILLED_AT_EACH_CALL = """
             return counted
         os.fsync, shutil.rmtree = wrap(os.fsync), wrap(shutil.rmtree)
         shutil.copyfile, Path.rename = wrap(shutil.copyfile), wrap(Path.rename)
+        os.link = wrap(os.link)
 
     number, outcomes = 0, []
     while True:
@@ -88,12 +155,13 @@ KILLED_AT_EACH_CALL = """
         status = os.waitpid(child, 0)[1]
         if not output.exists():
             outcomes.append("none")
-        elif (output / old_marker).exists():
+        elif (output / "model.safetensors").exists():
             outcomes.append("old")
         else:
             outcomes.append("new")
         complete = output.exists() and len(open_reader(output).specs) == 124
         assert complete or not output.exists(), number
+        assert not users or not output.exists() or (output / users).read_text() == "mine", number
         if not os.WIFSIGNALED(status):
             assert os.WEXITSTATUS(status) == 0
             break
@@ -103,14 +171,17 @@ KILLED_AT_EACH_CALL = """
 
 @pytest.mark.parametrize("had_output", [True, False])
 def test_kill_at_every_step(tmp_path, ours, had_output):
-    """SIGKILL before each fsync, copy, rename and removal: the final name holds the old output, the new, or none."""
+    """SIGKILL before each fsync, copy, link, rename and removal: the name holds the old output, the new, or none.
+
+    The user's file is wherever an output is.
+    """
     output = tmp_path / "out"
     if had_output:
         shutil.copytree(ours, output)
-        (output / "old_marker").write_text("")
+        (output / "notes.txt").write_text("mine")
     script = textwrap.dedent(KILLED_AT_EACH_CALL)
     run = subprocess.run(
-        [sys.executable, "-c", script, str(ROOT), str(ours), str(output), "old_marker"],
+        [sys.executable, "-c", script, str(ROOT), str(ours), str(output), "notes.txt" if had_output else ""],
         capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -138,13 +209,12 @@ KILLED_IN_TIME = """
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        print("old" if (output / "old_marker").exists() else "none" if not output.exists() else "new")
+        print("old" if '"float32"' in (output / "config.json").read_text() else "new")
 """
 
 
 def test_kill_in_the_middle_of_writing(tmp_path, ours):
     output = shutil.copytree(ours, tmp_path / "out")
-    (output / "old_marker").write_text("")
     source = write_sparse_release(tmp_path / "source", num_layers=12)
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILLED_IN_TIME), str(ROOT), str(source), str(output)],

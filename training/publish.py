@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from ..checkpoints import folder_of, locate
+from ..checkpoints import CODE_FILES, folder_of, locate
 from ..data.records import Record, to_few_shot_prompt
 from ..data.settings import WorldSettings, load_settings
 from ..data.world import drawn_record
+from .new_model import ROOT
 from .recipe import Recipe, load_recipe, plain_errors
 from .run import (
     PROCESSOR_FILES,
@@ -86,18 +87,26 @@ def publish(source: Path, output: Path, dtype: str = "bfloat16", max_shard_size:
 
     Args:
         source: folder of a finished stage, as `checkpoints.locate` takes it.
-        output: made if need be; its weights are replaced.
+        output: made if need be; its weights are replaced, its other files stay.
         dtype: of the weights, a name of torch.
         max_shard_size: of each safetensors file.
+
+    Raises:
+        ValueError: if `output` is the repository itself, whose code would be removed.
     """
+    if output.resolve() == ROOT:
+        raise ValueError(
+            f"The output folder is {output}, the repository itself, and a folder inside it such as mini was expected; "
+            "its model files would be removed. The folder's name was probably left out: name it."
+        )
     model = AutoModelForImageTextToText.from_pretrained(**locate(source), dtype=getattr(torch, dtype))
     output.mkdir(parents=True, exist_ok=True)
     for old in output.glob("model*.safetensors*"):
         old.unlink()
     model.save_pretrained(output, max_shard_size=max_shard_size)
     name_tower_for_both_lines(output)
-    for code in output.glob("*.py"):
-        code.unlink()
+    for name in CODE_FILES:  # save_pretrained has just copied them
+        (output / name).unlink(missing_ok=True)
     _tidy_config(output / "config.json")
     copy_present(folder_of(source), output, (*PROCESSOR_FILES, SAVED_RECIPE))
     if (output / SAVED_RECIPE).is_file():
