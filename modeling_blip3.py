@@ -319,11 +319,12 @@ class Blip3PreTrainedModel(PreTrainedModel):
         self._require_grads_hooks = []
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Save as transformers does, also from under FSDP2.
+        """Save as transformers does, also from under FSDP2 and after bitsandbytes answered on a CPU.
 
         `fully_shard` swaps the class for one made on the spot in torch's package, whose source file transformers would
         copy in place of ours: the class goes back to its own identity first.
         """
+        _restore_quantization_scales(self)
         cls = type(self)
         if cls.__module__.startswith("torch."):
             original = next(base for base in cls.__mro__[1:] if issubclass(base, PreTrainedModel))
@@ -344,6 +345,21 @@ def _require_grad_if_trained(part: nn.Module, module: nn.Module, inputs: Any, ou
 def _require_grad_of_patches(resampler: nn.Module, inputs: tuple) -> None:
     """The same for the patch tokens that a resampler reads (a forward pre-hook)."""
     _require_grad_if_trained(resampler, resampler, None, inputs[0])
+
+
+def _restore_quantization_scales(model: nn.Module) -> None:
+    """Put scales that bitsandbytes has packed for a CPU back into the order of files.
+
+    Before a first forward on a CPU with AVX512-BF16 it packs 4-bit weights and their scales for its kernel. Taking
+    the state unpacks the weights and leaves the scales transposed and in bfloat16 (seen with 0.50.2).
+    """
+    packed = [parameter.quant_state for parameter in model.parameters() if hasattr(parameter, "quant_state")]
+    if not packed:
+        return
+    model.state_dict()
+    for state in packed:
+        if state is not None and state.absmax.ndim == 2:
+            state.absmax = state.absmax.T.reshape(-1).float()
 
 
 class Blip3Resampler(Blip3PreTrainedModel):
