@@ -54,6 +54,9 @@ PHI3_MINI_4K = {
     "pad_token_id": 32011,
 }
 
+CACHE_NAMES = ("cache", "past_key_values")  # in transformers from 5.24 on, and before
+IGNORE_INDEX = -100  # of labels that no loss is wanted for
+
 TOKEN_SAMPLINGS = ("patch", "fixed")
 TILE_GROUPINGS = ("stripes", "tiles")
 
@@ -137,7 +140,7 @@ class Blip3Config(PretrainedConfig):
 
     model_type = "blip3"
     sub_configs = {"vision_config": AutoConfig, "resampler_config": Blip3ResamplerConfig, "text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference = [*CACHE_NAMES, "image_hidden_states", "image_outputs"]
 
     def __init__(
         self,
@@ -348,19 +351,22 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         )
 
 
-def _register_for_serving() -> None:
-    """Make `transformers serve` find the model: it looks an architecture up by name and skips `auto_map`."""
+def _register_architecture() -> None:
+    """Enter the model's name where transformers looks architectures up by name and skips `auto_map`.
+
+    `transformers serve` reads the first two tables. By the third, Trainer's label smoothing shifts labels or not.
+    """
     try:
         from transformers.models.auto import modeling_auto
     except ImportError:
         return
     architecture = "Blip3ForConditionalGeneration"
-    for mapping_name in ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"):
-        mapping = vars(modeling_auto).get(mapping_name)  # the first exists on 5.x only
+    for task in ("MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "CAUSAL_LM"):
+        mapping = vars(modeling_auto).get(f"MODEL_FOR_{task}_MAPPING_NAMES")  # the first exists on 5.x only
         if mapping is not None:
             mapping.setdefault(Blip3Config.model_type, architecture)
 
 
-_register_for_serving()
+_register_architecture()
 
 __all__ = ["Blip3Config", "Blip3ResamplerConfig"]

@@ -19,7 +19,7 @@ patches of all groups, Q latents, E text width. Sizes are (height, width), grids
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,16 @@ from transformers import (
 from transformers import __version__ as transformers_version
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .configuration_blip3 import Blip3Config, Blip3ResamplerConfig
+from .configuration_blip3 import CACHE_NAMES, IGNORE_INDEX, Blip3Config, Blip3ResamplerConfig
 from .image_processing_blip3 import count_tiles, grid_of
 
 # Values a layer of the vision tower gives at once on a CPU in float32; twenty times as many take a quarter longer.
@@ -56,37 +60,38 @@ except ImportError:
 
 _IS_TRANSFORMERS_5 = int(transformers_version.split(".")[0]) >= 5
 
+_IMAGE_INPUTS = ("pixel_values", "image_sizes", "mm_encoder_outputs")
+
+# What the installed transformers calls the cache, in arguments and in outputs.
+CACHE_NAME = next(name for name in CACHE_NAMES if name in {field.name for field in fields(BaseModelOutputWithPast)})
+
 
 @dataclass
 class Blip3ModelOutputWithPast(BaseModelOutputWithPast):
-    """Outputs of `Blip3Model`.
+    """Outputs of `Blip3Model`: those of a decoder, its cache under the installed transformers' name for it.
 
     Args:
-        image_hidden_states: image features (n, E) of all pictures, end to end; None without pictures.
+        image_hidden_states: image features (n, E) of all images, end to end; None without images.
+        image_outputs: what `get_image_features` returns; None without images.
     """
 
     image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
-class Blip3CausalLMOutputWithPast(ModelOutput):
-    """Outputs of `Blip3ForConditionalGeneration`.
+class Blip3CausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Outputs of `Blip3ForConditionalGeneration`: those of a decoder with its output layer.
+
+    `loss` is the mean next-token loss over the labels that are not -100, `logits` is (B, K, vocab_size).
 
     Args:
-        loss: mean next-token loss over the labels that are not -100.
-        logits: (B, K, vocab_size).
-        past_key_values: cache to continue from.
-        hidden_states: of the language model, on request.
-        attentions: of the language model, on request.
-        image_hidden_states: image features (n, E) of all pictures, end to end; None without pictures.
+        image_hidden_states: image features (n, E) of all images, end to end; None without images.
+        image_outputs: what `get_image_features` returns; None without images.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[torch.Tensor] | None = None
-    attentions: tuple[torch.Tensor] | None = None
     image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 # -- which patches the resampler sees ---------------------------------------------------------------------------------
@@ -256,7 +261,7 @@ class Blip3PreTrainedModel(PreTrainedModel):
     input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules: list[str] | set[str] = ["Blip3ResamplerLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE_NAME]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -287,6 +292,30 @@ class Blip3PreTrainedModel(PreTrainedModel):
         elif isinstance(module, Blip3Resampler):
             init.normal_(module.latents, mean=0.0, std=std)
 
+    def enable_input_require_grads(self) -> None:
+        """Let gradients reach the adapters of every part under re-entrant checkpointing, and of no frozen part.
+
+        A re-entrant checkpoint gives no gradients where none of its inputs requires one. transformers 4.57 makes the
+        text embeddings require one and forgets the vision modules; 5.x sends gradients through a frozen tower too.
+        """
+        self._require_grads_hooks = [
+            self.get_input_embeddings().register_forward_hook(lambda _, inputs, output: output.requires_grad_(True))
+        ]
+        for part in self.modules():
+            if isinstance(part, Blip3Resampler):
+                self._require_grads_hooks.append(part.register_forward_pre_hook(_require_grad_of_patches))
+            elif isinstance(part, Blip3Model):
+                embeddings = part.vision_tower.get_input_embeddings()
+                hook = partial(_require_grad_if_trained, part.vision_tower)
+                self._require_grads_hooks.append(embeddings.register_forward_hook(hook))
+        self._require_grads_hook = self._require_grads_hooks[0]  # the name on transformers 4
+
+    def disable_input_require_grads(self) -> None:
+        """Undo `enable_input_require_grads`."""
+        for hook in self._require_grads_hooks:
+            hook.remove()
+        self._require_grads_hooks = []
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Save as transformers does, also from under FSDP2.
 
@@ -302,6 +331,17 @@ class Blip3PreTrainedModel(PreTrainedModel):
                 original.__qualname__,
             )
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _require_grad_if_trained(part: nn.Module, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    """Make a submodule's output require a gradient if anything in `part` is trained (a forward hook)."""
+    if any(parameter.requires_grad for parameter in part.parameters()):
+        output.requires_grad_(True)
+
+
+def _require_grad_of_patches(resampler: nn.Module, inputs: tuple) -> None:
+    """The same for the patch tokens that a resampler reads (a forward pre-hook)."""
+    _require_grad_if_trained(resampler, resampler, None, inputs[0])
 
 
 class Blip3Resampler(Blip3PreTrainedModel):
@@ -329,7 +369,8 @@ class Blip3Resampler(Blip3PreTrainedModel):
     def forward(self, patches: torch.Tensor, lengths: list[tuple[int, int]]) -> torch.Tensor:
         """Resample patches (V, D), groups of equal length side by side, to image tokens (G, Q, E)."""
         num_groups = sum(groups for groups, _ in lengths)
-        latents = self.latents.to(patches.dtype).expand(num_groups, -1, -1)  # (G, Q, D)
+        patches = patches.to(self.latents.dtype)
+        latents = self.latents.expand(num_groups, -1, -1)  # (G, Q, D)
         for layer in self.layers:
             latents = layer(latents, patches, lengths)
         return self.projection(self.norm(latents))  # (G, Q, E)
@@ -339,15 +380,43 @@ class Blip3Resampler(Blip3PreTrainedModel):
 
 
 def _accept_checkpoint_names(vision_tower: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
-    """Let `load_state_dict` read a vision tower under the names that checkpoints have.
+    """Let `load_state_dict` read a vision tower under the names that checkpoints and adapters have.
 
     Those of transformers 4.57 hold a `vision_model` that 5.x lacks. from_pretrained and save_pretrained translate;
-    Trainer does not when it resumes, and would keep the tower as it was (huggingface/transformers#43701).
+    Trainer does not when it resumes, and would keep the tower as it was (huggingface/transformers#43701), and PEFT
+    does not when it loads an adapter.
     """
     inner = f"{prefix}vision_model."
-    if "vision_model" not in vision_tower._modules:
-        for name in [name for name in state_dict if name.startswith(inner)]:
-            state_dict[prefix + name.removeprefix(inner)] = state_dict.pop(name)
+    has_inner = "vision_model" in vision_tower._modules
+    for name in [name for name in state_dict if name.startswith(prefix) and name.startswith(inner) != has_inner]:
+        renamed = inner + name.removeprefix(prefix) if has_inner else prefix + name.removeprefix(inner)
+        state_dict[renamed] = state_dict.pop(name)
+
+
+def _check_exactly_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError(
+            "You must specify exactly one of input_ids or inputs_embeds, but "
+            f"{'neither' if input_ids is None else 'both'} of the two came. A wrapper probably added or dropped "
+            "one: pass input_ids unless you built the embeddings yourself."
+        )
+
+
+def _cast_to_match(hidden_states: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """Cast to the dtype of a layer's weight, where it is one to compute in (quantized weights are not)."""
+    weight = getattr(layer, "weight", None)
+    is_plain = weight is not None and weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return hidden_states.to(weight.dtype) if is_plain else hidden_states
+
+
+def _one_cache(cache: Any, past_key_values: Any) -> Any:
+    """The cache, whichever of its two names it came under."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError(
+            "Both cache and past_key_values came, two names of one argument; expected one of them. A wrapper probably "
+            "added the other: pass cache (past_key_values before transformers 5.24) alone."
+        )
+    return past_key_values if cache is None else cache
 
 
 class Blip3Model(Blip3PreTrainedModel):
@@ -426,11 +495,37 @@ class Blip3Model(Blip3PreTrainedModel):
         is_bound_by_memory = tiles.device.type == "cpu" and dtype == torch.float32
         gives_more = bool(kwargs or settings.output_hidden_states or settings.output_attentions)
         if not is_bound_by_memory or gives_more or torch.is_grad_enabled() or self._is_sharded:
-            return self.vision_tower(tiles.to(dtype), return_dict=True, **kwargs)
-        num_values = (settings.image_size // settings.patch_size) ** 2 * settings.hidden_size
+            return self._without_prefix_tokens(self.vision_tower(tiles.to(dtype), return_dict=True, **kwargs))
+        num_values = self._patches_per_side**2 * settings.hidden_size
         parts = tiles.split(max(1, _CACHED_VALUES // num_values))
         patches = [self.vision_tower(part.to(dtype), return_dict=True).last_hidden_state for part in parts]
-        return BaseModelOutputWithPooling(last_hidden_state=torch.cat(patches))
+        return self._without_prefix_tokens(BaseModelOutputWithPooling(last_hidden_state=torch.cat(patches)))
+
+    @property
+    def _patches_per_side(self) -> int:
+        """p, so that a tile has p * p patches."""
+        settings = self.config.vision_config
+        return settings.image_size // settings.patch_size
+
+    def _without_prefix_tokens(self, outputs: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
+        """Leave out what a tower puts before its patch tokens: a class token (CLIP, DINOv2), registers.
+
+        Raises:
+            ValueError: if the number of tokens is not that of the patches, with or without these.
+        """
+        tokens = outputs.last_hidden_state
+        num_patches = self._patches_per_side**2
+        num_registers = getattr(self.config.vision_config, "num_register_tokens", 0)
+        num_prefix = tokens.shape[1] - num_patches
+        if num_prefix not in (0, 1, 1 + num_registers):
+            raise ValueError(
+                f"The vision tower ({self.config.vision_config.model_type}) gives {tokens.shape[1]} tokens a tile but "
+                f"its image_size and patch_size make {num_patches} patches: expected that many, behind at most one "
+                f"class token and {num_registers} registers. It probably merges patches or has other special tokens: "
+                "use a tower that keeps one token a patch, such as SigLIP, CLIP or DINOv2."
+            )
+        outputs.last_hidden_state = tokens[:, num_prefix:]
+        return outputs
 
     def _used_tiles(self, pixel_values: torch.Tensor, num_tiles: list[int]) -> torch.Tensor:
         """Drop the slots without picture: (I, T, 3, S, S) -> (N, 3, S, S)."""
@@ -457,10 +552,9 @@ class Blip3Model(Blip3PreTrainedModel):
     def _resample(self, patches: torch.Tensor, sizes: list, grids: list) -> tuple[torch.Tensor, ...]:
         """Resample patch tokens (N, P, D) to one (n * Q, E) per picture."""
         settings = self.config.resampler_config
-        side = int(patches.shape[1] ** 0.5)
         groups, groups_per_picture, first_patch = [], [], 0
         for size, grid in zip(sizes, grids, strict=True):
-            own = visible_patches(size, grid, side, settings.token_sampling, settings.tile_grouping)
+            own = visible_patches(size, grid, self._patches_per_side, settings.token_sampling, settings.tile_grouping)
             groups += [indices + first_patch for indices in own]
             groups_per_picture.append(len(own))
             first_patch += (1 + grid[0] * grid[1]) * patches.shape[1]
@@ -487,14 +581,21 @@ class Blip3Model(Blip3PreTrainedModel):
         return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
 
     def get_placeholder_mask(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        image_features: torch.Tensor,
+        mm_token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Find where image tokens go: (B, L) bool.
+        """Find where image tokens go, (B, L) bool: where `mm_token_type_ids` is 1 if it is given.
 
         Raises:
             ValueError: if the number of places differs from the number of features.
         """
-        image_token_mask = self.find_image_tokens(input_ids, inputs_embeds)
+        if mm_token_type_ids is None:
+            image_token_mask = self.find_image_tokens(input_ids, inputs_embeds)
+        else:
+            image_token_mask = mm_token_type_ids.to(inputs_embeds.device) == 1
         num_slots, num_features = int(image_token_mask.sum()), image_features.shape[0]
         if num_slots != num_features:  # TRL looks for the first sentence
             raise ValueError(
@@ -513,75 +614,76 @@ class Blip3Model(Blip3PreTrainedModel):
         image_sizes: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         mm_encoder_outputs: dict | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Blip3ModelOutputWithPast:
-        """Merge pictures into the text and run the decoder.
+        """Merge images into the text and run the decoder.
 
         Args:
             input_ids: (B, L), `image_token_id` where image tokens go. Exactly one of this and `inputs_embeds`.
-            pixel_values: (I, T, 3, S, S) pictures of the whole batch in reading order.
+            pixel_values: (I, T, 3, S, S) images of the whole batch in reading order.
             image_sizes: (I, 2) original (height, width).
             attention_mask: (B, L), 0 on padding.
             position_ids: (B, L).
-            past_key_values: cache to continue from.
+            cache: cache to continue from.
             inputs_embeds: (B, L, E), in place of `input_ids`.
             use_cache: return a cache; off by default in training.
-            mm_encoder_outputs: {"image": output of `get_image_features`} in place of pixels: encode pictures once,
+            mm_encoder_outputs: {"image": output of `get_image_features`} in place of pixels: encode images once,
                 ask many questions.
+            mm_token_type_ids: (B, L), 1 where image tokens go; found by `input_ids` when left out.
+            past_key_values: the name of `cache` before transformers 5.24.
             **kwargs: passed on to the decoder.
 
         Raises:
             ValueError: if the inputs contradict each other.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError(
-                "You must specify exactly one of input_ids or inputs_embeds, but "
-                f"{'neither' if input_ids is None else 'both'} of the two came. A wrapper probably added or dropped "
-                "one: pass input_ids unless you built the embeddings yourself."
-            )
+        _check_exactly_one(input_ids, inputs_embeds)
+        cache = _one_cache(cache, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        image_features = self._image_features(pixel_values, image_sizes, mm_encoder_outputs)
-        if image_features is not None:
-            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            image_token_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-            inputs_embeds = inputs_embeds.masked_scatter(image_token_mask.unsqueeze(-1), image_features)
-        elif self._must_run_idle_vision(past_key_values):
+        image_outputs, image_features = self._image_outputs(pixel_values, image_sizes, mm_encoder_outputs), None
+        if image_outputs is not None:
+            image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features, mm_token_type_ids)
+            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
+        elif self._must_run_idle_vision(cache):
             inputs_embeds = inputs_embeds + self._idle_vision(inputs_embeds)
         if use_cache is None and self.training:
             use_cache = False
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.get(name) is None:
                 kwargs[name] = bool(getattr(self.config, name)) or None
-        groups = self._rows_to_prefill_apart(attention_mask, past_key_values, kwargs)
+        groups = self._rows_to_prefill_apart(attention_mask, cache, kwargs)
         decode = partial(self._prefill_by_length, groups) if groups else self.language_model
         outputs = decode(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             return_dict=True,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
         return Blip3ModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
+            image_outputs=image_outputs,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
-    def _image_features(
+    def _image_outputs(
         self, pixel_values: torch.Tensor | None, image_sizes: torch.Tensor | None, mm_encoder_outputs: dict | None
-    ) -> torch.Tensor | None:
-        """Image features (n, E) of all pictures end to end, encoded now or before; None without pictures."""
+    ) -> BaseModelOutputWithPooling | None:
+        """What `get_image_features` gives for all images, now or before; None without images."""
         if mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None:
-            return torch.cat(list(mm_encoder_outputs["image"].pooler_output))
+            return mm_encoder_outputs["image"]
         if pixel_values is None or pixel_values.shape[0] == 0:
             return None
         if image_sizes is None:
@@ -590,9 +692,9 @@ class Blip3Model(Blip3PreTrainedModel):
                 f"each of the {pixel_values.shape[0]} pictures, from which the model derives grids and padding. It "
                 "was probably dropped by a collator: pass everything the processor returns."
             )
-        return torch.cat(self.get_image_features(pixel_values, image_sizes, return_dict=True).pooler_output)
+        return self.get_image_features(pixel_values, image_sizes, return_dict=True)
 
-    def _rows_to_prefill_apart(self, attention_mask: Any, past_key_values: Any, kwargs: dict) -> list[list[int]]:
+    def _rows_to_prefill_apart(self, attention_mask: Any, cache: Any, kwargs: dict) -> list[list[int]]:
         """Groups of rows of like length, if `generate` begins a batch that padding makes much larger; or none.
 
         Text alone beside three pictures is padded to a hundred times its length. Ranks that gather weights together
@@ -601,8 +703,8 @@ class Blip3Model(Blip3PreTrainedModel):
         is_apart_possible = (
             not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
-            and type(past_key_values) in (DynamicCache, StaticCache)
-            and past_key_values.get_seq_length() == 0
+            and type(cache) in (DynamicCache, StaticCache)
+            and cache.get_seq_length() == 0
             and isinstance(attention_mask, torch.Tensor)
             and attention_mask.dim() == 2
             and not (kwargs.get("output_attentions") or kwargs.get("output_hidden_states"))
@@ -617,13 +719,13 @@ class Blip3Model(Blip3PreTrainedModel):
         inputs_embeds: torch.Tensor,
         attention_mask: Any,
         position_ids: torch.Tensor | None,
-        past_key_values: DynamicCache | StaticCache,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder over each group without the padding it does not need.
 
         Hidden states and cache are those of one run over all rows, but for what stands under the padding.
         """
+        cache: DynamicCache | StaticCache = kwargs.pop(CACHE_NAME)
         kwargs.pop("cache_position", None)  # transformers 4: of the whole batch
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
@@ -636,12 +738,12 @@ class Blip3Model(Blip3PreTrainedModel):
                 inputs_embeds=inputs_embeds[rows, start:],
                 attention_mask=attention_mask[rows, start:],
                 position_ids=position_ids[rows, start:],
-                past_key_values=DynamicCache(),
+                **{CACHE_NAME: DynamicCache()},
                 **kwargs,
             )
             hidden_states[rows, start:] = outputs.last_hidden_state
             starts.append(start)
-            caches.append(outputs.past_key_values.layers)
+            caches.append(outputs[CACHE_NAME].layers)
         positions = {
             "cache_position": torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
         }  # transformers 4
@@ -653,21 +755,21 @@ class Blip3Model(Blip3PreTrainedModel):
             for rows, start, layer in zip(groups, starts, layers, strict=True):
                 keys[rows, :, start:], values[rows, :, start:] = layer.keys, layer.values
                 layer.keys = layer.values = None  # or both copies of the whole cache would be held
-            past_key_values.update(keys, values, index, positions)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+            cache.update(keys, values, index, positions)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
     @property
     def _is_sharded(self) -> bool:
         """Whether ranks gather weights together, module by module: FSDP2 renames the classes it shards."""
         return type(self.resampler.layers[0]).__name__.startswith("FSDP")
 
-    def _must_run_idle_vision(self, past_key_values: Any) -> bool:
+    def _must_run_idle_vision(self, cache: Any) -> bool:
         """Whether a batch without pictures must pass through the vision modules all the same.
 
         In training every trainable parameter needs a gradient. Under FSDP2 a rank that skips the vision modules leaves
         the others waiting, in evaluation too.
         """
-        return (self.training and torch.is_grad_enabled()) or (self._is_sharded and past_key_values is None)
+        return (self.training and torch.is_grad_enabled()) or (self._is_sharded and cache is None)
 
     def _idle_vision(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """A zero that depends on every vision parameter.
@@ -816,12 +918,14 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
         image_sizes: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Blip3CausalLMOutputWithPast:
         """Predict the next tokens.
@@ -832,12 +936,14 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
             image_sizes: see there.
             attention_mask: see there.
             position_ids: see there.
-            past_key_values: see there.
+            cache: see there.
             inputs_embeds: see there.
-            labels: (B, L), -100 where no loss is wanted; shifted inside.
+            labels: (B, L), -100 where no loss is wanted; shifted inside. Image tokens never count.
             use_cache: see there.
             logits_to_keep: number of last tokens to compute logits for (0: all), or their positions (K,).
             mm_encoder_outputs: see there.
+            mm_token_type_ids: see there.
+            past_key_values: see there.
             **kwargs: `num_items_in_batch` and other arguments of the loss and the decoder.
         """
         outputs = self.model(
@@ -846,70 +952,113 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
             image_sizes=image_sizes,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=_one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             mm_encoder_outputs=mm_encoder_outputs,
+            mm_token_type_ids=mm_token_type_ids,
             return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (B, K, vocab_size)
+        hidden_states = _cast_to_match(outputs.last_hidden_state[:, kept, :], self.lm_head)
+        logits = self.lm_head(hidden_states)  # (B, K, vocab_size)
         loss = None
         if labels is not None:
+            labels, kwargs = self._ignore_image_tokens(labels, kwargs)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
         return Blip3CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_sizes: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict:
-        """Leave the pictures out of every step but the first, where the cache has taken them in.
+    def _ignore_image_tokens(self, labels: torch.Tensor, kwargs: dict) -> tuple[torch.Tensor, dict]:
+        """Take image tokens out of labels (B, L), and their share out of the number of tokens the loss is divided by.
 
-        The first step keeps its (B, L) mask, by which rows are grouped; transformers expands it for a static cache.
+        Labels are often a copy of `input_ids`. That number counts all devices and accumulated batches, of which only
+        this one is known; where labels are set on the processor's output none is left here, and the number is exact.
         """
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
-            **kwargs,
-        )
+        is_image = labels == self.config.image_token_id
+        kwargs = dict(kwargs)
+        if kwargs.get("num_items_in_batch") is not None:
+            num_labels = (labels[:, 1:] != IGNORE_INDEX).sum()
+            num_left = num_labels - is_image[:, 1:].sum()
+            kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * (num_left.clamp(1) / num_labels.clamp(1))
+        if kwargs.get("shift_labels") is not None:
+            shifted = kwargs["shift_labels"]
+            kwargs["shift_labels"] = shifted.masked_fill(shifted == self.config.image_token_id, IGNORE_INDEX)
+        return labels.masked_fill(is_image, IGNORE_INDEX), kwargs
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict:
+        """Give images to the steps whose tokens hold their places, and to no other.
+
+        Places are those of the prompt: an image token that is generated is a word like any other. The first step
+        keeps its (B, L) mask, by which rows are grouped; transformers expands it for a static cache.
+        """
+        mm_token_type_ids = kwargs.pop("mm_token_type_ids", None)
+        model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if mm_token_type_ids is not None and any(model_inputs.get(name) is not None for name in _IMAGE_INPUTS):
+            model_inputs = self._place_images(input_ids, mm_token_type_ids, model_inputs, kwargs)
         is_first = kwargs.get("is_first_iteration")  # transformers 5
         if is_first is None:
             cache_position = kwargs.get("cache_position")  # transformers 4
             is_first = cache_position is None or cache_position[0] == 0
-        if not is_first and kwargs.get("use_cache", True):
-            for name in ("pixel_values", "image_sizes", "mm_encoder_outputs"):
-                model_inputs.pop(name, None)
-        if is_first and type(past_key_values) is StaticCache and attention_mask is not None:
-            model_inputs["attention_mask"] = attention_mask
+        if is_first and type(kwargs.get(CACHE_NAME)) is StaticCache and kwargs.get("attention_mask") is not None:
+            model_inputs["attention_mask"] = kwargs["attention_mask"]
         return model_inputs
+
+    def _place_images(
+        self, input_ids: torch.Tensor, mm_token_type_ids: torch.Tensor, model_inputs: dict, kwargs: dict
+    ) -> dict:
+        """Cut the places of images (B, prompt) to this step's tokens, and leave out images that have none there."""
+        inputs_embeds = kwargs.get("inputs_embeds")
+        num_tokens = input_ids.shape[1] + (0 if inputs_embeds is None else inputs_embeds.shape[1])
+        num_generated = max(num_tokens - mm_token_type_ids.shape[1], 0)
+        places = nn.functional.pad(mm_token_type_ids, (0, num_generated))
+        is_embedded = model_inputs.get("inputs_embeds") is not None
+        num_new = model_inputs["inputs_embeds" if is_embedded else "input_ids"].shape[1]
+        cached, new = places[:, :-num_new] == 1, places[:, -num_new:] == 1
+        if not new.any():
+            return {name: value for name, value in model_inputs.items() if name not in _IMAGE_INPUTS}
+        model_inputs["mm_token_type_ids"] = new.long()
+        return self._leave_out_cached_images(cached, new, model_inputs) if cached.any() else model_inputs
+
+    def _leave_out_cached_images(self, cached: torch.Tensor, new: torch.Tensor, model_inputs: dict) -> dict:
+        """Given all images of a conversation whose beginning a cache holds, keep those with places in `new` (B, L)."""
+        pictures = {name: model_inputs.get(name) for name in ("pixel_values", "image_sizes")}
+        features = (model_inputs.get("mm_encoder_outputs") or {}).get("image")
+        lengths = self._image_lengths(pictures["image_sizes"], features)
+        if sum(lengths) != int(cached.sum() + new.sum()):
+            return model_inputs  # the new images alone, or a number that forward refuses
+        kept, image = [], 0
+        for num_cached, num_new in zip(cached.sum(-1).tolist(), new.sum(-1).tolist(), strict=True):
+            for num_slots, wanted in ((num_cached, False), (num_new, True)):
+                while num_slots > 0:
+                    num_slots -= lengths[image]
+                    kept += [image] * wanted
+                    image += 1
+        return {**model_inputs, **_select_images(kept, pictures, features)}
+
+    def _image_lengths(self, image_sizes: torch.Tensor | None, features: Any) -> list[int]:
+        """Count the image tokens of each image, by its features or by its size."""
+        if features is not None:
+            return [len(tokens) for tokens in features.pooler_output]
+        return [self.model.count_image_tokens(tuple(size)) for size in image_sizes.tolist()]
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> None:
         """Make the cache that is asked for; the default one grows in place."""
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_NAME)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache: Any = model_kwargs.get("past_key_values")
+        cache: Any = model_kwargs.get(CACHE_NAME)
         if given is None and type(cache) is DynamicCache and not cache.offloading:
             grow_in_place(cache)
 
@@ -935,45 +1084,45 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
         transformers 5 encodes the pictures first and repeats the features itself; 4.57 would repeat picture by
         picture and so hand rows with several pictures the wrong ones.
         """
-        features = None if _IS_TRANSFORMERS_5 else (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
-        has_pictures = model_kwargs.get("pixel_values") is not None or features is not None
-        if expand_size == 1 or not has_pictures:
-            return super()._expand_inputs_for_generation(
-                expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-            )
-        pictures = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_sizes")}
-        order = self._repeat_pictures(expand_size, input_ids, model_kwargs.get("inputs_embeds"), pictures, features)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        features = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        has_images = model_kwargs.get("pixel_values") is not None or features is not None
+        if has_images and model_kwargs.get("mm_token_type_ids") is None:
+            has_ids = input_ids is not None and input_ids.shape[1] > 0
+            mask = self.model.find_image_tokens(input_ids if has_ids else None, model_kwargs.get("inputs_embeds"))
+            model_kwargs["mm_token_type_ids"] = mask.long()
+        expand = partial(
+            super()._expand_inputs_for_generation,
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
         )
-        if features is not None:
-            repeated = BaseModelOutputWithPooling(pooler_output=tuple(features.pooler_output[i] for i in order))
-            return input_ids, {**model_kwargs, "mm_encoder_outputs": {"image": repeated}}
-        return input_ids, {**model_kwargs, **{name: tensor[order] for name, tensor in pictures.items()}}
+        if _IS_TRANSFORMERS_5 or expand_size == 1 or not has_images:
+            return expand(**model_kwargs)
+        pictures = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_sizes")}
+        lengths = self._image_lengths(pictures["image_sizes"], features)
+        order = _repeat_images(expand_size, lengths, model_kwargs["mm_token_type_ids"])
+        input_ids, model_kwargs = expand(**model_kwargs)
+        return input_ids, {**model_kwargs, **_select_images(order, pictures, features)}
 
-    def _repeat_pictures(
-        self,
-        expand_size: int,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        pictures: dict,
-        features: BaseModelOutputWithPooling | None,
-    ) -> list[int]:
-        """Order the pictures as the repeated rows read them: each row's own ones, `expand_size` times over."""
-        if features is not None:
-            lengths = [len(tokens) for tokens in features.pooler_output]
-        else:
-            lengths = [self.model.count_image_tokens(tuple(size)) for size in pictures["image_sizes"].tolist()]
-        has_ids = input_ids is not None and input_ids.shape[1] > 0
-        image_token_mask = self.model.find_image_tokens(input_ids if has_ids else None, inputs_embeds)
-        order, picture = [], 0
-        for num_slots in image_token_mask.sum(-1).tolist():
-            first = picture
-            while num_slots > 0 and picture < len(lengths):
-                num_slots -= lengths[picture]
-                picture += 1
-            order += list(range(first, picture)) * expand_size
-        return order
+
+def _repeat_images(expand_size: int, lengths: list[int], mm_token_type_ids: torch.Tensor) -> list[int]:
+    """Order images of so many tokens as the repeated rows read them: each row's own ones, `expand_size` times over."""
+    order, image = [], 0
+    for num_slots in (mm_token_type_ids == 1).sum(-1).tolist():
+        first = image
+        while num_slots > 0 and image < len(lengths):
+            num_slots -= lengths[image]
+            image += 1
+        order += list(range(first, image)) * expand_size
+    return order
+
+
+def _select_images(order: list[int], pictures: dict, features: BaseModelOutputWithPooling | None) -> dict:
+    """Model inputs of the images at these places, as features if there are any, else as pixels."""
+    if features is None:
+        return {name: tensor[order] for name, tensor in pictures.items()}
+    selected = BaseModelOutputWithPooling(pooler_output=tuple(features.pooler_output[i] for i in order))
+    return {"mm_encoder_outputs": {"image": selected}}
 
 
 __all__ = ["Blip3ForConditionalGeneration", "Blip3Model", "Blip3PreTrainedModel"]

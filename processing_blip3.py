@@ -19,7 +19,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 # transformers 4.57 copies the files named here and no further: what image_processing_blip3 imports must be named too.
-from .configuration_blip3 import TOKEN_SAMPLINGS, check_choice, check_positive
+from .configuration_blip3 import IGNORE_INDEX, TOKEN_SAMPLINGS, check_choice, check_positive
 from .image_processing_blip3 import Blip3ImageProcessorKwargs, count_tiles
 
 # transformers 5 finds the parts of a processor from its arguments and expands placeholders in its own __call__.
@@ -29,7 +29,42 @@ IMAGE_TOKEN = "<image>"
 IMAGE_FILLER = "<image placeholder>"  # the base release wrote 127 of these after each <image>
 END_OF_CHUNK = "<|endofchunk|>"
 ANSWER_START, ANSWER_END = "<|assistant|>", "<|end|>"
-IGNORE_INDEX = -100
+
+
+class Blip3BatchFeature(BatchFeature):
+    """Model inputs whose `labels` never hold image tokens.
+
+    Collators copy `input_ids` to `labels`, and some trainers then compute the loss without the model's `forward`
+    (TRL's fused output layer): setting `labels` here is the one step that all of them take.
+
+    Args:
+        image_token_id: id of `<image>`; None leaves labels as they are set.
+        *args: see transformers' `BatchFeature`.
+        **kwargs: see there.
+    """
+
+    image_token_id: int | None = None
+
+    def __init__(self, *args: Any, image_token_id: int | None = None, **kwargs: Any):
+        self.__dict__["image_token_id"] = image_token_id
+        super().__init__(*args, **kwargs)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Set an entry; `labels` (B, L) get -100 for image tokens."""
+        if name == "labels" and self.image_token_id is not None:
+            value = ignore_token(value, self.image_token_id)
+        super().__setitem__(name, value)
+
+
+def ignore_token(labels: Any, token_id: int) -> Any:
+    """Put -100 for a token in labels: a torch tensor, numpy array or (nested) list."""
+    if isinstance(labels, torch.Tensor):
+        return labels.masked_fill(labels == token_id, IGNORE_INDEX)
+    if isinstance(labels, np.ndarray):
+        return np.where(labels == token_id, IGNORE_INDEX, labels)
+    if isinstance(labels, list | tuple):
+        return [ignore_token(label, token_id) for label in labels]
+    return IGNORE_INDEX if labels == token_id else labels
 
 
 class Blip3ProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -117,6 +152,7 @@ class Blip3Processor(ProcessorMixin):
             inputs = super().__call__(images=images, text=text, **kwargs)
         else:
             inputs = self._call_on_transformers_4(images, text, **kwargs)
+        inputs = Blip3BatchFeature(dict(inputs), image_token_id=self.image_token_id)
         if return_labels:
             inputs["labels"] = self._label_answers(inputs["input_ids"])
         return inputs
@@ -230,7 +266,7 @@ class Blip3Processor(ProcessorMixin):
         for row in rows:
             ids, is_answer, kept = np.asarray(row), False, []
             for token in ids.tolist():
-                kept.append(token if is_answer and token != self.image_token_id else IGNORE_INDEX)
+                kept.append(token if is_answer else IGNORE_INDEX)
                 is_answer = (is_answer or token == start) and token != end
             labels.append(kept)
         if isinstance(input_ids, torch.Tensor):
