@@ -4,8 +4,8 @@ r"""Fine-tune with LoRA or QLoRA on your own images, with transformers' Trainer;
     python examples/finetune_lora.py                                        count stripes with the small model
     python examples/finetune_lora.py --model blip3-4b --train data.jsonl --test held_out.jsonl --qlora
 
-Data is a JSON-lines file with `image` (or a list `images`), `question` and `answer`, or `messages` in the place of these
-two; or a folder of images with a metadata.jsonl that `datasets` reads. Paths start at the file's folder.
+Data is a JSON-lines file with `image` (or a list `images`), `question` and `answer`, or `messages` in the place of
+these two; or a folder of images with a metadata.jsonl, as `datasets` reads it. Paths start at the file's folder.
 
     pip install -e '.[train]'               and for --qlora: pip install -e '.[quantize]'
 """
@@ -88,7 +88,7 @@ def load(path: Path, qlora: bool = False):
         raise SystemExit(
             "--qlora needs bitsandbytes, which is not installed: pip install -e '.[quantize]', or leave --qlora out."
         )
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     options = {"trust_remote_code": True}
     if not (path / "modeling_blip3.py").is_file() and (path.parent / "modeling_blip3.py").is_file():
         path, options["subfolder"] = path.parent, path.name  # mini/: its code is in the folder above
@@ -97,8 +97,8 @@ def load(path: Path, qlora: bool = False):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=KEEP
         )
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map="auto", **options)
-    return model, processor
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **options)
+    return (model if qlora else model.to(device)), processor
 
 
 def main() -> None:
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/finetune_lora"))
     parser.add_argument("--qlora", action="store_true", help="train on 4-bit weights (bitsandbytes nf4)")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="2e-4 suits large models")
     args = parser.parse_args()

@@ -2,10 +2,10 @@
 r"""Train on preferences with TRL's DPOTrainer: for each question a right answer (chosen) and a wrong one (rejected).
 
     python examples/preference_dpo.py                                       count stripes with the small model
-    python examples/preference_dpo.py --model blip3-4b --train pairs.jsonl --test held_out.jsonl
+    python examples/preference_dpo.py --model blip3-4b --train pairs.jsonl --test held_out_pairs.jsonl
 
-Data is a JSON-lines file with `image`, `question`, `answer` and, to train on, `rejected`; paths start at the file's
-folder. Where `rejected` is missing, it is the number after or before the answer. The adapter switched off is the reference model: there is no second copy.
+Data is a JSON-lines file with `image`, `question`, `answer` and `rejected`; paths start at the file's folder. The
+reference model is the same one with its adapter switched off, so there is no second copy in memory.
 
     pip install -e '.[train]'
 """
@@ -28,17 +28,15 @@ TARGETS = r".*(language_model|resampler)\..*\.(qkv|o|gate_up|down|q|k|v|kv|gate|
 def read_data(path: Path) -> Dataset:
     """Read rows of `images`, `prompt`, `chosen` and `rejected`; images are opened when a row is used."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    data = []
-    for index, row in enumerate(rows):
-        rejected = row.get("rejected") or str(int(row["answer"]) + (-1 if index % 2 and row["answer"] != "1" else 1))
-        data.append(
-            {
-                "images": [str(path.parent / row["image"])],
-                "prompt": [{"role": "user", "content": row["question"]}],  # TRL puts the image before the question
-                "chosen": [{"role": "assistant", "content": row["answer"]}],
-                "rejected": [{"role": "assistant", "content": rejected}],
-            }
-        )
+    data = [
+        {
+            "images": [str(path.parent / row["image"])],
+            "prompt": [{"role": "user", "content": row["question"]}],  # TRL puts the image before the question
+            "chosen": [{"role": "assistant", "content": row["answer"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+        for row in rows
+    ]
     return Dataset.from_list(data).cast_column("images", List(Image()))
 
 
@@ -72,8 +70,8 @@ def main() -> None:
     """Evaluate, train an adapter, merge it, save, and evaluate what was saved."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("mini"))
-    parser.add_argument("--train", type=Path, default=DATA / "train" / "data.jsonl")
-    parser.add_argument("--test", type=Path, default=DATA / "test" / "data.jsonl")
+    parser.add_argument("--train", type=Path, default=DATA / "train" / "pairs.jsonl")
+    parser.add_argument("--test", type=Path, default=DATA / "test" / "pairs.jsonl")
     parser.add_argument("--output", type=Path, default=Path("outputs/preference_dpo"))
     parser.add_argument("--beta", type=float, default=0.1, help="how much leaving the reference costs")
     parser.add_argument("--steps", type=int, default=60)
@@ -103,9 +101,7 @@ def main() -> None:
         seed=0,
     )
     adapter = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS)
-    trainer = DPOTrainer(
-        model, args=config, train_dataset=train_data, processing_class=processor, peft_config=adapter
-    )
+    trainer = DPOTrainer(model, args=config, train_dataset=train_data, processing_class=processor, peft_config=adapter)
     trainer.train()
     merged = trainer.model.merge_and_unload()
     merged.save_pretrained(args.output / "final")

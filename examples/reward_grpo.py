@@ -82,8 +82,8 @@ def main() -> None:
     parser.add_argument("--test", type=Path, default=DATA / "test" / "data.jsonl")
     parser.add_argument("--output", type=Path, default=Path("outputs/reward_grpo"))
     parser.add_argument("--generations", type=int, default=8, help="answers to each question")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=64, help="answers a step: questions times generations")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--batch-size", type=int, default=32, help="answers a step: questions times generations")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="1e-6 to 1e-5 suits large models")
     args = parser.parse_args()
 

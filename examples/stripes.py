@@ -3,10 +3,12 @@ r"""Render images of stripes with the number of stripes as the answer: a task th
 
     python examples/stripes.py outputs/stripes
 
-    outputs/stripes/train/images/00.png ...   40 images, 1 to 6 stripes each
-    outputs/stripes/train/data.jsonl          {"image", "question", "answer"} a line: the form of your own data
-    outputs/stripes/train/metadata.jsonl      the same with "file_name": what `datasets` reads as an image folder
-    outputs/stripes/test/                     20 more images, from other seeds
+writes 40 images to train on and 20 to test on, each folder with
+
+    images/00.png ...   1 to 6 stripes each
+    data.jsonl          {"image", "question", "answer"} a line: the form of your own data
+    pairs.jsonl         the same with "rejected", a wrong answer
+    metadata.jsonl      the same as data.jsonl with "file_name": what `datasets` reads as an image folder
 """
 
 import argparse
@@ -39,15 +41,19 @@ def render(num_stripes: int, seed: int) -> Image.Image:
 def write(folder: Path, count: int, first_seed: int) -> None:
     """Write `count` images with their questions and answers; the numbers of stripes take turns."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    rows = []
+    files: dict[str, list[dict]] = {"data": [], "pairs": [], "metadata": []}
     for index in range(count):
         num_stripes = 1 + index % MAX_STRIPES
+        wrong = 1 + (num_stripes + index // MAX_STRIPES % (MAX_STRIPES - 1)) % MAX_STRIPES  # the others take turns too
         name = f"images/{index:02}.png"
         render(num_stripes, first_seed + index).save(folder / name)
-        rows.append({"image": name, "question": QUESTION, "answer": str(num_stripes)})
-    data = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "data.jsonl").write_text(data, encoding="utf-8")
-    (folder / "metadata.jsonl").write_text(data.replace('"image":', '"file_name":'), encoding="utf-8")
+        row = {"question": QUESTION, "answer": str(num_stripes)}
+        files["data"].append({"image": name, **row})
+        files["pairs"].append({"image": name, **row, "rejected": str(wrong)})
+        files["metadata"].append({"file_name": name, **row})
+    for name, rows in files.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ from support import IS_TRANSFORMERS_5, ROOT, draw_picture, load_model
 trl = pytest.importorskip("trl")
 
 HAS_ASSISTANT_MASKS = Version(transformers.__version__) >= Version("5.18")
-TABLE = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8").split("<!-- forms -->")[1].split("<!-- end -->")[0]
+DOCS = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+TABLE = DOCS.split("<!-- forms -->")[1].split("<!-- end -->")[0]
 DOCUMENTED = {
     cells[0].strip(): cells[1 if not IS_TRANSFORMERS_5 else 2].strip()
     for cells in (line.strip("| ").split(" | ") for line in TABLE.strip().splitlines()[2:])
@@ -57,15 +58,15 @@ def plain_pair(answer: str) -> dict:
 
 
 def preference(answer: str) -> dict:
-    return {"prompt": turn("user", QUESTION), "chosen": turn("assistant", answer), "rejected": turn("assistant", "No.")}
+    answers = {"chosen": turn("assistant", answer), "rejected": turn("assistant", "No.")}
+    return {"prompt": turn("user", QUESTION), **answers}
 
 
 def data_of(make_row, images=None) -> datasets.Dataset:
     """Two rows with one image each, or with the images given."""
     images = [IMAGES[:1], IMAGES[1:2]] if images is None else images
     rows = [make_row(answer) | {"images": own} for answer, own in zip(ANSWERS, images, strict=True)]
-    features = {name: value for name, value in datasets.Dataset.from_list(rows[:1]).features.items()}
-    return datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    return datasets.Dataset.from_list(rows, features=datasets.Dataset.from_list(rows[:1]).features)
 
 
 @pytest.fixture
@@ -97,23 +98,28 @@ def train(trainer) -> float:
     return loss
 
 
+@torch.no_grad()
+def check_loss(model, trainer) -> None:
+    """The loss of a step is the model's own; 4.57 also counts the labels of first tokens, which nothing predicts."""
+    batch = dict(next(iter(trainer.get_train_dataloader())))
+    is_label = batch["labels"] != -100
+    counted = is_label[:, 1:] if IS_TRANSFORMERS_5 else is_label
+    expected = model.train()(**batch).loss.item() * (is_label[:, 1:].sum() / counted.sum()).item()
+    with torch.enable_grad():
+        assert train(trainer) == pytest.approx(expected, rel=1e-3)
+
+
 def check_answers(parts, trainer, answers=ANSWERS) -> None:
-    """Answers alone are learned, with the token that ends them, and the loss is the model's own."""
+    """Answers alone are learned, with the token that ends them."""
     texts = [re.sub(r"\s+", " ", text).strip() for text in learned(trainer, parts[1])]
     assert sorted(texts) == sorted(f"{answer}<|end|>" for answer in answers)
-    batch = dict(next(iter(trainer.get_train_dataloader())))
-    with torch.no_grad():
-        expected = parts[0].train()(**batch).loss.item()
-    assert train(trainer) == pytest.approx(expected, rel=1e-3)
+    check_loss(parts[0], trainer)
 
 
 def check_whole(parts, trainer) -> None:
-    """The question is learned too, image tokens are not, and the loss is the model's own."""
+    """The question is learned too, image tokens are not."""
     assert all(QUESTION in text and "<image>" not in text for text in learned(trainer, parts[1]))
-    batch = dict(next(iter(trainer.get_train_dataloader())))
-    with torch.no_grad():
-        expected = parts[0].train()(**batch).loss.item()
-    assert train(trainer) == pytest.approx(expected, rel=1e-3)
+    check_loss(parts[0], trainer)
 
 
 # -- One function a row of the table ----------------------------------------------------------------------------------
@@ -149,8 +155,13 @@ def sft_assistant_only(parts, tmp_path):
     check_answers(parts, sft(parts, tmp_path, data_of(chat), assistant_only_loss=True))
 
 
-def sft_text(parts, tmp_path):
-    check_whole(parts, sft(parts, tmp_path, data_of(lambda answer: {"text": PROMPT.format(QUESTION) + answer})))
+def sft_text(parts, tmp_path, **arguments):
+    data = data_of(lambda answer: {"text": PROMPT.format(QUESTION) + answer})
+    check_whole(parts, sft(parts, tmp_path, data, **arguments))
+
+
+def sft_text_kept(parts, tmp_path):
+    sft_text(parts, tmp_path, remove_unused_columns=False)
 
 
 def sft_whole_pairs(parts, tmp_path):
@@ -182,7 +193,8 @@ def sft_label_smoothing(parts, tmp_path):
         sft(parts, tmp_path, data_of(pair), label_smoothing_factor=factor, learning_rate=0.0) for factor in (0.0, 0.1)
     )
     batch = dict(next(iter(smooth.get_train_dataloader())))
-    assert train(smooth) == pytest.approx(smoothed(parts[0], batch), rel=1e-3) != train(plain)
+    assert train(smooth) == pytest.approx(smoothed(parts[0], batch), rel=1e-3)
+    assert train(plain) != pytest.approx(smoothed(parts[0], batch), rel=1e-3)
 
 
 def sft_lora(parts, tmp_path):
@@ -267,7 +279,7 @@ def grpo_several_images(parts, tmp_path):
     grpo(parts, tmp_path, [IMAGES[1:], IMAGES[1:]])
 
 
-def trainer_of(parts, tmp_path, **options):
+def trainer_of(parts, tmp_path, **others):
     model, processor = parts
     rows = [
         {"text": PROMPT.format(QUESTION) + f"{answer}<|end|>\n", "images": [image]}
@@ -279,9 +291,9 @@ def trainer_of(parts, tmp_path, **options):
         return processor(text=texts, images=images, padding=True, return_labels=True, return_tensors="pt")
 
     arguments = {name: value for name, value in ARGUMENTS.items() if name != "trust_remote_code"}
-    arguments |= {"learning_rate": 0.0, "remove_unused_columns": False, **options.pop("arguments", {})}
+    arguments |= {"learning_rate": 0.0, "remove_unused_columns": False, **others}
     settings = TrainingArguments(output_dir=str(tmp_path), **arguments)
-    return Trainer(model, settings, train_dataset=rows, data_collator=collate, **options)
+    return Trainer(model, settings, train_dataset=rows, data_collator=collate)
 
 
 @torch.no_grad()
@@ -295,27 +307,14 @@ def trainer_rows(parts, tmp_path):
 
 
 def trainer_label_smoothing(parts, tmp_path):
-    trainer = trainer_of(parts, tmp_path, arguments={"label_smoothing_factor": 0.1})
-    batch = dict(next(iter(trainer.get_train_dataloader())))
-    if train(trainer) != pytest.approx(smoothed(parts[0], batch), rel=1e-3):
-        raise ValueError("the loss is not that of shifted labels")
-
-
-def trainer_own_label_smoothing(parts, tmp_path):
-    smoother = LabelSmoother(epsilon=0.1)
-    trainer = trainer_of(
-        parts,
-        tmp_path,
-        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: smoother(outputs, labels, shift_labels=True),
-    )
+    trainer = trainer_of(parts, tmp_path, label_smoothing_factor=0.1)
     batch = dict(next(iter(trainer.get_train_dataloader())))
     assert train(trainer) == pytest.approx(smoothed(parts[0], batch), rel=1e-3)
 
 
 ROWS = {
     "Trainer, `return_labels=True`": (trainer_rows, None),
-    "Trainer, `label_smoothing_factor`": (trainer_label_smoothing, "not that of shifted labels"),
-    "Trainer, `compute_loss_func` with a `LabelSmoother`": (trainer_own_label_smoothing, None),
+    "Trainer, `label_smoothing_factor`": (trainer_label_smoothing, None),
     "SFT, `images`, `prompt`, `completion` as messages": (sft_pairs, None),
     "SFT, `images`, `prompt`, `completion` as text": (sft_plain_pairs, None),
     "SFT, one `image` in the place of `images`": (sft_one_image_column, None),
@@ -323,7 +322,8 @@ ROWS = {
     "SFT, rows without images among others": (sft_rows_without_images, None),
     "SFT, `images`, `messages`": (sft_messages, None),
     "SFT, the same with `assistant_only_loss=True`": (sft_assistant_only, "assistant_only_loss|assistant_masks|5.18"),
-    "SFT, `images`, `text`": (sft_text, None),
+    "SFT, `images`, `text`": (sft_text, "Unexpected input keys"),
+    "SFT, the same with `remove_unused_columns=False`": (sft_text_kept, None),
     "SFT, `completion_only_loss=False`": (sft_whole_pairs, None),
     "SFT, `max_length=1024` (TRL's default)": (sft_long_enough, None),
     "SFT, `max_length` shorter than a row": (sft_too_short, "max_length"),
