@@ -298,6 +298,7 @@ class Blip3PreTrainedModel(PreTrainedModel):
         A re-entrant checkpoint gives no gradients where none of its inputs requires one. transformers 4.57 makes the
         text embeddings require one and forgets the vision modules; 5.x sends gradients through a frozen tower too.
         """
+        self.disable_input_require_grads()
         self._require_grads_hooks = [
             self.get_input_embeddings().register_forward_hook(lambda _, inputs, output: output.requires_grad_(True))
         ]
@@ -312,7 +313,7 @@ class Blip3PreTrainedModel(PreTrainedModel):
 
     def disable_input_require_grads(self) -> None:
         """Undo `enable_input_require_grads`."""
-        for hook in self._require_grads_hooks:
+        for hook in getattr(self, "_require_grads_hooks", []):
             hook.remove()
         self._require_grads_hooks = []
 
@@ -388,9 +389,28 @@ def _accept_checkpoint_names(vision_tower: nn.Module, state_dict: dict, prefix: 
     """
     inner = f"{prefix}vision_model."
     has_inner = "vision_model" in vision_tower._modules
-    for name in [name for name in state_dict if name.startswith(prefix) and name.startswith(inner) != has_inner]:
-        renamed = inner + name.removeprefix(prefix) if has_inner else prefix + name.removeprefix(inner)
-        state_dict[renamed] = state_dict.pop(name)
+    foreign = [name for name in state_dict if name.startswith(prefix) and name.startswith(inner) != has_inner]
+    if not foreign:
+        return
+    complete = _names_without_adapter(vision_tower)
+    for name in foreign:
+        own = name.removeprefix(prefix if has_inner else inner)
+        own = f"vision_model.{own}" if has_inner else own
+        state_dict[prefix + complete.get(own, own)] = state_dict.pop(name)
+
+
+def _names_without_adapter(module: nn.Module) -> dict[str, str]:
+    """Map `layer.lora_A.weight` to `layer.lora_A.default.weight`, as PEFT does for names it knows.
+
+    Of several adapters the last one counts, which is the one that is being loaded.
+    """
+    names = {}
+    for name in module.state_dict():
+        path = name.split(".")
+        adapter = next((index for index, part in enumerate(path) if part.startswith("lora_")), None)
+        if adapter is not None and len(path) > adapter + 1:
+            names[".".join(path[: adapter + 1] + path[adapter + 2 :])] = name
+    return names
 
 
 def _check_exactly_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
