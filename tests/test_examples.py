@@ -141,7 +141,7 @@ def test_a_few_steps_change_the_language_model_and_not_the_tower(run, name):
 
 
 def test_all_weights_are_trained_without_an_adapter(run):
-    output, _ = run("finetune_trl_sft.py", "--steps", "1", "--batch-size", "2", test="few")
+    output, _ = run("finetune_trl_sft.py", "--steps", "2", "--batch-size", "2", test="few")
     trained, untrained = load_model(output / "final").state_dict(), load_model(ROOT, subfolder="mini").state_dict()
     changed = {name.split(".")[1] for name, weight in trained.items() if not torch.equal(weight, untrained[name])}
     assert {"vision_tower", "resampler", "language_model"} <= changed
@@ -259,7 +259,7 @@ def test_the_documented_options_exist(name, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     usage = capsys.readouterr().out
-    commands = re.findall(rf"^python examples/{name}(.*)$", DOCS + (EXAMPLES / name).read_text(), flags=re.MULTILINE)
+    commands = re.findall(rf"^ *python examples/{name}(.*)$", DOCS + (EXAMPLES / name).read_text(), flags=re.MULTILINE)
     options = {option for command in commands for option in re.findall(r"--[a-z-]+", command)}
     assert commands
     assert options <= set(re.findall(r"--[a-z-]+", usage))
