@@ -11,6 +11,8 @@ Sizes are (height, width) in pixels and grids are (rows, columns) in tiles, ever
 """
 
 import difflib
+import importlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -351,6 +353,21 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         )
 
 
+def expose_in_package(module_name: str) -> None:
+    """Make a module an attribute of its package, as an import statement does.
+
+    transformers enters the files of a repository into `sys.modules` and no further. dill, with which `datasets` hashes
+    and sends the function of a `map`, looks classes up through the package: without this it takes ours for unknown,
+    pickles them by value and fails, or gets another hash in each process.
+
+    Args:
+        module_name: `__name__` of the module.
+    """
+    package, _, name = module_name.rpartition(".")
+    if package:
+        setattr(importlib.import_module(package), name, sys.modules[module_name])
+
+
 def _register_architecture() -> None:
     """Enter the model's name where transformers looks architectures up by name and skips `auto_map`.
 
@@ -368,5 +385,6 @@ def _register_architecture() -> None:
 
 
 _register_architecture()
+expose_in_package(__name__)
 
 __all__ = ["Blip3Config", "Blip3ResamplerConfig"]

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 
 from data.formats import parse_boxes
-from data.records import Turn, to_message
+from data.records import Picture, Turn, to_message
 from evaluation.checkpoints import find_code
 from evaluation.metrics import box_iou
 
@@ -91,9 +91,26 @@ def parse_arguments() -> argparse.Namespace:
 
 def own_question(args: argparse.Namespace) -> Exchange:
     """Make an exchange of the user's pictures and question, pictures first unless the question places them."""
-    pictures = [Image.open(path).convert("RGB") for path in args.image]
+    pictures = [open_picture(path) for path in args.image]
     prompt = args.question if "<image>" in args.question else "<image>\n" * len(pictures) + args.question
     return Exchange(pictures, prompt)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Open an image file as RGB, upright.
+
+    Raises:
+        SystemExit: with one line, if there is no such file or it is no image.
+    """
+    try:
+        return Picture(path=str(path)).open()
+    except FileNotFoundError:
+        raise SystemExit(
+            f"error: The image {str(path)!r} cannot be opened: no such file. An image file is expected. The name is "
+            "probably misspelt or starts in another folder: correct it, or pass the whole path."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def load_examples(model: Path) -> list[Exchange]:
@@ -111,7 +128,7 @@ def load_examples(model: Path) -> list[Exchange]:
     examples = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
     return [
         Exchange(
-            [Image.open(folder / name).convert("RGB") for name in example["images"]],
+            [open_picture(folder / name) for name in example["images"]],
             example["prompt"],
             example["truth"],
             example["task"],
@@ -133,13 +150,11 @@ def load(folder: Path) -> tuple[Any, Any]:
 @torch.no_grad()
 def ask(model: Any, processor: Any, exchange: Exchange, max_new_tokens: int) -> str:
     """Generate and stream the answer."""
-    text, options = exchange.prompt, {}
-    if exchange.is_few_shot:
-        options = {"do_image_splitting": False}  # as it was trained
-    else:
+    text = exchange.prompt
+    if not exchange.is_few_shot:
         messages = [to_message(Turn("user", text))]
         text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    inputs = processor(text=text, images=exchange.pictures, return_tensors="pt", **options).to(model.dtype)
+    inputs = processor(text=text, images=exchange.pictures, return_tensors="pt").to(model.dtype)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -109,7 +109,9 @@ class EndpointHandler:
 
     def _open_pictures(self, prompts: Collection[Prompt]) -> list[list[Image.Image]]:
         """Open the pictures of all rows, under limits that hold for the request."""
-        pictures = iter(self.fetcher.open_pictures([source for prompt in prompts for source in prompt.pictures]))
+        upright = self.processor.image_processor.do_exif_transpose is not False
+        sources = [source for prompt in prompts for source in prompt.pictures]
+        pictures = iter(self.fetcher.open_pictures(sources, upright))
         return [[next(pictures) for _ in prompt.pictures] for prompt in prompts]
 
     def _answer(self, texts: list[str], rows: list[list[Image.Image]], options: Options) -> list[dict[str, Any]]:

@@ -17,21 +17,23 @@ import inspect
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from PIL import __version__ as pillow_version
+from transformers import image_utils
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import ChannelDimension, PILImageResampling, load_image
+from transformers.image_utils import ChannelDimension, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, logging
 
-from .configuration_blip3 import RELEASED_TILE_GRIDS, check_tile_grids
+from .configuration_blip3 import RELEASED_TILE_GRIDS, check_tile_grids, expose_in_package
 
 logger = logging.get_logger(__name__)
 
@@ -109,7 +111,7 @@ class Blip3ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
     Attributes:
         tile_grids: `from_pretrained` only, together with the model's.
         do_image_splitting: False gives the global view alone.
-        do_exif_transpose: turn pictures upright as their EXIF tag says.
+        do_exif_transpose: True turns every image upright as its EXIF tag says, False none, None those opened here.
         resize_backend: `pil` or `torch`.
         max_image_pixels: larger pictures are refused.
     """
@@ -128,12 +130,13 @@ class _PictureError(ValueError):
 class Blip3ImageProcessor(BaseImageProcessor):
     """Cuts pictures into a global view and tiles.
 
-    A picture is a path, an open file, bytes of a file, an http(s) or data URL, a base64 string, a PIL image of any
-    mode, or a numpy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels. Where both ends of
-    a shape could be channels, arrays are taken as (H, W, C) and tensors as (C, H, W); `input_data_format` decides
-    otherwise. Transparent pictures are laid on white, 16-bit ones reduced to 8; PIL modes I and I;16 count as 16-bit.
-    Arrays of integers hold 0 to 255 (uint16: 0 to 65535), arrays of floats 0 to 1, or 0 to 255 when a value reaches 2.
-    http(s) URLs go through transformers' loader, which turns them upright and drops transparency by itself.
+    A picture is a path, an open file, bytes of a file, an http(s) or data URL, a base64 string, a {"bytes", "path"}
+    cell of `datasets`, a PIL image of any mode, or a numpy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with
+    1, 3 or 4 channels. Where both ends of a shape could be channels, arrays are taken as (H, W, C) and tensors as
+    (C, H, W); `input_data_format` decides otherwise. Transparent pictures are laid on white, 16-bit ones reduced to 8;
+    PIL modes I and I;16 count as 16-bit. Arrays of integers hold 0 to 255 (uint16: 0 to 65535), arrays of floats 0 to
+    1, or 0 to 255 when a value reaches 2. What is opened here, that is all but PIL images, arrays and tensors, is
+    turned upright as its EXIF tag says.
 
     Args:
         size: {"height": S, "width": S}, the tile in pixels; the vision tower's `image_size`.
@@ -149,7 +152,8 @@ class Blip3ImageProcessor(BaseImageProcessor):
         image_mean: one number per channel, or one for all.
         image_std: one number per channel, or one for all.
         do_convert_rgb: kept for transformers; pictures are always converted to RGB.
-        do_exif_transpose: turn pictures upright as their EXIF tag says; left as stored by default.
+        do_exif_transpose: turn images upright as their EXIF tag says. None turns what is opened here and leaves PIL
+            images as given, as the released preprocessing does; True turns PIL images as well; False turns nothing.
         max_image_pixels: larger pictures are refused before they are decoded (decompression bombs).
 
     Raises:
@@ -172,7 +176,7 @@ class Blip3ImageProcessor(BaseImageProcessor):
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
         do_convert_rgb: bool = True,
-        do_exif_transpose: bool = False,
+        do_exif_transpose: bool | None = None,
         max_image_pixels: int = 178_956_970,
         **kwargs: Any,
     ):
@@ -210,9 +214,10 @@ class Blip3ImageProcessor(BaseImageProcessor):
         """T, tiles of the largest grid and the global view: constant, so that any two batches concatenate."""
         return 1 + max((rows * columns for rows, columns in self.tile_grids), default=0)
 
-    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+    def grid_of(self, height: int, width: int, do_image_splitting: bool | None = None) -> tuple[int, int]:
         """(rows, columns) of the tiles a picture of (height, width) pixels is cut into; (0, 0) without tiles."""
-        return grid_of(self.image_size_for_model(height, width), self.tile_grids, self.tile_size)
+        image_size = self.image_size_for_model(height, width, do_image_splitting)
+        return grid_of(image_size, self.tile_grids, self.tile_size)
 
     def image_size_for_model(self, height: int, width: int, do_image_splitting: bool | None = None) -> tuple[int, int]:
         """The `image_sizes` row of a picture of (height, width) pixels."""
@@ -220,27 +225,37 @@ class Blip3ImageProcessor(BaseImageProcessor):
         return (height, width) if splits else GLOBAL_VIEW_ONLY
 
     def fetch_images(self, images: Any) -> Any:
-        """Open paths, files, bytes, URLs and base64 strings, keeping the nesting; other entries pass through.
+        """Open paths, files, bytes, URLs, base64 strings and `datasets` cells, keeping the nesting.
+
+        Images opened here are neither decoded nor turned yet: `preprocess` does both, whose arguments may forbid it.
+        Other entries pass through.
 
         Raises:
             ValueError: if an entry cannot be opened as a picture.
         """
-        if isinstance(images, list | tuple):
-            return [self.fetch_images(image) for image in images]
-        is_bytes = isinstance(images, bytes | bytearray | memoryview)
-        if not is_bytes and not isinstance(images, str | os.PathLike) and not hasattr(images, "read"):
+        entries = _entries_of(images)
+        if entries is not None:
+            return [self.fetch_images(image) for image in entries]
+        if not _is_source(images):
             return images
         try:
-            if isinstance(images, str):
-                return _open_text(images)
-            return Image.open(io.BytesIO(images) if is_bytes else images)
+            image = _open(images)
         except Exception as error:  # decoders raise whatever a broken file makes them meet
-            what = f"{len(images)} bytes" if is_bytes else repr(images)[:80]
-            raise ValueError(
-                f"{what} could not be opened as a picture ({type(error).__name__}: {str(error)[:200]}). Expected an "
-                "image file, its bytes, a URL or a base64 string. The file is probably missing, empty or of another "
-                "type: check that PIL.Image.open reads it."
-            ) from error
+            raise ValueError(_explain_unopened(images, error)) from error
+        setattr(image, _OPENED_HERE, True)
+        return image
+
+    def open_image(self, image: Any) -> Image.Image:
+        """Open one image as `preprocess` reads it: decoded, RGB, turned upright where `do_exif_transpose` says so.
+
+        Raises:
+            ValueError: if it cannot be opened or decoded, or is too large.
+        """
+        opened = self.fetch_images(image)
+        try:
+            return self._to_rgb(opened, self._options({}))
+        except Exception as error:  # decoders raise whatever a broken file makes them meet
+            raise ValueError(f"Picture 1 of 1: {_explain(error)}") from error
 
     def preprocess(self, images: Any, return_tensors: str | TensorType | None = None, **kwargs: Any) -> BatchFeature:
         """Turn pictures into model inputs.
@@ -334,8 +349,9 @@ class Blip3ImageProcessor(BaseImageProcessor):
                 "decoded. It is probably a decompression bomb or a scan: downscale it, or raise max_image_pixels if "
                 "you trust it."
             )
-        if options["do_exif_transpose"]:
-            picture = ImageOps.exif_transpose(picture)
+        turns = options["do_exif_transpose"]
+        if getattr(picture, _OPENED_HERE, False) if turns is None else turns:
+            picture = _turn_upright(picture)
         return _flatten_to_rgb(picture)
 
     def _fill_tiles(
@@ -423,14 +439,160 @@ def _interpolate(pixels: torch.Tensor, size: tuple[int, int], mode: str) -> np.n
     return pixels[0].permute(1, 2, 0).numpy()
 
 
+# -- Opening ----------------------------------------------------------------------------------------------------------
+
+_OPENED_HERE = "is_opened_by_blip3"  # attribute of PIL images that `fetch_images` made
+_MAX_PATH_CHARACTERS = 4096
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # EXIF orientation -> what shows the image upright
+
+
+def list_images(images: Any) -> Any:
+    """Turn whatever holds images (a `datasets` Column, an iterator, ...) into lists, row by row; read once, in order.
+
+    >>> list_images(iter(["a.jpg", ("b.jpg", "c.jpg")]))
+    ['a.jpg', ['b.jpg', 'c.jpg']]
+    """
+    entries = _entries_of(images)
+    return images if entries is None else [list_images(entry) for entry in entries]
+
+
+def check_not_swapped(images: Any, text: Any) -> None:
+    """Refuse images given as text and text given as images, which positional arguments in the other order do.
+
+    Raises:
+        ValueError: saying what each argument holds.
+    """
+    if images is None or text is None:
+        return
+    image, prompt = _first_entry(images), _first_entry(text)
+    is_image = isinstance(prompt, Image.Image | np.ndarray | torch.Tensor) or (
+        _is_source(prompt) and not isinstance(prompt, str)
+    )
+    if is_image or (isinstance(image, str) and "<image>" in image):
+        held = [
+            f"a str {entry[:60]!r}" if isinstance(entry, str) else f"a {type(entry).__name__}"
+            for entry in (image, prompt)
+        ]
+        raise ValueError(
+            f"images holds {held[0]} and text holds {held[1]}, but images come first and text, with one <image> each, "
+            "second. The two were probably swapped: write processor(images=..., text=...)."
+        )
+
+
+def _entries_of(images: Any) -> list | None:
+    """List the entries of what holds images; None for what is one image, or nothing that could hold any."""
+    if _is_source(images) or isinstance(images, Image.Image | Mapping | Set) or not isinstance(images, Iterable):
+        return None
+    is_numeric = getattr(getattr(images, "dtype", None), "kind", "O") in "biufc" or isinstance(images, torch.Tensor)
+    return None if is_numeric or getattr(images, "ndim", 1) != 1 else list(images)
+
+
+def _first_entry(images: Any) -> Any:
+    while isinstance(images, list | tuple) and images:
+        images = images[0]
+    return images
+
+
+def _is_source(image: Any) -> bool:
+    """Whether this is something to open, rather than pixels."""
+    if isinstance(image, Mapping):  # an undecoded image of `datasets`
+        return not image.keys().isdisjoint(("bytes", "path"))
+    return isinstance(image, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(image, "read")
+
+
+def _open(source: Any) -> Image.Image:
+    if isinstance(source, Mapping):  # either may be None
+        source = source.get("bytes") or source.get("path")
+        if source is None:
+            raise _PictureError("it has neither bytes nor path")
+    if isinstance(source, str):
+        return _open_text(source)
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source)
+
+
 def _open_text(text: str) -> Image.Image:
     """Open a file name, URL or base64 text; a file name goes first, since base64 text may look like one."""
     if text.startswith(("http://", "https://")):
-        return load_image(text, timeout=URL_TIMEOUT_SECONDS)
-    if len(text) < 4096 and os.path.exists(text):
+        return _open_url(text)
+    if len(text) < _MAX_PATH_CHARACTERS and os.path.exists(text):
         return Image.open(text)
-    encoded = text.split(",", 1)[-1] if text.startswith("data:") else text
-    return Image.open(io.BytesIO(base64.b64decode(encoded)))
+    is_data_url = text.startswith("data:")
+    try:
+        return Image.open(io.BytesIO(base64.b64decode(text.split(",", 1)[-1] if is_data_url else text)))
+    except Exception as error:
+        may_be_name = len(text) < _MAX_PATH_CHARACTERS or any(character in text for character in ".\\:~-_")
+        if text and may_be_name and not is_data_url:
+            raise FileNotFoundError(text) from error
+        raise
+
+
+def _open_url(url: str) -> Image.Image:
+    """Download an image with the client of transformers' own loader, which would turn every image upright.
+
+    Raises:
+        ValueError: if the server's answer is not a file.
+    """
+    if hasattr(image_utils, "httpx"):  # transformers 5
+        response = image_utils.httpx.get(url, timeout=URL_TIMEOUT_SECONDS, follow_redirects=True)
+    else:
+        response = image_utils.requests.get(url, timeout=URL_TIMEOUT_SECONDS)
+    if response.status_code != 200:
+        raise _PictureError(f"its server answered with status {response.status_code}")
+    return Image.open(io.BytesIO(response.content))
+
+
+def _explain_unopened(source: Any, error: Exception) -> str:
+    """Say what was to be opened, why it could not be, and what to do about it."""
+    if isinstance(source, Mapping):
+        source = source.get("bytes") or source.get("path") or dict(source)
+    is_path = isinstance(source, str | os.PathLike) and len(str(source)) < _MAX_PATH_CHARACTERS
+    if isinstance(error, FileNotFoundError):
+        reason = "no such file, nor base64 text of an image" if isinstance(source, str) else "no such file"
+        advice = "The name is probably misspelt or starts in another folder: correct it, or pass the whole path."
+    elif is_path and os.path.isdir(source):
+        reason, advice = "it is a folder", "Its files were probably meant: name them one by one."
+    elif is_path and os.path.isfile(source) and not os.path.getsize(source):
+        reason, advice = "the file is empty", "It was probably cut off in a download: fetch it again or drop it."
+    elif isinstance(error, _PictureError):
+        reason, advice = str(error), "It was probably moved or never stored: look where it comes from, or drop it."
+    else:
+        reason = f"{type(error).__name__}: {re.sub(r' ?<[^<>]* object at 0x[^<>]*>', '', str(error))[:200]}"
+        advice = "It is probably damaged, of another type or out of reach: check that PIL.Image.open reads it."
+    return (
+        f"{_name_source(source)} could not be opened as a picture ({reason}). Expected an image file, its bytes, a "
+        f"URL or a base64 string. {advice}"
+    )
+
+
+def _name_source(source: Any) -> str:
+    """Name what was to be opened; texts longer than a file's name may be are cut."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"{len(source)} bytes"
+    text = os.fspath(source) if isinstance(source, os.PathLike) else source
+    if isinstance(text, str) and len(text) > 255:
+        return f"{text[:80]!r}... ({len(text)} characters)"
+    return repr(text)[:600]
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF tag says. `ImageOps.exif_transpose` fails on tags that have nothing to do with it."""
+    image.load()
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF, which says nothing about the pixels
+        return image
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+# -- Pixels -----------------------------------------------------------------------------------------------------------
 
 
 def _flatten(images: Any) -> list:
@@ -621,5 +783,7 @@ def _refuse_misspelt(kwargs: dict) -> None:
                 f"probably misspelt. Did you mean {close[0]!r}?"
             )
 
+
+expose_in_package(__name__)
 
 __all__ = ["Blip3ImageProcessor"]

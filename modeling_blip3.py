@@ -18,6 +18,7 @@ something, S tile side in pixels, P = p * p patches per tile, D vision width, G 
 patches of all groups, Q latents, E text width. Sizes are (height, width), grids (rows, columns).
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
@@ -47,7 +48,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .configuration_blip3 import CACHE_NAMES, IGNORE_INDEX, Blip3Config, Blip3ResamplerConfig
+from .configuration_blip3 import CACHE_NAMES, IGNORE_INDEX, Blip3Config, Blip3ResamplerConfig, expose_in_package
 from .image_processing_blip3 import count_tiles, grid_of
 
 # Values a layer of the vision tower gives at once on a CPU in float32; twenty times as many take a quarter longer.
@@ -436,7 +437,12 @@ def _one_cache(cache: Any, past_key_values: Any) -> Any:
             "Both cache and past_key_values came, two names of one argument; expected one of them. A wrapper probably "
             "added the other: pass cache (past_key_values before transformers 5.24) alone."
         )
-    return past_key_values if cache is None else cache
+    if past_key_values is None:
+        return cache
+    if CACHE_NAME == "cache":
+        message = "`past_key_values` is deprecated: transformers calls it `cache` since 5.24"
+        warnings.warn(message, FutureWarning, stacklevel=3)
+    return past_key_values
 
 
 class Blip3Model(Blip3PreTrainedModel):
@@ -1016,13 +1022,16 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
             kwargs["shift_labels"] = shifted.masked_fill(shifted == self.config.image_token_id, IGNORE_INDEX)
         return labels.masked_fill(is_image, IGNORE_INDEX), kwargs
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict:
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict:
         """Give images to the steps whose tokens hold their places, and to no other.
 
         Places are those of the prompt: an image token that is generated is a word like any other. The first step
         keeps its (B, L) mask, by which rows are grouped; transformers expands it for a static cache.
         """
         mm_token_type_ids = kwargs.pop("mm_token_type_ids", None)
+        kwargs["inputs_embeds"] = inputs_embeds  # by its name in the signature transformers knows that it is taken
         model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if mm_token_type_ids is not None and any(model_inputs.get(name) is not None for name in _IMAGE_INPUTS):
             model_inputs = self._place_images(input_ids, mm_token_type_ids, model_inputs, kwargs)
@@ -1144,5 +1153,7 @@ def _select_images(order: list[int], pictures: dict, features: BaseModelOutputWi
     selected = BaseModelOutputWithPooling(pooler_output=tuple(features.pooler_output[i] for i in order))
     return {"mm_encoder_outputs": {"image": selected}}
 
+
+expose_in_package(__name__)
 
 __all__ = ["Blip3ForConditionalGeneration", "Blip3Model", "Blip3PreTrainedModel"]

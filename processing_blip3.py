@@ -10,6 +10,7 @@ picture. A picture of n tiles takes n * `num_latents` image tokens (`num_latents
 
 import json
 import re
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.utils.chat_template_utils import render_jinja_template
 
 # transformers 4.57 copies the files named here and no further: what image_processing_blip3 imports must be named too.
-from .configuration_blip3 import IGNORE_INDEX, TOKEN_SAMPLINGS, check_choice, check_positive
-from .image_processing_blip3 import Blip3ImageProcessorKwargs, count_tiles
+from .configuration_blip3 import IGNORE_INDEX, TOKEN_SAMPLINGS, check_choice, check_positive, expose_in_package
+from .image_processing_blip3 import Blip3ImageProcessorKwargs, check_not_swapped, count_tiles, list_images
 
 # transformers 5 finds the parts of a processor from its arguments and expands placeholders in its own __call__.
 _IS_TRANSFORMERS_5 = hasattr(ProcessorMixin, "get_attributes")
@@ -29,6 +31,10 @@ IMAGE_TOKEN = "<image>"
 IMAGE_FILLER = "<image placeholder>"  # the base release wrote 127 of these after each <image>
 END_OF_CHUNK = "<|endofchunk|>"
 ANSWER_START, ANSWER_END = "<|assistant|>", "<|end|>"
+
+# One image as a prompt writes it. transformers 5 puts the character before an `<image>` that a user typed and that
+# `sanitize_control_tokens=True` has made plain text.
+_SLOT = re.compile(f"(?<!\U000f0000){IMAGE_TOKEN}(?:{IMAGE_FILLER})*")
 
 
 class Blip3BatchFeature(BatchFeature):
@@ -129,7 +135,9 @@ class Blip3Processor(ProcessorMixin):
         """Prepare prompts and their pictures.
 
         Args:
-            images: one picture, a flat list in reading order, or one list per row of text (empty for rows without).
+            images: one picture, a flat list in reading order, or one list per row of text (empty for rows without);
+                Columns of `datasets` and iterators count as lists. None, an empty list and a list of empty lists all
+                mean no picture; so they do for videos and audio.
             text: one prompt or a list, with one `<image>` per picture.
             **kwargs: `return_labels=True` adds `labels` that train on assistant turns only; `return_tensors`,
                 `padding`, `max_length`, `return_mm_token_type_ids` and any image argument as in transformers.
@@ -141,11 +149,13 @@ class Blip3Processor(ProcessorMixin):
         Raises:
             ValueError: if pictures and `<image>` do not match row by row, or truncation cut a picture's tokens.
         """
-        if any(kwargs.pop(name, None) is not None for name in ("videos", "audio")):
+        if not all([_is_empty(kwargs.pop(name, None)) for name in ("videos", "audio", "audios")]):
             raise ValueError(
                 "BLIP-3 was given video or audio but reads text and images only. The call was probably written for "
                 "another model: pass frames as images, one <image> each."
             )
+        images = list_images(images)
+        check_not_swapped(images, text)
         images, text = self._check_layout(images, text)
         return_labels = kwargs.pop("return_labels", False)
         if _IS_TRANSFORMERS_5:
@@ -159,10 +169,9 @@ class Blip3Processor(ProcessorMixin):
 
     def _check_layout(self, images: Any, text: Any) -> tuple[Any, list[str] | None]:
         """Normalise the two inputs and compare pictures with `<image>` row by row."""
+        images = None if _is_empty(images) else images
         is_nested = isinstance(images, list | tuple) and all(isinstance(row, list | tuple) for row in images)
         counts = [len(row) for row in images] if is_nested else []
-        if is_nested and not any(counts):
-            images, is_nested = None, False
         if images is None and text is None:
             raise ValueError(
                 "The processor was called without images and without text but needs at least one of them. The "
@@ -177,8 +186,8 @@ class Blip3Processor(ProcessorMixin):
                 f"text holds a {type(next(p for p in text if not isinstance(p, str))).__name__} but must be a string "
                 "or a list of strings. Token ids or messages were probably passed: use apply_chat_template."
             )
-        text = [re.sub(f"{IMAGE_TOKEN}(?:{IMAGE_FILLER})+", IMAGE_TOKEN, prompt) for prompt in text]
-        slots = [prompt.count(IMAGE_TOKEN) for prompt in text]
+        text = [_SLOT.sub(IMAGE_TOKEN, prompt) for prompt in text]
+        slots = [len(_SLOT.findall(prompt)) for prompt in text]
         if not is_nested:
             counts = [0 if images is None else self._count_flat(images)]
         if counts != slots and (is_nested or sum(counts) != sum(slots)):
@@ -250,7 +259,7 @@ class Blip3Processor(ProcessorMixin):
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
         """Refuse a batch in which truncation cut image tokens off."""
         for row, (prompt, ids) in enumerate(zip(text, text_inputs["input_ids"], strict=True)):
-            wanted, kept = prompt.count(self.image_token), int((np.asarray(ids) == self.image_token_id).sum())
+            wanted, kept = len(_SLOT.findall(prompt)), int((np.asarray(ids) == self.image_token_id).sum())
             if wanted != kept:
                 raise ValueError(
                     f"Mismatch in `image` token count between text and `input_ids`: prompt {row} needs {wanted} image "
@@ -289,29 +298,107 @@ class Blip3Processor(ProcessorMixin):
                 path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return saved
 
-    if not _IS_TRANSFORMERS_5:
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        processor_kwargs: dict | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Render conversations, and with `tokenize=True` prepare them and their images, alike on 4.57 and 5.x.
 
-        def apply_chat_template(
-            self,
-            conversation: Any,
-            chat_template: str | None = None,
-            processor_kwargs: dict | None = None,
-            **kwargs: Any,
-        ) -> Any:
-            """Accept what 5.x accepts and 4.57 does not: `processor_kwargs` and plain string contents."""
+        A message whose content is missing or None, as OpenAI's clients write it, has an empty text; so has a text part
+        of None. Its `tool_calls` are left out, since BLIP-3 was trained without tools. An image part is
+        `{"type": "image"}` with the image under `image`, `url`, `path` or `base64`, or OpenAI's
+        `{"type": "image_url", "image_url": {"url": ...}}`.
+
+        Args:
+            conversation: a list of messages, or a list of such lists.
+            chat_template: a template, or the name of one; the processor's own by default.
+            processor_kwargs: arguments of a call of the processor.
+            **kwargs: as in transformers; `return_assistant_tokens_mask=True` adds `assistant_masks` (B, L), which is 1
+                where an answer stands.
+
+        Returns:
+            The prompt or prompts; with `tokenize=True` the token ids, with `return_dict=True` as well what a call of
+            the processor returns.
+        """
+        if isinstance(conversation, list | tuple):
             is_batched = isinstance(conversation[0], list | tuple)
             conversations = [
-                [
-                    {**message, "content": [{"type": "text", "text": message["content"]}]}
-                    if isinstance(message.get("content"), str)
-                    else message
-                    for message in messages
-                ]
+                [_normalize_message(message) if isinstance(message, dict) else message for message in messages]
                 for messages in (conversation if is_batched else [conversation])
             ]
+            conversation = conversations if is_batched else conversations[0]
+        if _IS_TRANSFORMERS_5:
             return super().apply_chat_template(
-                conversations if is_batched else conversations[0], chat_template, **kwargs, **(processor_kwargs or {})
+                conversation, chat_template, processor_kwargs=processor_kwargs, **kwargs
             )
+        kwargs |= processor_kwargs or {}
+        needs_mask = all(kwargs.get(name) for name in ("return_assistant_tokens_mask", "tokenize", "return_dict"))
+        if not needs_mask or kwargs.get("continue_final_message"):
+            return super().apply_chat_template(conversation, chat_template, **kwargs)
+        del kwargs["return_assistant_tokens_mask"]
+        kwargs["return_offsets_mapping"] = True
+        inputs = super().apply_chat_template(conversation, chat_template, **kwargs)
+        if isinstance(self.chat_template, dict):
+            chat_template = self.chat_template.get(chat_template or "default", chat_template)
+        prompts, answers = render_jinja_template(
+            conversations=conversations,
+            chat_template=chat_template or self.chat_template,
+            return_assistant_tokens_mask=True,
+            **{**self.tokenizer.special_tokens_map, **kwargs},
+        )
+        inputs["assistant_masks"] = self._mask_answers(inputs, prompts, answers)
+        return inputs.convert_to_tensors(kwargs.get("return_tensors"))
 
+    def _mask_answers(self, inputs: BatchFeature, prompts: list[str], answers: list[list]) -> list[list[int]]:
+        """Mark the tokens of answers, whose characters count from the prompt before `<image>` is written out.
+
+        Args:
+            inputs: of the batch; `offset_mapping` is taken out of it.
+            prompts: as rendered.
+            answers: per prompt, (first, past the last) character of each answer.
+        """
+        num_images = len(inputs.get("image_sizes", ()))
+        runs = iter([len(self.replace_image_token(inputs, index)) for index in range(num_images)])
+        masks = []
+        for prompt, spans, offsets in zip(prompts, answers, inputs.pop("offset_mapping"), strict=True):
+            ends, gained = [], [0]
+            for slot in _SLOT.finditer(prompt):
+                ends.append(slot.end())
+                gained.append(gained[-1] + next(runs) - len(slot.group()))
+            shifted = [[char + gained[bisect_right(ends, char)] for char in span] for span in spans]
+            masks.append([int(any(a < end and b > start for start, end in shifted)) for a, b in _to_list(offsets)])
+        return masks
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a list of images or other media, nested or not, holds none."""
+    return value is None or (isinstance(value, list | tuple) and all(map(_is_empty, value)))
+
+
+def _to_list(values: Any) -> list:
+    return values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else list(values)
+
+
+def _normalize_message(message: dict) -> dict:
+    """Copy a message with its content as text (4.57: as parts) and its parts in transformers' own form."""
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        text = content or ""
+        return {**message, "content": text if _IS_TRANSFORMERS_5 else [{"type": "text", "text": text}]}
+    return {**message, "content": [_normalize_part(part) if isinstance(part, dict) else part for part in content]}
+
+
+def _normalize_part(part: dict) -> dict:
+    """Copy a part of a message, OpenAI's `image_url` as an `image` and a text of None as an empty one."""
+    if part.get("type") == "image_url" and "image_url" in part:
+        image_url = part["image_url"]
+        return {"type": "image", "url": image_url.get("url", "") if isinstance(image_url, dict) else image_url}
+    return {**part, "text": part.get("text") or ""} if part.get("type") == "text" else part
+
+
+expose_in_package(__name__)
 
 __all__ = ["Blip3Processor"]

@@ -14,12 +14,14 @@ the picture's top left corner; sizes are (height, width) in pixels.
 
 import io
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .canvas import Drawing
 
@@ -45,6 +47,27 @@ class RecordError(ValueError):
         """Path of the field inside the record, such as `turns[1].role`."""
 
 
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Turn an image that was just opened as its EXIF tag says, in place; returns it."""
+    image.load()
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:  # damaged tags; Pillow writes them anew after it has turned the pixels
+        image.info.pop("exif", None)
+    return image
+
+
+def _explain_undecoded(source: io.BytesIO | Path, error: Exception) -> str:
+    reason = re.sub(r" ?<[^<>]* object at 0x[^<>]*>", "", str(error))
+    if isinstance(source, io.BytesIO):
+        return f"{len(source.getbuffer())} bytes, {reason}"
+    if os.path.isdir(source):
+        return "it is a folder"
+    if os.path.isfile(source):
+        return f"{source.stat().st_size} bytes, {reason}"
+    return reason
+
+
 @dataclass(frozen=True)
 class Picture:
     """One picture, read or painted only when it is opened; exactly one of the three sources is set."""
@@ -68,11 +91,12 @@ class Picture:
                 "Fill in one source, or drop the row.",
             )
 
-    def open(self, folder: str | Path = "") -> Image.Image:
+    def open(self, folder: str | Path = "", upright: bool = True) -> Image.Image:
         """Read or paint the picture as RGB.
 
         Args:
             folder: where a relative `path` starts.
+            upright: turn the image as its EXIF tag says; False gives it as stored.
 
         Raises:
             FileNotFoundError: if `path` is missing.
@@ -83,17 +107,17 @@ class Picture:
         source = io.BytesIO(self.data) if self.data is not None else Path(folder, self.path or "")
         try:
             with Image.open(source) as image:
-                return image.convert("RGB")
+                return (turn_upright(image) if upright else image).convert("RGB")
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"The picture {source} does not exist, but a record names it. The image folder is probably another "
-                f"one: pass the folder that {self.path!r} starts from."
+                f"The picture {str(source)!r} does not exist (no such file), but a record names it. The image folder "
+                f"is probably another one: pass the folder that {self.path!r} starts from."
             ) from None
-        except OSError as error:
-            size = len(self.data) if self.data is not None else "a file of unknown"
+        except (OSError, ValueError) as error:  # a null byte in a path is a ValueError
             raise ValueError(
-                f"The picture {self.path or 'in memory'} ({size} bytes) cannot be decoded: {error}. It must be an "
-                "image file that Pillow reads. It was probably cut off in a download: fetch it again or drop the row."
+                f"The picture {repr(str(source)) if self.data is None else 'in memory'} cannot be decoded: "
+                f"{_explain_undecoded(source, error)}. It must be an image file that Pillow reads. It was probably "
+                "cut off in a download: fetch it again or drop the row."
             ) from error
 
     def to_json(self) -> Any:
@@ -108,6 +132,17 @@ class Picture:
                 "records were probably read from parquet: write parquet again, or save the pictures to files first."
             )
         return self.path if self.drawing is None else {"drawing": self.drawing.to_json()}
+
+
+def open_images(pictures: Iterable[Picture], processor: Any) -> list[Image.Image]:
+    """Open images as RGB, upright unless the model's processor forbids it with `do_exif_transpose` False.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is no picture.
+    """
+    upright = processor.image_processor.do_exif_transpose is not False
+    return [picture.open(upright=upright) for picture in pictures]
 
 
 @dataclass(frozen=True)

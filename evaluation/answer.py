@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..data.records import open_images
 from .checkpoints import check_folder, find_code
 from .tasks import Question
 
@@ -32,7 +33,8 @@ class Checkpoint:
     Args:
         folder: a converted or trained checkpoint.
         subfolder: inside it, or empty.
-        base_resolution: show each picture as its global view alone.
+        base_resolution: show each picture as its global view alone; False shows it as the checkpoint's image processor
+            does by default, which for a checkpoint trained so is the global view alone as well.
         max_new_tokens: of one answer.
         dtype: one of `DTYPES`; `auto` takes the checkpoint's.
         device: such as `cpu` or `cuda`; `auto` takes a GPU where there is one.
@@ -59,11 +61,15 @@ class Checkpoint:
         self.base_resolution, self.max_new_tokens = base_resolution, max_new_tokens
         self.stop_ids = self._find_stops()
 
+    @property
+    def image_options(self) -> dict[str, bool]:
+        """What the processor is told about pictures beyond its own configuration."""
+        return {"do_image_splitting": False} if self.base_resolution else {}
+
     def length(self, question: Question) -> int:
         """Count the tokens of the prompt and of its pictures, without painting them."""
         sizes = [picture.drawing.size for picture in question.pictures if picture.drawing is not None]
-        splits = not self.base_resolution
-        counted = self.processor._get_num_multimodal_tokens(image_sizes=sizes, do_image_splitting=splits)
+        counted = self.processor._get_num_multimodal_tokens(image_sizes=sizes, **self.image_options)
         num_tokens = len(self.processor.tokenizer(self.render(question))["input_ids"])  # with one `<image>` a picture
         return num_tokens - len(sizes) + sum(counted["num_image_tokens"])
 
@@ -84,14 +90,14 @@ class Checkpoint:
 
     def prepare(self, questions: Sequence[Question]) -> Any:
         """Give the model inputs of a batch: `input_ids` (B, L), padded on the left, and its pictures."""
-        images = [[picture.open() for picture in question.pictures] for question in questions]
+        images = [open_images(question.pictures, self.processor) for question in questions]
         return self.processor(
             images=images,
             text=[self.render(question) for question in questions],
             padding=True,
             padding_side="left",
             return_tensors="pt",
-            do_image_splitting=not self.base_resolution,
+            **self.image_options,
         )
 
     @torch.inference_mode()

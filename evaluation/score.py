@@ -53,7 +53,7 @@ class ScoreSettings:
     shots: tuple[int, ...] = (0, 4, 8)
     """For the task `rule`: a row for each number of shots."""
     base_resolution: tuple[str, ...] = ()
-    """Names of the models that see the global view alone."""
+    """Names of the models that see the global view alone, whatever their image processors do by default."""
     subfolder: str = ""
     """Inside each folder."""
     batch_size: int = 16
@@ -340,7 +340,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ScoreSettings:
         "--base-resolution",
         nargs="*",
         metavar="NAME",
-        help="show these models (without names: all) each picture as its global view alone",
+        help="show these models (without names: all) each picture as its global view alone (default: as each model's "
+        "image processor is configured)",
     )
     add("--batch-size", type=int, default=16, help="questions at once (default: 16)")
     add("--max-new-tokens", type=int, default=48, help="tokens of one answer (default: 48)")

@@ -49,7 +49,7 @@ logger = logging.getLogger("blip3.serving")
 
 HERE = Path(__file__).resolve().parent
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-EXIF_ORIENTATION, FIRST_TURNED = 0x0112, 5  # from 5 on, height and width change places
+EXIF_ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # these swap height and width
 IMAGE_TOKEN = "<image>"
 SEEN_TITLE = "What the model sees"
 
@@ -207,9 +207,10 @@ def open_pictures(paths: Sequence[Path], uploads: Path) -> list[Image.Image]:
     return pictures
 
 
-def picture_arguments(splits: bool, limits: Limits) -> dict[str, Any]:
+def picture_arguments(processor: Any, splits: bool, limits: Limits) -> dict[str, Any]:
     """What the processor is told about pictures, for prompts and for the panel alike."""
-    return {"do_image_splitting": splits, "max_image_pixels": limits.max_pixels, "do_exif_transpose": True}
+    turns = processor.image_processor.do_exif_transpose is not False
+    return {"do_image_splitting": splits, "max_image_pixels": limits.max_pixels, "do_exif_transpose": turns}
 
 
 def describe_pictures(
@@ -229,18 +230,27 @@ def describe_pictures(
     if not pictures:
         return []
     tiler = processor.image_processor
-    inputs = tiler(list(pictures), return_tensors="pt", **picture_arguments(splits, limits))
+    arguments = picture_arguments(processor, splits, limits)
+    inputs = tiler(list(pictures), return_tensors="pt", **arguments)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (tiler.image_mean, tiler.image_std))
     views = []
     for index, picture in enumerate(pictures):
-        is_turned = picture.getexif().get(EXIF_ORIENTATION, 1) >= FIRST_TURNED
+        is_turned = arguments["do_exif_transpose"] and is_stored_sideways(picture)
         height, width = picture.size if is_turned else picture.size[::-1]
-        rows, columns = tiler.grid_of(height, width) if splits else (0, 0)
+        rows, columns = tiler.grid_of(height, width, splits)
         values = inputs["pixel_values"][index, : 1 + rows * columns] * std + mean  # (1 + R * C, 3, S, S)
         pixels = (values * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
         num_tokens = processor.replace_image_token(inputs, index).count(IMAGE_TOKEN)
         views.append(PictureView(height, width, (rows, columns), num_tokens, tuple(map(Image.fromarray, pixels))))
     return views
+
+
+def is_stored_sideways(picture: Image.Image) -> bool:
+    """Whether showing an image upright swaps its height and width."""
+    try:
+        return picture.getexif().get(EXIF_ORIENTATION) in SIDEWAYS
+    except Exception:  # damaged EXIF, which says nothing about the pixels
+        return False
 
 
 def panel_html(views: Sequence[PictureView]) -> str:
@@ -324,7 +334,7 @@ class Chat:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs=picture_arguments(options.splits, self.limits) if pictures else {},
+            processor_kwargs=picture_arguments(self.processor, options.splits, self.limits) if pictures else {},
         )
         num_tokens, context = inputs["input_ids"].shape[1], self.model.config.text_config.max_position_embeddings
         if num_tokens + options.max_new_tokens > context:
@@ -551,7 +561,11 @@ def build_page(chat: Chat, name: str, examples: Sequence[dict] = ()) -> gr.Block
                     status = gr.HTML(elem_id="status")
                     clear = gr.Button("New conversation", size="sm", scale=0, min_width=160, elem_id="clear")
             with gr.Column(scale=2, min_width=340):
-                splits = gr.Checkbox(True, label="Split into tiles (off: the global view alone)", elem_id="splits")
+                splits = gr.Checkbox(
+                    chat.processor.image_processor.do_image_splitting,
+                    label="Split into tiles (off: the global view alone)",
+                    elem_id="splits",
+                )
                 with gr.Row():
                     length = gr.Slider(
                         1, limits.max_new_tokens, 128, step=1, label="Max new tokens", min_width=150, elem_id="length"

@@ -301,7 +301,8 @@ def _read_picture(kind: str, data: bytes) -> bytes:
             num_bytes = path.stat().st_size
             data = path.read_bytes() if num_bytes <= MAX_PICTURE_BYTES else b""
         except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
-            raise ValueError(f"The file {path.name!r} could not be read ({type(error).__name__}).") from None
+            reason = "no such file" if isinstance(error, FileNotFoundError) else type(error).__name__
+            raise ValueError(f"The file {path.name!r} could not be read ({reason}).") from None
     if num_bytes > MAX_PICTURE_BYTES:
         raise ValueError(f"The picture has {num_bytes} bytes but at most {MAX_PICTURE_BYTES} are read.")
     return data
@@ -417,17 +418,7 @@ class VllmEngine:
     def prepare(self, picture: bytes, question: str) -> Any:
         """Return one request: the prompt as the chat template writes it, and the decoded picture."""
         prompt = render(self.processor, question)
-        image_processor = self.processor.image_processor
-        image = image_processor.fetch_images(picture)
-        if image.width * image.height > image_processor.max_image_pixels:
-            raise ValueError(
-                f"The picture has {image.width * image.height} pixels but at most {image_processor.max_image_pixels} "
-                "are decoded."
-            )
-        try:
-            image.load()
-        except Exception as error:  # decoders raise whatever a broken file makes them meet
-            raise ValueError(f"It could not be decoded ({type(error).__name__}: {str(error)[:200]}).") from error
+        image = self.processor.image_processor.open_image(picture)
         num_image_tokens = self.processor._get_num_multimodal_tokens([(image.height, image.width)]).num_image_tokens
         num_tokens = len(self.processor.tokenizer(prompt)["input_ids"]) - 1 + num_image_tokens[0]
         check_length(num_tokens, self.max_new_tokens, self.config)
@@ -534,8 +525,13 @@ def make_plan(settings: BatchSettings, done: set[str]) -> Plan:
     Raises:
         ValueError: if the input holds no rows or does not fit the settings.
     """
+    if not settings.input.exists():
+        raise ValueError(
+            f"The input {str(settings.input)!r} does not exist (no such file or folder), but a folder of pictures or "
+            "parquet files, or one parquet file, is expected. It is probably misspelt or relative to another folder: "
+            "correct it, or pass the whole path."
+        )
     files = sorted(_walk(settings.input)) if settings.input.is_dir() else [settings.input]
-    files = files if settings.input.exists() else []
     parquet = [path for path in files if path.suffix.lower() == ".parquet"]
     pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
     if bool(parquet) == bool(pictures):

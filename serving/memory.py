@@ -9,7 +9,7 @@ python serving/memory.py --write-zeros FOLDER   weights of zeros in true size, i
 weights        parameters x bytes; int8 and nf4 hold the language model's linear layers in 1 and 1/2 byte, with a
                float32 scale for each row (int8) or 64 weights (nf4), and all the rest in bfloat16
 a token        2 (key, value) x layers x key-value heads x head width x bytes
-a picture      (1 + tiles) x latents tokens, with `token_sampling: fixed` twice latents
+a picture      (1 + tiles) x latents tokens, with `token_sampling: fixed` latents alone
 a full context max_position_embeddings tokens; transformers' own cache stops at sliding_window - 1
 """
 
@@ -59,8 +59,9 @@ if not num_tokens:
 side = 2 * processor.tile_size
 pixels = processor(Image.new("RGB", (side, side), "teal"), return_tensors="pt").to(model.dtype)
 num_latents = model.config.resampler_config.num_latents
-num_parts = 2 if model.config.resampler_config.token_sampling == "fixed" else 5  # the global view and four tiles
-num_read = num_latents * num_parts
+rows, columns = processor.grid_of(side, side)
+num_calls = 1 if model.config.resampler_config.token_sampling == "fixed" else 1 + rows * columns
+num_read = num_latents * num_calls
 ids = torch.full((1, num_read), model.config.image_token_id)
 ids = model.generate(ids, **pixels, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False)
 done.set()
@@ -118,9 +119,9 @@ def needs_of(config: Any) -> Needs:
     linear = [parameter for name, parameter in parameters.items() if is_text_linear(name, parameter)]
     text, resampler = config.text_config, config.resampler_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    groups = {1 + rows * columns for rows, columns in config.tile_grids}
+    groups = {1 + rows * columns for rows, columns in config.tile_grids} or {1}
     if resampler.token_sampling == "fixed":
-        groups = {2}
+        groups = {1}
     return Needs(
         num_parameters=sum(parameter.numel() for parameter in parameters.values()),
         num_text=sum(parameter.numel() for parameter in linear),

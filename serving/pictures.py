@@ -31,7 +31,7 @@ import urllib.parse
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 logger = logging.getLogger("blip3.serving")
 
@@ -375,11 +375,12 @@ class PictureFetcher:
         self._lookups = threading.BoundedSemaphore(8)  # a lookup cannot be stopped, so only so many may hang
         self._tls_context = ssl.create_default_context() if tls_context is None else tls_context
 
-    def open_pictures(self, sources: Sequence[str | Image.Image]) -> list[Image.Image]:
+    def open_pictures(self, sources: Sequence[str | Image.Image], upright: bool = True) -> list[Image.Image]:
         """Open the pictures of one request, in order, completely decoded.
 
         Args:
             sources: http(s) URLs, data URLs, base64 texts or PIL images.
+            upright: turn files as their EXIF tag says; False gives them as stored.
 
         Raises:
             ValueError: naming the picture, if one is refused or the request asks for too much.
@@ -394,23 +395,23 @@ class PictureFetcher:
         num_pixels = 0
         for index, source in enumerate(sources):
             try:
-                picture = self._open(source, deadline, limits.max_total_pixels - num_pixels)
+                picture = self._open(source, deadline, limits.max_total_pixels - num_pixels, upright)
             except ValueError as error:
                 raise ValueError(f"Picture {index + 1} of {len(sources)}: {error}") from None
             num_pixels += picture.height * picture.width
             pictures.append(picture)
         return pictures
 
-    def _open(self, source: str | Image.Image, deadline: _Deadline, max_pixels: int) -> Image.Image:
+    def _open(self, source: str | Image.Image, deadline: _Deadline, max_pixels: int, upright: bool) -> Image.Image:
         if isinstance(source, Image.Image):
-            return check_picture(source, self.limits, max_pixels)
+            return check_picture(source, self.limits, max_pixels, upright)
         if re.match(r"data:", source, re.IGNORECASE):
             data = decode_base64(_strip_data_header(source), self.limits.max_bytes)
         elif re.match(r"[a-z][a-z0-9+.-]*:", source[:64], re.IGNORECASE):
             data = self._fetch(source, deadline)
         else:
             data = decode_base64(source, self.limits.max_bytes)
-        return decode_picture(data, self.limits, max_pixels)
+        return decode_picture(data, self.limits, max_pixels, upright)
 
     def _fetch(self, url: str, deadline: _Deadline) -> bytes:
         """Download one picture's file.
@@ -611,13 +612,16 @@ def decode_base64(text: str, max_bytes: int) -> bytes:
         ) from None
 
 
-def decode_picture(data: bytes, limits: PictureLimits, max_pixels: int | None = None) -> Image.Image:
+def decode_picture(
+    data: bytes, limits: PictureLimits, max_pixels: int | None = None, upright: bool = True
+) -> Image.Image:
     """Decode a picture's file; the first frame of animations.
 
     Args:
         data: the file.
         limits: which sizes are accepted.
         max_pixels: what is left of the request's pixels.
+        upright: turn the image as its EXIF tag says.
 
     Raises:
         ValueError: if it is no complete picture of an accepted format and size.
@@ -637,18 +641,33 @@ def decode_picture(data: bytes, limits: PictureLimits, max_pixels: int | None = 
             f"its {len(data)} bytes are not the beginning of a {', '.join(FORMATS)} file of acceptable size. It is "
             "probably of another type, a web page or empty: save it as JPEG or PNG."
         ) from None
-    return _load(image, limits, max_pixels)
+    image = _load(image, limits, max_pixels)
+    return turn_upright(image) if upright else image
 
 
-def check_picture(image: Image.Image, limits: PictureLimits, max_pixels: int | None = None) -> Image.Image:
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Turn an image that was just opened as its EXIF tag says, in place; returns it."""
+    image.load()
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:  # damaged tags; Pillow writes them anew after it has turned the pixels
+        image.info.pop("exif", None)
+    return image
+
+
+def check_picture(
+    image: Image.Image, limits: PictureLimits, max_pixels: int | None = None, upright: bool = True
+) -> Image.Image:
     """Check a picture that a server has already opened from a body, and decode it by our own rules where it can.
+
+    An image that is no longer a file is left as it is, not turned.
 
     Raises:
         ValueError: as `decode_picture` does.
     """
     file = getattr(image, "fp", None)
     if isinstance(file, io.BytesIO) and not file.closed:
-        return decode_picture(file.getvalue(), limits, max_pixels)
+        return decode_picture(file.getvalue(), limits, max_pixels, upright)
     if image.format not in (None, "MPO", *FORMATS):
         raise ValueError(
             f"it is a {shorten(image.format)} but {', '.join(FORMATS)} are read. It is probably an original from a "

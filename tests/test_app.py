@@ -19,6 +19,7 @@ from transformers import AutoProcessor
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e .[app]")
 
+from exif_support import turned_and_upright
 from serving import app
 from serving.app import Chat, Limits, Options, Turn
 from serving_support import silence_bytes
@@ -103,8 +104,10 @@ def test_long_messages_are_shortened_between_words():
 # -- Pictures ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("default", [True, False])
 @pytest.mark.parametrize("splits", [True, False])
-def test_the_tiles_shown_are_the_tiles_the_model_gets(chat, splits):
+def test_the_tiles_shown_are_the_tiles_the_model_gets(chat, monkeypatch, splits, default):
+    monkeypatch.setattr(chat.processor.image_processor, "do_image_splitting", default)
     sizes = [(80, 240), (200, 190), (300, 90)]
     pictures = [draw_picture(height, width, seed) for seed, (height, width) in enumerate(sizes)]
     views = app.describe_pictures(chat.processor, pictures, splits, chat.limits)
@@ -134,6 +137,21 @@ def test_turned_pictures_are_shown_upright(chat):
     opened = app.open_pictures([chat.uploads / "turned.jpg"], chat.uploads)
     (view,) = app.describe_pictures(chat.processor, opened, True, chat.limits)
     assert (view.height, view.width, view.grid) == (300, 100, (3, 1))
+
+
+def test_the_processors_switch_holds_on_the_page(chat, monkeypatch):
+    monkeypatch.setattr(chat.processor.image_processor, "do_exif_transpose", False)
+    (chat.uploads / "stored.png").write_bytes(turned_and_upright()[0])
+    opened = app.open_pictures([chat.uploads / "stored.png"], chat.uploads)
+    (view,) = app.describe_pictures(chat.processor, opened, True, chat.limits)
+    assert (view.height, view.width, view.grid) == (200, 60, (3, 1))
+
+
+def test_damaged_exif_refuses_no_picture(chat):
+    draw_picture(100, 300).save(chat.uploads / "damaged.png", exif=b"Exif\0\0garbage")
+    opened = app.open_pictures([chat.uploads / "damaged.png"], chat.uploads)
+    (view,) = app.describe_pictures(chat.processor, opened, True, chat.limits)
+    assert (view.height, view.width, view.grid) == (100, 300, (1, 3))
 
 
 def test_only_uploads_are_opened(chat, tmp_path):
@@ -293,6 +311,15 @@ def test_the_card_of_the_space_names_files_that_exist():
     assert header["sdk"] == "gradio"
     assert (app.HERE / header["app_file"]).is_file()
     assert header["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_the_page_starts_with_the_view_of_the_model(chat, monkeypatch, default):
+    monkeypatch.setattr(chat.processor.image_processor, "do_image_splitting", default)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(chat.uploads))
+    page = app.build_page(chat, "tiny")
+    (box,) = [block for block in page.blocks.values() if getattr(block, "elem_id", None) == "splits"]
+    assert box.value is default
 
 
 # -- The browser ------------------------------------------------------------------------------------------------------

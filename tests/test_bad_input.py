@@ -36,7 +36,7 @@ def refused(match, *given_values):
     the next action (a further clause or sentence).
     """
     with pytest.raises(ValueError, match=match) as caught:
-        yield
+        yield caught
     message = str(caught.value)
     assert caught.type is ValueError, f"{caught.type.__name__}: {message}"
     for value in given_values:
@@ -197,6 +197,61 @@ def test_missing_paths_and_folders_are_refused_by_name(image_processor, tmp_path
         image_processor("data:image/png;base64,AAAA")
     with refused("could not be opened as a picture"):
         image_processor("nul\0byte.jpg")
+
+
+NOT_IMAGES = {
+    "missing name": (lambda folder: "no-such-picture.jpg", "'no-such-picture.jpg' could not be .* .no such file"),
+    "missing path": (lambda folder: folder / "no.jpg", r"no\.jpg' could not be .* .no such file"),
+    "name without an ending": (lambda folder: "picture", "'picture' could not be .* .no such file"),
+    "long name": (lambda folder: "x" * 300 + ".jpg", r"x'\.\.\. .304 characters. could not be .* .no such file"),
+    "longer than any path": (lambda folder: "x" * 5000 + ".jpg", "5004 characters. could not be .* .no such file"),
+    "long path": (lambda folder: folder / ("x" * 300), "characters. could not be .*File name too long"),
+    "line break": (lambda folder: "a\nb.jpg", r"'a\\nb\.jpg' could not be .* .no such file"),
+    "folder": (lambda folder: folder, "could not be .* .it is a folder"),
+    "folder by name": (lambda folder: str(folder), "could not be .* .it is a folder"),
+    "empty file": (lambda folder: folder / "empty.jpg", r"empty\.jpg' could not be .* .the file is empty"),
+    "text file": (lambda folder: folder / "text.jpg", r"text\.jpg' could not be .* .UnidentifiedImageError"),
+    "no server": (lambda folder: "http://127.0.0.1:9/a.jpg", r"a\.jpg' could not be .* .Connect"),
+    "empty cell": (lambda folder: {"bytes": None, "path": None}, "could not be .* .it has neither bytes nor path"),
+    "cell of a missing file": (lambda folder: {"bytes": None, "path": "no.jpg"}, "'no.jpg' .* .no such file"),
+    "cell of other bytes": (lambda folder: {"bytes": b"abc", "path": "no.jpg"}, "3 bytes could not be"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_IMAGES)
+def test_what_is_no_image_says_why_in_one_line(name, image_processor, processor, tmp_path):
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("hello")
+    make, match = NOT_IMAGES[name]
+    for call in (image_processor, lambda images: processor(images=[[images]], text=["<image>"])):
+        with refused(match) as caught:
+            call(make(tmp_path))
+        message = str(caught.value)
+        assert "\n" not in message
+        assert "0x" not in message
+        assert "Incorrect padding" not in message
+
+
+SWAPPED = {
+    "PIL image": lambda: Image.fromarray(make_rgb()),
+    "array": make_rgb,
+    "bytes": lambda: FILES["png"],
+    "open file": lambda: io.BytesIO(FILES["png"]),
+    "list": lambda: [Image.fromarray(make_rgb())],
+    "name": lambda: "street.jpg",
+}
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_swapped_images_and_text_are_named(name, processor):
+    for text in ("<image>\nlook", ["<image>\nlook"]):
+        with refused(r"images holds a str '<image>.nlook' and text holds a .* swapped.*images=\.\.\., text="):
+            processor(text, SWAPPED[name]())
+
+
+def test_a_swapped_question_without_a_placeholder_is_named_too(processor):
+    with refused("images holds a str 'look' and text holds a Image, .* swapped"):
+        processor("look", Image.fromarray(make_rgb()))
 
 
 def test_a_closed_picture_is_refused(image_processor, tmp_path):

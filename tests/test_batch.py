@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from blip3.serving import batch
+from exif_support import FORMATS, turned_and_upright
 from support import ROOT, draw_picture
 
 pytest.importorskip("ray.data", reason="batches run on Ray: pip install 'ray[data]'")
@@ -250,7 +251,7 @@ def test_paths_in_parquet_are_beside_it(settings, pictures, tmp_path, processor)
     )
     first, second = [json.loads(line) for line in batch.Answerer(settings, engine)(rows)["line"].to_pylist()]
     assert first["answer"] == str((pictures / "0.jpg").stat().st_size)
-    assert second["error"] == "The file 'gone.jpg' could not be read (FileNotFoundError)."
+    assert second["error"] == "The file 'gone.jpg' could not be read (no such file)."
 
 
 @pytest.mark.parametrize(
@@ -270,9 +271,10 @@ def test_parquet_that_cannot_be_resumed_or_read_is_refused(settings, tmp_path, r
 
 def test_inputs_that_are_neither_pictures_nor_parquet_are_refused(settings, tmp_path):
     (tmp_path / "empty").mkdir()
-    for path in (tmp_path / "missing", tmp_path / "missing.parquet", tmp_path / "empty"):
-        with pytest.raises(ValueError, match="0 pictures and 0 parquet files"):
-            batch.make_plan(batch.dataclasses.replace(settings, input=path), set())
+    cases = {"missing": "no such file", "missing.parquet": "no such file", "empty": "0 pictures and 0 parquet files"}
+    for name, message in cases.items():
+        with pytest.raises(ValueError, match=message):
+            batch.make_plan(batch.dataclasses.replace(settings, input=tmp_path / name), set())
     with pytest.raises(ValueError, match="folder of pictures"):
         batch.make_plan(batch.dataclasses.replace(settings, question_column="ask"), set())
 
@@ -330,6 +332,22 @@ def test_a_prompt_longer_than_the_context_is_an_error_of_its_row(settings, pictu
         engine.prepare((pictures / "0.jpg").read_bytes(), "Why? " * 5000)
 
 
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_files_stored_turned_are_read_upright(settings, file_format):
+    engine = batch.TransformersEngine(settings)
+    inputs = [engine.prepare(data, QUESTION) for data in turned_and_upright(file_format)]
+    for name in ("input_ids", "pixel_values", "image_sizes"):
+        assert torch.equal(inputs[0][name], inputs[1][name]), name
+
+
+def test_an_input_that_does_not_exist_is_named_in_one_line(arguments, tmp_path, capsys):
+    assert batch.main(words(arguments | {"--input": tmp_path / "nowhere"})) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert "no such file or folder" in message
+    assert message.count("\n") == 1
+
+
 def test_requests_to_vllm(settings, pictures, processor, monkeypatch):
     made = {}
 
@@ -353,6 +371,9 @@ def test_requests_to_vllm(settings, pictures, processor, monkeypatch):
     assert request["prompt"] == processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert engine.generate([request]) == ["(300, 60)"]
     assert made["sampling"] == {"temperature": 0, "max_tokens": NEW_TOKENS}
+    turned, upright = turned_and_upright()
+    images = [engine.prepare(data, QUESTION)["multi_modal_data"]["image"] for data in (turned, upright)]
+    assert images[0].tobytes() == images[1].tobytes()
     for name in BROKEN:
         with pytest.raises(ValueError, match="could not be"):
             engine.prepare((pictures / name).read_bytes(), QUESTION)

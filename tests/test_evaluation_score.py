@@ -277,6 +277,18 @@ def test_base_resolution_shows_one_tile_a_picture(model, global_model):
     assert global_model.prepare([question])["image_sizes"].tolist() == [[0, 0]] * 5
 
 
+def test_a_model_is_shown_images_as_its_processor_is_configured(tiny_repo, global_model, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_repo, folder)
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_image_splitting": False}))
+    base = Checkpoint(folder, max_new_tokens=6, device="cpu", dtype="float32")
+    question = make_questions("rule", 1, 0, WORLD, 4)[0]
+    inputs, expected = (checkpoint.prepare([question]) for checkpoint in (base, global_model))
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    assert base.length(question) == inputs["input_ids"].shape[1]
+
+
 def test_a_batch_answers_as_one_by_one_and_stops_at_a_stop(model):
     """Rows with one and five pictures, padded on the left."""
     questions = make_questions("read", 2, 0, WORLD) + make_questions("rule", 1, 0, WORLD, 4)

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from packaging.requirements import Requirement
 from PIL import Image
 
+from exif_support import FORMATS, turned_and_upright
 from support import ROOT, draw_picture
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -93,6 +94,26 @@ def encode(image, kind="PNG"):
 
 def data_url(image):
     return "data:image/png;base64," + base64.b64encode(encode(image)).decode()
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_files_stored_turned_are_read_upright(handler, file_format):
+    """In JSON and as an image/* body, which the container opens."""
+    turned, upright = turned_and_upright(file_format)
+    answers = [say(handler, {"image": base64.b64encode(data).decode(), "text": "What?"}) for data in (turned, upright)]
+    assert answers[0] == answers[1]
+    with Image.open(io.BytesIO(turned)) as stored:
+        assert say(handler, {"image": data_url(stored), "text": "What?"}) != answers[1], "sideways, it reads another"
+    bodies = [{"inputs": Image.open(io.BytesIO(data)), "parameters": GREEDY} for data in (turned, upright)]
+    assert handler(bodies[0]) == handler(bodies[1])
+
+
+def test_the_processors_switch_holds_in_the_handler(handler, monkeypatch):
+    turned, _ = turned_and_upright()
+    monkeypatch.setattr(handler.processor.image_processor, "do_exif_transpose", False)
+    body = {"image": base64.b64encode(turned).decode(), "text": "What?"}
+    with Image.open(io.BytesIO(turned)) as stored:
+        assert say(handler, body) == say(handler, {"image": data_url(stored), "text": "What?"})
 
 
 FIRST, SECOND = (data_url(draw_picture(40 + 30 * seed, 90, seed=seed)) for seed in (1, 2))

@@ -7,12 +7,13 @@ import io
 import json
 import threading
 import time
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from blip3 import image_processing_blip3
 from blip3.configuration_blip3 import RELEASED_TILE_GRIDS, TWELVE_TILE_GRIDS
@@ -465,13 +466,12 @@ def server(monkeypatch, encoded):
 
 @pytest.mark.parametrize("page", ["picture.png", "redirect"])
 def test_http_addresses_are_fetched(page, server, processor, encoded):
-    opaque = Image.open(io.BytesIO(encoded)).convert("RGB")  # transformers' loader drops transparency
-    wanted = processor(opaque, return_tensors="pt")
+    wanted = processor(encoded, return_tensors="pt")
     assert_same_inputs(processor(f"{server}/{page}", return_tensors="pt"), wanted)
 
 
 def test_a_missing_page_is_refused(server, processor):
-    with pytest.raises(ValueError, match=r"missing\.png.* could not be opened as a picture \(UnidentifiedImageError"):
+    with pytest.raises(ValueError, match=r"missing\.png.* opened as a picture \(its server answered with status 404"):
         processor(f"{server}/missing.png")
 
 
@@ -481,36 +481,62 @@ def test_a_silent_server_is_given_up(server, processor, monkeypatch):
         processor(f"{server}/slow")
 
 
-# -- EXIF -------------------------------------------------------------------------------------------------------------
+# -- columns, iterators, cells ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def turned():
-    """Bytes of a JPEG stored 40 x 60 (height x width) whose tag says to turn it by a quarter."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    buffer = io.BytesIO()
-    Image.fromarray(make_rgb()).save(buffer, "jpeg", exif=exif)
-    return buffer.getvalue()
+class Column(Sequence):
+    """What `datasets` 4 gives for `dataset["image"]`: neither a list nor a tuple, read on demand."""
+
+    def __init__(self, entries):
+        self.entries = entries
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, index):
+        return self.entries[index]
 
 
-@pytest.mark.parametrize("door", [*doors(b"", ""), "PIL"])
-def test_exif_orientation_is_left_as_stored_unless_asked_for(door, processor, turned, tmp_path):
-    path = tmp_path / "turned.jpg"
-    path.write_bytes(turned)
-    picture = {**doors(turned, path), "PIL": Image.open(path)}[door]
-    assert processor(picture)["image_sizes"].tolist() == [[40, 60]]
+HOLDERS = {
+    "Column": Column,
+    "iterator": iter,
+    "generator": lambda entries: (entry for entry in entries),
+    "map": lambda entries: map(lambda entry: entry, entries),
+    "dict values": lambda entries: dict(enumerate(entries)).values(),
+    "object array": lambda entries: np.array([*entries, None], dtype=object)[:-1],
+}
 
 
-@pytest.mark.parametrize("door", [*doors(b"", ""), "PIL"])
-def test_exif_orientation_is_applied_on_request(door, processor, turned, tmp_path):
-    path = tmp_path / "turned.jpg"
-    path.write_bytes(turned)
-    picture = {**doors(turned, path), "PIL": Image.open(path)}[door]
-    got = processor(picture, do_exif_transpose=True, return_tensors="pt")
-    upright = ImageOps.exif_transpose(Image.open(path)).copy()
-    assert got["image_sizes"].tolist() == [[60, 40]]
-    assert_same_inputs(got, processor(np.asarray(upright), return_tensors="pt"))
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_whatever_holds_images_counts_as_a_list(holder, processor, encoded):
+    entries = [encoded, make_rgb(), Image.fromarray(make_rgb(30, 90))]
+    wanted = processor(entries, return_tensors="pt")
+    assert_same_inputs(processor(HOLDERS[holder](entries), return_tensors="pt"), wanted)
+    rows = [HOLDERS[holder](entries[:1]), HOLDERS[holder](entries[1:])]
+    assert_same_inputs(processor(HOLDERS[holder](rows), return_tensors="pt"), wanted)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_columns_of_datasets(decode, processor, encoded, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="pip install 'blip3[data]'")
+    path = tmp_path / "picture.png"
+    path.write_bytes(encoded)
+    features = datasets.Features({"image": datasets.Image(decode=decode)})
+    column = datasets.Dataset.from_dict({"image": [str(path), str(path)]}, features=features)["image"]
+    assert_same_inputs(processor(column, return_tensors="pt"), processor([path, path], return_tensors="pt"))
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [lambda data, path: {"bytes": data, "path": None}, lambda data, path: {"bytes": None, "path": str(path)},
+     lambda data, path: {"bytes": data, "path": "inside/an/archive.png"}, lambda data, path: {"path": path}],
+)  # fmt: skip
+def test_undecoded_cells_are_opened(cell, processor, encoded, tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(encoded)
+    cell, wanted = cell(encoded, path), processor(path, return_tensors="pt")
+    assert_same_inputs(processor(cell, return_tensors="pt"), wanted)
+    assert_same_inputs(processor([[cell]], return_tensors="pt"), wanted)
 
 
 # -- switches ---------------------------------------------------------------------------------------------------------

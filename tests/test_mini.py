@@ -68,9 +68,25 @@ def test_it_reads_pages_by_their_tiles(instruct):
 
 
 def test_the_base_model_follows_rules_that_only_the_shots_give():
-    checkpoint = Checkpoint(MINI / "base", dtype="float32", base_resolution=True)
+    checkpoint = Checkpoint(MINI / "base", dtype="float32")
     assert share_right(checkpoint, "rule", shots=0) < 0.2
     assert share_right(checkpoint, "rule", shots=8) > 0.8  # whoever guesses between the two words is at one half
+
+
+@pytest.mark.parametrize("folder", ["mini", "mini/base"])
+def test_its_tokenizer_writes_every_character_back(folder):
+    processor = AutoProcessor.from_pretrained(ROOT, subfolder=folder, trust_remote_code=True)
+    text = "\u00e9 5\u20ac, \u6f22\u5b57 \U0001f600 <0x41>"
+    ids = processor.tokenizer.encode(text)
+    assert processor.decode(ids, skip_special_tokens=True) == text
+    assert processor.batch_decode([ids], skip_special_tokens=True) == [text]
+
+
+def test_each_model_is_shown_images_as_it_was_trained_to_see_them():
+    for folder in (MINI, MINI / "base"):
+        trained = load_recipe(folder / "recipe.yaml", Recipe).any_resolution
+        settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        assert settings["do_image_splitting"] is trained, folder
 
 
 def share_right(checkpoint: Checkpoint, task: str, count: int = 80, shots: int | None = None) -> float:
@@ -98,7 +114,6 @@ def test_the_base_model_binds_colours_to_things_of_held_out_scenes(base):
         inputs = processor(
             text=record.turns[0].text,
             images=[record.images[0].open()],
-            do_image_splitting=False,
             return_tensors="pt",
         )
         with torch.no_grad():
@@ -120,7 +135,6 @@ def test_the_base_model_writes_a_caption(base):
     inputs = processor(
         text="<image>From left to right:",
         images=[record.images[0].open()],
-        do_image_splitting=False,
         return_tensors="pt",
     )
     ids = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]

@@ -5,6 +5,8 @@ Most tests use the tiny repository. Those that need the released tokenizer conve
 and compare with token ids recorded from the reference.
 """
 
+import base64
+import inspect
 import json
 import os
 import shutil
@@ -18,6 +20,7 @@ import torch
 from jinja2.exceptions import TemplateError
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
+from transformers.processing_utils import ProcessorMixin
 
 from blip3.random_checkpoint import NUM_LATENTS, VOCAB_ROWS, write_release_layout
 from support import IS_TRANSFORMERS_5, SHARED, convert, draw_picture, needs_reference
@@ -142,6 +145,134 @@ def test_template_writes_each_conversation_of_a_batch(processor):
 def test_template_refuses_what_the_model_was_not_trained_on(processor, messages, wrong):
     with pytest.raises(TemplateError, match=f"{wrong} but BLIP-3"):
         render(processor, messages)
+
+
+EMPTY = {
+    "none": {"content": None},
+    "no content": {},
+    "empty text": {"content": ""},
+    "no parts": {"content": []},
+    "part of none": {"content": [{"type": "text", "text": None}]},
+    "as an OpenAI client writes it": {"content": None, "tool_calls": None, "refusal": None},
+    "tool calls alone": {"content": None, "tool_calls": [{"type": "function", "function": {"name": "look"}}]},
+}
+
+
+@pytest.mark.parametrize("empty", EMPTY.values(), ids=EMPTY.keys())
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_an_absent_content_is_an_empty_text(processor, role, empty):
+    before = [] if role == "system" else [message("user", "One?")]
+    messages = [*before, {"role": role, **empty}, message("user", part("Two?"))]
+    written = [*before, message(role, ""), message("user", "Two?")]
+    expected = render(processor, written)
+    assert f"<|{role}|>\n<|end|>\n" in expected
+    assert render(processor, messages) == expected
+    served = processor.tokenizer.apply_chat_template(messages, chat_template=processor.chat_template, tokenize=False)
+    assert served == expected, "as a server renders it"
+    assert tokenize(processor, messages)["input_ids"] == processor(text=expected)["input_ids"]
+    both = processor.apply_chat_template([messages, written], tokenize=False)
+    assert both == [expected, expected]
+
+
+def test_an_absent_answer_can_be_continued(processor):
+    messages = [message("user", "One?"), {"role": "assistant", "content": None}]
+    expected = render(processor, messages[:1], add_generation_prompt=True)
+    assert render(processor, messages, continue_final_message=True).strip() == expected.strip()
+
+
+# -- images in messages -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["image", "path", "url", "base64", "OpenAI path", "OpenAI data", "OpenAI text"])
+def test_a_message_takes_its_image_in_every_form(processor, tmp_path, form):
+    picture = draw_picture(150, 60)
+    picture.save(tmp_path / "picture.png")
+    encoded = base64.b64encode((tmp_path / "picture.png").read_bytes()).decode()
+    path, data = str(tmp_path / "picture.png"), f"data:image/png;base64,{encoded}"
+    forms = {
+        "image": {"type": "image", "image": picture},
+        "path": {"type": "image", "path": path},
+        "url": {"type": "image", "url": data},
+        "base64": {"type": "image", "base64": encoded},
+        "OpenAI path": {"type": "image_url", "image_url": {"url": path, "detail": "auto"}},
+        "OpenAI data": {"type": "image_url", "image_url": {"url": data}},
+        "OpenAI text": {"type": "image_url", "image_url": data},
+    }
+    messages = [message("user", forms[form], part("What is it?"))]
+    inputs = tokenize(processor, messages, return_tensors="pt")
+    expected = processor(text=render(processor, messages), images=[picture], return_tensors="pt")
+    assert inputs.keys() == expected.keys()
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    assert messages == [message("user", forms[form], part("What is it?"))], "the caller's messages stay as they are"
+
+
+def answers_of(processor, inputs: dict, row: int) -> str:
+    """The text under a row's assistant mask."""
+    mask = np.asarray(inputs["assistant_masks"][row]).astype(bool)
+    return processor.tokenizer.decode(np.asarray(inputs["input_ids"][row])[mask]).replace(" ", "")
+
+
+def dialogues() -> list[list[dict]]:
+    """Conversations with images before, between and after answers, and with none."""
+    images = [{"type": "image", "image": picture} for picture in PICTURES]
+    first = [message("user", images[0], part("What?")), message("assistant", "A dog.")]
+    return [
+        [
+            *first,
+            message("user", part("And "), *images[1:]),
+            message("assistant", part("Two "), part("cats.")),
+            message("user", "Sure?"),
+        ],
+        first,
+        [message("user", "How many?"), message("assistant", "Two.")],
+    ]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_assistant_mask_marks_the_answers_behind_image_tokens(processor, side):
+    inputs = tokenize(
+        processor,
+        dialogues(),
+        {"padding": True, "padding_side": side, "return_labels": True},
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+    )
+    assert inputs["assistant_masks"].shape == inputs["input_ids"].shape
+    assert torch.equal(inputs["assistant_masks"].bool(), inputs["labels"] != -100)
+    answers = [answers_of(processor, inputs, row) for row in range(3)]
+    assert answers == ["Adog.<|end|>Twocats.<|end|>", "Adog.<|end|>", "Two.<|end|>"]
+    assert "offset_mapping" not in inputs
+
+
+@pytest.mark.parametrize("splits", [True, False], ids=["tiles", "global view alone"])
+def test_the_assistant_mask_of_one_conversation_is_a_list_without_tensors(processor, splits):
+    kwargs = {"do_image_splitting": splits}
+    inputs = tokenize(processor, dialogues()[0], kwargs, return_assistant_tokens_mask=True)
+    assert isinstance(inputs["assistant_masks"], list)
+    assert answers_of(processor, inputs, 0) == "Adog.<|end|>Twocats.<|end|>"
+
+
+def test_the_assistant_mask_follows_the_template_it_is_given(processor):
+    template = (
+        "{%- for message in messages -%}<image>{%- generation -%}{{ message['content'][-1]['text'] }}"
+        "{%- endgeneration -%} more {% endfor -%}"
+    )
+    image = {"type": "image", "image": PICTURES[0]}
+    messages = [message("user", image, part("One.")), message("user", image, part("Two."))]
+    inputs = tokenize(processor, messages, chat_template=template, return_assistant_tokens_mask=True)
+    assert answers_of(processor, inputs, 0) == "One.Two."
+
+
+@pytest.mark.skipif(not IS_TRANSFORMERS_5, reason="4.57 has no sanitize_control_tokens")
+def test_a_typed_image_token_can_be_plain_text(processor):
+    if "sanitize_control_tokens" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters:
+        pytest.skip("this release has no sanitize_control_tokens")
+    image = {"type": "image", "image": PICTURES[0]}
+    messages = [message("user", image, part("What does <image> mean?"))]
+    inputs = tokenize(processor, messages, return_tensors="pt", sanitize_control_tokens=True)
+    num_image_tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
+    assert num_image_tokens == run_lengths(processor, PICTURES[:1])[0]
+    assert "<image> mean" in processor.tokenizer.decode(inputs["input_ids"][0])
 
 
 # -- the released tokenizer -------------------------------------------------------------------------------------------
@@ -280,7 +411,6 @@ def test_labels_equal_the_reference(instruct_processor, reference, index):
 
 @needs_reference
 @pytest.mark.parametrize("index", [0, 1])
-@pytest.mark.skipif(not IS_TRANSFORMERS_5, reason="4.57 does not shift its mask by the image tokens")
 def test_labels_cover_the_assistant_mask(instruct_processor, reference, index):
     sample = reference["sft"][index]
     messages = with_pictures(sft_messages(sample["conversation"]), PICTURES[: sample["input_ids"].count(32012)])
@@ -365,10 +495,37 @@ def test_flat_and_nested_pictures_are_one(processor):
     assert all(torch.equal(nested[name], flat[name]) for name in nested)
 
 
-@pytest.mark.parametrize("images", [None, [], [[]]], ids=["none", "empty list", "empty row"])
+NOTHING = {
+    "none": None,
+    "empty list": [],
+    "empty row": [[]],
+    "empty tuple": (),
+    "deeper": [[[]]],
+    "row of none": [None],
+}
+
+
+@pytest.mark.parametrize("images", NOTHING.values(), ids=NOTHING.keys())
 def test_a_text_needs_no_picture(processor, images):
     inputs = processor(text=[TEXTS[0]], images=images)
     assert set(inputs) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize("nothing", NOTHING.values(), ids=NOTHING.keys())
+def test_empty_media_of_other_kinds_mean_none(processor, nothing):
+    """Evaluation harnesses pass every kind of medium to every processor."""
+    expected = processor(text=TEXTS[1], images=PICTURES[:1], return_tensors="pt")
+    others = {"videos": nothing, "audio": nothing, "audios": nothing}
+    inputs = processor(text=TEXTS[1], images=PICTURES[:1], return_tensors="pt", **others)
+    assert inputs.keys() == expected.keys()
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", ["videos", "audio", "audios"])
+@pytest.mark.parametrize("wrap", [lambda value: value, lambda value: [value], lambda value: [[], [value]]])
+def test_media_of_other_kinds_are_refused(processor, name, wrap):
+    with pytest.raises(ValueError, match="was given video or audio but reads text and images only"):
+        processor(text="Hi", **{name: wrap(np.zeros((2, 8, 8, 3)))})
 
 
 def test_one_picture_needs_no_list(processor):
@@ -417,6 +574,8 @@ def test_token_types_mark_the_image_tokens(processor, return_tensors):
     assert "mm_token_type_ids" not in processor(**kwargs)
     inputs = processor(**kwargs, return_mm_token_type_ids=True)
     ids, types = np.asarray(inputs["input_ids"]), np.asarray(inputs["mm_token_type_ids"])
+    assert isinstance(inputs["mm_token_type_ids"], type(inputs["input_ids"]))
+    assert (types.dtype, types.shape) == (np.dtype(np.int64), ids.shape)
     assert np.array_equal(types, (ids == processor.image_token_id).astype(int))
     assert types.sum(1).tolist() == [sum(run_lengths(processor, pictures)) for pictures in IMAGES]
 

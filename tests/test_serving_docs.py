@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """docs/serving.md: its commands exist and run, its memory table is computed, the formulas hold for real tensors."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -88,6 +89,29 @@ def test_a_picture_takes_between_the_computed_numbers_of_tokens(tiny_repo, proce
     low, high = memory.needs_of(AutoConfig.from_pretrained(tiny_repo, trust_remote_code=True)).picture_tokens
     ids = processor(text="<image>", images=draw_picture(height, 100), return_tensors="pt")["input_ids"]
     assert low <= int((ids == processor.image_token_id).sum()) <= high
+
+
+def test_a_picture_of_fixed_sampling_or_without_grids_takes_the_latents_alone(tiny_repo):
+    config = AutoConfig.from_pretrained(tiny_repo, trust_remote_code=True)
+    num_latents = config.resampler_config.num_latents
+    config.resampler_config.token_sampling = "fixed"
+    assert memory.needs_of(config).picture_tokens == (num_latents, num_latents)
+    config = AutoConfig.from_pretrained(tiny_repo, trust_remote_code=True)
+    config.tile_grids = []
+    assert memory.needs_of(config).picture_tokens == (num_latents, num_latents)
+
+
+@pytest.mark.parametrize(
+    ("file", "key"), [("preprocessor_config.json", "do_image_splitting"), ("config.json", "token_sampling")]
+)
+def test_an_answer_about_one_view_is_measured(tiny_repo, tmp_path, file, key):
+    folder = tmp_path / "zeros"
+    memory.write_zeros(tiny_repo, folder)
+    values = json.loads((folder / file).read_text())
+    if key == "token_sampling":
+        values["resampler_config"][key] = "fixed"
+    (folder / file).write_text(json.dumps(values if key == "token_sampling" else values | {key: False}))
+    assert memory.measure(folder, "float32", 2)["tokens"] == [8, 2]
 
 
 def test_zeros_of_true_size_load_and_are_measured(tiny_repo, tmp_path):

@@ -2,6 +2,7 @@
 """Records to samples to batches: labels, cutting, padding, and packing that changes no number."""
 
 import doctest
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -137,6 +138,15 @@ def test_base_resolution_gives_the_global_view_alone(small_processor):
     sample = Encoder(small_processor, 1000, any_resolution=False)(document("<image>red", kind="caption"))
     assert (sample["input_ids"] == small_processor.image_token_id).sum() == LATENTS
     assert sample["image_sizes"].tolist() == [[0, 0]]
+
+
+def test_any_resolution_cuts_tiles_whatever_the_processor_does_by_default(small_processor):
+    """Stage 2 starts from a base model, whose image processor gives the global view alone."""
+    sample = Encoder(small_processor, 1000)(document("<image>red", kind="caption"))
+    with patch.object(small_processor.image_processor, "do_image_splitting", False):
+        again = Encoder(small_processor, 1000, any_resolution=True)(document("<image>red", kind="caption"))
+    assert sample.keys() == again.keys()
+    assert all(torch.equal(sample[name], again[name]) for name in sample)
 
 
 # -- cutting ----------------------------------------------------------------------------------------------------------

@@ -60,6 +60,18 @@ def test_a_trained_model_of_another_tokenizer_is_refused(tmp_path):
         make_model(tmp_path / "model.yaml", tmp_path / "other", samples=5, around=trained)
 
 
+def test_bytes_are_text_and_no_special_tokens():
+    """A character outside the alphabet is its bytes, which must come back where markers are left out."""
+    tokenizer = train_tokenizer(["a red star"] * 5, vocab_size=420)
+    byte_ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
+    assert byte_ids == list(range(3, 259))
+    assert not set(byte_ids) & set(tokenizer.added_tokens_decoder)
+    for text in ("\u00e9 5\u20ac", "a \U0001f600 star", "tab\there", "written out: <0x41>"):
+        ids = tokenizer(f"{text}<|end|>")["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert tokenizer.decode(ids, skip_special_tokens=False) == f"{text}<|end|>"
+
+
 def test_the_small_model_s_tokenizer_comes_out_of_its_sizes_again():
     """Tasks that the drawn world learns later must not move the token ids that its weights know."""
     recipes = ROOT / "training" / "recipes" / "mini"

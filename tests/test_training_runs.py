@@ -2,6 +2,7 @@
 """Whole runs on tiny settings: every stage through the command line, resumed, accumulated, on two processes."""
 
 import itertools
+import json
 import os
 import random
 import signal
@@ -15,12 +16,13 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from blip3.data.records import Record, Turn, write_jsonl
+from blip3.data.records import Picture, Record, Turn, write_jsonl
 from blip3.training import train as stage
 from blip3.training.average import average
 from blip3.training.encode import Encoder, TooLongError
 from blip3.training.mixture import Mixture
 from blip3.training.new_model import make_model
+from blip3.training.publish import publish
 from support import draw_picture, load_model
 from training_support import (
     WORLD,
@@ -149,6 +151,25 @@ def test_each_stage_leaves_a_complete_folder(stages, name):
     final = stages / name / "final"
     assert_is_complete(final)
     assert list((stages / name / "runs").rglob("events.out.tfevents.*")), "curves for TensorBoard"
+
+
+@pytest.mark.parametrize(("name", "splits"), [("1_pretrain", False), ("2_sft", True), ("3_sft_multi_image", True)])
+def test_a_stage_shows_images_by_default_as_it_was_trained(stages, tmp_path, name, splits):
+    """Base models trained on the global view alone lose most of their few-shot answers when they are shown tiles."""
+    final, mean, published = stages / name / "final", tmp_path / "mean", tmp_path / "published"
+    average([final, final], mean)
+    former = json.loads((mean / "preprocessor_config.json").read_text()) | {"do_image_splitting": not splits}
+    published.mkdir()
+    publish(mean, published)
+    for folder in (final, mean, published):
+        assert json.loads((folder / "preprocessor_config.json").read_text())["do_image_splitting"] is splits
+    (mean / "preprocessor_config.json").write_text(json.dumps(former))
+    publish(mean, published)  # a folder of before
+    assert json.loads((published / "preprocessor_config.json").read_text())["do_image_splitting"] is splits
+    inputs = AutoProcessor.from_pretrained(final, trust_remote_code=True)(
+        text="<image>", images=draw_picture(96, 96), return_tensors="pt"
+    )
+    assert (inputs["image_sizes"].tolist() != [[0, 0]]) is splits
 
 
 def test_the_mean_of_two_stages_is_a_complete_folder(stages, tmp_path):
@@ -410,3 +431,23 @@ def test_sharded_processes_train_as_one_resume_and_save_a_complete_folder(straig
     train_on_two(path, tmp_path / "sharded.py")
     assert_same_run(tmp_path / "run", straight)
     assert_is_complete(tmp_path / "run" / "final")
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_workers": 1}, {"group_by_length": True}], ids=str)
+def test_a_missing_image_ends_a_run_with_one_line_that_names_file_and_record(changes, small_model, tmp_path):
+    (tmp_path / "data").mkdir()
+    turns = (Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A photo."))
+    records = [Record(f"r{n}", "instruction", (Picture(path=f"{n}.png"),), turns) for n in range(2)]
+    write_jsonl(records, tmp_path / "data" / "photos.jsonl")
+    draw_picture(40, 60).save(tmp_path / "data" / "0.png")
+    mixture = [{"records": str(tmp_path / "data" / "photos.jsonl")}]
+    path = write_recipe(tmp_path / "run.yaml", small_model, mixture=mixture, max_steps=2, **changes)
+    process = start("-m", "blip3.training.train", path, modules=tmp_path / "modules")
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == 1, output[-3000:]
+    assert "Traceback" not in output
+    assert output.count("error: ") == 1
+    line = output.partition("error: ")[2].splitlines()[0]
+    assert "SampleError" not in line
+    for part in ("photos.jsonl", "record 'r1'", "1.png", "no such file", "probably"):
+        assert part in line

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..data.records import CHAT_KINDS, END_OF_CHUNK, Record, to_messages, to_pretraining_text
+from ..data.records import CHAT_KINDS, END_OF_CHUNK, Record, open_images, to_messages, to_pretraining_text
 
 IGNORE_INDEX = -100
 
@@ -56,7 +56,7 @@ class Encoder:
         Raises:
             TooLongError: if its first turn alone is longer than `max_length`.
         """
-        pictures = [picture.open() for picture in record.images]
+        pictures = open_images(record.images, self.processor)
         shown = record
         while True:
             first = len(pictures) - len(shown.images) if shown.kind == "few_shot" else 0
@@ -77,7 +77,7 @@ class Encoder:
             images=pictures or None,
             return_tensors="pt",
             return_labels=is_chat,
-            **({} if self.any_resolution or not pictures else {"do_image_splitting": False}),
+            **({"do_image_splitting": self.any_resolution} if pictures else {}),
         )
         ids = inputs["input_ids"][0]
         labels = inputs["labels"][0] if is_chat else ids.masked_fill(torch.isin(ids, self.ignored), IGNORE_INDEX)

@@ -66,12 +66,17 @@ class Mixture(Dataset):
     ):
         weights = np.array([check_entry(entry, index) for index, entry in enumerate(entries)], dtype=float)
         self.sources = [_open_source(entries, index, seed, world, split) for index in range(len(entries))]
+        self.names = [str(next(entry[kind] for kind in KINDS if kind in entry)) for entry in entries]
         rng = np.random.default_rng([seed, len(entries)])
         self.choice = rng.choice(len(entries), size=count, p=weights / weights.sum()).astype(np.int16)
         self.positions = [np.flatnonzero(self.choice == source) for source in range(len(entries))]
 
     def __len__(self) -> int:
         return len(self.choice)
+
+    def name_of(self, index: int) -> str:
+        """Give the file or drawn task that sample `index` comes from."""
+        return self.names[int(self.choice[index])]
 
     def __getitem__(self, index: int) -> Record:
         source = int(self.choice[index])

@@ -25,8 +25,8 @@ from transformers import AutoModelForImageTextToText
 from ..data.records import Record, to_few_shot_prompt
 from ..data.settings import WorldSettings, load_settings
 from ..data.world import drawn_record
-from .recipe import load_recipe
-from .run import PROCESSOR_FILES, RESAMPLER_FILE, SAVED_RECIPE, name_tower_for_both_lines
+from .recipe import Recipe, load_recipe
+from .run import PROCESSOR_FILES, RESAMPLER_FILE, SAVED_RECIPE, name_tower_for_both_lines, save_image_splitting
 from .train_tower import TowerRecipe
 
 WORLD = Path(__file__).parent / "recipes" / "mini" / "world.yaml"
@@ -66,6 +66,8 @@ def main() -> None:
 def publish(source: Path, output: Path, dtype: str = "bfloat16", max_shard_size: str = "5MB") -> None:
     """Write one trained model without its code: `auto_map` then means the files of the repository around it.
 
+    Its image processor cuts tiles by default if the recipe trained with them.
+
     Args:
         source: folder of a finished stage.
         output: made if need be; its weights are replaced.
@@ -83,6 +85,7 @@ def publish(source: Path, output: Path, dtype: str = "bfloat16", max_shard_size:
     _tidy_config(output / "config.json")
     for name in (*PROCESSOR_FILES, SAVED_RECIPE):
         shutil.copyfile(source / name, output / name)
+    save_image_splitting(output, load_recipe(source / SAVED_RECIPE, Recipe).any_resolution)
 
 
 def publish_tower(source: Path, output: Path, dtype: str = "bfloat16") -> None:

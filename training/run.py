@@ -171,10 +171,22 @@ class RecipeTrainer(Trainer):
 
 
 def copy_processor(source: str | Path, output: str | Path) -> None:
-    """Copy tokenizer, template, processor files and processor code unchanged; stages differ in weights only."""
+    """Copy tokenizer, template, processor files and processor code unchanged."""
     for name in (*PROCESSOR_FILES, PROCESSOR_CODE):
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, Path(output) / name)
+
+
+def save_image_splitting(folder: str | Path, splits: bool) -> None:
+    """Make a folder's processor show images as the model was trained to see them.
+
+    Args:
+        folder: with preprocessor_config.json.
+        splits: whether images are cut into tiles; False leaves the global view alone.
+    """
+    path = Path(folder) / "preprocessor_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(values | {"do_image_splitting": splits}, indent=2) + "\n", encoding="utf-8")
 
 
 def log_metrics(recipe: RunRecipe, metrics: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ shows comes first in an answer or in quotes, with no space before it, so that re
 task and a string never seen before costs no more than a known one.
 """
 
+import json
 from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -27,18 +28,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     Returns:
         a tokenizer with the release's markers: `<s>`, `<|endoftext|>`, `<pad>`, the chat and the image tokens.
     """
-    bytes_and_specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     num_markers = len(TURN_MARKERS) + len(IMAGE_TOKENS) + 2
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Replace(" ", SPACE)
     trained.pre_tokenizer = pre_tokenizers.Split(Regex(_UNITS), behavior="isolated")
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - num_markers,
-        special_tokens=bytes_and_specials,
+        special_tokens=["<unk>", "<s>", "</s>", *byte_tokens],
         initial_alphabet=[chr(code) for code in range(33, 127)] + [SPACE, "\n"],
         show_progress=False,
     )
     trained.train_from_iterator(texts, trainer)
+    trained = _without_added(trained, set(byte_tokens))
     trained.model.byte_fallback = True
     trained.model.unk_token = "<unk>"
     trained.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -56,3 +58,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         model_input_names=["input_ids", "attention_mask"],
         extra_special_tokens={"image_token": "<image>"},
     )
+
+
+def _without_added(tokenizer: Tokenizer, contents: set[str]) -> Tokenizer:
+    """Copy a tokenizer in which these tokens are plain entries of the vocabulary.
+
+    The trainer gives the bytes the first ids as special tokens. Decoding without special tokens would drop them, and
+    with them every character outside the alphabet.
+    """
+    values = json.loads(tokenizer.to_str())
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] not in contents]
+    return Tokenizer.from_str(json.dumps(values))

@@ -16,26 +16,44 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..data.records import Picture
+from ..data.records import Picture, Record
 from .encode import Collator, Encoder, TooLongError
 from .mixture import Mixture
 from .recipe import MODULES, Recipe, load_recipe, recipe_arguments, save_recipe
-from .run import SAVED_RECIPE, RecipeTrainer, copy_processor, num_processes, start, training_arguments
+from .run import (
+    SAVED_RECIPE,
+    RecipeTrainer,
+    copy_processor,
+    num_processes,
+    save_image_splitting,
+    start,
+    training_arguments,
+)
 
 WINDOW = 64  # batches within which samples are sorted by length
 MAX_TOO_LONG = 100  # samples in a row
+ORIENTATION, SIDEWAYS = ExifTags.Base.Orientation, (5, 6, 7, 8)  # swap height and width; Pillow turns TIFF by itself
 
 logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Read the command line and train."""
+    """Read the command line and train.
+
+    Raises:
+        SystemExit: with one line, if a record cannot be encoded.
+    """
     args = recipe_arguments(__doc__).parse_args()
-    train(load_recipe(args.recipe, Recipe, args.overrides))
+    try:
+        train(load_recipe(args.recipe, Recipe, args.overrides))
+        return
+    except SampleError as error:
+        reason = str(error).strip().splitlines()[-1].rpartition(f"{SampleError.__name__}: ")[2]  # a worker's has more
+    raise SystemExit(f"error: {reason}")  # out here the progress bar has ended its line
 
 
 def train(recipe: Recipe) -> Path:
@@ -67,6 +85,7 @@ def train(recipe: Recipe) -> Path:
     trainer.save_whole_model(output)
     if trainer.is_world_process_zero():
         copy_processor(recipe.model, output)
+        save_image_splitting(output, recipe.any_resolution)
         save_recipe(recipe, output / SAVED_RECIPE)
     return output
 
@@ -78,6 +97,10 @@ def freeze(model: Any, recipe: Recipe) -> None:
     for name in MODULES:
         for module in modules[name]:
             module.requires_grad_(name in recipe.trainable)
+
+
+class SampleError(ValueError):
+    """A record that cannot be encoded, with its file and id."""
 
 
 class Samples(Dataset):
@@ -97,27 +120,38 @@ class Samples(Dataset):
             except TooLongError as error:
                 last = error
                 logger.warning("Skipped: %s", error)
+            except (OSError, ValueError) as error:
+                raise self._name_record(other % len(self), record, error) from error
         raise last
 
     def estimate_length(self, index: int) -> int:
         """Guess a sample's length from its record and the sizes of its pictures, which are not decoded."""
         record, processor = self.mixture[index], self.encoder.processor
         length = sum(len(turn.text) for turn in record.turns) // 4
+        upright = processor.image_processor.do_exif_transpose is not False
         for picture in record.images:
-            shown = processor.image_processor.image_size_for_model(*size_of(picture), self.encoder.any_resolution)
+            try:
+                size = size_of(picture, upright)
+            except (OSError, ValueError) as error:
+                raise self._name_record(index, record, error) from error
+            shown = processor.image_processor.image_size_for_model(*size, self.encoder.any_resolution)
             length += processor._count_image_tokens(shown)
         return length
 
+    def _name_record(self, index: int, record: Record, error: Exception) -> SampleError:
+        return SampleError(f"{self.mixture.name_of(index)}, record {record.id!r}: {error}")
 
-def size_of(picture: Picture) -> tuple[int, int]:
-    """Give a picture's (height, width) from its drawing or its file's header."""
+
+def size_of(picture: Picture, upright: bool = True) -> tuple[int, int]:
+    """Give a picture's (height, width) from its drawing or its file's header, turned upright or as stored."""
     if picture.drawing:
         return picture.drawing.size
     try:
         with Image.open(io.BytesIO(picture.data) if picture.data else picture.path or "") as image:
-            return image.height, image.width
-    except OSError:
-        width, height = picture.open().size  # says what is wrong
+            is_turned = upright and image.format != "TIFF" and image.getexif().get(ORIENTATION) in SIDEWAYS
+            return (image.width, image.height) if is_turned else (image.height, image.width)
+    except Exception:  # decoders raise whatever a broken file makes them meet
+        width, height = picture.open(upright=upright).size  # says what is wrong
         return height, width
 
 

@@ -134,6 +134,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
+    command += ["-W", "default::FutureWarning", "--disable-warnings"]  # the tests look for some of them
     command += ["-c", str(tree / "pytest.ini"), "--rootdir", str(HERE), "--confcutdir", str(HERE), "--tb=short"]
     command += ["-k", options.k] if options.k else []
     command += ["--durations", str(options.durations)] if options.durations else []
