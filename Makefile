@@ -24,7 +24,7 @@ demo: setup  ## ask a picture: python demo.py --help for your own
 examples: setup  ## run every script of examples/, a few minutes each, and the notebook (docs/finetuning.md)
 	$(RUN) examples/stripes.py outputs/stripes
 	for name in finetune_lora finetune_trl_sft preference_dpo reward_grpo; do $(RUN) examples/$$name.py || exit 1; done
-	HF_HUB_OFFLINE=1 $(VENV)/bin/jupyter-execute examples/tour.ipynb --output outputs/tour/tour
+	HF_HUB_OFFLINE=1 $(VENV)/bin/jupyter-execute examples/tour.ipynb --output ../outputs/tour/tour
 
 test: setup  ## every test that needs no large disk; LINE=4 after LINE=5 also exchanges folders between the two
 	$(RUN) -m pytest -m 'not slow'
