@@ -1,24 +1,27 @@
-# `make` lists the targets. LINE=4 runs any of them on transformers 4.57 instead of 5.x.
+# `make` lists the targets. LINE=4 runs any of them on transformers 4.57 instead of 5.x, LINE=latest on whatever pip finds.
 PYTHON ?= python3
 LINE ?= 5
-VENV := .venv$(if $(filter 4,$(LINE)),-transformers-4)
-CONSTRAINTS := constraints$(if $(filter 4,$(LINE)),-transformers-4).txt
-OTHER := $(abspath $(wildcard .venv$(if $(filter 4,$(LINE)),,-transformers-4)/bin/python))
+VENV_4 := .venv-transformers-4
+VENV_5 := .venv
+VENV_latest := .venv-latest
+VENV := $(VENV_$(LINE))
+CONSTRAINTS := constraints$(if $(filter 4,$(LINE)),-transformers-4)$(if $(filter latest,$(LINE)),-latest).txt
+OTHER := $(abspath $(wildcard $(if $(filter 4,$(LINE)),$(VENV_5),$(VENV_4))/bin/python))
 RUN := HF_HUB_OFFLINE=1 BLIP3_OTHER_PYTHON=$(OTHER) $(VENV)/bin/python
+ENVIRONMENT = $(PYTHON) .ci/environment.py $(VENV) --constraints $(CONSTRAINTS)
+# What a new transformers breaks first; the pinned lines run everything.
+TESTS_latest := $(addprefix tests/test_,modeling_blip3.py conversations.py batching.py engines.py labels_and_adapters.py \
+	training_runs.py mini.py transformers_serve.py)
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-setup: $(VENV)/.ready  ## make the virtual environment (every other target does so itself)
+setup:  ## make or complete the virtual environment (every other target does so itself)
+	$(ENVIRONMENT) --extra $(if $(filter 4,$(LINE)),test,dev)
+	@mkdir -p .typing && ln -sfn .. .typing/blip3
 
-$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --upgrade pip
-	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(if $(filter 4,$(LINE)),test,dev)]'
-	mkdir -p .typing && ln -sfn .. .typing/blip3
-	touch $@
-
-demo: setup  ## ask a picture: python demo.py --help for your own
+demo:  ## ask about example images, with no more installed than that needs; python demo.py --help for your own
+	$(ENVIRONMENT) --extra demo
 	$(RUN) demo.py
 
 examples: setup  ## run every script of examples/, a few minutes each, and the notebook (docs/finetuning.md)
@@ -26,8 +29,8 @@ examples: setup  ## run every script of examples/, a few minutes each, and the n
 	for name in finetune_lora finetune_trl_sft preference_dpo reward_grpo; do $(RUN) examples/$$name.py || exit 1; done
 	HF_HUB_OFFLINE=1 $(VENV)/bin/jupyter-execute examples/tour.ipynb --output ../outputs/tour/tour
 
-test: setup  ## every test that needs no large disk; LINE=4 after LINE=5 also exchanges folders between the two
-	$(RUN) -m pytest -m 'not slow'
+test: setup  ## every test that needs no large disk (LINE=latest: some); LINE=4 after LINE=5 also exchanges folders
+	$(RUN) -m pytest -m 'not slow' $(TESTS_$(LINE))
 
 test-slow: setup  ## convert a source of true size (9 GB of disk; the source is a sparse file)
 	$(RUN) -m pytest -m slow
@@ -52,7 +55,7 @@ bench: setup  ## speed and memory beside the peers (docs/speed.md); an environme
 
 check: setup  ## lint and types
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
-	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.,configuration_blip3 image_processing_blip3 processing_blip3 modeling_blip3)
+	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.,checkpoints cli configuration_blip3 image_processing_blip3 processing_blip3 modeling_blip3)
 	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.data.,records world readers build)
 	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.training.,recipe run mixture encode train tokenizer new_model measure_packing average)
 	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.evaluation.,metrics score)

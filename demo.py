@@ -6,12 +6,13 @@
     python demo.py --model FOLDER --image FILE --question "..."             another checkpoint
 
 The example pictures were drawn from the held-out split: no training sees what they show. The figure has the first
-picture with its chosen tiles, the global view, the tokens each part takes, and every answer.
+image with its chosen tiles, the global view, the tokens they become, and every answer.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 
+from checkpoints import MINI, folder_of, locate
+from data.fonts import wrap
 from data.formats import parse_boxes
 from data.records import Picture, Turn, to_message
-from evaluation.checkpoints import find_code
 from evaluation.metrics import box_iou
 
-HERE = Path(__file__).resolve().parent
-MINI = HERE / "mini"
-WIDTH, MARGIN, LINE = 1320, 28, 24
+WIDTH, MARGIN, GAP, LABEL, CARDS_IN_A_ROW = 1320, 28, 10, 26, 3
 INK, FAINT, GOOD, BAD = "#1d2430", "#7a8391", "#1f7a4d", "#b3402a"
 TILE_COLOURS = ("#d9480f", "#1864ab", "#2b8a3e", "#862e9c", "#c92a2a", "#5c940d")
 
@@ -56,10 +56,28 @@ class Exchange:
         return " ".join(self.prompt.replace("<image>", "").split())
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Line:
+    """A line of text in the figure."""
+
+    text: str
+    size: int
+    colour: str
+
+    @property
+    def height(self) -> int:
+        """Pixels from this line to the next."""
+        return round(1.3 * self.size)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Load, ask, print and draw."""
-    args = parse_arguments()
-    folder = args.model
+    args = parse_arguments(arguments)
+    try:
+        folder = folder_of(args.model)
+        locate(folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
     start = time.perf_counter()
     exchanges = [own_question(args)] if args.image else load_examples(folder)
     models = {folder: load(folder)}
@@ -78,15 +96,15 @@ def main() -> None:
     print(f"\nFigure: {args.output}   ({time.perf_counter() - start:.0f} s in all)")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=MINI, help="checkpoint folder (default: mini)")
+    parser.add_argument("--model", default=MINI, help="checkpoint folder, or owner/name (default: mini)")
     parser.add_argument("--image", type=Path, action="append", help="picture file; repeat for several")
     parser.add_argument("--question", default="What is written in the picture?", help="default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="length of an answer (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"), help="figure (default: %(default)s)")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def own_question(args: argparse.Namespace) -> Exchange:
@@ -139,10 +157,9 @@ def load_examples(model: Path) -> list[Exchange]:
 
 def load(folder: Path) -> tuple[Any, Any]:
     """Load processor and model."""
-    source, subfolder = find_code(folder)
-    options = {"subfolder": subfolder, "trust_remote_code": True}
-    processor = AutoProcessor.from_pretrained(source, **options)
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32, **options)
+    source = locate(folder)
+    processor = AutoProcessor.from_pretrained(**source)
+    model = AutoModelForImageTextToText.from_pretrained(**source, dtype=torch.float32)
     print(f"{folder.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters")
     return processor, model.eval()
 
@@ -172,120 +189,157 @@ def is_right(exchange: Exchange) -> bool:
 
 
 def draw_figure(exchanges: list[Exchange], processor: Any) -> Image.Image:
-    """Draw what the model saw of the first picture, and every exchange below."""
+    """Draw what the model saw of the first image, and every exchange below, up to three side by side."""
     top = draw_parts(exchanges[0], processor)
-    cards = [draw_card(exchange) for exchange in exchanges]
-    rows = [cards[index : index + 3] for index in range(0, len(cards), 3)]
+    columns = min(CARDS_IN_A_ROW, len(exchanges))
+    width = (WIDTH - MARGIN * (columns + 1)) // columns
+    cards = [draw_card(exchange, width) for exchange in exchanges]
+    rows = [cards[index : index + columns] for index in range(0, len(cards), columns)]
     heights = [max(card.height for card in row) for row in rows]
     figure = Image.new("RGB", (WIDTH, top.height + sum(heights) + MARGIN * (len(rows) + 1)), "white")
     figure.paste(top, (0, 0))
     y = top.height + MARGIN // 2
     for row, height in zip(rows, heights, strict=True):
         for index, card in enumerate(row):
-            figure.paste(card, (MARGIN + index * (card.width + MARGIN), y))
+            figure.paste(card, (MARGIN + index * (width + MARGIN), y))
         y += height + MARGIN
     return figure
 
 
 def draw_parts(exchange: Exchange, processor: Any) -> Image.Image:
-    """Draw the picture with its grid, the global view and the tiles, each with its tokens."""
-    picture, image_processor = exchange.pictures[0], processor.image_processor
-    rows, columns = image_processor.grid_of(picture.height, picture.width)
-    tiles = image_processor(picture, return_tensors="pt")["pixel_values"][0]
-    mean, std = (
-        torch.tensor(value).view(-1, 1, 1) for value in (image_processor.image_mean, image_processor.image_std)
-    )
-    shown = [Image.fromarray(((t * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()) for t in tiles]
-    height, side = 380, 380 // max(rows, 2)
-    whole = picture.resize((round(picture.width * height / picture.height), height), Image.Resampling.BICUBIC)
-    whole.thumbnail((460, height))
-    outline_tiles(whole, rows, columns)
-    figure = Image.new("RGB", (WIDTH, height + 150), "white")
-    pen = ImageDraw.Draw(figure)
-    tokens = processor.num_latents
-    write(pen, (MARGIN, 20), "What the model looks at", 26)
-    total = f"{1 + rows * columns} parts x {tokens} = {(1 + rows * columns) * tokens} image tokens"
-    write(
-        pen, (MARGIN, 56), f"{picture.height} x {picture.width} pixels, {rows} x {columns} tiles: {total}", 16, FAINT
-    )
-    figure.paste(whole, (MARGIN, 100))
+    """Draw the first image with its grid, the global view and the tiles, each with its tokens."""
+    image, image_processor = exchange.pictures[0], processor.image_processor
+    rows, columns = image_processor.grid_of(image.height, image.width)
+    views = views_of(image, image_processor)
+    top, height, global_side = 100, 380, 190
     x = 2 * MARGIN + 460
-    figure.paste(shown[0].resize((190, 190), Image.Resampling.NEAREST), (x, 100))
-    pen.rectangle((x, 100, x + 189, 289), outline=FAINT)
-    write(pen, (x, 298), f"global view: {tokens} tokens", 15, FAINT)
-    x += 190 + MARGIN
+    tiles_x = x + global_side + MARGIN
+    side = min(  # the largest with which all tiles stay inside the figure
+        (WIDTH - tiles_x - MARGIN - GAP * (columns - 1)) // max(1, columns),
+        (height - GAP * (rows - 1)) // max(1, rows),
+        global_side,
+    )
+    whole = fit(image, 460, height)
+    height = max(whole.height, global_side + LABEL, rows * (side + GAP) + LABEL)
+    figure = Image.new("RGB", (WIDTH, top + height + GAP), "white")
+    pen = ImageDraw.Draw(figure)
+    write(pen, (MARGIN, 20), "What the model looks at", 26)
+    write(pen, (MARGIN, 56), count_tokens(image, processor, rows, columns), 16, FAINT)
+    outline_tiles(whole, rows, columns)
+    figure.paste(whole, (MARGIN, top))
+    figure.paste(views[0].resize((global_side, global_side), Image.Resampling.NEAREST), (x, top))
+    pen.rectangle((x, top, x + global_side - 1, top + global_side - 1), outline=FAINT)
+    write(pen, (x, top + global_side + 4), "global view", 15, FAINT)
     for index in range(rows * columns):
         row, column = divmod(index, columns)
-        corner = (x + column * (side + 10), 100 + row * (side + 10))
-        figure.paste(shown[1 + index].resize((side, side), Image.Resampling.NEAREST), corner)
+        corner = (tiles_x + column * (side + GAP), top + row * (side + GAP))
+        figure.paste(views[1 + index].resize((side, side), Image.Resampling.NEAREST), corner)
         colour = TILE_COLOURS[index % len(TILE_COLOURS)]
         pen.rectangle((corner[0], corner[1], corner[0] + side - 1, corner[1] + side - 1), outline=colour, width=4)
-    write(pen, (x, 100 + rows * (side + 10) + 4), f"tiles: {tokens} tokens each", 15, FAINT)
+    if rows * columns:
+        write(pen, (tiles_x, top + rows * (side + GAP) + 2), "tiles", 15, FAINT)
     return figure
 
 
-def outline_tiles(picture: Image.Image, rows: int, columns: int) -> None:
-    """Draw the tiles over the picture, as far as they show it."""
+def views_of(image: Image.Image, image_processor: Any) -> list[Image.Image]:
+    """Give the global view and the tiles as the model sees them: padded, at the tower's resolution."""
+    views = image_processor(image, return_tensors="pt")["pixel_values"][0]
+    mean, std = (
+        torch.tensor(value).view(-1, 1, 1) for value in (image_processor.image_mean, image_processor.image_std)
+    )
+    return [Image.fromarray(((v * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()) for v in views]
+
+
+def count_tokens(image: Image.Image, processor: Any, rows: int, columns: int) -> str:
+    """Say how many tokens the image becomes."""
+    counted = processor._get_num_multimodal_tokens(image_sizes=[(image.height, image.width)])
+    (num_tokens,), num_views = counted["num_image_tokens"], 1 + rows * columns
+    product = f"{num_views} x {processor.num_latents} = "
+    is_product = num_tokens == num_views * processor.num_latents  # each view is resampled by itself
+    return (
+        f"{image.height} x {image.width} pixels, global view and {rows} x {columns} tiles: "
+        f"{product if is_product else ''}{num_tokens} image tokens"
+    )
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Resize an image to the largest size within a box."""
+    scale = min(width / image.width, height / image.height)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def outline_tiles(image: Image.Image, rows: int, columns: int) -> None:
+    """Draw the tiles over the image, as far as they show it."""
     if not rows * columns:
         return
-    scale = max(picture.height / rows, picture.width / columns)  # side of a tile in pixels of this picture
-    top, left = (picture.height - rows * scale) / 2, (picture.width - columns * scale) / 2
-    pen = ImageDraw.Draw(picture)
+    scale = max(image.height / rows, image.width / columns)  # side of a tile in pixels of this image
+    top, left = (image.height - rows * scale) / 2, (image.width - columns * scale) / 2
+    pen = ImageDraw.Draw(image)
     for index in range(rows * columns):
         row, column = divmod(index, columns)
         x, y = left + column * scale, top + row * scale
-        box = (max(0, x), max(0, y), min(picture.width, x + scale) - 1, min(picture.height, y + scale) - 1)
-        pen.rectangle(box, outline=TILE_COLOURS[index % len(TILE_COLOURS)], width=4)
+        box = (max(0, x), max(0, y), min(image.width, x + scale) - 1, min(image.height, y + scale) - 1)
+        if box[0] <= box[2] and box[1] <= box[3]:
+            pen.rectangle(box, outline=TILE_COLOURS[index % len(TILE_COLOURS)], width=4)
 
 
-def draw_card(exchange: Exchange) -> Image.Image:
-    """Draw the pictures of an exchange with question and answer."""
-    width = (WIDTH - 4 * MARGIN) // 3
-    card = Image.new("RGB", (width, 330), "#f6f7f9")
-    shown = [picture.copy() for picture in exchange.pictures]
-    room = (width - 20 - 10 * (len(shown) - 1)) // len(shown)
-    x = 10
-    for picture in shown:
-        picture.thumbnail((room, 190))
-        card.paste(picture, (x, 10))
-        x += room + 10
+def draw_card(exchange: Exchange, width: int) -> Image.Image:
+    """Draw the images of an exchange with question and answer, both whole: the card is as high as they need."""
+    images, room = place_images(exchange.pictures, width)
+    lines = card_lines(exchange, width - 2 * GAP)
+    text_top = room + 4
+    card = Image.new("RGB", (width, text_top + sum(line.height for line in lines) + 12), "#f6f7f9")
+    for image, corner in images:
+        card.paste(image, corner)
     if exchange.task == "box":
-        outline_box(card, shown[0], exchange.answer)
-    pen = ImageDraw.Draw(card)
-    y = 210
-    for line in wrap(exchange.question, width - 24, 16):
-        write(pen, (12, y), line, 16)
-        y += 21
-    colour = INK if not exchange.truth else GOOD if is_right(exchange) else BAD
-    for line in wrap(exchange.answer or "(nothing)", width - 24, 20)[:2]:
-        write(pen, (12, y + 4), line, 20, colour)
-        y += 26
-    if exchange.truth and not is_right(exchange):
-        write(pen, (12, y + 6), f"it is {exchange.truth}", 15, FAINT)
+        outline_box(card, images[0][0], exchange.answer)
+    pen, y = ImageDraw.Draw(card), text_top
+    for line in lines:
+        write(pen, (GAP, y), line.text, line.size, line.colour)
+        y += line.height
     return card
 
 
-def outline_box(card: Image.Image, picture: Image.Image, answer: str) -> None:
-    """Draw the box of an answer over the picture in the card's corner."""
+def place_images(images: list[Image.Image], width: int) -> tuple[list[tuple[Image.Image, tuple[int, int]]], int]:
+    """Shrink images and place them in rows.
+
+    Returns:
+        each image with its corner, and the height they take.
+    """
+    per_row = min(len(images), max(1, (width - GAP) // (80 + GAP)))
+    height = 190 if len(images) <= per_row else 110
+    column = (width - GAP * (per_row + 1)) // per_row
+    shrunk, placed, y = [fit(image, column, height) for image in images], [], GAP
+    for first in range(0, len(shrunk), per_row):
+        row = shrunk[first : first + per_row]
+        placed += [(image, (GAP + place * (column + GAP), y)) for place, image in enumerate(row)]
+        y += max(image.height for image in row) + GAP
+    return placed, y
+
+
+def card_lines(exchange: Exchange, width: int) -> list[Line]:
+    """Give question, answer and, where it differs, the reference answer, wrapped."""
+    is_wrong = bool(exchange.truth) and not is_right(exchange)
+    colour = INK if not exchange.truth else BAD if is_wrong else GOOD
+    texts = [(exchange.question, 16, INK), (exchange.answer or "(nothing)", 20, colour)]
+    texts += [(f"it is {exchange.truth}", 15, FAINT)] if is_wrong else []
+    return [
+        Line(text, size, colour)
+        for whole, size, colour in texts
+        for text in wrap(whole, width, ImageFont.load_default(size))
+    ]
+
+
+def outline_box(card: Image.Image, image: Image.Image, answer: str) -> None:
+    """Draw the box of an answer over the image in the card's corner."""
     boxes = parse_boxes(answer)
     if not boxes:
         return
     x1, y1, x2, y2 = boxes[0]
-    corners = (10 + x1 * picture.width, 10 + y1 * picture.height, 10 + x2 * picture.width, 10 + y2 * picture.height)
+    corners = (GAP + x1 * image.width, GAP + y1 * image.height, GAP + x2 * image.width, GAP + y2 * image.height)
     if corners[0] < corners[2] and corners[1] < corners[3]:
         ImageDraw.Draw(card).rectangle(corners, outline="#d9480f", width=3)
-
-
-def wrap(text: str, width: int, size: int) -> list[str]:
-    """Break a text into lines of at most so many pixels."""
-    font, lines = ImageFont.load_default(size), [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
 
 
 def write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, size: int, colour: str = INK) -> None:

@@ -13,13 +13,13 @@ import logging
 import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from checkpoints import locate, or_its_mini
 from serving.bodies import IMAGE_TOKEN, Options, Prompt, RequestLimits, check_slots, parse_body
 from serving.pictures import PictureFetcher, PictureLimits, read_limits
 
@@ -53,7 +53,7 @@ class EndpointHandler:
     ):
         self.fetcher = PictureFetcher(picture_limits, public_loopback)
         self.limits = read_limits(RequestLimits, "BLIP3_REQUEST_") if request_limits is None else request_limits
-        source = find_checkpoint(path) | {"trust_remote_code": True}
+        source = locate(or_its_mini(path))
         self.processor = AutoProcessor.from_pretrained(**source)
         model = AutoModelForImageTextToText.from_pretrained(**source, dtype="auto")
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -160,16 +160,6 @@ class EndpointHandler:
                 }
             )
         return answers
-
-
-def find_checkpoint(path: str) -> dict[str, Any]:
-    """Say what `from_pretrained` must load: the folder, or its mini/ where the folder has no weights of its own."""
-    folder, mini = Path(path), Path(path, "mini")
-    if any(folder.glob("*.safetensors")) or not (mini / "config.json").is_file():
-        return {"pretrained_model_name_or_path": path}
-    if (mini / "modeling_blip3.py").is_file():
-        return {"pretrained_model_name_or_path": str(mini)}
-    return {"pretrained_model_name_or_path": path, "subfolder": "mini"}
 
 
 @contextlib.contextmanager

@@ -425,7 +425,7 @@ def _check_exactly_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Tens
 
 def _cast_to_match(hidden_states: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     """Cast to the dtype of a layer's weight, where it is one to compute in (quantized weights are not)."""
-    weight = getattr(layer, "weight", None)
+    weight: Any = getattr(layer, "weight", None)
     is_plain = weight is not None and weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return hidden_states.to(weight.dtype) if is_plain else hidden_states
 
@@ -1075,7 +1075,7 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
                     image += 1
         return {**model_inputs, **_select_images(kept, pictures, features)}
 
-    def _image_lengths(self, image_sizes: torch.Tensor | None, features: Any) -> list[int]:
+    def _image_lengths(self, image_sizes: Any, features: Any) -> list[int]:
         """Count the image tokens of each image, by its features or by its size."""
         if features is not None:
             return [len(tokens) for tokens in features.pooler_output]

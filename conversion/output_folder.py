@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from checkpoints import CODE_FILES
 from conversion.configs import (
     REPOSITORY,
     Checkpoint,
@@ -40,10 +41,10 @@ from conversion.tensors import (
 )
 from conversion.tokenizer_files import copy_files, present_files, stop_ids, write_tokenizer
 
-CODE_FILES = ("configuration_blip3.py", "image_processing_blip3.py", "processing_blip3.py", "modeling_blip3.py")
 DOOR_FILES = (  # handler.py and what it imports
     "handler.py",
     "requirements.txt",
+    "checkpoints.py",
     "serving/__init__.py",
     "serving/bodies.py",
     "serving/pictures.py",

@@ -24,7 +24,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
-from .fonts import load_font
+from .fonts import load_font, shorten, wrap
 from .records import IMAGE_TOKEN, Picture, Record, write_jsonl
 from .settings import WorldSettings
 from .splits import SPLITS
@@ -176,33 +176,48 @@ def _write_parquet(records: Iterator[Record], shard: Path, pictures: str) -> Non
 
 # ------------------------------------------------------------------------------------------------------ the sheet
 
-_CELL, _PICTURE_HEIGHT, _MARGIN = 300, 190, 12
+_CELL, _IMAGE_HEIGHT, _TEXT_HEIGHT, _MARGIN = 300, 190, 128, 12
+_LINE, _FONT_SIZE = 15, 12
 
 
 def draw_sheet(
     tasks: Sequence[str], split: str = "train", seed: int = 0, settings: WorldSettings | None = None, columns: int = 6
 ) -> Image.Image:
-    """Draw a grid of samples, a row of `columns` samples for each task, with their questions and answers."""
-    row_height = _PICTURE_HEIGHT + 128
+    """Draw a grid of samples, a row of `columns` samples for each task, with their questions and answers.
+
+    Samples without images show their text from the top of the cell.
+    """
+    row_height = _IMAGE_HEIGHT + _TEXT_HEIGHT
     sheet = Image.new("RGB", (columns * _CELL + _MARGIN, len(tasks) * row_height + _MARGIN), "#d9dde3")
     pen = ImageDraw.Draw(sheet)
     for row, task in enumerate(tasks):
         for column, record in enumerate(drawn_records(task, split, seed, columns, settings)):
-            corner = (_MARGIN + column * _CELL, _MARGIN + row * row_height)
-            _draw_cell(sheet, pen, record, task, corner, row_height)
+            _draw_cell(sheet, pen, record, task, (_MARGIN + column * _CELL, _MARGIN + row * row_height))
     return sheet
 
 
 def _draw_cell(
-    sheet: Image.Image, pen: ImageDraw.ImageDraw, record: Record, task: str, corner: tuple[int, int], height: int
+    sheet: Image.Image, pen: ImageDraw.ImageDraw, record: Record, task: str, corner: tuple[int, int]
 ) -> None:
     x, y = corner
-    width = _CELL - _MARGIN
-    pen.rounded_rectangle((x, y, x + width, y + height - _MARGIN), radius=8, fill="#ffffff")
-    shown = record.images[:4] if len(record.images) < 5 else (*record.images[:5], record.images[-1])
+    right, bottom = x + _CELL - _MARGIN, y + _IMAGE_HEIGHT + _TEXT_HEIGHT - _MARGIN
+    pen.rounded_rectangle((x, y, right, bottom), radius=8, fill="#ffffff")
+    if record.images:
+        _draw_images(sheet, pen, record.images, corner)
+    top = y + (_IMAGE_HEIGHT if record.images else 8)
+    pen.text((x + 8, top), f"{task} ({record.kind})", "#8a5a00", load_font("Aileron", 13))
+    _draw_lines(pen, _sheet_lines(record), (x + 8, top + 18, right - 8, bottom - 2))
+
+
+def _draw_images(
+    sheet: Image.Image, pen: ImageDraw.ImageDraw, images: Sequence[Picture], corner: tuple[int, int]
+) -> None:
+    """Draw up to six images of a sample side by side, in the upper part of its cell."""
+    x, y = corner
+    shown = images[:4] if len(images) < 5 else (*images[:5], images[-1])
     columns = min(len(shown), 2) if len(shown) < 5 else 3
     rows = -(-len(shown) // columns)
-    room = ((width - 12) // columns - 4, (_PICTURE_HEIGHT - 8) // rows - 4)
+    room = ((_CELL - _MARGIN - 12) // columns - 4, (_IMAGE_HEIGHT - 8) // rows - 4)
     for index, picture in enumerate(shown):
         image = picture.open()
         image.thumbnail(room, Image.Resampling.LANCZOS)
@@ -210,12 +225,10 @@ def _draw_cell(
         top = y + 6 + (index // columns) * (room[1] + 4) + (room[1] - image.height) // 2 + 2
         sheet.paste(image, (left, top))
         pen.rectangle((left - 1, top - 1, left + image.width, top + image.height), outline="#b8bec8")
-    pen.text((x + 8, y + _PICTURE_HEIGHT), f"{task} ({record.kind})", "#8a5a00", load_font("Aileron", 13))
-    _draw_lines(pen, _sheet_lines(record), (x + 8, y + _PICTURE_HEIGHT + 18), width - 16)
 
 
 def _sheet_lines(record: Record) -> list[tuple[str, str]]:
-    """Give what is written under a sample: (text, colour) each, short enough for its cell."""
+    """Give what is written about a sample: (text, colour) each."""
     lines = []
     turns = record.turns if record.kind != "few_shot" else (*record.turns[:4], *record.turns[-2:])
     for turn in turns:
@@ -226,21 +239,14 @@ def _sheet_lines(record: Record) -> list[tuple[str, str]]:
     return lines
 
 
-def _draw_lines(pen: ImageDraw.ImageDraw, lines: list[tuple[str, str]], corner: tuple[int, int], width: int) -> None:
-    """Write wrapped lines from a corner down, at most six."""
-    font, (x, y) = load_font("Aileron", 12), corner
-    wrapped: list[tuple[str, str]] = []
-    for text, colour in lines:
-        current = ""
-        for word in text.split():
-            if current and font.getlength(f"{current} {word}") > width:
-                wrapped.append((current, colour))
-                current = word
-            else:
-                current = f"{current} {word}".strip()
-        wrapped.append((current, colour))
-    for row, (text, colour) in enumerate(wrapped[:6]):
-        pen.text((x, y + 15 * row), text + (" ..." if row == 5 and len(wrapped) > 6 else ""), colour, font)
+def _draw_lines(pen: ImageDraw.ImageDraw, lines: Sequence[tuple[str, str]], box: tuple[int, int, int, int]) -> None:
+    """Write wrapped lines into a box (left, top, right, bottom); what does not fit ends in dots."""
+    font, (left, top, right, bottom) = load_font("Aileron", _FONT_SIZE), box
+    wrapped = [(line, colour) for text, colour in lines for line in wrap(text, right - left, font)]
+    num_shown = (bottom - top) // _LINE
+    for row, (text, colour) in enumerate(wrapped[:num_shown]):
+        is_cut = row == num_shown - 1 and len(wrapped) > num_shown
+        pen.text((left, top + _LINE * row), shorten(text, right - left, font) if is_cut else text, colour, font)
 
 
 # -------------------------------------------------------------------------------------------------- command line

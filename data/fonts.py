@@ -18,6 +18,7 @@ FACES = {
     "Fredoka One": ("font_fredoka_one", "FredokaOne-Regular.ttf"),
 }
 """Face -> (package, file)."""
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @lru_cache(maxsize=2048)
@@ -56,3 +57,41 @@ def load_font(face: str, points: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(
         str(Path(spec.origin).parent / "files" / file), points, layout_engine=ImageFont.Layout.BASIC
     )
+
+
+def wrap(text: str, width: float, font: Font) -> list[str]:
+    """Break a text into lines of at most `width` pixels, inside a word where the word alone is longer.
+
+    Returns:
+        one line or more; line breaks of the text are kept.
+    """
+    lines = []
+    for paragraph in text.splitlines() or [""]:
+        line = ""
+        for word in paragraph.split():
+            longer = f"{line} {word}".strip()
+            if font.getlength(longer) <= width:
+                line = longer
+                continue
+            lines += [line] if line else []
+            *full, line = _break_word(word, width, font)
+            lines += full
+        lines.append(line)
+    return lines
+
+
+def _break_word(word: str, width: float, font: Font) -> list[str]:
+    """Break a word into pieces of at most `width` pixels, of at least one character each."""
+    pieces = [""]
+    for character in word:
+        if pieces[-1] and font.getlength(pieces[-1] + character) > width:
+            pieces.append("")
+        pieces[-1] += character
+    return pieces
+
+
+def shorten(text: str, width: float, font: Font, ending: str = " ...") -> str:
+    """Add `ending` to a text that goes on, and take off as many characters as that needs to stay within `width`."""
+    while text and font.getlength(text + ending) > width:
+        text = text[:-1]
+    return text + ending

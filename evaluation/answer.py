@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..checkpoints import locate
 from ..data.records import open_images
-from .checkpoints import check_folder, find_code
 from .tasks import Question
 
 STOPS = ("<|end|>", "<|endofchunk|>")
@@ -28,10 +28,10 @@ class Answerer(Protocol):
 
 
 class Checkpoint:
-    """A folder that `from_pretrained` loads, as an `Answerer`.
+    """A checkpoint as an `Answerer`.
 
     Args:
-        folder: a converted or trained checkpoint.
+        folder: a converted or trained checkpoint, or `owner/name` on the Hub.
         subfolder: inside it, or empty.
         base_resolution: show each picture as its global view alone; False shows it as the checkpoint's image processor
             does by default, which for a checkpoint trained so is the global view alone as well.
@@ -40,7 +40,7 @@ class Checkpoint:
         device: such as `cpu` or `cuda`; `auto` takes a GPU where there is one.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint in the folder.
+        FileNotFoundError: if there is no such checkpoint.
     """
 
     def __init__(
@@ -53,10 +53,9 @@ class Checkpoint:
         dtype: str = "auto",
         device: str = "auto",
     ):
-        folder, subfolder = find_code(check_folder(folder, subfolder))
-        options: dict[str, Any] = {"trust_remote_code": True, "subfolder": subfolder}
-        self.processor = AutoProcessor.from_pretrained(folder, **options)
-        model = AutoModelForImageTextToText.from_pretrained(folder, **options, dtype=dtype)
+        source = locate(folder, subfolder)
+        self.processor = AutoProcessor.from_pretrained(**source)
+        model = AutoModelForImageTextToText.from_pretrained(**source, dtype=dtype)
         self.model = model.to(pick_device(device)).eval()
         self.base_resolution, self.max_new_tokens = base_resolution, max_new_tokens
         self.stop_ids = self._find_stops()

@@ -3,6 +3,7 @@
 
 import json
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ Numbers = dict[str, Any]
 
 SAMPLES = 3  # right ones and wrong ones, each
 CONFIDENCE = "95 %"
+MIN_WIDTH, CHARACTERS_PER_INCH = 5.0, 10.0  # of the plot, in inches; of its title and its legend
 
 
 @dataclass(frozen=True)
@@ -255,21 +257,31 @@ def draw_plot(results: Sequence[Result], summaries: Sequence[Numbers]) -> Any:
         chosen = [pair for pair in zip(results, summaries, strict=True) if pair[0].is_share == is_share]
         panels += [(is_share, chosen)] if chosen else []
     num_rows = [len({result.label for result, _ in chosen}) for _, chosen in panels]
-    figure = new_figure((2.5 + 0.9 * sum(num_rows), 4.5), "evaluation")
+    models = list(dict.fromkeys(result.model for result in results))
+    width = max(MIN_WIDTH, 2.5 + 0.9 * sum(num_rows))
+    characters = int(CHARACTERS_PER_INCH * width)
+    title = textwrap.wrap(_title(results, models), characters)
+    names = [textwrap.fill(model, characters - 8) for model in models]  # beside a coloured patch
+    legend_columns = max(1, characters // (8 + max(map(len, models))))
+    legend_lines = sum(name.count("\n") + 1 for name in names) / legend_columns if len(models) > 1 else 0
+    figure = new_figure((width, 4.3 + 0.2 * (len(title) + legend_lines)), "evaluation")
     all_axes = figure.subplots(1, len(panels), width_ratios=num_rows, squeeze=False)[0]
     for axes, (is_share, chosen) in zip(all_axes, panels, strict=True):
         _draw_bars(axes, chosen, 100 if is_share else 1)
         axes.set_ylabel("% of questions" if is_share else "CIDEr")
         axes.set_ylim(0, 100 if is_share else None)
-    models = {result.model for result in results}
     if len(models) > 1:
-        handles, labels = all_axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper", frameon=False)
-    name = "" if len(models) > 1 else f"{results[0].model}: "
+        handles, _ = all_axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=legend_columns, frameon=False)
+    figure.suptitle("\n".join(title), fontsize=11)
+    return figure
+
+
+def _title(results: Sequence[Result], models: Sequence[str]) -> str:
+    name = "" if len(models) > 1 else f"{models[0]}: "
     counts = {len(result.questions) for result in results}
     shown = f"{min(counts):,}" if len(counts) == 1 else f"{min(counts):,} to {max(counts):,}"
-    figure.suptitle(f"{name}held-out drawn world, {shown} questions a task, {CONFIDENCE} intervals", fontsize=11)
-    return figure
+    return f"{name}held-out drawn world, {shown} questions a task, {CONFIDENCE} intervals"
 
 
 def _draw_bars(axes: Any, chosen: list[tuple[Result, Numbers]], scale: float) -> None:
@@ -284,7 +296,7 @@ def _draw_bars(axes: Any, chosen: list[tuple[Result, Numbers]], scale: float) ->
         above = [scale * max(0.0, summary["high"] - summary["score"]) for _, summary in own]
         axes.bar(places, scores, width * 0.92, yerr=[below, above], capsize=3, label=model, color=f"C{number}")
     axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
-    axes.margins(x=0.02)
+    axes.set_xlim(-0.6, len(labels) - 0.4)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

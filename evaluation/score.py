@@ -25,9 +25,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..checkpoints import fingerprint
 from ..data.settings import WorldSettings, load_settings
 from .answer import DTYPES, Answerer, Checkpoint, pick_device
-from .checkpoints import fingerprint
 from .report import Result, write_report
 from .tasks import SPLIT, TASKS, Question, make_questions
 

@@ -2,13 +2,14 @@
 """A page to talk with BLIP-3 about pictures: streamed answers, and the tiles and tokens each picture becomes.
 
     python serving/app.py                                    the repository's mini/
-    python serving/app.py --model FOLDER --subfolder NAME    any converted checkpoint
+    python serving/app.py --model FOLDER                     any converted checkpoint
 
     question, pictures --+--> answer --- messages_of --> processor --> generate in a thread --> text, piece by piece
                          |
                          +--> preview --- describe_pictures --> panel_html: sizes, grids, tokens, tiles
 
-On a Hugging Face Space this file, its requirements and a checkpoint are enough; serving/space/README.md is the card.
+On a Hugging Face Space this file, checkpoints.py, the requirements and a checkpoint are enough; the card is
+serving/space/README.md.
 The conversation is kept by the server, so what a browser sends is one question, and pictures are opened only from the
 folder of this page's own uploads. Nothing is fetched from the hub, and nothing is reported to anyone.
 """
@@ -23,6 +24,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import textwrap
 import threading
@@ -44,6 +46,12 @@ from transformers import (
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
+
+try:
+    from ..checkpoints import MINI, folder_of, locate, or_its_mini
+except ImportError:  # started as a file: checkpoints.py is one folder above, or beside it on a Space
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from checkpoints import MINI, folder_of, locate, or_its_mini
 
 logger = logging.getLogger("blip3.serving")
 
@@ -605,7 +613,7 @@ def build_page(chat: Chat, name: str, examples: Sequence[dict] = ()) -> gr.Block
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; Spaces and containers set host and port by Gradio's own variables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="converted folder (default: the one that holds mini/)")
+    parser.add_argument("--model", default=MINI, help="checkpoint folder (default: mini)")
     parser.add_argument("--subfolder", default="", help="checkpoint inside it (default: none)")
     host, port = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
     parser.add_argument("--host", default=host, help="address to listen on; 0.0.0.0 for all (default: %(default)s)")
@@ -613,28 +621,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def find_mini(roots: Sequence[Path] = (HERE, HERE.parent)) -> Path | None:
-    """The folder that holds mini/: beside this file on a Space, one above it in the repository; None without."""
-    return next((root for root in roots if (root / "mini" / "config.json").is_file()), None)
-
-
-def load(folder: Path, subfolder: str = "") -> tuple[Any, Any]:
+def load(checkpoint: str | Path, subfolder: str = "") -> tuple[Any, Any]:
     """Load processor and model, on the GPU if there is one.
 
     Args:
-        folder: a repository.
-        subfolder: the checkpoint inside it; its code may lie beside it or in `folder`.
+        checkpoint: as `checkpoints.locate` takes it.
+        subfolder: inside it.
 
     Raises:
         ValueError: if it is a base checkpoint, which has no chat template.
+        FileNotFoundError: if there is no such checkpoint.
     """
-    if subfolder and (folder / subfolder / "modeling_blip3.py").is_file():
-        folder, subfolder = folder / subfolder, ""
-    source = {"pretrained_model_name_or_path": folder, "subfolder": subfolder, "trust_remote_code": True}
+    source = locate(checkpoint, subfolder)
     processor = AutoProcessor.from_pretrained(**source)
     if not processor.chat_template:
         raise ValueError(
-            f"{folder.name} has no chat template but this page holds conversations. It is probably a base "
+            f"{subfolder or checkpoint} has no chat template but this page holds conversations. It is probably a base "
             "checkpoint, which continues text: pass an instruct checkpoint as --model."
         )
     model = AutoModelForImageTextToText.from_pretrained(**source, dtype="auto")
@@ -668,17 +670,18 @@ def load_examples(source: Path, folder: Path) -> list[dict]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Load, build the page and serve it until it is interrupted."""
     args = parse_arguments(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # containers end so; uploads are deleted as on Ctrl-C
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    folder, subfolder = args.model, args.subfolder
-    if folder is None:
-        folder, subfolder = find_mini(), subfolder or "mini"
-    if folder is None:
-        raise SystemExit("No checkpoint: --model was not given and there is no mini/ here. Pass --model FOLDER.")
+    checkpoint, subfolder = or_its_mini(args.model) if not args.subfolder else args.model, args.subfolder
     with tempfile.TemporaryDirectory(prefix="blip3-page-") as scratch:
-        processor, model = load(folder, subfolder)
+        try:
+            processor, model = load(checkpoint, subfolder)
+        except (FileNotFoundError, ValueError) as error:
+            raise SystemExit(f"error: {error}") from None
+        folder = folder_of(checkpoint, subfolder)
         chat = Chat(processor, model, Path(scratch) / "uploads")
-        examples = load_examples(folder / subfolder / "examples", Path(scratch) / "examples")
-        name = subfolder or folder.resolve().name
+        examples = load_examples(folder / "examples", Path(scratch) / "examples")
+        name = folder.name
         launch(build_page(chat, name, examples), chat.limits, args.host, args.port)
 
 
@@ -709,5 +712,4 @@ def launch(page: gr.Blocks, limits: Limits, host: str, port: int | None, is_bloc
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # containers end so; uploads are deleted as on Ctrl-C
     main()

@@ -37,6 +37,12 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+try:
+    from ..checkpoints import CODE_FILES, folder_of, locate
+except ImportError:  # started as a file: checkpoints.py is one folder above, or beside it on a Space
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from checkpoints import CODE_FILES, folder_of, locate
+
 ENGINES = ("transformers", "vllm")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 PICTURE_SUFFIXES = (
@@ -66,7 +72,7 @@ class BatchSettings:
     """One run, as the command line gives it.
 
     Attributes:
-        model: a converted folder.
+        model: a checkpoint, as `checkpoints.locate` takes it.
         input: a folder of pictures, a parquet file or a folder of them; folders are read with all that is below.
         output: a folder, made if need be.
         question: asked of each picture whose row has none of its own.
@@ -207,7 +213,7 @@ def _stream(settings: BatchSettings, plan: "Plan") -> Iterator[list[dict]]:
         rows = units.map_batches(functools.partial(_read_units, batch_size=settings.batch_size), batch_size=1)
         answered = rows.repartition(target_num_rows_per_block=settings.batch_size).map_batches(
             Answerer,
-            fn_constructor_args=(dataclasses.replace(settings, model=settings.model.resolve()),),
+            fn_constructor_args=(dataclasses.replace(settings, model=folder_of(settings.model)),),
             batch_size=settings.batch_size,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=settings.workers),
@@ -349,10 +355,9 @@ class TransformersEngine:
 
     def __init__(self, settings: BatchSettings):
         self.max_new_tokens = settings.max_new_tokens
-        self.processor = AutoProcessor.from_pretrained(settings.model, trust_remote_code=True)
-        model = AutoModelForImageTextToText.from_pretrained(
-            settings.model, trust_remote_code=True, dtype=settings.dtype
-        )
+        source = locate(settings.model)
+        self.processor = AutoProcessor.from_pretrained(**source)
+        model = AutoModelForImageTextToText.from_pretrained(**source, dtype=settings.dtype)
         device = "cuda" if settings.num_gpus_per_worker else "cpu"
         if model.device.type != device:  # a quantized model is there already, and refuses to be moved
             model = model.to(device)
@@ -404,11 +409,12 @@ class VllmEngine:
     def __init__(self, settings: BatchSettings):
         vllm = _import_vllm()
         self.max_new_tokens = settings.max_new_tokens
-        self.processor = AutoProcessor.from_pretrained(settings.model, trust_remote_code=True)
-        self.config = AutoConfig.from_pretrained(settings.model, trust_remote_code=True)
+        source = locate(settings.model)
+        self.processor = AutoProcessor.from_pretrained(**source)
+        self.config = AutoConfig.from_pretrained(**source)
         self.sampling = vllm.SamplingParams(temperature=0, max_tokens=settings.max_new_tokens)
         self.llm = vllm.LLM(
-            model=str(settings.model),
+            model=str(folder_of(settings.model)),
             trust_remote_code=True,
             dtype=settings.dtype,
             limit_mm_per_prompt={"image": 1},
@@ -474,14 +480,16 @@ def _check_model(settings: BatchSettings) -> None:
     It also puts the folder's code where transformers imports it from, which two workers must not do at once.
 
     Raises:
-        ValueError: if the folder is no converted model.
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: if vLLM cannot read it.
         ImportError: if Ray or the engine is not installed.
     """
-    if not (settings.model / "config.json").is_file():
+    source = locate(settings.model)
+    if settings.engine == "vllm" and source["subfolder"]:
         raise ValueError(
-            f"The model {str(settings.model)!r} has no config.json, but a converted folder is expected. It is "
-            "probably a name on the Hub or a folder of another kind: download it, or convert it with "
-            "convert_weights.py."
+            f"The model {str(settings.model)!r} takes its code from {source['pretrained_model_name_or_path']}, but "
+            "vLLM reads one folder. It is probably a checkpoint inside a repository, as mini/: copy it and the "
+            f"{len(CODE_FILES)} files *_blip3.py into one folder."
         )
     if importlib.util.find_spec("ray") is None:
         raise ImportError(
@@ -490,9 +498,11 @@ def _check_model(settings: BatchSettings) -> None:
         )
     if settings.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         _import_vllm()
-    AutoProcessor.from_pretrained(settings.model, trust_remote_code=True)
-    config = AutoConfig.from_pretrained(settings.model, trust_remote_code=True)
-    get_class_from_dynamic_module(config.auto_map["AutoModelForImageTextToText"], str(settings.model))
+    AutoProcessor.from_pretrained(**source)
+    config = AutoConfig.from_pretrained(**source)
+    get_class_from_dynamic_module(
+        config.auto_map["AutoModelForImageTextToText"], source["pretrained_model_name_or_path"]
+    )
 
 
 # -- The input --------------------------------------------------------------------------------------------------------
@@ -771,10 +781,10 @@ def _manifest(settings: BatchSettings) -> dict:
     """What answers depend on, and for the reader what else they were made with."""
     names = ("question", "question_column", "image_column", "id_column", "engine", "max_new_tokens", "dtype")
     compared = {name: getattr(settings, name) for name in names}
-    compared |= {"input": str(settings.input.resolve()), "model": fingerprint(settings.model)}
+    compared |= {"input": str(settings.input.resolve()), "model": fingerprint(folder_of(settings.model))}
     packages = ("torch", "transformers", "ray", *(["vllm"] if settings.engine == "vllm" else []))
     versions = {name: version(name) for name in packages if importlib.util.find_spec(name)}
-    return {"settings": compared, "made_with": {"model": str(settings.model.resolve()), **versions}}
+    return {"settings": compared, "made_with": {"model": str(folder_of(settings.model)), **versions}}
 
 
 def fingerprint(folder: Path) -> str:
@@ -809,7 +819,7 @@ def parse_args(argv: list[str] | None = None) -> BatchSettings:
     """Read the command line; usage errors exit with code 2."""
     parser = argparse.ArgumentParser(prog="python -m blip3.serving.batch", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="FOLDER", help="a converted folder")
+    add("--model", type=Path, required=True, metavar="FOLDER", help="a checkpoint folder, or owner/name")
     add("--input", type=Path, required=True, metavar="PATH", help="folder of pictures, parquet file or folder of them")
     add(
         "--output",

@@ -27,6 +27,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+try:
+    from ..checkpoints import code_folder, folder_of, locate
+except ImportError:  # started as a file: checkpoints.py is one folder above, or beside it on a Space
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from checkpoints import code_folder, folder_of, locate
+
 HERE = Path(__file__).resolve().parent
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.5}
 SCALE_BYTES, NF4_BLOCK = 4, 64
@@ -48,11 +54,11 @@ def watch():
 def peak():
     return [max(column) - start for column, start in zip(zip(*peaks, resident()), before)]
 
-folder, dtype, num_tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
-processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+source, dtype, num_tokens = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+processor = AutoImageProcessor.from_pretrained(**source)
 before, peaks, done = resident(), [], threading.Event()
 threading.Thread(target=watch, daemon=True).start()
-model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=getattr(torch, dtype)).eval()
+model = AutoModelForImageTextToText.from_pretrained(**source, dtype=getattr(torch, dtype)).eval()
 print(json.dumps({"loading": peak()}))
 if not num_tokens:
     sys.exit()
@@ -158,7 +164,7 @@ def table(needs: Needs) -> str:
     )
 
 
-def write_zeros(source: Path, output: Path) -> None:
+def write_zeros(source: str | Path, output: Path) -> None:
     """Write a checkpoint whose weights are zeros, in a file that takes no disk.
 
     Args:
@@ -168,11 +174,14 @@ def write_zeros(source: Path, output: Path) -> None:
     Raises:
         FileExistsError: if it exists.
     """
+    located, folder = (find(source, only_small_files=True) for find in (locate, folder_of))
     output.mkdir(parents=True)
-    for file in source.iterdir():
-        if file.suffix in (".json", ".jinja", ".py") and "index" not in file.name:
+    for file in folder.iterdir():
+        if file.suffix in (".json", ".jinja") and "index" not in file.name:
             shutil.copy(file, output)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=True)
+    for file in code_folder(folder).glob("*.py"):
+        shutil.copy(file, output)
+    config = AutoConfig.from_pretrained(**located)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, parameter in build_empty(config).named_parameters():
@@ -185,7 +194,7 @@ def write_zeros(source: Path, output: Path) -> None:
         file.truncate(8 + len(text) + end)
 
 
-def measure(folder: Path, dtype: str, num_tokens: int = 16) -> dict[str, list[int]]:
+def measure(folder: str | Path, dtype: str, num_tokens: int = 16) -> dict[str, list[int]]:
     """Load a checkpoint and answer about a picture of four tiles, in a process of its own.
 
     Args:
@@ -200,10 +209,10 @@ def measure(folder: Path, dtype: str, num_tokens: int = 16) -> dict[str, list[in
     Raises:
         RuntimeError: with the process's last words.
     """
-    command = [sys.executable, "-c", MEASURE, str(folder), dtype, str(num_tokens)]
+    command = [sys.executable, "-c", MEASURE, json.dumps(locate(folder)), dtype, str(num_tokens)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
-        raise RuntimeError(f"Loading {folder.name} in {dtype} failed. Its last words:\n{run.stderr[-1500:]}")
+        raise RuntimeError(f"Loading {folder} in {dtype} failed. Its last words:\n{run.stderr[-1500:]}")
     lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     return {name: values for line in lines for name, values in line.items()}
 
@@ -211,14 +220,18 @@ def measure(folder: Path, dtype: str, num_tokens: int = 16) -> dict[str, list[in
 def main() -> None:
     """Print the table, and what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=HERE.parent, help="folder (default: this repository's config)")
+    parser.add_argument("--model", default=HERE.parent, help="folder or owner/name (default: this repository)")
     parser.add_argument("--measure", nargs="+", choices=("float32", "bfloat16"), default=[], help="dtypes to load")
     parser.add_argument("--tokens", type=int, default=16, help="to write; 0 only loads (default: %(default)s)")
     parser.add_argument("--write-zeros", type=Path, metavar="FOLDER", help="make a checkpoint of zeros, and stop")
     options = parser.parse_args()
+    try:
+        located = locate(options.model, only_small_files=True)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
     if options.write_zeros:
         return write_zeros(options.model, options.write_zeros)
-    print(table(needs_of(AutoConfig.from_pretrained(options.model, trust_remote_code=True))))
+    print(table(needs_of(AutoConfig.from_pretrained(**located))))
     for dtype in options.measure:
         found = measure(options.model, dtype, options.tokens)
         for name in ("loading", "answering")[: 1 + bool(options.tokens)]:

@@ -5,6 +5,8 @@ import html
 import json
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -255,21 +257,27 @@ def test_a_conversation_longer_than_the_context_is_refused(chat, monkeypatch):
 # -- Starting ---------------------------------------------------------------------------------------------------------
 
 
-def test_mini_is_found_beside_the_page_or_one_above(tmp_path, legible_repo):
-    (tmp_path / "serving").mkdir()
-    roots = (tmp_path / "serving", tmp_path)
-    assert app.find_mini(roots) is None
+def test_the_page_loads_a_complete_folder_and_one_with_its_code_above(tmp_path, legible_repo):
     shutil.copytree(legible_repo, tmp_path / "mini")
-    assert app.find_mini(roots) == tmp_path
     processor, model = app.load(tmp_path, "mini")  # a complete folder
     assert type(model).__name__ == "Blip3ForConditionalGeneration"
     for file in (tmp_path / "mini").glob("*.py"):
         file.rename(tmp_path / file.name)
     # Its code one above, as in this repository, where transformers 4.57 finds the processor's class in another file.
     shutil.copy(ROOT / "processor_config.json", tmp_path)
-    again, _ = app.load(tmp_path, "mini")
+    again, _ = app.load(tmp_path / "mini")
     assert again.chat_template == processor.chat_template
     assert again.num_latents == processor.num_latents
+
+
+def test_a_space_holds_the_page_and_what_it_imports(tmp_path, legible_repo):
+    """As the card lists it: in a folder of their own, with mini/ found beside them."""
+    for name in ("serving/app.py", "checkpoints.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(legible_repo, tmp_path / "mini")
+    code = "import app; print(app.MINI); print(type(app.load(app.MINI)[1]).__name__)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [str(tmp_path / "mini"), "Blip3ForConditionalGeneration"]
 
 
 def test_base_checkpoints_are_refused(legible_repo, tmp_path, monkeypatch):
@@ -280,10 +288,9 @@ def test_base_checkpoints_are_refused(legible_repo, tmp_path, monkeypatch):
         app.load(legible_repo)
 
 
-def test_without_a_checkpoint_the_page_does_not_start(monkeypatch):
-    monkeypatch.setattr(app, "find_mini", lambda: None)
-    with pytest.raises(SystemExit, match="no mini/ here"):
-        app.main(["--port", "7999"])
+def test_without_a_checkpoint_the_page_does_not_start():
+    with pytest.raises(SystemExit, match=r"^error: The checkpoint 'nowhere' was asked for"):
+        app.main(["--model", "nowhere"])
 
 
 def test_the_page_of_mini_starts_with_its_examples(legible_repo, tmp_path, monkeypatch):
@@ -296,7 +303,7 @@ def test_the_page_of_mini_starts_with_its_examples(legible_repo, tmp_path, monke
     ]
     (examples / "examples.json").write_text(json.dumps(listed), encoding="utf-8")
     started = {}
-    monkeypatch.setattr(app, "find_mini", lambda: tmp_path)
+    monkeypatch.setattr(app, "MINI", tmp_path / "mini")
     monkeypatch.setattr(app, "launch", lambda page, *rest: started.update(config=page.get_config_file(), rest=rest))
     app.main(["--port", "7999"])
     assert "What is written here?" in str(started["config"])

@@ -16,6 +16,7 @@ from PIL import Image
 
 from blip3.data import build, canvas, fonts
 from blip3.data.canvas import Drawing, Shape
+from blip3.data.fonts import load_font, shorten, wrap
 from blip3.data.formats import OCR_GRANULARITIES, ground, ocr_item, parse_boxes, write_box, write_ocr
 from blip3.data.records import KINDS, read_jsonl
 from blip3.data.settings import CHARACTERS, COLOURS, FURNITURE, RULE_FORMS, WORDS, WorldSettings
@@ -610,8 +611,34 @@ def test_build_resumes_and_refuses_another_request(tmp_path, capsys):
     assert build.main([*arguments, "--count", "0"]) == 1
 
 
-def test_preview_draws_a_sheet(tmp_path):
-    assert build.main(["--preview", str(tmp_path / "sheet.png"), "--task", "count", "rule", "preference"]) == 0
+def test_preview_draws_a_sheet_of_every_task(tmp_path):
+    """As README has it, without a choice of tasks: some have no images."""
+    assert build.main(["--preview", str(tmp_path / "sheet.png")]) == 0
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size[0] > 1500
-        assert len(sheet.convert("RGB").getcolors(1 << 24)) > 100
+        assert sheet.size[1] == len(TASKS) * 318 + 12
+        cells = [sheet.convert("RGB").crop((12, 12 + 318 * row, 300, 318 * (row + 1))) for row in range(len(TASKS))]
+    for task, cell in zip(TASKS, cells, strict=True):
+        assert len(cell.getcolors(1 << 24)) > 20, f"{task}: an empty cell"
+
+
+@pytest.mark.parametrize("task", ["repetition", "word_rule"])
+def test_a_sample_without_images_is_shown_as_text(task):
+    """From the top of the cell, where others show their images."""
+    cell = np.asarray(build.draw_sheet([task], columns=1).convert("L"))[12:318, 12:300]
+    rows = (cell < 128).any(axis=1).nonzero()[0]
+    assert rows.min() < 30
+    assert rows.max() > 100
+
+
+def test_text_is_wrapped_within_its_width():
+    font = load_font("Aileron", 12)
+    text = "Short words, then " + "W" * 90 + " and an end.\n\nA paragraph."
+    lines = wrap(text, 200, font)
+    assert max(font.getlength(line) for line in lines) <= 200
+    assert "".join("".join(lines).split()) == "".join(text.split())
+    assert lines[-2:] == ["", "A paragraph."]
+    assert wrap("", 200, font) == [""]
+    assert wrap("to be", 1, font) == ["t", "o", "b", "e"]
+    assert shorten("a b", 200, font) == "a b ..."
+    assert font.getlength(shorten("W" * 90, 200, font)) <= 200

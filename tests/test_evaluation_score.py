@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scoring a checkpoint: the counts are right, runs resume, and the model is asked as it was trained."""
 
+import itertools
 import json
 import re
 import shutil
@@ -10,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from blip3.checkpoints import fingerprint
 from blip3.data.settings import WorldSettings
 from blip3.data.world import TASKS as DRAWN
 from blip3.evaluation import score as score_module
 from blip3.evaluation.answer import Checkpoint
-from blip3.evaluation.checkpoints import find_code, fingerprint
 from blip3.evaluation.metrics import wilson_interval
 from blip3.evaluation.report import Result, draw_plot, summarise
 from blip3.evaluation.score import AnswerFile, ScoreSettings, main, parse_arguments, parse_models, score
@@ -446,6 +447,39 @@ def test_the_plot_has_a_bar_for_every_row_and_model(settings, checkpoint):
     assert captions.get_ylabel() == "CIDEr"
 
 
+@pytest.mark.parametrize("tasks", [["read"], ["caption"], ["read", "count"], ["read", "rule", "caption"], [*TASKS]])
+@pytest.mark.parametrize(
+    "models", [["m"], ["any-res", "base"], ["a-rather-long-name-of-a-model-" * 4, "another-one-" * 9], [*"abcdefgh"]]
+)
+def test_texts_of_the_plot_lie_inside_it_and_apart(models, tasks):
+    results = [
+        Result(model, task, 4 if TASKS[task].has_shots else None, *_answered(TASKS[task].metric))
+        for model in models
+        for task in tasks
+    ]
+    figure = draw_plot(results, [summarise(result) for result in results])
+    figure.draw_without_rendering()
+    from matplotlib.text import Text
+
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    for text in texts:
+        box = text.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1, text.get_text()
+        assert figure.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1, text.get_text()
+    (title,) = [text.get_window_extent() for text in texts if "held-out drawn world" in text.get_text()]
+    legends = [legend.get_window_extent() for legend in figure.legends]
+    parts = [title, *legends, *(axes.get_tightbbox() for axes in figure.axes)]
+    for first, second in itertools.combinations(parts, 2):
+        assert not first.overlaps(second)
+    assert len(figure.legends) == (len(models) > 1)
+
+
+def _answered(metric: str) -> tuple:
+    """Questions, answers and scores of a few samples."""
+    questions = [Question(str(index), "What?", (), "a", {}, {}) for index in range(1000)]
+    return questions, ["a"] * 1000, {metric: [1.0, 0.0] * 500}
+
+
 # ----------------------------------------------------------------------------------------------------- command line
 
 
@@ -487,22 +521,11 @@ def test_a_checkpoint_in_a_subfolder(command, tiny_repo, tmp_path):
         assert (tmp_path / f"out-{code_above}" / "predictions" / "small" / "read.jsonl").is_file()
 
 
-def test_code_is_found_in_the_checkpoint_or_above_it(tmp_path):
-    whole, inner = tmp_path / "whole", tmp_path / "whole" / "mini" / "base"
-    inner.mkdir(parents=True)
-    assert find_code(inner) == (inner, "")
-    (whole / "modeling_blip3.py").touch()
-    assert find_code(whole) == (whole, "")
-    assert find_code(inner) == (whole, "mini/base")
-    (inner / "modeling_blip3.py").touch()
-    assert find_code(inner) == (inner, "")
-
-
 def test_errors_of_a_run_are_one_line(command, tmp_path, capsys):
     assert main([*command, "--model", str(tmp_path / "nowhere")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert "has no config.json" in error
+    assert "is not there" in error
 
 
 @pytest.mark.parametrize(

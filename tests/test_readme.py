@@ -4,10 +4,12 @@
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from huggingface_hub import ModelCard
 
+from blip3 import cli
 from support import IS_TRANSFORMERS_5, ROOT, draw_picture
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,6 +55,32 @@ def test_the_header_is_a_valid_model_card():
     assert data["pipeline_tag"] == "image-text-to-text"
     assert data["library_name"] == "transformers"
     assert data["license"] == "apache-2.0"
+
+
+def extras_with_all_they_hold(named: set[str]) -> set[str]:
+    """Add the extras of this package that others refer to."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert named <= set(extras), named
+    inner = {name for each in named for text in extras[each] for name in re.findall(r"blip3\[([\w,]+)\]", text)}
+    inner = {name for text in inner for name in text.split(",")} - named
+    return extras_with_all_they_hold(named | inner) if inner else named
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "mini/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_every_block_of_commands_names_the_extras_it_needs(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    needed = {command.module: command.extra for command in cli.COMMANDS.values()}
+    for block in re.findall(r"```bash\n(.*?)```|((?:^    .*\n)+)", text, flags=re.DOTALL | re.MULTILINE):
+        block = re.sub(r"\S  +#.*", "", "".join(block))  # remarks behind a command
+        modules = re.findall(r"-m blip3\.([\w.]+)|python (\w[\w/]*)\.py", block)
+        modules = [first or second.replace("/", ".") for first, second in modules]
+        named = {
+            extra for found in re.findall(r"pip install -e ['\"]\.\[([\w,]+)\]", block) for extra in found.split(",")
+        }
+        wanted = {needed.get(module, "") for module in modules} - {""}
+        assert wanted <= extras_with_all_they_hold(named), block
 
 
 def test_every_make_target_named_exists():

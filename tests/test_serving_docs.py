@@ -127,6 +127,10 @@ def test_zeros_of_true_size_load_and_are_measured(tiny_repo, tmp_path):
     assert set(memory.measure(zeros, "float32", 0)) == {"loading"}
 
 
-def test_what_cannot_be_loaded_is_said(tmp_path):
-    with pytest.raises(RuntimeError, match="Loading nothing in bfloat16 failed"):
+def test_what_cannot_be_loaded_is_said(tiny_repo, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing' was asked for but"):
         memory.measure(tmp_path / "nothing", "bfloat16")
+    broken = shutil.copytree(tiny_repo, tmp_path / "broken")
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(RuntimeError, match=r"Loading \S+/broken in bfloat16 failed"):
+        memory.measure(broken, "bfloat16")

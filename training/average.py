@@ -9,14 +9,15 @@ forgets and has most of what it learned ("Robust fine-tuning of zero-shot models
 """
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText
 
-from .run import SAVED_RECIPE, copy_processor
+from ..checkpoints import folder_of, locate
+from .recipe import plain_errors
+from .run import SAVED_RECIPE, copy_present, copy_processor
 
 
 def main() -> None:
@@ -25,7 +26,8 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("sources", type=Path, nargs="+", help="trained folders, such as outputs/run/final")
     args = parser.parse_args()
-    average(args.sources, args.output)
+    with plain_errors():
+        average(args.sources, args.output)
 
 
 @torch.no_grad()
@@ -33,7 +35,7 @@ def average(sources: Sequence[Path], output: Path) -> None:
     """Write the mean of models as a complete folder: weights in float32, and code, processor and recipe of the last.
 
     Args:
-        sources: folders of two or more models of the same sizes.
+        sources: two or more models of the same sizes, as `checkpoints.locate` takes them.
         output: made if need be.
 
     Raises:
@@ -45,8 +47,9 @@ def average(sources: Sequence[Path], output: Path) -> None:
             "first."
         )
     total: dict[str, torch.Tensor] = {}
-    for source in sources:
-        model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True, dtype=torch.float32)
+    located = [locate(source) for source in sources]
+    for source, arguments in zip(sources, located, strict=True):
+        model = AutoModelForImageTextToText.from_pretrained(**arguments, dtype=torch.float32)
         weights = model.state_dict()
         total = total or {name: torch.zeros_like(weight) for name, weight in weights.items()}
         differing = _shapes(weights) ^ _shapes(total)
@@ -61,7 +64,7 @@ def average(sources: Sequence[Path], output: Path) -> None:
     model.load_state_dict({name: weight / len(sources) for name, weight in total.items()})
     model.save_pretrained(output)
     copy_processor(sources[-1], output)
-    shutil.copyfile(Path(sources[-1]) / SAVED_RECIPE, Path(output) / SAVED_RECIPE)
+    copy_present(folder_of(sources[-1]), output, [SAVED_RECIPE])
 
 
 def _shapes(weights: dict[str, torch.Tensor]) -> set[tuple[str, tuple[int, ...]]]:

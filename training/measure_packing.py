@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..checkpoints import locate
 from .encode import Collator, Encoder
 from .mixture import Mixture
-from .recipe import Recipe, load_recipe, recipe_arguments
+from .recipe import Recipe, load_recipe, plain_errors, recipe_arguments
 from .train import freeze
 
 ORDERS = {"padded": False, "padded, sorted by length": False, "packed": True}
@@ -28,9 +29,10 @@ def main() -> None:
     parser = recipe_arguments(__doc__)
     parser.add_argument("--batches", type=int, default=20, help="batches of each kind (default: %(default)s)")
     args = parser.parse_intermixed_args()
-    recipe = load_recipe(args.recipe, Recipe, args.overrides)
+    with plain_errors():
+        found = measure(load_recipe(args.recipe, Recipe, args.overrides), args.batches)
     print(f"{'':26}{'tokens/s':>10}{'of the median batch':>22}{'padding':>10}")
-    for name, values in measure(recipe, args.batches).items():
+    for name, values in found.items():
         print(f"{name:26}{values['all']:>10.0f}{values['median']:>22.0f}{values['padding']:>9.0%}")
 
 
@@ -41,8 +43,9 @@ def measure(recipe: Recipe, num_batches: int) -> dict[str, dict[str, float]]:
         for each order `all`, tokens a second over the whole run; `median`, of the median batch, which a busy machine
         disturbs less; `padding`, the share of positions that hold none.
     """
-    processor = AutoProcessor.from_pretrained(recipe.model, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(recipe.model, trust_remote_code=True, dtype=torch.float32)
+    source = locate(recipe.model)
+    processor = AutoProcessor.from_pretrained(**source)
+    model = AutoModelForImageTextToText.from_pretrained(**source, dtype=torch.float32)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model.to(device).train()
     freeze(model, recipe)

@@ -31,17 +31,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..checkpoints import CODE_FILES, folder_of, locate
 from ..data.records import Record
 from ..data.settings import WorldSettings, load_settings
 from ..data.world import TASKS, drawn_records
 from ..data.yaml_files import read_yaml
-from ..evaluation.checkpoints import check_folder, find_code
-from .recipe import check_keys, parse_override
+from .recipe import check_keys, parse_override, plain_errors
 from .run import match_names, name_tower_for_both_lines
 from .tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE_FILES = ("configuration_blip3.py", "image_processing_blip3.py", "processing_blip3.py", "modeling_blip3.py")
 KEYS = (
     "vision_config",
     "resampler_config",
@@ -66,9 +65,9 @@ def main() -> None:
     parser.add_argument("--resampler", type=Path, help="file of a trained resampler (default: fresh weights)")
     parser.add_argument("--around", type=Path, help="trained model, all of which is taken but its resampler")
     args = parser.parse_intermixed_args()
-    make_model(
-        args.sizes, args.output, args.seed, args.samples, args.tower, args.overrides, args.resampler, args.around
-    )
+    trained = (args.resampler, args.around)
+    with plain_errors():
+        make_model(args.sizes, args.output, args.seed, args.samples, args.tower, args.overrides, *trained)
 
 
 def make_model(
@@ -98,7 +97,9 @@ def make_model(
 
     Raises:
         ValueError: for unknown keys, sizes that contradict each other, or a trained model with another tokenizer.
+        FileNotFoundError: if a trained part is not there.
     """
+    _check_trained(tower, resampler, around)
     values = read_yaml(sizes)
     for path, value in map(parse_override, overrides):
         section, _, key = path.rpartition(".")
@@ -120,13 +121,28 @@ def make_model(
     if around:
         take_all_but_resampler(model, around, tokenizer)
     if tower:
-        trained = AutoModel.from_pretrained(tower, dtype=torch.float32).state_dict()
+        trained = AutoModel.from_pretrained(folder_of(tower), dtype=torch.float32).state_dict()
         model.vision_tower.load_state_dict(match_names(trained, model.vision_tower))
     if resampler:
         model.model.resampler.load_state_dict(load_file(resampler))
     model.generation_config = GenerationConfig.from_pretrained(output)  # or its own would replace the file
     model.save_pretrained(output)
     name_tower_for_both_lines(output)
+
+
+def _check_trained(tower: Path | None, resampler: Path | None, around: Path | None) -> None:
+    """Refuse trained parts that are not there, before the tokenizer takes its time."""
+    if around:
+        locate(around)
+    if tower:
+        folder_of(tower)
+    if resampler and not resampler.is_file():
+        folder_of(resampler.parent)
+        raise FileNotFoundError(
+            f"The resampler {str(resampler)!r} is not there, but {resampler.parent} is. A safetensors file of a "
+            "resampler is expected. The tower was probably trained alone: train both (`resampler: true` in the "
+            "recipe of the tower) and publish them again, or leave --resampler out."
+        )
 
 
 @torch.no_grad()
@@ -150,20 +166,19 @@ def take_all_but_resampler(model: Any, source: Path, tokenizer: PreTrainedTokeni
 
     Args:
         model: to be changed.
-        source: folder of the trained model, with its code or below a folder that has it.
+        source: the trained model, as `checkpoints.locate` takes it.
         tokenizer: of `model`.
 
     Raises:
         ValueError: if the trained model reads other tokens.
     """
-    folder, subfolder = find_code(check_folder(source))
-    options: dict[str, Any] = {"trust_remote_code": True, "subfolder": subfolder}
-    if AutoTokenizer.from_pretrained(folder, **options).get_vocab() != tokenizer.get_vocab():
+    located = locate(source)
+    if AutoTokenizer.from_pretrained(**located).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"{source} has another vocabulary than the tokenizer just trained, so its language model would read other "
             "words. It was probably made from other sizes or with another number of samples: repeat those here."
         )
-    trained = AutoModelForImageTextToText.from_pretrained(folder, **options, dtype=torch.float32)
+    trained = AutoModelForImageTextToText.from_pretrained(**located, dtype=torch.float32)
     for part in ("vision_tower", "language_model", "lm_head"):
         getattr(model, part).load_state_dict(getattr(trained, part).state_dict())
 

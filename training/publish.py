@@ -14,7 +14,6 @@ The code is the repository's own.
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from ..checkpoints import folder_of, locate
 from ..data.records import Record, to_few_shot_prompt
 from ..data.settings import WorldSettings, load_settings
 from ..data.world import drawn_record
-from .recipe import Recipe, load_recipe
-from .run import PROCESSOR_FILES, RESAMPLER_FILE, SAVED_RECIPE, name_tower_for_both_lines, save_image_splitting
+from .recipe import Recipe, load_recipe, plain_errors
+from .run import (
+    PROCESSOR_FILES,
+    RESAMPLER_FILE,
+    SAVED_RECIPE,
+    copy_present,
+    name_tower_for_both_lines,
+    save_image_splitting,
+)
 from .train_tower import TowerRecipe
 
 WORLD = Path(__file__).parent / "recipes" / "mini" / "world.yaml"
@@ -53,11 +60,20 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="of the weights (default: %(default)s)")
     parser.add_argument("--max-shard-size", default="5MB", help="of each safetensors file (default: %(default)s)")
     args = parser.parse_args()
+    with plain_errors():
+        publish_all(args)
+
+
+def publish_all(args: argparse.Namespace) -> None:
+    """Write what the command line asks for."""
+    for source in filter(None, (args.tower, args.base, args.instruct)):
+        locate(source)  # before anything is written
     if args.tower:
         publish_tower(args.tower, args.output / "tower", args.dtype)
     if args.base:
         publish(args.base, args.output / "base", args.dtype, args.max_shard_size)
-        (args.output / "base" / CHAT_TEMPLATE).unlink()  # as in released base checkpoints: it was not trained to chat
+        # as in released base checkpoints: it was not trained to chat
+        (args.output / "base" / CHAT_TEMPLATE).unlink(missing_ok=True)
     if args.instruct:
         publish(args.instruct, args.output, args.dtype, args.max_shard_size)
         write_examples(args.output / "examples", load_settings(WORLD))
@@ -69,23 +85,23 @@ def publish(source: Path, output: Path, dtype: str = "bfloat16", max_shard_size:
     Its image processor cuts tiles by default if the recipe trained with them.
 
     Args:
-        source: folder of a finished stage.
+        source: folder of a finished stage, as `checkpoints.locate` takes it.
         output: made if need be; its weights are replaced.
         dtype: of the weights, a name of torch.
         max_shard_size: of each safetensors file.
     """
+    model = AutoModelForImageTextToText.from_pretrained(**locate(source), dtype=getattr(torch, dtype))
     output.mkdir(parents=True, exist_ok=True)
     for old in output.glob("model*.safetensors*"):
         old.unlink()
-    model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True, dtype=getattr(torch, dtype))
     model.save_pretrained(output, max_shard_size=max_shard_size)
     name_tower_for_both_lines(output)
     for code in output.glob("*.py"):
         code.unlink()
     _tidy_config(output / "config.json")
-    for name in (*PROCESSOR_FILES, SAVED_RECIPE):
-        shutil.copyfile(source / name, output / name)
-    save_image_splitting(output, load_recipe(source / SAVED_RECIPE, Recipe).any_resolution)
+    copy_present(folder_of(source), output, (*PROCESSOR_FILES, SAVED_RECIPE))
+    if (output / SAVED_RECIPE).is_file():
+        save_image_splitting(output, load_recipe(output / SAVED_RECIPE, Recipe).any_resolution)
 
 
 def publish_tower(source: Path, output: Path, dtype: str = "bfloat16") -> None:
@@ -94,18 +110,18 @@ def publish_tower(source: Path, output: Path, dtype: str = "bfloat16") -> None:
     The resampler goes beside it if that stage trained one.
 
     Args:
-        source: folder of a finished stage.
+        source: folder of a finished stage, as `checkpoints.locate` takes it.
         output: made if need be.
         dtype: of the weights, a name of torch.
     """
-    model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True, dtype=getattr(torch, dtype))
+    model = AutoModelForImageTextToText.from_pretrained(**locate(source), dtype=getattr(torch, dtype))
     model.vision_tower.save_pretrained(output)
-    if load_recipe(source / SAVED_RECIPE, TowerRecipe).resampler:
+    if load_recipe(folder_of(source) / SAVED_RECIPE, TowerRecipe).resampler:
         save_file(model.model.resampler.state_dict(), output / RESAMPLER_FILE, metadata={"format": "pt"})
     path = output / "model.safetensors"
     weights = {f"vision_model.{name.removeprefix('vision_model.')}": value for name, value in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
-    shutil.copyfile(source / SAVED_RECIPE, output / SAVED_RECIPE)
+    copy_present(folder_of(source), output, [SAVED_RECIPE])
 
 
 def _tidy_config(path: Path) -> None:

@@ -2,9 +2,10 @@
 """Recipes: one YAML file says everything about a run, and the resolved one is saved beside the checkpoint."""
 
 import argparse
+import contextlib
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -212,6 +213,15 @@ def recipe_arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("recipe", type=Path, help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of the recipe's values")
     return parser
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """End a command with the message alone where a file or folder is missing."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def _as_float(value: str | int) -> Any:

@@ -4,6 +4,7 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import TrainerState
 from transformers.utils import is_torch_tf32_available
 
+from ..checkpoints import code_folder, folder_of
 from .recipe import Recipe, RunRecipe, load_recipe, save_recipe
 
 SAVED_RECIPE = "recipe.yaml"
@@ -171,10 +173,21 @@ class RecipeTrainer(Trainer):
 
 
 def copy_processor(source: str | Path, output: str | Path) -> None:
-    """Copy tokenizer, template, processor files and processor code unchanged."""
-    for name in (*PROCESSOR_FILES, PROCESSOR_CODE):
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, Path(output) / name)
+    """Copy tokenizer, template, processor files and processor code unchanged.
+
+    Args:
+        source: checkpoint, as `checkpoints.locate` takes it.
+        output: folder that exists.
+    """
+    copy_present(folder_of(source), output, PROCESSOR_FILES)
+    copy_present(code_folder(folder_of(source)), output, [PROCESSOR_CODE])
+
+
+def copy_present(source: Path, output: str | Path, names: Sequence[str]) -> None:
+    """Copy those files that are there."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, Path(output) / name)
 
 
 def save_image_splitting(folder: str | Path, splits: bool) -> None:

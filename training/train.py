@@ -20,10 +20,11 @@ from PIL import ExifTags, Image
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..checkpoints import locate
 from ..data.records import Picture, Record
 from .encode import Collator, Encoder, TooLongError
 from .mixture import Mixture
-from .recipe import MODULES, Recipe, load_recipe, recipe_arguments, save_recipe
+from .recipe import MODULES, Recipe, load_recipe, plain_errors, recipe_arguments, save_recipe
 from .run import (
     SAVED_RECIPE,
     RecipeTrainer,
@@ -49,7 +50,8 @@ def main() -> None:
     """
     args = recipe_arguments(__doc__).parse_args()
     try:
-        train(load_recipe(args.recipe, Recipe, args.overrides))
+        with plain_errors():
+            train(load_recipe(args.recipe, Recipe, args.overrides))
         return
     except SampleError as error:
         reason = str(error).strip().splitlines()[-1].rpartition(f"{SampleError.__name__}: ")[2]  # a worker's has more
@@ -63,10 +65,11 @@ def train(recipe: Recipe) -> Path:
         that folder.
     """
     arguments = training_arguments(recipe)  # starts the process group
+    source = locate(recipe.model)
     checkpoint = start(recipe)
     with arguments.main_process_first(desc="copying the model's code into the cache"):
-        processor = AutoProcessor.from_pretrained(recipe.model, trust_remote_code=True)
-        model = AutoModelForImageTextToText.from_pretrained(recipe.model, trust_remote_code=True, dtype=torch.float32)
+        processor = AutoProcessor.from_pretrained(**source)
+        model = AutoModelForImageTextToText.from_pretrained(**source, dtype=torch.float32)
     freeze(model, recipe)
     encoder = Encoder(
         processor, recipe.max_length, recipe.any_resolution, recipe.learn_end_of_chunk, recipe.learn_questions

@@ -35,6 +35,7 @@ from transformers import (
     SiglipModel,
 )
 
+from ..checkpoints import locate
 from ..data.canvas import Drawing, Text, text_box
 from ..data.fonts import load_font
 from ..data.records import Record
@@ -42,7 +43,7 @@ from ..data.settings import COLOURS, WorldSettings, settings_from
 from ..data.things import THINGS
 from ..data.world import drawn_record
 from ..modeling_blip3 import Blip3Resampler, visible_patches
-from .recipe import RunRecipe, load_recipe, recipe_arguments, save_recipe
+from .recipe import RunRecipe, load_recipe, plain_errors, recipe_arguments, save_recipe
 from .run import SAVED_RECIPE, RecipeTrainer, copy_processor, log_metrics, match_names, start, training_arguments
 
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
@@ -75,7 +76,8 @@ class TowerRecipe(RunRecipe):
 def main() -> None:
     """Read the command line, train, and write the model with its new tower."""
     args = recipe_arguments(__doc__).parse_args()
-    train_tower(load_recipe(args.recipe, TowerRecipe, args.overrides))
+    with plain_errors():
+        train_tower(load_recipe(args.recipe, TowerRecipe, args.overrides))
 
 
 def train_tower(recipe: TowerRecipe) -> Path:
@@ -84,10 +86,11 @@ def train_tower(recipe: TowerRecipe) -> Path:
     Returns:
         that folder.
     """
+    source = locate(recipe.model)
     resume = start(recipe)
-    image_processor = AutoImageProcessor.from_pretrained(recipe.model, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(recipe.model, trust_remote_code=True)
+    image_processor = AutoImageProcessor.from_pretrained(**source)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model = AutoModelForImageTextToText.from_pretrained(**source, dtype=torch.float32)
     settings = settings_from(recipe.world)
     resampler = model.model.resampler if recipe.resampler else None
     siglip = PatchSiglip(model.vision_tower, tokenizer, recipe, resampler)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `blip3`: every subcommand is there, is documented, and starts nothing that it does not need."""
+
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from blip3 import cli
+from support import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def run(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "blip3.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+def test_the_installed_command_is_this_one():
+    assert PROJECT["scripts"] == {"blip3": "blip3.cli:main"}
+    assert {command.extra for command in cli.COMMANDS.values()} - {""} <= set(PROJECT["optional-dependencies"])
+
+
+def test_help_lists_every_subcommand_with_a_line_each_and_imports_none(tmp_path):
+    code = "import sys; from blip3 import cli; cli.main([])\nprint([name for name in sys.modules if 'torch' in name])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    *_, loaded = lines = result.stdout.splitlines()
+    assert loaded == "[]"
+    for name, command in cli.COMMANDS.items():
+        assert sum(re.fullmatch(rf"  {name} +{re.escape(command.about)}", line) is not None for line in lines) == 1
+        assert len(f"  {name} {command.about}") < 100
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_subcommand_answers_help_from_any_folder(name, tmp_path):
+    result = run(name, "--help", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "usage: " in result.stdout or f"pip install -e '.[{cli.COMMANDS[name].extra}]'" in result.stdout
+    assert not result.stderr or "Traceback" not in result.stderr
+
+
+def test_every_module_that_runs_is_a_subcommand():
+    """Those with a command line, beside what only starts others."""
+    tracked = subprocess.run(["git", "ls-files", "*.py"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    mains = {name for name in tracked.split() if "\nif __name__ ==" in (ROOT / name).read_text(encoding="utf-8")}
+    ours = {name for name in mains if not name.startswith(("tests/", ".ci/"))} - {"cli.py", "random_checkpoint.py"}
+    listed = {command.module.replace(".", "/") + ".py" for command in cli.COMMANDS.values()}
+    assert ours - {"benchmarks/memory_child.py"} == listed
+
+
+@pytest.mark.parametrize(("given", "hint"), [("trian", "'train'"), ("scores", "'score'"), ("xyzzy", "blip3 --help")])
+def test_an_unknown_subcommand_is_refused_with_the_nearest(given, hint, capsys):
+    assert cli.main([given]) == 2
+    error = capsys.readouterr().err
+    assert f"The command is {given!r} but must be one of demo, convert" in error
+    assert hint in error
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(cli.COMMANDS, "page", cli.Command("serving.nowhere", "nothing", "app"))
+    assert cli.main(["page"]) == 1
+    assert "An extra was probably left out: pip install -e '.[app]'" in capsys.readouterr().err
+
+
+def test_status_and_arguments_are_the_subcommands(tmp_path, capsys):
+    assert cli.main(["build", "--preview", str(tmp_path / "a.png"), "--task", "count"]) == 0
+    assert (tmp_path / "a.png").is_file()
+    before = list(sys.argv)
+    assert cli.main(["build", "--output", str(tmp_path / "out"), "--count", "0"]) == 1
+    assert "0 records" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--no-such-option"])
+    assert sys.argv == before
