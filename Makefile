@@ -24,6 +24,11 @@ demo:  ## ask about example images, with no more installed than that needs; pyth
 	$(ENVIRONMENT) --extra demo
 	$(RUN) demo.py
 
+examples: setup  ## run every script of examples/, a few minutes each, and the notebook (docs/finetuning.md)
+	$(RUN) examples/stripes.py outputs/stripes
+	for name in finetune_lora finetune_trl_sft preference_dpo reward_grpo; do $(RUN) examples/$$name.py || exit 1; done
+	HF_HUB_OFFLINE=1 $(VENV)/bin/jupyter-execute examples/tour.ipynb --output ../outputs/tour/tour
+
 test: setup  ## every test that needs no large disk (LINE=latest: some); LINE=4 after LINE=5 also exchanges folders
 	$(RUN) -m pytest -m 'not slow' $(TESTS_$(LINE))
 
@@ -59,4 +64,4 @@ check: setup  ## lint and types
 fix: setup  ## format
 	$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
 
-.PHONY: help setup demo test test-slow test-common test-vllm test-doors soak bench check fix
+.PHONY: help setup demo examples test test-slow test-common test-vllm test-doors soak bench check fix
