@@ -298,3 +298,16 @@ def test_every_python_block_of_the_documentation_runs(folder, tmp_path, monkeypa
         exec(compile(block, "docs/serving.md", "exec"), namespace)
         assert isinstance(namespace["model"], torch.nn.Module)
     assert len(BLOCKS) >= 3
+
+
+@torch.no_grad()
+def test_an_nf4_model_that_has_answered_is_saved_as_it_was(folder, tmp_path):
+    """Saving restores what a forward on a CPU changed in place, in the file and in the model that goes on."""
+    model = load(folder, quantization_config=KINDS["bitsandbytes nf4"]())
+    ids = torch.arange(20, 60)[None]
+    expected = model(input_ids=ids).logits
+    model.generate(ids, max_new_tokens=2)
+    model.save_pretrained(tmp_path)
+    assert not scales_out_of_order(tmp_path / "model.safetensors")
+    for again in (load(tmp_path), model):
+        torch.testing.assert_close(again(input_ids=ids).logits, expected, rtol=1e-2, atol=1e-2 * expected.abs().max())
