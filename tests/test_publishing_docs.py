@@ -196,10 +196,11 @@ def test_both_versions_have_a_command_to_create():
 def test_the_files_of_the_space_are_copied(tmp_path):
     (line,) = re.findall(r"^mkdir space .*$", PUBLISHING, flags=re.MULTILINE)
     (tmp_path / "serving").symlink_to(ROOT / "serving")
+    (tmp_path / "checkpoints.py").symlink_to(ROOT / "checkpoints.py")
     (tmp_path / "blip3-4b").symlink_to(ROOT / "mini")
     subprocess.run(line, shell=True, check=True, cwd=tmp_path)
     named = re.findall(r"^\| `([\w./]+)`", (tmp_path / "space" / "README.md").read_text(), flags=re.MULTILINE)
-    assert named == ["README.md", "app.py", "requirements.txt", "mini/"]
+    assert named == ["README.md", "app.py", "checkpoints.py", "requirements.txt", "mini/"]
     assert all((tmp_path / "space" / name).exists() for name in named)
 
 
