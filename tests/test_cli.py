@@ -46,7 +46,10 @@ def test_every_module_that_runs_is_a_subcommand():
     """Those with a command line, beside what only starts others."""
     tracked = subprocess.run(["git", "ls-files", "*.py"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     mains = {name for name in tracked.split() if "\nif __name__ ==" in (ROOT / name).read_text(encoding="utf-8")}
-    ours = {name for name in mains if not name.startswith(("tests/", ".ci/", "examples/"))} - {"cli.py", "random_checkpoint.py"}
+    ours = {name for name in mains if not name.startswith(("tests/", ".ci/", "examples/"))} - {
+        "cli.py",
+        "random_checkpoint.py",
+    }
     listed = {command.module.replace(".", "/") + ".py" for command in cli.COMMANDS.values()}
     assert ours - {"benchmarks/memory_child.py"} == listed
 

@@ -97,7 +97,8 @@ def test_the_converters_options_are_those_of_the_command():
     usage = subprocess.run(
         [sys.executable, str(ROOT / "convert_weights.py"), "--help"], capture_output=True, text=True, check=True
     ).stdout
-    options = set(re.findall(r"--[a-z][a-z-]+", README.split("## Data")[0]))
+    section = README.split("## Convert")[1].split("## Data")[0]
+    options = set(re.findall(r"--[a-z][a-z-]+", section))
     assert {"--dtype", "--verify", "--to-original", "--text-layout"} <= options
     assert options <= set(re.findall(r"--[a-z][a-z-]+", usage))
 
