@@ -1082,13 +1082,8 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
         lengths = self._image_lengths(pictures["image_sizes"], features)
         if sum(lengths) != int(cached.sum() + new.sum()):
             return model_inputs  # the new images alone, or a number that forward refuses
-        kept, image = [], 0
-        for num_cached, num_new in zip(cached.sum(-1).tolist(), new.sum(-1).tolist(), strict=True):
-            for num_slots, wanted in ((num_cached, False), (num_new, True)):
-                while num_slots > 0:
-                    num_slots -= lengths[image]
-                    kept += [image] * wanted
-                    image += 1
+        slots = torch.stack([cached.sum(-1), new.sum(-1)], dim=1)  # (B, 2), read row by row
+        kept = [image for images in _deal_images(slots.flatten().tolist(), lengths)[1::2] for image in images]
         return {**model_inputs, **_select_images(kept, pictures, features)}
 
     def _image_lengths(self, image_sizes: Any, features: Any) -> list[int]:
@@ -1145,21 +1140,26 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
             return expand(**model_kwargs)
         pictures = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_sizes")}
         lengths = self._image_lengths(pictures["image_sizes"], features)
-        order = _repeat_images(expand_size, lengths, model_kwargs["mm_token_type_ids"])
+        slots = (model_kwargs["mm_token_type_ids"] == 1).sum(-1).tolist()
+        order = [image for images in _deal_images(slots, lengths) for image in images * expand_size]
         input_ids, model_kwargs = expand(**model_kwargs)
         return input_ids, {**model_kwargs, **_select_images(order, pictures, features)}
 
 
-def _repeat_images(expand_size: int, lengths: list[int], mm_token_type_ids: torch.Tensor) -> list[int]:
-    """Order images of so many tokens as the repeated rows read them: each row's own ones, `expand_size` times over."""
-    order, image = [], 0
-    for num_slots in (mm_token_type_ids == 1).sum(-1).tolist():
+def _deal_images(slots: list[int], lengths: list[int]) -> list[list[int]]:
+    """Deal images of so many tokens out, in reading order, to runs of text with so many places each.
+
+    >>> _deal_images([3, 0, 4], lengths=[1, 2, 4])
+    [[0, 1], [], [2]]
+    """
+    dealt, image = [], 0
+    for num_slots in slots:
         first = image
         while num_slots > 0 and image < len(lengths):
             num_slots -= lengths[image]
             image += 1
-        order += list(range(first, image)) * expand_size
-    return order
+        dealt.append(list(range(first, image)))
+    return dealt
 
 
 def _select_images(order: list[int], pictures: dict, features: BaseModelOutputWithPooling | None) -> dict:

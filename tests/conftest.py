@@ -56,6 +56,18 @@ def processor(tiny_repo: Path) -> object:
     return AutoProcessor.from_pretrained(tiny_repo, trust_remote_code=True)
 
 
+@pytest.fixture
+def model(tiny_repo: Path) -> torch.nn.Module:
+    """A model of the test's own, to train."""
+    return load_model(tiny_repo)
+
+
+@pytest.fixture
+def own_processor(tiny_repo: Path) -> object:
+    """A processor of the test's own: trainers may change its settings."""
+    return AutoProcessor.from_pretrained(tiny_repo, trust_remote_code=True)
+
+
 @pytest.fixture(scope="session")
 def unfused_model(unfused_repo: Path) -> torch.nn.Module:
     """The tiny model with split projections, in evaluation mode; tests must not change it."""

@@ -18,6 +18,19 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # facts about the reference, beside the repository; not part of it
 IS_TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
+TRL_ARGUMENTS = {
+    "max_steps": 1,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "report_to": "none",
+    "trust_remote_code": True,
+}  # one step of any of TRL's trainers
+
 needs_reference = pytest.mark.skipif(
     not SHARED.is_dir(), reason="the reference fixtures are not beside the repository"
 )

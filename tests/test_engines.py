@@ -18,7 +18,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoProcessor, Trainer, TrainingArguments, pipeline
 
-from support import IS_TRANSFORMERS_5, draw_picture, load_model
+from support import IS_TRANSFORMERS_5, TRL_ARGUMENTS, draw_picture, load_model
 
 PROMPT = "<|user|>\n{}<|end|>\n<|assistant|>\n"
 PICTURES = [draw_picture(150, 150, seed=1), draw_picture(60, 300, seed=2), draw_picture(200, 90, seed=3)]
@@ -44,18 +44,6 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     yield
     assert attempts == []
-
-
-@pytest.fixture
-def model(tiny_repo) -> torch.nn.Module:
-    """A model of the test's own, to train."""
-    return load_model(tiny_repo)
-
-
-@pytest.fixture
-def own_processor(tiny_repo) -> object:
-    """A processor of the test's own: trainers may change its settings."""
-    return AutoProcessor.from_pretrained(tiny_repo, trust_remote_code=True)
 
 
 @pytest.fixture(scope="module")
@@ -328,20 +316,6 @@ def test_lora_on_the_language_model_trains_saves_loads_and_merges(request, colla
 
 # -- TRL --------------------------------------------------------------------------------------------------------------
 
-TRL_ARGUMENTS = {
-    "max_length": None,
-    "max_steps": 1,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
-    "report_to": "none",
-    "trust_remote_code": True,
-}
-
 
 def turn(role: str, text: str) -> list[dict]:
     return [{"role": role, "content": text}]
@@ -366,7 +340,7 @@ def test_trl_supervised_step_is_the_models_own_loss(model, own_processor, tiny_r
     before = weights_of(model)
     trainer = trl.SFTTrainer(
         model,
-        trl.SFTConfig(output_dir=tmp_path, **TRL_ARGUMENTS),
+        trl.SFTConfig(output_dir=tmp_path, **TRL_ARGUMENTS, max_length=None),
         train_dataset=preference_rows("images", "prompt", "completion"),
         processing_class=own_processor,
     )
@@ -387,7 +361,7 @@ def test_trl_preference_step_starts_from_an_equal_reference(model, own_processor
     before = weights_of(model)
     trainer = trl.DPOTrainer(
         model,
-        args=trl.DPOConfig(output_dir=tmp_path, **TRL_ARGUMENTS),
+        args=trl.DPOConfig(output_dir=tmp_path, **TRL_ARGUMENTS, max_length=None),
         train_dataset=preference_rows("images", "prompt", "chosen", "rejected"),
         processing_class=own_processor,
     )

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import AutoProcessor, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
-from support import IS_TRANSFORMERS_5, ROOT, draw_picture, load_model
+from support import IS_TRANSFORMERS_5, ROOT, TRL_ARGUMENTS, draw_picture, load_model
 
 trl = pytest.importorskip("trl")
 
@@ -27,18 +27,6 @@ IMAGES = [draw_picture(150, 150, seed=1), draw_picture(60, 300, seed=2), draw_pi
 QUESTION, ANSWERS = "What is in the picture?", ["A red square.", "Two dogs."]
 PROMPT = "<|user|>\n<image>\n{}<|end|>\n<|assistant|>\n"
 ADAPTER = LoraConfig(r=2, target_modules=r".*language_model\..*\.(qkv_proj|o_proj)")
-ARGUMENTS = {
-    "max_steps": 1,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
-    "report_to": "none",
-    "trust_remote_code": True,
-}
 
 
 def turn(role: str, text: str) -> list[dict]:
@@ -86,7 +74,7 @@ def learned(trainer, processor) -> list[str]:
 
 def sft(parts, tmp_path, data, **arguments):
     model, processor = parts
-    config = trl.SFTConfig(output_dir=str(tmp_path), **(ARGUMENTS | {"max_length": None} | arguments))
+    config = trl.SFTConfig(output_dir=str(tmp_path), **(TRL_ARGUMENTS | {"max_length": None} | arguments))
     return trl.SFTTrainer(model, config, train_dataset=data, processing_class=processor)
 
 
@@ -199,7 +187,7 @@ def sft_label_smoothing(parts, tmp_path):
 
 def sft_lora(parts, tmp_path):
     model, processor = parts
-    config = trl.SFTConfig(output_dir=str(tmp_path), **ARGUMENTS, max_length=None)
+    config = trl.SFTConfig(output_dir=str(tmp_path), **TRL_ARGUMENTS, max_length=None)
     trainer = trl.SFTTrainer(
         model, config, train_dataset=data_of(pair), processing_class=processor, peft_config=ADAPTER
     )
@@ -217,7 +205,7 @@ def sft_path_untrusted(parts, tmp_path):
 
 def dpo(parts, tmp_path, data, adapter=None, **arguments):
     model, processor = parts
-    config = trl.DPOConfig(output_dir=str(tmp_path), **(ARGUMENTS | {"max_length": None} | arguments))
+    config = trl.DPOConfig(output_dir=str(tmp_path), **(TRL_ARGUMENTS | {"max_length": None} | arguments))
     return trl.DPOTrainer(model, args=config, train_dataset=data, processing_class=processor, peft_config=adapter)
 
 
@@ -262,7 +250,7 @@ def grpo(parts, tmp_path, images=None, **arguments):
 
     settings = {"num_generations": 2, "max_completion_length": 4} | arguments
     data = data_of(lambda answer: {"prompt": turn("user", QUESTION), "answer": answer}, images)
-    config = trl.GRPOConfig(output_dir=str(tmp_path), **(ARGUMENTS | settings))
+    config = trl.GRPOConfig(output_dir=str(tmp_path), **(TRL_ARGUMENTS | settings))
     trainer = trl.GRPOTrainer(model, reward, config, train_dataset=data, processing_class=processor)
     before = parts[0].lm_head.weight.detach().clone()
     trainer.train()
@@ -290,7 +278,7 @@ def trainer_of(parts, tmp_path, **others):
         texts, images = [row["text"] for row in rows], [row["images"] for row in rows]
         return processor(text=texts, images=images, padding=True, return_labels=True, return_tensors="pt")
 
-    arguments = {name: value for name, value in ARGUMENTS.items() if name != "trust_remote_code"}
+    arguments = {name: value for name, value in TRL_ARGUMENTS.items() if name != "trust_remote_code"}
     arguments |= {"learning_rate": 0.0, "remove_unused_columns": False, **others}
     settings = TrainingArguments(output_dir=str(tmp_path), **arguments)
     return Trainer(model, settings, train_dataset=rows, data_collator=collate)

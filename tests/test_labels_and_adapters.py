@@ -6,25 +6,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from support import IS_TRANSFORMERS_5, draw_picture, load_model
+from support import IS_TRANSFORMERS_5, TRL_ARGUMENTS, draw_picture, load_model
 
 PROMPT = "<|user|>\n<image>\n{}<|end|>\n<|assistant|>\n{}<|end|>\n"
 ROWS = [("What is it?", "A red square."), ("How many dogs?", "Two."), ("Which colour is the sign?", "Blue.")]
 IMAGES = [draw_picture(150, 150, seed=1), draw_picture(60, 300, seed=2), draw_picture(200, 90, seed=3)]
-
-
-@pytest.fixture
-def model(tiny_repo) -> torch.nn.Module:
-    """A model of the test's own, to train."""
-    return load_model(tiny_repo)
-
-
-@pytest.fixture
-def own_processor(tiny_repo) -> object:
-    """A processor of the test's own: trainers may change its settings."""
-    return AutoProcessor.from_pretrained(tiny_repo, trust_remote_code=True)
 
 
 def collate(processor):
@@ -132,22 +120,10 @@ def chat_rows() -> datasets.Dataset:
 def test_trl_learns_no_image_token_from_messages(model, own_processor, tiny_repo, tmp_path, adapter):
     trl = pytest.importorskip("trl")
     config = LoraConfig(r=2, target_modules=r".*language_model.*o_proj", init_lora_weights=True)
+    arguments = {"per_device_train_batch_size": 3, "learning_rate": 0.0}
     trainer = trl.SFTTrainer(
         model,
-        trl.SFTConfig(
-            output_dir=tmp_path,
-            max_length=None,
-            max_steps=1,
-            per_device_train_batch_size=3,
-            logging_steps=1,
-            save_strategy="no",
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
-            report_to="none",
-            learning_rate=0.0,
-            trust_remote_code=True,
-        ),
+        trl.SFTConfig(output_dir=tmp_path, max_length=None, **TRL_ARGUMENTS | arguments),
         train_dataset=chat_rows(),
         processing_class=own_processor,
         peft_config=config if adapter else None,

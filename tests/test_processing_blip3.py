@@ -35,12 +35,6 @@ SYSTEM = (
 IMAGE = {"type": "image"}
 
 
-@pytest.fixture
-def own_processor(tiny_repo) -> object:
-    """A processor of the test's own, to change."""
-    return AutoProcessor.from_pretrained(tiny_repo, trust_remote_code=True)
-
-
 def part(text: str) -> dict:
     return {"type": "text", "text": text}
 
