@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+from blip3.checkpoints import CODE_FILES
 from blip3.data.records import Picture, Record, Turn, write_jsonl
 from blip3.training import train as stage
 from blip3.training.average import average
@@ -181,6 +182,14 @@ def test_the_mean_of_two_stages_is_a_complete_folder(stages, tmp_path):
     for name, weight in mean.items():
         torch.testing.assert_close(weight, (one[name] + other[name]) / 2)
     assert (tmp_path / "mean" / "recipe.yaml").read_text() == (finals[1] / "recipe.yaml").read_text()
+
+
+def test_a_mean_has_its_code_where_save_pretrained_writes_none(small_model, tmp_path, monkeypatch):
+    """So it is on 4.57 once a process has loaded other code under the same configuration class."""
+    monkeypatch.setattr(type(load_model(small_model)), "_auto_class", None)
+    average([small_model, small_model], tmp_path / "mean")
+    assert {path.name for path in (tmp_path / "mean").glob("*_blip3.py")} == set(CODE_FILES)
+    AutoProcessor.from_pretrained(tmp_path / "mean", trust_remote_code=True)
 
 
 def test_means_of_one_or_of_unlike_models_are_refused(small_model, tmp_path):

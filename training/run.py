@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import TrainerState
 from transformers.utils import is_torch_tf32_available
 
-from ..checkpoints import code_folder, folder_of
+from ..checkpoints import CODE_FILES, code_folder, folder_of
 from .recipe import Recipe, RunRecipe, load_recipe, save_recipe
 
 SAVED_RECIPE = "recipe.yaml"
@@ -27,7 +27,6 @@ PROCESSOR_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-PROCESSOR_CODE = "processing_blip3.py"  # what a model's save_pretrained leaves out
 _MAY_CHANGE = ("log_every", "save_every", "keep_checkpoints", "num_workers", "notes")
 
 
@@ -173,14 +172,17 @@ class RecipeTrainer(Trainer):
 
 
 def copy_processor(source: str | Path, output: str | Path) -> None:
-    """Copy tokenizer, template, processor files and processor code unchanged.
+    """Copy tokenizer, template, processor files and all code unchanged.
+
+    A model's `save_pretrained` leaves the processor's code out, and on transformers 4.57 all of it, if its process has
+    loaded other code under the same configuration class before.
 
     Args:
         source: checkpoint, as `checkpoints.locate` takes it.
         output: folder that exists.
     """
     copy_present(folder_of(source), output, PROCESSOR_FILES)
-    copy_present(code_folder(folder_of(source)), output, [PROCESSOR_CODE])
+    copy_present(code_folder(folder_of(source)), output, CODE_FILES)
 
 
 def copy_present(source: Path, output: str | Path, names: Sequence[str]) -> None:
