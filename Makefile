@@ -5,20 +5,18 @@ VENV_4 := .venv-transformers-4
 VENV_5 := .venv
 VENV_latest := .venv-latest
 VENV := $(VENV_$(LINE))
-CONSTRAINTS := constraints$(if $(filter 4,$(LINE)),-transformers-4)$(if $(filter latest,$(LINE)),-latest).txt
+CONSTRAINTS := constraints/$(LINE).txt
 OTHER := $(abspath $(wildcard $(if $(filter 4,$(LINE)),$(VENV_5),$(VENV_4))/bin/python))
 RUN := HF_HUB_OFFLINE=1 BLIP3_OTHER_PYTHON=$(OTHER) $(VENV)/bin/python
 ENVIRONMENT = $(PYTHON) .ci/environment.py $(VENV) --constraints $(CONSTRAINTS)
 # What a new transformers breaks first; the pinned lines run everything.
-TESTS_latest := $(addprefix tests/test_,modeling_blip3.py conversations.py batching.py engines.py labels_and_adapters.py \
-	training_runs.py mini.py transformers_serve.py)
+TESTS_latest := tests/model/test_modeling_blip3.py tests/model/test_conversations.py tests/model/test_generation.py tests/model/test_engines.py tests/model/test_labels_and_adapters.py tests/training/test_training_runs.py tests/model/test_small_model.py tests/serving/test_transformers_serve.py
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 setup:  ## make or complete the virtual environment (every other target does so itself)
 	$(ENVIRONMENT) --extra $(if $(filter 4,$(LINE)),test,dev)
-	@mkdir -p .typing && ln -sfn .. .typing/blip3
 
 demo:  ## ask about example images, with no more installed than that needs; python demo.py --help for your own
 	$(ENVIRONMENT) --extra demo
@@ -36,17 +34,17 @@ test-slow: setup  ## convert a source of true size (9 GB of disk; the source is 
 	$(RUN) -m pytest -m slow
 
 test-common: setup  ## transformers' own tests of models, processors and image processors
-	$(RUN) tests/common/run.py
+	$(RUN) tests/environments/common/run.py
 
 test-vllm:  ## vLLM's engine and OpenAI server on the CPU (environment of its own, 3.5 GB)
-	$(PYTHON) tests/on_vllm/run.py
+	$(PYTHON) tests/environments/run_vllm.py
 
 test-doors:  ## the page in headless Chromium, batches on Ray Data, quantization (environment of its own, 2 GB)
-	$(PYTHON) tests/doors/run.py
+	$(PYTHON) tests/environments/run_doors.py
 
 soak: setup  ## ten minutes of load on the handler, then on `transformers serve` (LINE=5 only)
-	$(RUN) tests/soak/run.py --door handler
-	$(RUN) tests/soak/run.py --door http
+	$(RUN) tests/run_soak.py --door handler
+	$(RUN) tests/run_soak.py --door http
 
 bench: setup  ## speed and memory beside the peers (docs/speed.md); an environment of its own, with torchvision
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
@@ -55,11 +53,9 @@ bench: setup  ## speed and memory beside the peers (docs/speed.md); an environme
 
 check: setup  ## lint and types
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
-	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.,checkpoints cli configuration_blip3 image_processing_blip3 processing_blip3 modeling_blip3)
-	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.data.,records world readers build)
-	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.training.,recipe run mixture encode train tokenizer new_model measure_packing average)
-	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.evaluation.,metrics score)
-	MYPYPATH=.typing $(VENV)/bin/mypy $(addprefix -m blip3.benchmarks.,run memory_child)
+	$(VENV)/bin/mypy -p blip3
+	mkdir -p .mypy_cache/root/model && cp *_blip3.py .mypy_cache/root/model/  # mypy refuses `from .x` in files outside a package
+	MYPYPATH=.mypy_cache/root $(VENV)/bin/mypy -p model
 
 fix: setup  ## format
 	$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .

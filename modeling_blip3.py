@@ -900,7 +900,7 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as transformers does, and take the generation settings of the subfolder asked for.
 
-        Given an absolute path, transformers forgets `subfolder` for generation_config.json alone: a model in mini/
+        Given an absolute path, transformers forgets `subfolder` for generation_config.json alone: a model in base/
         would stop at the token ids of the model around it.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)

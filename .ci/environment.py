@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make a virtual environment for `make demo` and `make test`, or add what is missing to one; standard library alone.
 
-    python .ci/environment.py .venv --extra demo --constraints constraints.txt
+    python .ci/environment.py .venv --extra demo --constraints constraints/5.txt
 
 A torch that this Python already has is used where it satisfies pyproject.toml, and never downloaded again. Before
 anything is downloaded, what and about how much is printed; then pip shows its progress.

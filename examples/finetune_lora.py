@@ -91,7 +91,7 @@ def load(path: Path, qlora: bool = False):
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     options = {"trust_remote_code": True}
     if not (path / "modeling_blip3.py").is_file() and (path.parent / "modeling_blip3.py").is_file():
-        path, options["subfolder"] = path.parent, path.name  # mini/: its code is in the folder above
+        path, options["subfolder"] = path.parent, path.name  # base/: its code is in the folder above
     processor = AutoProcessor.from_pretrained(path, **options)
     if qlora:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -104,7 +104,7 @@ def load(path: Path, qlora: bool = False):
 def main() -> None:
     """Evaluate, train an adapter, merge it into the full-precision model, and evaluate what was saved."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("mini"))
+    parser.add_argument("--model", type=Path, default=Path("."))
     parser.add_argument("--train", type=Path, default=DATA / "train" / "data.jsonl")
     parser.add_argument("--test", type=Path, default=DATA / "test" / "data.jsonl")
     parser.add_argument("--output", type=Path, default=Path("outputs/finetune_lora"))

@@ -42,7 +42,7 @@ def load(path: Path):
     """Load a model and its processor; train in float32 (bfloat16 autocast comes from `SFTConfig`)."""
     options = {"trust_remote_code": True}
     if not (path / "modeling_blip3.py").is_file() and (path.parent / "modeling_blip3.py").is_file():
-        path, options["subfolder"] = path.parent, path.name  # mini/: its code is in the folder above
+        path, options["subfolder"] = path.parent, path.name  # base/: its code is in the folder above
     processor = AutoProcessor.from_pretrained(path, **options)
     return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, **options), processor
 
@@ -67,7 +67,7 @@ def evaluate(model, processor, data: Dataset, title: str) -> int:
 def main() -> None:
     """Evaluate, train, save, and evaluate what was saved."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("mini"))
+    parser.add_argument("--model", type=Path, default=Path("."))
     parser.add_argument("--train", type=Path, default=DATA / "train" / "data.jsonl")
     parser.add_argument("--test", type=Path, default=DATA / "test" / "data.jsonl")
     parser.add_argument("--output", type=Path, default=Path("outputs/finetune_trl_sft"))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from blip3.random_checkpoint import write_release_layout
+from blip3.conversion.random_checkpoint import write_release_layout
 from support import convert, load_model
 
 torch.set_num_threads(1)  # tiny models: two test processes beat two threads

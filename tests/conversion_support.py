@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-import convert_weights
-from conversion.output_folder import group_shards
-from conversion.tensors import Spec, views_of
+from blip3.conversion import cli as convert_weights
+from blip3.conversion.output_folder import group_shards
+from blip3.conversion.tensors import Spec, views_of
 from support import SHARED
 
 REFERENCE = SHARED / "reference"

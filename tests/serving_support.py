@@ -12,7 +12,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from conversion.output_folder import CODE_FILES, DOOR_FILES
+from blip3.conversion.output_folder import CODE_FILES, DOOR_FILES
 from support import ROOT
 
-MINI = ROOT / "mini"
+SMALL_MODEL = ROOT
 
 
 def silence_bytes(folder: Path) -> Path:
@@ -41,6 +41,17 @@ def silence_bytes(folder: Path) -> Path:
     return folder
 
 
+def beside_the_checkpoint(model: Path) -> Callable[[str, list[str]], set[str]]:
+    """What `shutil.copytree` must leave out: around the repository's own checkpoint, everything but its files."""
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        is_root = Path(folder).resolve() == ROOT
+        kept = (".json", ".jinja", ".safetensors")
+        return {name for name in names if is_root and not name.endswith(kept)}
+
+    return ignored
+
+
 def complete_folder(model: Path, folder: Path) -> Path:
     """Copy a checkpoint and whatever it lacks of the files that go with it.
 
@@ -48,10 +59,10 @@ def complete_folder(model: Path, folder: Path) -> Path:
         model: the checkpoint; its code may be that of this repository.
         folder: to write below.
     """
-    output = Path(shutil.copytree(model, folder / model.resolve().name))
+    output = Path(shutil.copytree(model, folder / model.resolve().name, ignore=beside_the_checkpoint(model)))
     for name in (*CODE_FILES, *DOOR_FILES):
         if not (output / name).exists():
-            (output / name).parent.mkdir(exist_ok=True)
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, output / name)
     return output
 

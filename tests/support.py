@@ -12,9 +12,10 @@ import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-import convert_weights
+from blip3.conversion import cli as convert_weights
 
 ROOT = Path(__file__).resolve().parents[1]
+RELEASE = ROOT / "configs" / "4b"  # the architecture of the released checkpoints
 SHARED = ROOT.parent / "shared"  # facts about the reference, beside the repository; not part of it
 IS_TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 

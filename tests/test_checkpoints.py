@@ -15,8 +15,10 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from blip3 import checkpoints
-from blip3.checkpoints import MINI, RECIPES, find_code, fingerprint, locate, or_its_mini
+from blip3.checkpoints import RECIPES, find_code, fingerprint, locate
 from support import IS_TRANSFORMERS_5, ROOT, draw_picture
+
+SMALL_MODEL = ROOT
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -46,12 +48,12 @@ def loads(source: dict) -> bool:
 # ----------------------------------------------------------------------------------------------------------- found
 
 
-@pytest.mark.parametrize("name", ["mini", "mini/base", "./mini/", str(ROOT / "mini"), str(ROOT / "mini" / "base")])
+@pytest.mark.parametrize("name", [".", "base", "./base/", str(ROOT), str(ROOT / "base")])
 def test_checkpoints_inside_the_repository_load_with_its_code(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     source = locate(name)
     assert source["pretrained_model_name_or_path"] == str(ROOT)
-    assert source["subfolder"] in ("mini", "mini/base")
+    assert source["subfolder"] in ("", "base")
     assert loads(source)
 
 
@@ -68,14 +70,14 @@ def test_a_complete_folder_loads_with_its_own_code(tiny_repo, tmp_path):
 
 
 def test_code_is_found_in_the_checkpoint_or_above_it(tmp_path):
-    whole, inner = tmp_path / "whole", tmp_path / "whole" / "mini" / "base"
+    whole, inner = tmp_path / "whole", tmp_path / "whole" / "base"
     inner.mkdir(parents=True)
     assert find_code(inner) == (None, "")
     (whole / "modeling_blip3.py").touch()
     assert find_code(whole) == (whole, "")
-    assert find_code(inner) == (whole, "mini/base")
+    assert find_code(inner) == (whole, "base")
     (tmp_path / "link").symlink_to(inner)
-    assert find_code(tmp_path / "link") == (whole, "mini/base")
+    assert find_code(tmp_path / "link") == (whole, "base")
     (inner / "modeling_blip3.py").touch()
     assert find_code(inner) == (inner, "")
     assert find_code(tmp_path / "link") == (tmp_path / "link", "")
@@ -99,12 +101,6 @@ def test_a_name_on_the_hub_is_fetched_and_then_a_folder_like_any(hub, tmp_path):
     assert model == f"Blip3ForConditionalGeneration {fingerprint(snapshot)}"
     assert "'someone/blip3-absent' was asked for, which is no folder" in error
     assert "the Hub did not give it" in error
-
-
-def test_a_repository_without_weights_of_its_own_stands_for_its_mini(tiny_repo):
-    assert or_its_mini(ROOT) == MINI
-    assert or_its_mini(MINI) == MINI
-    assert or_its_mini(tiny_repo) == tiny_repo
 
 
 # ------------------------------------------------------------------------------------------------------- not found
@@ -230,19 +226,19 @@ def run(tmp_path, monkeypatch, capsys):
 def commands(checkpoint: str) -> list[list]:
     """Every command that loads a checkpoint, as little of it as possible."""
     score = ["--task", "rule", "--shots", "0", "--count", "1", "--output", "scores", "--max-new-tokens", "1"]
-    recipes = ROOT / "training" / "recipes" / "mini"
+    recipes = ROOT / "recipes" / "small"
     module, training = ["-m"], "blip3.training."
     size = [f"model={checkpoint}", "output=run", "max_steps=1", "batch_size=1", "accumulation=1", "num_workers=0"]
     return [
-        [*module, f"{training}train", recipes / "2_sft.yaml", *size],
-        [*module, f"{training}train_tower", recipes / "0_tower.yaml", *size],
-        [*module, f"{training}measure_packing", recipes / "2_sft.yaml", *size, "--batches", 1],
+        [*module, f"{training}train", recipes / "provenance" / "08_sft.yaml", *size],
+        [*module, f"{training}train_tower", recipes / "provenance" / "01_tower.yaml", *size],
+        [*module, f"{training}measure_packing", recipes / "provenance" / "08_sft.yaml", *size, "--batches", 1],
         [*module, f"{training}publish", "published", "--base", checkpoint],
         [*module, f"{training}average", "mean", checkpoint, checkpoint],
         [*module, f"{training}new_model", recipes / "model.yaml", "new", "--around", checkpoint, "--samples", 2],
         [*module, "blip3.evaluation.score", "--model", checkpoint, *score],
         [*module, "blip3.serving.memory", "--model", checkpoint],
-        [ROOT / "serving" / "memory.py", "--model", checkpoint, "--measure", "float32", "--tokens", 0],
+        [*module, "blip3.serving.memory", "--model", checkpoint, "--measure", "float32", "--tokens", 0],
         [ROOT / "demo.py", "--model", checkpoint, "--image", "image.png", "--output", "demo.png"],
     ]
 
@@ -256,12 +252,12 @@ NUM_COMMANDS = len(commands(""))
     [
         ("absent", "is not there"),
         ("bare", "no modeling_blip3.py"),
-        ("outputs/mini/1_pretrain/final", "training/recipes/mini/1_pretrain.yaml` first"),
+        ("outputs/small/07_pretrain/final", "recipes/small/provenance/07_pretrain.yaml` first"),
     ],
 )
 def test_every_command_refuses_what_is_no_checkpoint_in_the_same_words(number, checkpoint, message, run, tmp_path):
     (tmp_path / "bare").mkdir()
-    shutil.copy(MINI / "config.json", tmp_path / "bare")
+    shutil.copy(SMALL_MODEL / "config.json", tmp_path / "bare")
     status, error = run(commands(checkpoint)[number])
     assert status == 1
     assert error.startswith("error: "), error
@@ -270,7 +266,7 @@ def test_every_command_refuses_what_is_no_checkpoint_in_the_same_words(number, c
 
 @pytest.mark.parametrize("number", range(NUM_COMMANDS))
 def test_every_command_takes_a_checkpoint_inside_the_repository(number, run, tmp_path):
-    checkpoint = str(MINI if number in (0, 2, NUM_COMMANDS - 1) else MINI / "base")  # those three chat
+    checkpoint = str(SMALL_MODEL if number in (0, 2, NUM_COMMANDS - 1) else SMALL_MODEL / "base")  # those three chat
     command = commands(checkpoint)[number]
     status, error = run(command)
     if "blip3.training.new_model" in command:  # two samples a task make another tokenizer than mini's
@@ -293,7 +289,7 @@ def test_every_command_takes_a_checkpoint_inside_the_repository(number, run, tmp
 def test_a_model_is_spread_over_devices_by_from_pretrained(language_model, tmp_path):
     """The way that docs/serving.md names; without a GPU, to the disk."""
     pytest.importorskip("accelerate")
-    source = locate(MINI)
+    source = locate(SMALL_MODEL)
     places = {"model.vision_tower": "cpu", "model.resampler": "cpu", "lm_head": "cpu"}
     places["model.language_model"] = language_model
     whole, spread = (

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoProcessor
 
-import demo
-from checkpoints import MINI, locate
-from demo import Exchange, draw_figure
+from blip3 import demo
+from blip3.checkpoints import locate
+from blip3.demo import Exchange, draw_figure
+from support import ROOT as SMALL_MODEL
 from support import draw_picture
 
 QUESTION = ("What is written on the " + "very " * 20 + "old sign? ") * 5
@@ -20,7 +21,7 @@ SIZES = {(1, 1): (2, 1), (90, 300): (1, 3), (300, 90): (3, 1), (300, 300): (2, 2
 
 @pytest.fixture(scope="module")
 def mini_processor():
-    return AutoProcessor.from_pretrained(**locate(MINI))
+    return AutoProcessor.from_pretrained(**locate(SMALL_MODEL))
 
 
 @pytest.fixture

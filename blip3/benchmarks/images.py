@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image processing: a decoded picture, or the bytes of a JPEG, to `pixel_values`, one picture a call.
+
+Grids, tile size, filter and normalisation are the same for all. `pil` is our bit-exact backend, `torch` the faster;
+what each cannot go below are its resizes alone, to global view and tiles.
+"""
+
+import functools
+import io
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from ..hub import RELEASE, ROOT
+from . import HAS_TORCHVISION
+from .clock import Comparison, Contestant, geometric_mean_rounds, timed
+from .contestants import OURS
+from .parts import Bench
+
+IMAGE_SIZES = ((480, 640), (768, 1024), (1080, 1920), (1536, 2048), (2448, 3264), (3024, 4032))  # (height, width)
+PIL, TORCH = f"{OURS}, pil", f"{OURS}, torch"
+LLAVA_PIL, LLAVA_TORCHVISION = "LLaVA-NeXT, PIL", "LLaVA-NeXT, torchvision"
+PIL_RESIZES, TORCH_RESIZES = "resizes alone, pil", "resizes alone, torch"
+
+
+def measure_images(bench: Bench) -> list[Comparison]:
+    """Measure six sizes, from PIL and from JPEG bytes, with one thread and two."""
+    found: list[Comparison] = []
+    processors, left_out = make_processors(bench.sizes.tile_size)
+    image_sizes = [(60, 80), (120, 160)] if bench.is_quick else IMAGE_SIZES
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for source in ("PIL", "JPEG"):
+            some = [_measure_one(bench, processors, left_out, size, source, threads) for size in image_sizes]
+            overall = {
+                name: geometric_mean_rounds([comparison.values for comparison in some], name, PIL)
+                for name in some[0].values
+            }
+            name = f"all sizes, from {source}, {threads} thread{'s' * (threads > 1)}"
+            found += [*some, Comparison(name, "of the time of the first", overall, {"threads": threads}, left_out)]
+    torch.set_num_threads(bench.threads)
+    return found
+
+
+@functools.cache  # a large one takes longer to draw than to measure
+def draw_picture(image_size: tuple[int, int]) -> Image.Image:
+    """Draw colours that change at several scales, like a photograph for codec and filter: (height, width) pixels."""
+    generator = np.random.default_rng(0)
+    height, width = image_size
+    canvas = np.zeros((height, width, 3), dtype=np.float32)
+    for divisor, strength in ((200, 120), (40, 60), (8, 40), (2, 12)):
+        coarse = generator.uniform(-1, 1, (max(2, height // divisor), max(2, width // divisor), 3))
+        image = [Image.fromarray(coarse[..., channel].astype(np.float32)) for channel in range(3)]
+        resized = [np.asarray(channel.resize((width, height), Image.Resampling.BICUBIC)) for channel in image]
+        canvas += strength * np.stack(resized, axis=-1)
+    return Image.fromarray((canvas + 128).clip(0, 255).astype(np.uint8))
+
+
+def make_processors(tile_size: int) -> tuple[dict[str, Callable[[Any], Any]], dict[str, str]]:
+    """Image processors by name, and why one is missing."""
+    ours = AutoImageProcessor.from_pretrained(
+        ROOT, subfolder=RELEASE, trust_remote_code=True, size={"height": tile_size, "width": tile_size}
+    )
+    pil_class, torchvision_class, missing = find_llava_classes()
+    settings = {
+        "image_grid_pinpoints": [[rows * tile_size, columns * tile_size] for rows, columns in ours.tile_grids],
+        "size": {"shortest_edge": tile_size},
+        "crop_size": {"height": tile_size, "width": tile_size},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    processors: dict[str, Callable[[Any], Any]] = {
+        PIL: lambda image: ours(image, return_tensors="pt", resize_backend="pil"),
+        TORCH: lambda image: ours(image, return_tensors="pt", resize_backend="torch"),
+        LLAVA_PIL: _from_bytes(_tensors_of(pil_class(**settings))),
+        PIL_RESIZES: _from_bytes(_resizes_of(ours, "_resize_with_pil")),
+        TORCH_RESIZES: _from_bytes(_resizes_of(ours, "_resize_with_torch")),
+    }
+    if torchvision_class is not None:
+        processors[LLAVA_TORCHVISION] = _from_bytes(_tensors_of(torchvision_class(**settings)))
+    return processors, {LLAVA_TORCHVISION: missing} if missing else {}
+
+
+def find_llava_classes() -> tuple[Any, Any, str]:
+    """LLaVA-NeXT's two image processors under the names of both transformers lines, and why the second is missing."""
+    from transformers.models import llava_next
+
+    if hasattr(llava_next, "LlavaNextImageProcessorPil"):  # transformers 5
+        pil_class, torchvision_name = llava_next.LlavaNextImageProcessorPil, "LlavaNextImageProcessor"
+    else:
+        pil_class, torchvision_name = llava_next.LlavaNextImageProcessor, "LlavaNextImageProcessorFast"
+    if not HAS_TORCHVISION:
+        return pil_class, None, "torchvision is not installed"
+    return pil_class, getattr(llava_next, torchvision_name), ""
+
+
+def _tensors_of(processor: Any) -> Callable[[Image.Image], Any]:
+    return lambda image: processor(image, return_tensors="pt")
+
+
+def _resizes_of(ours: Any, name: str) -> Callable[[Image.Image], Any]:
+    """The resizes of one of our backends, and nothing around them."""
+    module = sys.modules[type(ours).__module__]
+    resize, side = getattr(module, name), ours.tile_size
+
+    def run(image: Image.Image) -> Any:
+        image.load()  # before threads share it
+        rows, columns = ours.grid_of(image.height, image.width)
+        tiles = module.fit_inside((image.height, image.width), (rows * side, columns * side))
+        return resize(image, [(side, side), tiles], ours.resample)
+
+    return run
+
+
+def _from_bytes(process: Callable[[Image.Image], Any]) -> Callable[[Any], Any]:
+    """Let what takes a picture take the bytes of one as well."""
+    return lambda image: process(Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image)
+
+
+def _measure_one(
+    bench: Bench,
+    processors: dict[str, Callable[[Any], Any]],
+    left_out: dict[str, str],
+    image_size: tuple[int, int],
+    source: str,
+    threads: int,
+) -> Comparison:
+    picture: Any = draw_picture(image_size)
+    if source == "JPEG":
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=90)
+        picture = buffer.getvalue()
+
+    def runner(process: Callable[[Any], Any]) -> Contestant:
+        return timed(lambda: process(picture), "cpu")
+
+    height, width = image_size
+    name = f"{width}x{height}, from {source}, {threads} thread{'s' * (threads > 1)}"
+    runners = {who: runner(process) for who, process in processors.items()}
+    facts = {"height": height, "width": width, "threads": threads, "source": source}
+    return bench.compare(name, runners, {"seconds": ("", "ms", 1000)}, facts, left_out)[0]

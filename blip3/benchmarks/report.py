@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results to tables, a plot, and the blocks of documentation that are generated from them.
+
+    cpu_images.json ...  -->  cpu_aims.json   each aim: value, spread, reached or missed by how much
+                              cpu.md          the machine and every comparison
+                              cpu.png         the plot of README
+
+A block of documentation stands between `<!-- benchmarks:cpu:aims -->` and `<!-- end -->`.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.tables_and_plots import markdown_table, new_figure
+from ..hub import ROOT
+from .aims import make_aims
+from .contestants import IDEFICS, LLAVA, OURS
+from .images import LLAVA_PIL, LLAVA_TORCHVISION, PIL, TORCH
+
+DOCUMENTS = (ROOT / "docs" / "speed.md", ROOT / "README.md")
+LEAST_SHARE = 0.01  # of an operator worth a word
+COLORS = {OURS: "#1b6ca8", PIL: "#1b6ca8", TORCH: "#6fb1dd", LLAVA: "#c8553d", LLAVA_PIL: "#c8553d"}
+COLORS |= {LLAVA_TORCHVISION: "#eba28f", IDEFICS: "#7a9e4b"}
+
+
+def read_results(folder: Path, device: str) -> dict[str, dict[str, Any]]:
+    """Read the results of one kind of device, by part.
+
+    Raises:
+        FileNotFoundError: if there are none.
+    """
+    files = sorted(path for path in folder.glob(f"{device}_*.json") if path.stem != f"{device}_aims")
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} holds no {device}_*.json but the report is made from them. Nothing was probably measured there "
+            "yet: run the benchmark first, or name its folder by --output."
+        )
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    return {result["part"]: result for result in results}
+
+
+def write_report(folder: Path, device: str) -> list[dict[str, Any]]:
+    """Write the aims, the tables and the plot of a folder's results; gives the aims."""
+    results = read_results(folder, device)
+    aims = judge(results)
+    _write(folder / f"{device}_aims.json", json.dumps(aims, indent=1) + "\n")
+    _write(folder / f"{device}.md", "\n".join([*_head(results, device), *aims_table(aims), *_tables(results)]) + "\n")
+    draw_plot(results).savefig(folder / f"{device}.png", dpi=110, metadata={"Software": None})
+    return aims
+
+
+def judge(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Judge every aim by the results."""
+    rows = {f"{part}: {row['name']}": row for part, result in results.items() for row in result["comparisons"]}
+    dtypes = next(iter(results.values()))["benchmark"]["dtypes"]
+    return [aim.judge(rows) for aim in make_aims(dtypes)]
+
+
+def aims_table(aims: Sequence[dict[str, Any]]) -> list[str]:
+    """The aims as a Markdown table."""
+    return markdown_table(
+        ["what", "aim", "result (quartiles)", "reached"],
+        [[aim["what"], aim["aim"], _shown(aim["result"], aim["unit"]), _verdict(aim)] for aim in aims],
+    )
+
+
+def update_documents(folder: Path, device: str, documents: Sequence[Path] = DOCUMENTS) -> list[Path]:
+    """Fill the generated blocks of documentation; gives the files that changed."""
+    results = read_results(folder, device)
+    aims = judge(results)
+    about = "Image processing, first token and number of pictures, beside the peers"
+    plot = f"![{about}](blip3/benchmarks/results/{device}.png)"
+    blocks = {
+        f"{device}:aims": aims_table(aims),
+        f"{device}:machine": _head(results, device)[2:-1],
+        f"{device}:plot": [plot],  # for README, which stands at the root
+    }
+    changed = []
+    for path in documents:
+        text = path.read_text(encoding="utf-8")
+        filled = fill_blocks(text, blocks)
+        if filled != text:
+            _write(path, filled)
+            changed.append(path)
+    return changed
+
+
+def fill_blocks(text: str, blocks: dict[str, list[str]]) -> str:
+    r"""Replace what stands between the marks of each block; text without marks stays.
+
+    >>> fill_blocks("<!-- benchmarks:cpu:aims -->\nold\n<!-- end -->", {"cpu:aims": ["new"]})
+    '<!-- benchmarks:cpu:aims -->\nnew\n<!-- end -->'
+    """
+    for name, lines in blocks.items():
+        begin = f"<!-- benchmarks:{name} -->"
+        pattern = re.compile(rf"{re.escape(begin)}\n.*?<!-- end -->", flags=re.DOTALL)
+        block = "\n".join([begin, *lines, "<!-- end -->"])
+        text = pattern.sub(block.replace("\\", r"\\"), text)
+    return text
+
+
+def _head(results: dict[str, dict[str, Any]], device: str) -> list[str]:
+    """Title, and the machine in a sentence; one for each machine if parts were measured on several."""
+    lines = []
+    for result in results.values():
+        machine, benchmark = result["machine"], result["benchmark"]
+        packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+        where = machine.get("accelerator") or f"{machine['processor']} ({', '.join(machine['processor_flags'])})"
+        lines.append(
+            f"Measured on {where}, {machine['threads']} of {machine['cores']} cores, Python {machine['python']}, "
+            f"{packages}; sizes `{benchmark['sizes']['name']}`."
+        )
+    return [f"# Results: {device}", "", *dict.fromkeys(lines), ""]
+
+
+def _tables(results: dict[str, dict[str, Any]]) -> list[str]:
+    lines = []
+    for part, result in results.items():
+        lines += ["", f"## {part}", "", f"{result['description']} ({result['seconds']:.0f} s)"]
+        groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for row in result["comparisons"]:
+            groups.setdefault((*row["values"], *row["left_out"]), []).append(row)
+        for contestants, rows in groups.items():
+            lines += ["", *markdown_table(["", "unit", *contestants], [_row(row, contestants) for row in rows])]
+        profiles = {
+            json.dumps(row["facts"]["profile"]): row for row in result["comparisons"] if "profile" in row["facts"]
+        }
+        for row in profiles.values():
+            shares = ", ".join(f"`{name}` {share:.0%}" for name, share in row["facts"]["profile"].items())
+            lines += ["", f"Operators of {row['facts'].get('profiled', row['name'])}: {shares}."]
+    return lines
+
+
+def _row(row: dict[str, Any], contestants: Sequence[str]) -> list[str]:
+    cells = []
+    for name in contestants:
+        if name not in row["values"]:
+            cells.append("left out")
+            continue
+        against = row["ratio_to_first"].get(name)
+        cells.append(_shown(row["summary"][name], "") + (f"; {against['median']:.3g}x" if against else ""))
+    return [row["name"], row["unit"], *cells]
+
+
+def _shown(summary: dict[str, float] | None, unit: str) -> str:
+    if summary is None:
+        return "not measured"
+    text = f"{summary['median']:.4g}{unit}"
+    return text if summary["count"] == 1 else f"{text} ({summary['low']:.3g} to {summary['high']:.3g})"
+
+
+def _verdict(aim: dict[str, Any]) -> str:
+    if aim["reached"] is None:
+        return ""
+    return "yes" if aim["reached"] else f"no, missed by {aim['missed_by']:.0%}"
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------- plot
+
+
+def draw_plot(results: dict[str, dict[str, Any]]) -> Any:
+    """Draw image processing, first token and cost against pictures, as far as they were measured.
+
+    Returns:
+        A matplotlib `Figure`.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    rows = {part: {row["name"]: row for row in result["comparisons"]} for part, result in results.items()}
+    figure = new_figure((13, 3.8), "benchmarks")
+    images, first, pictures = figure.subplots(1, 3)
+    _draw_images(images, rows.get("images", {}))
+    _draw_first_tokens(first, rows.get("generation", {}))
+    _draw_lines(pictures, rows.get("scaling", {}))
+    return figure
+
+
+def _draw_images(axes: Any, rows: dict[str, Any]) -> None:
+    chosen = [row for row in rows.values() if row["facts"].get("source") == "PIL" and row["facts"]["threads"] == 1]
+    for name in (PIL, TORCH, LLAVA_PIL, LLAVA_TORCHVISION):
+        points = [
+            (row["facts"]["height"] * row["facts"]["width"] / 1e6, row["summary"][name]["median"])
+            for row in chosen
+            if name in row["summary"]
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name, color=COLORS[name])
+    axes.set(title="Image processing, one thread", xlabel="megapixels", ylabel="ms a picture")
+    _finish(axes)
+
+
+def _draw_first_tokens(axes: Any, rows: dict[str, Any]) -> None:
+    chosen = [row for name, row in rows.items() if name.startswith("1 picture, batch 1,") and "eager, first" in name]
+    for offset, name in enumerate((OURS, LLAVA, IDEFICS)):
+        bars = [
+            (place + 0.27 * (offset - 1), row["summary"][name])
+            for place, row in enumerate(chosen)
+            if name in row["summary"]
+        ]
+        if bars:
+            heights = [summary["median"] for _, summary in bars]
+            spread = [[s["median"] - s["low"] for _, s in bars], [s["high"] - s["median"] for _, s in bars]]
+            places = [place for place, _ in bars]
+            axes.bar(places, heights, width=0.25, yerr=spread, label=name, color=COLORS[name], capsize=3)
+    axes.set_xticks(range(len(chosen)), [row["facts"]["dtype"] for row in chosen])
+    axes.set(title="Time to first token, one picture of 5 parts", ylabel="ms")
+    _finish(axes)
+
+
+def _draw_lines(axes: Any, rows: dict[str, Any]) -> None:
+    chosen = [row for row in rows.values() if row["facts"].get("what") == "picture"]
+    for name in (OURS, LLAVA, IDEFICS):
+        points = [(row["facts"]["place"], row["summary"][name]["median"]) for row in chosen if name in row["summary"]]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name, color=COLORS[name])
+    axes.set(title="Prefill against number of pictures", xlabel="pictures", ylabel="ms")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _finish(axes)
+
+
+def _finish(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylim(bottom=0)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
+    else:
+        axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)

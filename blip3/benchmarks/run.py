@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Measure speed and memory beside the peers and the machine's limits, and write the results down.
+
+    python -m blip3.benchmarks.run                               every part
+    python -m blip3.benchmarks.run --part images --part memory   some
+    python -m blip3.benchmarks.run --device cuda                 the 4B sizes in bfloat16, on a GPU
+    python -m blip3.benchmarks.run --quick                       tries the code; its times mean nothing
+    python -m blip3.benchmarks.run --only-report --update-docs   tables, plot and documentation from what is there
+
+docs/speed.md says what each part measures. Results of a part replace those of the same part and device.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..hub import PACKAGE, ROOT
+from . import machine
+from .batching import measure_batching, measure_questions
+from .clock import Comparison, Effort
+from .contestants import QUARTER, QUICK, TRUE
+from .generation import measure_generation
+from .images import measure_images
+from .memory import measure_memory
+from .overhead import measure_overhead
+from .parts import Bench
+from .report import update_documents, write_report
+from .scaling import measure_scaling
+from .tokens import measure_tokens
+from .training_step import measure_training
+
+PARTS: dict[str, tuple[Callable[[Bench], list[Comparison]], str]] = {
+    "tokens": (measure_tokens, "Image tokens a picture takes, by its size."),
+    "images": (measure_images, "Image processing: a picture in, tensors out, one picture a call."),
+    "overhead": (measure_overhead, "A prefill against its bare parts and its matrix products alone."),
+    "generation": (measure_generation, "Time to the first token and of each further one, through generate."),
+    "batching": (measure_batching, "Mixed prompts at once against one by one."),
+    "questions": (measure_questions, "A second question about the same pictures."),
+    "memory": (measure_memory, "Peak memory of loading, of a prefill and of a training step."),
+    "training": (measure_training, "A training step with a frozen vision tower."),
+    "scaling": (measure_scaling, "Cost of a prefill against pictures, parts and rows."),
+}
+RESULTS, QUICK_RESULTS = PACKAGE / "benchmarks" / "results", Path("outputs", "benchmarks")
+QUICK_EFFORT = {"rounds": 2, "seconds": 1.0, "longest_run_seconds": 60.0}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line, measure and report."""
+    options = _parse(arguments)
+    try:
+        folder = _output_of(options)
+        if not options.only_report:
+            _measure(options, folder)
+        aims = write_report(folder, options.device.split(":")[0])
+        changed = update_documents(folder, options.device.split(":")[0]) if options.update_docs else []
+    except (ValueError, FileNotFoundError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    judged = [aim["reached"] for aim in aims if aim["reached"] is not None]
+    say(f"{sum(judged)} of {len(judged)} aims reached; tables and plot are beside the results")
+    for path in changed:
+        say(f"filled {path.relative_to(ROOT)}")
+    return 0
+
+
+def say(line: str) -> None:
+    """Write a line to the terminal at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    effort = Effort()
+    parser.add_argument("--part", action="append", choices=PARTS, help="may be repeated (default: all)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the code")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="of torch (default: all cores this process may use)")
+    parser.add_argument("--rounds", type=int, help=f"of one comparison, at most (default: {effort.rounds})")
+    parser.add_argument("--seconds", type=float, help=f"for one comparison (default: {effort.seconds:g})")
+    parser.add_argument(
+        "--longest-run-seconds",
+        type=float,
+        help=f"contestants predicted to run longer are left out (default: {effort.longest_run_seconds:g})",
+    )
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave compiled models out: compiling large ones takes minutes"
+    )
+    parser.add_argument("--output", type=Path, help="folder of the results (default: blip3/benchmarks/results)")
+    parser.add_argument("--only-report", action="store_true", help="measure nothing, report what the folder holds")
+    parser.add_argument("--update-docs", action="store_true", help="fill the generated blocks of docs and README")
+    return parser.parse_args(arguments)
+
+
+def _output_of(options: argparse.Namespace) -> Path:
+    """Where results go; quick ones never among the true ones.
+
+    Raises:
+        ValueError: if they would.
+    """
+    folder = options.output or (QUICK_RESULTS if options.quick else RESULTS)
+    if options.quick and (options.update_docs or folder.resolve() == RESULTS.resolve()):
+        raise ValueError(
+            "--quick was given together with --update-docs or the folder of the true results, but its times mean "
+            "nothing. A trial run was probably meant: leave --update-docs out, and --output or name another folder."
+        )
+    return folder
+
+
+def make_bench(options: argparse.Namespace) -> Bench:
+    """Check the options and measure the machine's own rates.
+
+    Raises:
+        ValueError: if they cannot be honoured.
+    """
+    given = {name: getattr(options, name) for name in QUICK_EFFORT if getattr(options, name) is not None}
+    effort = Effort(**{**(QUICK_EFFORT if options.quick else {}), **given})
+    device = machine.pick_device(options.device)
+    threads = options.threads or machine.count_cores()
+    machine.set_threads(threads)
+    sizes = QUICK if options.quick else QUARTER if device == "cpu" else TRUE
+    bench = Bench(device, sizes, effort, threads, {}, say, not options.no_compile)
+    side, copy_bytes = (128, 2**16) if options.quick else (2048, 2**28) if device == "cpu" else (8192, 2**33)
+    rates = machine.measure_rates(device, bench.dtypes, side, copy_bytes, effort)
+    return dataclasses.replace(bench, rates=rates)
+
+
+def _measure(options: argparse.Namespace, folder: Path) -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    bench = make_bench(options)
+    folder.mkdir(parents=True, exist_ok=True)
+    say(", ".join(f"{name} {rate:.3g}" for name, rate in bench.rates.items()))
+    for part in options.part or PARTS:
+        measure, description = PARTS[part]
+        say(f"{part}: {description}")
+        started = time.perf_counter()
+        comparisons = measure(bench)
+        result = {
+            "part": part,
+            "description": description,
+            "seconds": round(time.perf_counter() - started, 1),
+            "machine": machine.describe(bench.device),
+            "rates": bench.rates,
+            "benchmark": {
+                "sizes": dataclasses.asdict(bench.sizes),
+                "dtypes": bench.dtypes,
+                "effort": dataclasses.asdict(bench.effort),
+            },
+            "comparisons": [comparison.to_json() for comparison in comparisons],
+        }
+        path = folder / f"{bench.device.split(':')[0]}_{part}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image tokens a picture takes, by its size: counted, not timed."""
+
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor
+
+from ..hub import RELEASE, ROOT
+from .clock import Comparison
+from .contestants import IDEFICS, LLAVA, OURS, TRUE, our_config
+from .images import IMAGE_SIZES
+from .parts import Bench
+
+
+def measure_tokens(bench: Bench) -> list[Comparison]:
+    """Count at the release's tile size, each peer with its own way of cutting a picture up."""
+    config = our_config(TRUE)
+    image_processor = AutoImageProcessor.from_pretrained(ROOT, subfolder=RELEASE, trust_remote_code=True)
+    rows = []
+    for height, width in IMAGE_SIZES:
+        values = {
+            OURS: [float(_count_ours(config, image_processor, height, width))],
+            LLAVA: [float(_count_llava(config, height, width))],
+            IDEFICS: [float(_count_idefics(height, width))],
+        }
+        rows.append(Comparison(f"{width}x{height}", "tokens", values, {"height": height, "width": width}))
+        bench.say(f"  {rows[-1].name}: " + ", ".join(f"{who} {found[0]:.0f}" for who, found in values.items()))
+    return rows
+
+
+def _count_ours(config: Any, image_processor: Any, height: int, width: int) -> int:
+    rows, columns = image_processor.grid_of(height, width)
+    return config.resampler_config.num_latents * (1 + rows * columns)
+
+
+def _count_llava(config: Any, height: int, width: int) -> int:
+    from transformers.image_processing_utils import select_best_resolution
+    from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+    side, patches = TRUE.tile_size, TRUE.patches_per_side
+    pinpoints = [[rows * side, columns * side] for rows, columns in config.tile_grids]
+    best_height, best_width = select_best_resolution((height, width), pinpoints)
+    whole = torch.zeros(1, best_height // side * patches, best_width // side * patches)
+    rows, columns = unpad_image(whole, (height, width)).shape[1:]
+    return patches**2 + rows * (columns + 1)
+
+
+def _count_idefics(height: int, width: int) -> int:
+    """SmolVLM's own settings: longest side four tiles, as many tiles as fit, and the global view."""
+    from transformers.models import idefics3
+
+    is_transformers_5 = hasattr(idefics3, "Idefics3ImageProcessorPil")
+    processor_class = idefics3.Idefics3ImageProcessorPil if is_transformers_5 else idefics3.Idefics3ImageProcessor
+    side = TRUE.tile_size
+    processor = processor_class(size={"longest_edge": 4 * side}, max_image_size={"longest_edge": side})
+    num_parts = processor.get_number_of_image_patches(height, width, {})[0]
+    return num_parts * (TRUE.patches_per_side // TRUE.patches_per_token) ** 2

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One command for everything: `blip3 train RECIPE` is `python -m blip3.training.train RECIPE`.
+
+A subcommand is imported when it is asked for, so that each needs only its own extra.
+"""
+
+import ast
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Command:
+    """A module that runs as a command."""
+
+    module: str
+    """Below this package, with a `main()`."""
+    about: str
+    """One line for the list."""
+    extra: str = ""
+    """Of pyproject.toml, that its imports come from."""
+
+
+COMMANDS = {
+    "demo": Command("demo", "ask the small model, or another, about example images or your own", "demo"),
+    "convert": Command("conversion.cli", "convert released weights, and back", "demo"),
+    "page": Command("serving.app", "serve a page to talk about images in the browser", "app"),
+    "batch": Command("serving.batch", "ask about many images with Ray Data, resumably", "batch"),
+    "memory": Command("serving.memory", "compute or measure what a checkpoint needs in memory"),
+    "build": Command("world.build", "write drawn records to disk, or preview every drawn task", "data"),
+    "train": Command("training.train", "train a stage of the recipe", "train"),
+    "train-tower": Command("training.train_tower", "train the small model's vision tower (stage 0)", "train"),
+    "new-model": Command("training.new_model", "make a small model with newly initialised weights", "train"),
+    "average": Command("training.average", "average the weights of models trained from one another", "train"),
+    "publish": Command("training.publish", "write trained models as shipped, with example images", "train"),
+    "packing": Command("training.measure_packing", "measure tokens a second, padded and packed", "train"),
+    "score": Command("evaluation.score", "score checkpoints on the held-out drawn world", "evaluation"),
+    "bench": Command("benchmarks.run", "measure speed and memory beside the peers", "benchmarks"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns its exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    name, *rest = given
+    if name not in COMMANDS:
+        print(f"error: {unknown(name)}", file=sys.stderr)
+        return 2
+    return run(name, rest)
+
+
+def usage() -> str:
+    """List the subcommands, a line each."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:{width}}{command.about}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: blip3 COMMAND [...]    (blip3 COMMAND --help for its options)", "", *lines])
+
+
+def unknown(name: str) -> str:
+    """Say that there is no such subcommand, and which is near."""
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"Did you mean {close[0]!r}?" if close else "`blip3 --help` lists them."
+    return f"The command is {name!r} but must be one of {', '.join(COMMANDS)}. It is probably misspelt. {hint}"
+
+
+def run(name: str, arguments: Sequence[str]) -> int:
+    """Run a subcommand as its module would run by itself.
+
+    Args:
+        name: a key of `COMMANDS`.
+        arguments: of the subcommand.
+
+    Returns:
+        its exit status.
+    """
+    command = COMMANDS[name]
+    try:
+        module = importlib.import_module(f"blip3.{command.module}")
+    except ModuleNotFoundError as error:
+        return _refuse(name, str(error.name), {"-h", "--help"} & set(arguments) != set())
+    before, sys.argv = sys.argv, [f"blip3 {name}", *arguments]
+    try:
+        return module.main() or 0
+    finally:
+        sys.argv = before
+
+
+def _refuse(name: str, missing: str, is_help: bool) -> int:
+    """Say which extra a subcommand needs; where its help was asked for, give what its file says about it."""
+    command = COMMANDS[name]
+    install = f"pip install -e '.[{command.extra}]' in the repository" if command.extra else f"pip install {missing}"
+    if is_help:
+        file = PACKAGE / f"{command.module.replace('.', '/')}.py"
+        print(f"{ast.get_docstring(ast.parse(file.read_text(encoding='utf-8')))}\n\nFor its options: {install}.")
+        return 0
+    print(
+        f"error: blip3 {name} needs {missing}, which is not installed. An extra was probably left out: {install}.",
+        file=sys.stderr,
+    )
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

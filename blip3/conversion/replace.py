@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OUTPUT as a whole: it appears at once, replaces an earlier one, and keeps what the user put beside it.
+
+Everything is written to a hidden folder beside OUTPUT, flushed to disk and renamed. SHA256SUMS in it lists what this
+script wrote, so that a later run knows an earlier output and tells our files from the user's:
+
+    listed, unchanged     replaced, or removed if the new output has no such file
+    listed, changed       the run refuses and names it
+    not listed            stays; weights, or a file in the way of a new one, make the run refuse
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from .configs import optional_json, write_text
+from .names import some
+from .tensors import progress_bar
+
+MANIFEST = "SHA256SUMS"  # in the format of `sha256sum -c`
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+CACHE = "__pycache__"  # of importing handler.py; made again when needed
+
+
+def is_our_output(folder: Path) -> bool:
+    """Tell whether a folder may be replaced: written by this script, and no working tree.
+
+    Raises:
+        ValueError: if its config.json is not JSON.
+    """
+    config = optional_json(folder / "config.json")
+    if config is None or config.get("model_type") not in ("blip3", "xgenmm") or not (folder / MANIFEST).is_file():
+        return False
+    return not (folder / ".git").exists() and not (folder / "convert_weights.py").exists()
+
+
+def prepare_output(output: Path, sources: list[Path]) -> None:
+    """Recover from a killed run, then refuse an OUTPUT that is not ours to replace.
+
+    Raises:
+        ValueError: if OUTPUT is something else, holds a source, or was changed since it was written.
+    """
+    partial, old = _siblings(output)
+    if partial.exists():
+        shutil.rmtree(partial)
+    if old.exists() and not output.exists():
+        old.rename(output)
+    elif old.exists():
+        shutil.rmtree(old)
+    for source in sources:
+        if output.resolve() == source.resolve() or output.resolve() in source.resolve().parents:
+            raise ValueError(
+                f"OUTPUT {output} is, or holds, the source {source}, which would be replaced by the result. "
+                "A path was probably given twice: choose another OUTPUT."
+            )
+    if not output.is_file() and not (output.is_dir() and any(output.iterdir())):
+        return
+    if output.is_file() or not is_our_output(output):
+        raise ValueError(
+            f"OUTPUT {output} exists and was not written by this script (no config.json with {MANIFEST}); only an "
+            "empty folder or an earlier output is replaced. The path is probably wrong: choose another OUTPUT, or "
+            "remove it yourself."
+        )
+    _refuse_changes(output)
+
+
+def _refuse_changes(output: Path) -> None:
+    listed = read_manifest(output)
+    changed = _changed_files(output, listed)
+    if changed:
+        raise ValueError(
+            f"{len(changed)} of the {len(listed)} files this script wrote to OUTPUT {output} differ from {MANIFEST}: "
+            f"{some(changed)}. They were probably edited by hand or trained further, and would be lost: choose "
+            "another OUTPUT, or move them away."
+        )
+    weights = [name for name in added_files(output, listed) if "/" not in name and name.endswith(WEIGHTS)]
+    if weights:
+        raise ValueError(
+            f"OUTPUT {output} has {len(weights)} weights files that this script did not write: {some(weights)}. "
+            "Beside new weights they would make a folder of two models: choose another OUTPUT, or move them away."
+        )
+
+
+def read_manifest(folder: Path) -> dict[str, str]:
+    """Return the sha256 of each file listed in a folder's SHA256SUMS, by its path within the folder."""
+    lines = (folder / MANIFEST).read_text(encoding="utf-8").splitlines()
+    return {name: digest for digest, name in (line.split("  ", 1) for line in lines if "  " in line)}
+
+
+def write_manifest(folder: Path) -> None:
+    """List all files of a folder with their sha256 in its SHA256SUMS."""
+    names = _files_in(folder)
+    with progress_bar(sum((folder / name).stat().st_size for name in names), "sha256") as progress:
+        lines = []
+        for name in names:
+            lines.append(f"{sha256_of(folder / name)}  {name}\n")
+            progress.update((folder / name).stat().st_size)
+    write_text(folder / MANIFEST, "".join(lines))
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's sha256 in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def are_weights_as_written(folder: Path) -> bool:
+    """Tell whether the weights of a folder of ours are those that this script wrote into it."""
+    listed = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
+    weights = {path.name for path in folder.glob("*.safetensors")}
+    return weights <= listed.keys() and not _changed_files(folder, {name: listed[name] for name in sorted(weights)})
+
+
+def added_files(folder: Path, listed: dict[str, str]) -> list[str]:
+    """Return the paths of files and links that SHA256SUMS does not list, without Python's caches."""
+    return [name for name in _files_in(folder) if name not in listed and CACHE not in name.split("/")]
+
+
+def _files_in(folder: Path) -> list[str]:
+    """Return the paths of all files and links below a folder, SHA256SUMS left out, sorted."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        links = [name for name in folders if Path(parent, name).is_symlink()]
+        found += [Path(parent, name).relative_to(folder).as_posix() for name in (*files, *links)]
+    return sorted(name for name in found if name != MANIFEST)
+
+
+def _changed_files(folder: Path, listed: dict[str, str]) -> list[str]:
+    """Return the listed files whose content differs; a file that was removed counts as unchanged."""
+    present = {name: digest for name, digest in listed.items() if (folder / name).is_file()}
+    changed = []
+    with progress_bar(sum((folder / name).stat().st_size for name in present), "sha256") as progress:
+        for name, digest in present.items():
+            changed += [name] * (sha256_of(folder / name) != digest)
+            progress.update((folder / name).stat().st_size)
+    return changed
+
+
+def check_space(output: Path, num_bytes: int) -> None:
+    """Refuse to start what cannot end for lack of disk.
+
+    Raises:
+        ValueError: if the disk of OUTPUT has less than `num_bytes` free.
+    """
+    parent = next(path for path in output.absolute().parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+        raise ValueError(
+            f"OUTPUT needs {num_bytes / 2**30:.1f} GiB and {parent} has {free / 2**30:.1f} GiB free. An earlier "
+            "output is only removed after the new one is complete: free some space or choose another disk."
+        )
+
+
+@contextlib.contextmanager
+def replacing(output: Path) -> Iterator[Path]:
+    """Give a hidden folder to write to, renamed to `output` at the end with the user's files of an earlier output.
+
+    A kill leaves the old output, the new one, or none; the next run then puts the old one back.
+
+    Raises:
+        ValueError: if a file of the user's is in the way of a new one.
+    """
+    partial, old = _siblings(output)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        write_manifest(partial)
+        if is_our_output(output):
+            _keep_added_files(output, partial)
+        _fsync_folder(partial)
+        if output.exists():
+            output.rename(old)
+        partial.rename(output)
+        _fsync_folder(output.absolute().parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not output.exists():
+            old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _keep_added_files(output: Path, partial: Path) -> None:
+    """Put the user's files into the new folder too, as hard links where the file system has them."""
+    added = added_files(output, read_manifest(output))
+    in_the_way = [name for name in added if (partial / name).exists()]
+    if in_the_way:
+        raise ValueError(
+            f"OUTPUT {output} has {len(in_the_way)} files that this script did not write, in the way of new ones: "
+            f"{some(in_the_way)}. They were probably added by hand: choose another OUTPUT, or move them away."
+        )
+    for name in added:
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(output / name, partial / name, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(output / name, partial / name, follow_symlinks=False)
+    if added:
+        print(f"kept {len(added)} files that this script did not write: {some(added)}")
+
+
+def _siblings(output: Path) -> tuple[Path, Path]:
+    output = output.absolute()
+    return output.with_name(f".{output.name}.partial"), output.with_name(f".{output.name}.old")
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,501 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""The one record schema: what every reader yields, the drawn world writes and training reads.
+
+A record is one training sample. Its text stands in turns, with one `<image>` where each picture belongs, in order:
+
+    caption, ocr, grounding, interleaved    document turns                          pre-training
+    few_shot                                document turns (shots), user, assistant pre-training and its evaluation
+    instruction, refusal                    [system,] user, assistant, ...          supervised fine-tuning
+    preference                              [system,] user, ..., user + chosen and rejected    DPO
+
+Boxes, here and in every file of this folder, are (x1, y1, x2, y2), left, top, right, bottom, normalised to 0..1 from
+the picture's top left corner; sizes are (height, width) in pixels.
+"""
+
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from .canvas import Drawing
+
+IMAGE_TOKEN = "<image>"
+END_OF_CHUNK = "<|endofchunk|>"
+# Written by the conversions below and by the chat template; inside a record they would forge turns.
+MARKERS = (END_OF_CHUNK, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
+
+DOCUMENT_KINDS = ("caption", "ocr", "grounding", "interleaved")
+CHAT_KINDS = ("instruction", "refusal")
+KINDS = (*DOCUMENT_KINDS, "few_shot", *CHAT_KINDS, "preference")
+ROLES = ("document", "system", "user", "assistant")
+
+
+class RecordError(ValueError):
+    """A record that does not follow the schema, with the place and the field at fault."""
+
+    def __init__(self, place: str, name: str, given: str, expected: str, cause: str, action: str):
+        super().__init__(f"{place}, field {name}: {given}, but {expected}. {cause} {action}")
+        self.place = place
+        """File and line, or the record's id."""
+        self.field = name
+        """Path of the field inside the record, such as `turns[1].role`."""
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Turn an image that was just opened as its EXIF tag says, in place; returns it."""
+    image.load()
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:  # damaged tags; Pillow writes them anew after it has turned the pixels
+        image.info.pop("exif", None)
+    return image
+
+
+def _explain_undecoded(source: io.BytesIO | Path, error: Exception) -> str:
+    reason = re.sub(r" ?<[^<>]* object at 0x[^<>]*>", "", str(error))
+    if isinstance(source, io.BytesIO):
+        return f"{len(source.getbuffer())} bytes, {reason}"
+    if os.path.isdir(source):
+        return "it is a folder"
+    if os.path.isfile(source):
+        return f"{source.stat().st_size} bytes, {reason}"
+    return reason
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture, read or painted only when it is opened; exactly one of the three sources is set."""
+
+    path: str | None = None
+    """File, absolute or relative to the folder given to `open`."""
+    data: bytes | None = field(default=None, repr=False)
+    """Encoded file, such as PNG or JPEG."""
+    drawing: Drawing | None = field(default=None, repr=False)
+    """What our code draws: complete, so the same drawing gives the same pixels."""
+
+    def __post_init__(self) -> None:
+        sources = [name for name in ("path", "data", "drawing") if getattr(self, name)]
+        if len(sources) != 1:
+            raise RecordError(
+                "A picture",
+                "images",
+                f"it has {len(sources)} sources ({', '.join(sources) or 'none'})",
+                "it needs exactly one of path, data and drawing",
+                "The row's picture was probably empty or not downloaded.",
+                "Fill in one source, or drop the row.",
+            )
+
+    def open(self, folder: str | Path = "", upright: bool = True) -> Image.Image:
+        """Read or paint the picture as RGB.
+
+        Args:
+            folder: where a relative `path` starts.
+            upright: turn the image as its EXIF tag says; False gives it as stored.
+
+        Raises:
+            FileNotFoundError: if `path` is missing.
+            ValueError: if the file is no picture.
+        """
+        if self.drawing is not None:
+            return self.drawing.paint()
+        source = io.BytesIO(self.data) if self.data is not None else Path(folder, self.path or "")
+        try:
+            with Image.open(source) as image:
+                return (turn_upright(image) if upright else image).convert("RGB")
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"The picture {str(source)!r} does not exist (no such file), but a record names it. The image folder "
+                f"is probably another one: pass the folder that {self.path!r} starts from."
+            ) from None
+        except (OSError, ValueError) as error:  # a null byte in a path is a ValueError
+            raise ValueError(
+                f"The picture {repr(str(source)) if self.data is None else 'in memory'} cannot be decoded: "
+                f"{_explain_undecoded(source, error)}. It must be an image file that Pillow reads. It was probably "
+                "cut off in a download: fetch it again or drop the row."
+            ) from error
+
+    def to_json(self) -> Any:
+        """Give the JSON form: a path, or `{"drawing": ...}`.
+
+        Raises:
+            ValueError: for a picture in memory, which JSON does not hold.
+        """
+        if self.data is not None:
+            raise ValueError(
+                f"A picture of {len(self.data)} bytes in memory has no JSON form; only paths and drawings do. The "
+                "records were probably read from parquet: write parquet again, or save the pictures to files first."
+            )
+        return self.path if self.drawing is None else {"drawing": self.drawing.to_json()}
+
+
+def open_images(pictures: Iterable[Picture], processor: Any) -> list[Image.Image]:
+    """Open images as RGB, upright unless the model's processor forbids it with `do_exif_transpose` False.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is no picture.
+    """
+    upright = processor.image_processor.do_exif_transpose is not False
+    return [picture.open(upright=upright) for picture in pictures]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a record."""
+
+    role: str
+    """`document` (text to learn as it is), `system`, `user` or `assistant`."""
+    text: str
+    """With `<image>` where a picture belongs; never in an answer."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One training sample."""
+
+    id: str
+    """Unique within its source."""
+    kind: str
+    """One of `KINDS`."""
+    images: tuple[Picture, ...]
+    """In the order of the `<image>` in `turns`."""
+    turns: tuple[Turn, ...]
+    """In reading order; which roles may follow each other depends on `kind`."""
+    chosen: str | None = None
+    """Preference only: the better answer to the last user turn."""
+    rejected: str | None = None
+    """Preference only: the worse answer."""
+    truth: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Whatever is known beyond the text, JSON values: for drawn records task, split, answer, objects and boxes."""
+
+    def __post_init__(self) -> None:
+        check_record(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the JSON-lines form."""
+        values: dict[str, Any] = {
+            "id": self.id,
+            "kind": self.kind,
+            "images": [picture.to_json() for picture in self.images],
+            "turns": [{"role": turn.role, "text": turn.text} for turn in self.turns],
+        }
+        if self.kind == "preference":
+            values |= {"chosen": self.chosen, "rejected": self.rejected}
+        return values | ({"truth": self.truth} if self.truth else {})
+
+
+def check_record(record: Record) -> None:
+    """Compare a record with the schema.
+
+    Raises:
+        RecordError: naming the field at fault.
+    """
+    place = f"Record {record.id!r}"
+    if record.kind not in KINDS:
+        raise RecordError(
+            place,
+            "kind",
+            f"it is {record.kind!r}",
+            f"it must be one of {', '.join(KINDS)}",
+            "It is probably misspelt.",
+            "Correct it.",
+        )
+    _check_roles(record, place)
+    _check_texts(record, place)
+    slots = sum(turn.text.count(IMAGE_TOKEN) for turn in record.turns)
+    if slots != len(record.images):
+        raise RecordError(
+            place,
+            "images",
+            f"it has {len(record.images)} pictures and its turns {slots} {IMAGE_TOKEN}",
+            "the two must be equal",
+            f"A picture or an {IMAGE_TOKEN} was probably lost.",
+            f"Write one {IMAGE_TOKEN} in turns where each picture belongs.",
+        )
+
+
+def _check_roles(record: Record, place: str) -> None:
+    roles = [turn.role for turn in record.turns]
+    dialogue = roles[1:] if roles[:1] == ["system"] else roles
+    alternating = [("user", "assistant")[index % 2] for index in range(len(dialogue))]
+    if record.kind in DOCUMENT_KINDS:
+        is_right, expected = bool(roles) and set(roles) == {"document"}, "one or more document turns"
+    elif record.kind == "few_shot":
+        shots = roles[:-2]
+        is_right = roles[-2:] == ["user", "assistant"] and set(shots) <= {"document"}
+        expected = "document turns, then user and assistant"
+    elif record.kind in CHAT_KINDS:
+        is_right = bool(dialogue) and dialogue == alternating and dialogue[-1] == "assistant"
+        expected = "an optional system turn, then user and assistant in turn, ending with assistant"
+    else:
+        is_right = bool(dialogue) and dialogue == alternating and dialogue[-1] == "user"
+        expected = "an optional system turn, then user and assistant in turn, ending with user"
+    if not is_right:
+        raise RecordError(
+            place,
+            "turns",
+            f"the roles are {roles}",
+            f"a record of kind {record.kind} needs {expected}",
+            "A turn is probably missing, doubled or of another kind.",
+            "Correct the turns or the kind.",
+        )
+
+
+def _check_texts(record: Record, place: str) -> None:
+    is_preference = record.kind == "preference"
+    texts = [(f"turns[{index}].text", turn.text, turn.role == "assistant") for index, turn in enumerate(record.turns)]
+    for name, text in (("chosen", record.chosen), ("rejected", record.rejected)):
+        if (text is not None) != is_preference:
+            raise RecordError(
+                place,
+                name,
+                f"it is {text!r} in a record of kind {record.kind}",
+                "preference records have chosen and rejected, and no others do",
+                "The kind is probably wrong, or an answer was lost.",
+                "Correct the kind or the answer.",
+            )
+        texts += [(name, text, True)] if text is not None else []
+    for name, text, is_answer in texts:
+        marker = next((marker for marker in (*MARKERS, IMAGE_TOKEN * is_answer) if marker and marker in text), None)
+        if marker or not text.strip():
+            raise RecordError(
+                place,
+                name,
+                f"it holds {marker!r}" if marker else "it is empty",
+                "texts hold neither chat nor chunk markers, answers no pictures, and none is empty",
+                "It was probably taken from a prompt that was already formatted.",
+                "Store the plain text; the conversions add the markers.",
+            )
+    if is_preference and record.chosen == record.rejected:
+        raise RecordError(
+            place,
+            "rejected",
+            f"it equals chosen ({record.chosen!r})",
+            "the two must differ",
+            "Two models probably answered alike.",
+            "Drop the pair.",
+        )
+
+
+# ------------------------------------------------------------------------------------------------- JSON lines
+
+
+def record_from_json(values: Any, place: str = "A record") -> Record:
+    """Build a record from its JSON form.
+
+    Args:
+        values: what `Record.to_json` gives.
+        place: file and line, for messages.
+
+    Raises:
+        RecordError: naming `place` and the field at fault.
+    """
+    types: dict[str, type | tuple[type, ...]] = {"id": str, "kind": str, "images": list, "turns": list}
+    optional: dict[str, type | tuple[type, ...]] = {"chosen": str, "rejected": str, "truth": dict}
+    if not isinstance(values, dict):
+        raise _wrong_type(place, "(whole record)", values, "an object")
+    unknown = sorted(set(values) - set(types) - set(optional))
+    missing = [name for name in types if name not in values]
+    if unknown or missing:
+        raise RecordError(
+            place,
+            (unknown + missing)[0],
+            f"unknown fields {unknown}, missing fields {missing}",
+            f"a record has {', '.join(types)} and may have {', '.join(optional)}",
+            "The line is probably of another format.",
+            "Read LLaVA, OCR or other files with their own reader in blip3/data/readers.py.",
+        )
+    for name, expected in (types | optional).items():
+        if name in values and not isinstance(values[name], expected):
+            raise _wrong_type(place, name, values[name], getattr(expected, "__name__", str(expected)))
+    images = tuple(_picture_from_json(picture, place, f"images[{i}]") for i, picture in enumerate(values["images"]))
+    turns = tuple(_turn_from_json(turn, place, f"turns[{index}]") for index, turn in enumerate(values["turns"]))
+    rest = {name: values[name] for name in optional if name in values}
+    try:
+        return Record(values["id"], values["kind"], images, turns, **rest)
+    except RecordError as error:
+        message = str(error).removeprefix(error.place)
+        error.args, error.place = (f"{place} (record {values['id']!r}){message}",), place
+        raise
+
+
+def _wrong_type(place: str, name: str, given: Any, expected: str) -> RecordError:
+    return RecordError(
+        place,
+        name,
+        f"it is {json.dumps(given, default=str)[:80]} ({type(given).__name__})",
+        f"it must be {expected}",
+        "The file was probably written by another program.",
+        "Compare it with docs/data.md.",
+    )
+
+
+def _picture_from_json(value: Any, place: str, name: str) -> Picture:
+    if isinstance(value, str) and value:
+        return Picture(path=value)
+    if not isinstance(value, dict) or set(value) != {"drawing"}:
+        raise _wrong_type(place, name, value, 'a path or {"drawing": ...}')
+    try:
+        return Picture(drawing=Drawing.from_json(value["drawing"]))
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise RecordError(
+            place,
+            f"{name}.drawing",
+            f"it cannot be read ({type(error).__name__}: {error})",
+            "it must be what Drawing.to_json gives",
+            "It was probably edited or written by a later version.",
+            "Build the records again.",
+        ) from error
+
+
+def _turn_from_json(value: Any, place: str, name: str) -> Turn:
+    if not isinstance(value, dict) or set(value) != {"role", "text"}:
+        raise _wrong_type(place, name, value, "an object with role and text")
+    if value["role"] not in ROLES:
+        raise _wrong_type(place, f"{name}.role", value["role"], f"one of {', '.join(ROLES)}")
+    if not isinstance(value["text"], str):
+        raise _wrong_type(place, f"{name}.text", value["text"], "a string")
+    return Turn(value["role"], value["text"])
+
+
+def read_jsonl(path: str | Path) -> Iterator[Record]:
+    """Read records from a JSON-lines file, one at a time; relative picture paths start at the file's folder.
+
+    Raises:
+        RecordError: naming file, line and field of the first wrong record.
+    """
+    with Path(path).open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            place = f"{path} line {number}"
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise RecordError(
+                    place,
+                    "(whole line)",
+                    f"it is no JSON ({error.msg} at column {error.colno} of {len(line)})",
+                    "each line must be one JSON object",
+                    "The file was probably cut off, or is one JSON list.",
+                    "Write it again; a LLaVA list goes to read_llava_json.",
+                ) from error
+            record = record_from_json(values, place)
+            images = (Picture(str(Path(path).parent / image.path)) if image.path else image for image in record.images)
+            yield replace(record, images=tuple(images))
+
+
+def write_jsonl(records: Iterable[Record], path: str | Path) -> int:
+    """Write records as JSON lines and return how many; the file appears complete or not at all."""
+    path, count = Path(path), 0
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as lines:
+        for record in records:
+            lines.write(json.dumps(record.to_json(), ensure_ascii=False) + "\n")
+            count += 1
+    unfinished.replace(path)
+    return count
+
+
+# ------------------------------------------------------------------------------------------------ conversions
+
+
+def to_pretraining_text(record: Record) -> str:
+    """Join the turns into chunks: `<image>caption<|endofchunk|>`, `...<|endofchunk|><image>...`.
+
+    Spaces around `<image>` and before the chunk marker go, as in OpenFlamingo. The tokenizer's end of text is left to
+    the caller.
+
+    Raises:
+        ValueError: for chat and preference records.
+    """
+    if record.kind not in (*DOCUMENT_KINDS, "few_shot"):
+        raise ValueError(
+            f"Record {record.id!r} is of kind {record.kind} but only {', '.join(DOCUMENT_KINDS)} and few_shot have a "
+            "pre-training text. The mixture probably names a fine-tuning file: use to_messages or to_preference."
+        )
+    chunks = [turn.text for turn in record.turns]
+    if record.kind == "few_shot":
+        chunks[-2:] = ["".join(chunks[-2:])]
+    return "".join(_tidy(chunk) + END_OF_CHUNK for chunk in chunks)
+
+
+def _tidy(chunk: str) -> str:
+    return IMAGE_TOKEN.join(part.strip(" ") for part in chunk.split(IMAGE_TOKEN))
+
+
+def to_few_shot_prompt(record: Record, num_shots: int | None = None) -> tuple[str, str]:
+    """Give the prompt, which ends before the answer, and the answer.
+
+    Args:
+        record: of kind few_shot.
+        num_shots: keep only the last so many shots; None keeps all. The pictures to pass are then the last
+            `prompt.count("<image>")` of `record.images`.
+
+    Raises:
+        ValueError: for another kind or more shots than the record has.
+    """
+    shots = record.turns[:-2]
+    if record.kind != "few_shot" or (num_shots or 0) > len(shots) or (num_shots or 0) < 0:
+        raise ValueError(
+            f"Record {record.id!r} is of kind {record.kind} with {len(shots)} shots, but {num_shots} shots of a "
+            "few_shot record were asked for. The file was probably built with fewer: build more, or ask for fewer."
+        )
+    kept = shots[len(shots) - num_shots :] if num_shots is not None else shots
+    prompt = "".join(_tidy(turn.text) + END_OF_CHUNK for turn in kept) + _tidy(record.turns[-2].text)
+    return prompt, record.turns[-1].text
+
+
+def to_messages(record: Record) -> list[dict[str, Any]]:
+    """Give chat messages for `apply_chat_template`; pictures are parts `{"type": "image"}` in the order of `images`.
+
+    The template itself puts a line break after a picture that stands before any text, so one that follows such an
+    `<image>` in the record is dropped here.
+
+    Raises:
+        ValueError: for document records.
+    """
+    if record.kind not in (*CHAT_KINDS, "preference"):
+        raise ValueError(
+            f"Record {record.id!r} is of kind {record.kind} but only {', '.join(CHAT_KINDS)} and preference are "
+            "conversations. The mixture probably names a pre-training file: use to_pretraining_text."
+        )
+    return [to_message(turn) for turn in record.turns]
+
+
+def to_message(turn: Turn) -> dict[str, Any]:
+    """Give one turn as a chat message; see `to_messages`."""
+    parts: list[dict[str, str]] = []
+    has_text = False
+    for index, text in enumerate(turn.text.split(IMAGE_TOKEN)):
+        if index:
+            parts.append({"type": "image"})
+            text = text if has_text else text.removeprefix("\n")
+        if text:
+            parts.append({"type": "text", "text": text})
+            has_text = True
+    return {"role": turn.role, "content": parts}
+
+
+def to_preference(record: Record) -> dict[str, Any]:
+    """Give `prompt`, `chosen` and `rejected` as message lists, the form TRL's DPOTrainer takes; `images` go beside it.
+
+    Raises:
+        ValueError: for another kind.
+    """
+    if record.kind != "preference":
+        raise ValueError(
+            f"Record {record.id!r} is of kind {record.kind} but DPO needs preference records with chosen and "
+            "rejected. The mixture probably names another file: correct it."
+        )
+    answers = {
+        name: [{"role": "assistant", "content": [{"type": "text", "text": getattr(record, name)}]}]
+        for name in ("chosen", "rejected")
+    }
+    return {"prompt": to_messages(record), **answers}

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A weighted mixture of sources in which sample i is the same whenever and wherever it is asked for.
+
+    - {drawn: read, weight: 3}                                            a task of the drawn world
+    - {drawn: read, weight: 1, world: {max_characters: 3}}                the same with other settings
+    - {records: drawn/count-train-00000.jsonl, weight: 1}                 files of records (blip3/data/records.py)
+    - {llava: mix.yaml, images: images, weight: 1}                        LLaVA JSON or a YAML mixture of it
+    - {stream: "ocr/*.parquet", reader: ocr, images: images, weight: 1}   parquet or webdataset shards, in their order
+    - {stream: "cc/*.tar", reader: captions, options: {column: txt}}      the same with arguments for the reader
+
+Which source sample i comes from, and which of its records it is, follow from the seed and i alone. So a run resumes at
+any step without a saved state, and any number of processes share the samples out.
+"""
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from ..data import readers
+from ..data.records import Record, read_jsonl
+from ..world.settings import WorldSettings, settings_from
+from ..world.tasks import TASKS, drawn_record
+from .recipe import check_keys
+
+READERS: dict[str, Callable[..., Iterator[Record]]] = {
+    "captions": readers.read_captions,
+    "grounding": readers.read_grounding,
+    "interleaved": readers.read_interleaved,
+    "ocr": readers.read_ocr,
+    "records": readers.read_rows,
+    "safety": readers.read_safety,
+}
+KINDS = {
+    "drawn": ("weight", "world"),
+    "records": ("weight",),
+    "llava": ("weight", "images"),
+    "stream": ("weight", "reader", "images", "options"),
+}
+REMEMBERED = 16  # records of a stream that may be asked for again without opening it again
+
+Source = Callable[[int], Record]  # the how manieth draw from this source -> record
+
+
+class Mixture(Dataset):
+    """Records drawn from several sources by weight.
+
+    Args:
+        entries: sources, in the forms shown at the top of this file.
+        count: how many samples there are in all.
+        seed: of the choice of sources, of their order and of what is drawn.
+        world: settings of drawn sources; an entry's own `world` overrides single fields.
+        split: `train` or `held_out`, for drawn sources.
+
+    Raises:
+        ValueError: for an entry that cannot be read.
+    """
+
+    def __init__(
+        self, entries: Sequence[dict[str, Any]], count: int, seed: int, world: dict[str, Any], split: str = "train"
+    ):
+        weights = np.array([check_entry(entry, index) for index, entry in enumerate(entries)], dtype=float)
+        self.sources = [_open_source(entries, index, seed, world, split) for index in range(len(entries))]
+        self.names = [str(next(entry[kind] for kind in KINDS if kind in entry)) for entry in entries]
+        rng = np.random.default_rng([seed, len(entries)])
+        self.choice = rng.choice(len(entries), size=count, p=weights / weights.sum()).astype(np.int16)
+        self.positions = [np.flatnonzero(self.choice == source) for source in range(len(entries))]
+
+    def __len__(self) -> int:
+        return len(self.choice)
+
+    def name_of(self, index: int) -> str:
+        """Give the file or drawn task that sample `index` comes from."""
+        return self.names[int(self.choice[index])]
+
+    def __getitem__(self, index: int) -> Record:
+        source = int(self.choice[index])
+        return self.sources[source](int(np.searchsorted(self.positions[source], index)))
+
+
+def check_entry(entry: dict[str, Any], index: int) -> float:
+    """Check one entry and give its weight."""
+    place = f"mixture[{index}]"
+    kinds = [kind for kind in KINDS if kind in entry]
+    if len(kinds) != 1:
+        raise ValueError(
+            f"{place} is {entry} but must name exactly one of {', '.join(KINDS)}. The kind of source is probably "
+            "missing or misspelt: write for example {drawn: count, weight: 1}."
+        )
+    check_keys(place, entry, [kinds[0], *KINDS[kinds[0]]])
+    weight = entry.get("weight", 1)
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < float("inf"):
+        raise ValueError(
+            f"{place} has the weight {weight!r} but it must be a positive number. A source that is not wanted was "
+            "probably given 0: remove its line."
+        )
+    return float(weight)
+
+
+def _open_source(
+    entries: Sequence[dict[str, Any]], index: int, seed: int, world: dict[str, Any], split: str
+) -> Source:
+    entry = entries[index]
+    if "drawn" in entry:
+        alike = [number for number, other in enumerate(entries) if other.get("drawn") == entry["drawn"]]
+        settings = settings_from(world | entry.get("world", {}), f"mixture[{index}].world")
+        return _drawn(entry["drawn"], seed, settings, split, (alike.index(index), len(alike)))
+    if "records" in entry:
+        return _listed(list(read_jsonl(entry["records"])), seed, entry["records"])
+    if "llava" in entry:
+        read = readers.read_mixture if Path(entry["llava"]).suffix in (".yaml", ".yml") else readers.read_llava_json
+        return _listed(list(read(entry["llava"], image_folder=entry.get("images", ""))), seed, entry["llava"])
+    return _streamed(entry)
+
+
+def _drawn(task: str, seed: int, settings: WorldSettings, split: str, share: tuple[int, int]) -> Source:
+    """Draw a task; `share` (k, n) takes every n-th of its series from k on, so n entries of a task never coincide."""
+    if task not in TASKS:
+        raise ValueError(
+            f"The mixture draws {task!r} but the drawn world has only {', '.join(TASKS)}. It is probably misspelt: "
+            "correct it."
+        )
+    first, step = share
+    return lambda draw: drawn_record(task, split, seed, first + step * draw, settings)
+
+
+def _listed(records: list[Record], seed: int, place: str) -> Source:
+    """Go through a list in a new random order each time, without repetition within a pass."""
+    if not records:
+        raise ValueError(f"{place} holds no record. It was probably written empty: build it again.")
+
+    @lru_cache(maxsize=2)
+    def order(passes: int) -> np.ndarray:
+        return np.random.default_rng([seed, passes]).permutation(len(records))
+
+    def draw_from(draw: int) -> Record:
+        passes, position = divmod(draw, len(records))
+        return records[int(order(passes)[position])]
+
+    return draw_from
+
+
+def _streamed(entry: dict[str, Any]) -> Source:
+    """Read shards in their order, again from the start after the last; asking for an earlier record reopens them."""
+    name = entry.get("reader")
+    if name not in READERS:
+        raise ValueError(
+            f"The mixture streams {entry['stream']!r} with the reader {name!r} but it must be one of "
+            f"{', '.join(READERS)}. It is probably missing or misspelt: add reader: ocr, for example."
+        )
+    read, options = READERS[name], entry.get("options", {})
+    options = options | ({"image_folder": entry["images"]} if "images" in entry else {})
+    check_keys(f"options of {entry['stream']}", options, list(inspect.signature(read).parameters)[1:])
+    return _Stream(lambda: read(readers.stream_rows(entry["stream"]), **options), str(entry["stream"])).get
+
+
+class _Stream:
+    """A sequence of records read one after another."""
+
+    def __init__(self, reopen: Callable[[], Iterator[Record]], place: str):
+        self.reopen, self.place = reopen, place
+        self.records: Iterator[Record] = iter(())
+        self.position = 0
+        self.length: int | None = None
+        self.recent: deque[Record] = deque(maxlen=REMEMBERED)
+
+    def get(self, draw: int) -> Record:
+        """Give the record of a draw; quick when draws are asked for in rising order."""
+        position = draw % self.length if self.length else draw
+        if 0 < self.position - position <= len(self.recent):
+            return self.recent[position - self.position]
+        if position < self.position or self.position == 0:
+            self.records, self.position = self.reopen(), 0
+            self.recent.clear()
+        for record in self.records:
+            self.position += 1
+            self.recent.append(record)
+            if self.position > position:
+                return record
+        self.length = self.position
+        if not self.length:
+            raise ValueError(f"{self.place} holds no record. It was probably written empty: build it again.")
+        return self.get(draw)

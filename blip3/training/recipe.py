@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: one YAML file says everything about a run, and the resolved one is saved beside the checkpoint."""
+
+import argparse
+import contextlib
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from ..data.yaml_files import read_yaml
+
+MODULES = ("vision_tower", "resampler", "language_model")
+SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("adamw", "soap")
+
+
+@dataclass(frozen=True)
+class RunRecipe:
+    """What every run has: where it starts, where it ends, and how it steps."""
+
+    model: str
+    """Folder of the checkpoint to start from; a relative one starts at the current folder."""
+    output: str
+    """Folder for checkpoints, logs and, at the end, the trained model."""
+    max_steps: int
+    """Optimiser steps."""
+    batch_size: int
+    """Samples a step and process, before accumulation."""
+    learning_rate: float
+    """Peak learning rate."""
+    seed: int = 0
+    """Of data order, drawn samples and fresh weights."""
+    accumulation: int = 1
+    """Batches whose gradients are summed into one step."""
+    optimizer: str = "adamw"
+    """`adamw`, or `soap` (arXiv:2409.11321, by pytorch-optimizer): AdamW in the eigenbasis of each matrix's gradients.
+    Pays off where matrices are small, as the small model's are; not with `fsdp`."""
+    schedule: str = "cosine"
+    """`constant`, `linear` (to zero) or `cosine` (to zero), after the warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: float = 0.0
+    """Decoupled; norms and biases are spared."""
+    adam_beta2: float = 0.999
+    """Second decay of AdamW, also within SOAP."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    bf16: bool = False
+    """Mixed precision in bfloat16."""
+    tf32: bool = False
+    """Products of float32 matrices with 10 bits of mantissa (TensorFloat-32); only on GPUs that have it."""
+    log_every: int = 50
+    """Steps between lines of the log."""
+    save_every: int = 500
+    """Steps between checkpoints, from which a killed run resumes."""
+    keep_checkpoints: int = 2
+    """Older checkpoints are removed."""
+    num_workers: int = 0
+    """Processes that draw and tile pictures beside the training process."""
+    world: dict[str, Any] = field(default_factory=dict)
+    """Settings of the drawn world (`world/settings.py`), or `file` with the name of a YAML file of them beside the
+    recipe."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Source of each value that has one; not read by the code."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "accumulation", "log_every", "save_every"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(
+                    f"The recipe has {name} {getattr(self, name)!r} but it must be a positive integer. It was "
+                    "probably left empty, or written as text or with a point: write it as a plain number."
+                )
+        for name, choices in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"The recipe has {name} {getattr(self, name)!r} but it must be one of {', '.join(choices)}. It is "
+                    "probably misspelt: correct it."
+                )
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.type is float and not isinstance(value, int | float):
+                raise ValueError(
+                    f"The recipe has {each.name} {value!r} but it must be a number. It was probably left empty or "
+                    "written as text: write it as a plain number."
+                )
+
+
+@dataclass(frozen=True)
+class Recipe(RunRecipe):
+    """A stage of next-token training: pre-training, supervised fine-tuning, with one picture or several."""
+
+    mixture: Sequence[dict[str, Any]] = ()
+    """Sources with weights: see `blip3/training/mixture.py`."""
+    trainable: Sequence[str] = ("resampler", "language_model")
+    """Modules that learn, of `vision_tower`, `resampler` and `language_model`; the report freezes the tower."""
+    any_resolution: bool = True
+    """Global view and tiles; False gives the global view alone, as the report's stage 1."""
+    max_length: int = 2048
+    """Longest sample in tokens, image tokens included; longer ones are cut at a turn or chunk, never in a picture."""
+    packing: bool = False
+    """Put several samples into one sequence of `max_length`, each with its own positions and attention."""
+    group_by_length: bool = False
+    """Batches of samples of like length; costs one pass over the lengths of a window of samples."""
+    learn_end_of_chunk: bool = False
+    """Learn to write `<|endofchunk|>` after a caption or an answer; the released models do not."""
+    learn_questions: bool = True
+    """Learn few-shot prompts whole; False learns their answers alone: a bare picture is then no cue for a question."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more arithmetic."""
+    fsdp: bool = False
+    """Shard weights, gradients and optimiser with FSDP2, a decoder, vision or resampler layer at a time."""
+    vision_learning_rate: float | None = None
+    """Learning rate of the tower when it is trainable; that of the rest if None."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = [name for name in self.trainable if name not in MODULES]
+        if unknown or not self.trainable:
+            raise ValueError(
+                f"The recipe has trainable {list(self.trainable)} but it must name one or more of "
+                f"{', '.join(MODULES)}. A name is probably misspelt: correct it."
+            )
+        if self.fsdp and self.optimizer == "soap":
+            raise ValueError(
+                "The recipe has optimizer 'soap' and fsdp true, but SOAP needs whole matrices and fsdp shards them. "
+                "The optimizer was probably copied from the small model's recipes: remove it, or train without fsdp."
+            )
+        if not self.mixture:
+            raise ValueError(
+                "The recipe has no mixture, so there is nothing to train on. The key was probably left out: list "
+                "sources, for example `- {drawn: count, weight: 1}`."
+            )
+        if not isinstance(self.max_length, int) or self.max_length < 1:
+            raise ValueError(
+                f"The recipe has max_length {self.max_length!r} but it must be a positive integer, in tokens. It was "
+                "probably left empty: write it as a plain number."
+            )
+        streams = [entry["stream"] for entry in self.mixture if "stream" in entry]
+        if self.group_by_length and streams:
+            raise ValueError(
+                f"The recipe has group_by_length and streams {streams[0]!r}, but a stream is read in its order and "
+                "would be opened again for each sample. The switch was probably copied from a stage with lists: set "
+                "packing: true instead, which needs no order."
+            )
+
+
+SomeRecipe = TypeVar("SomeRecipe", bound=RunRecipe)
+
+
+def load_recipe(path: str | Path, kind: type[SomeRecipe], overrides: Sequence[str] = ()) -> SomeRecipe:
+    """Read a recipe.
+
+    Args:
+        path: YAML file.
+        kind: `Recipe` or another dataclass derived from `RunRecipe`.
+        overrides: `key=value` each, value in YAML, in place of the file's.
+
+    Raises:
+        ValueError: for an unknown, missing or repeated key, or a value that cannot be.
+    """
+    path = Path(path)
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} holds a {type(values).__name__} but a recipe is a mapping of keys to values. It is probably "
+            "another file: pass one of recipes."
+        )
+    values |= dict(map(parse_override, overrides))
+    check_keys(str(path), values, [each.name for each in fields(kind)])
+    missing = [each.name for each in fields(kind) if _is_required(each) and each.name not in values]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}, without which a run cannot start. The file is probably unfinished: "
+            f"add {missing[0]}: with its value."
+        )
+    world = values.get("world") or {}
+    if isinstance(world, str):
+        world = {"file": world}
+    if "file" in world:
+        rest = {key: value for key, value in world.items() if key != "file"}
+        world = read_yaml(path.parent / world["file"]) | rest
+    values["world"] = world
+    for each in fields(kind):  # YAML reads 1e-3 as text
+        if each.type in (float, float | None) and isinstance(values.get(each.name), str | int):
+            values[each.name] = _as_float(values[each.name])
+    resolved: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in values.items()}
+    return kind(**resolved)
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """Read one `key=value`, value in YAML.
+
+    Raises:
+        ValueError: without the sign.
+    """
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise ValueError(
+            f"The override is {override!r} but must be key=value. The sign was probably forgotten: write for "
+            "example max_steps=10."
+        )
+    return key, yaml.safe_load(value)
+
+
+def recipe_arguments(description: str | None) -> argparse.ArgumentParser:
+    """Make a parser of what every command of this folder takes: `recipe` and `overrides` of `load_recipe`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="in place of the recipe's values")
+    return parser
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """End a command with the message alone where a file or folder is missing."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def _as_float(value: str | int) -> Any:
+    try:
+        return float(value)
+    except ValueError:
+        return value  # the recipe refuses it
+
+
+def _is_required(each: Any) -> bool:
+    return each.default is MISSING and each.default_factory is MISSING
+
+
+def check_keys(place: str, values: dict[str, Any], known: Sequence[str]) -> None:
+    """Refuse keys that are not known, with a suggestion.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"Known keys: {', '.join(known)}."
+            raise ValueError(
+                f"{place} has the unknown key {key!r} (value {values[key]!r}); the run would go on as if it were not "
+                f"there. It is probably misspelt. {hint}"
+            )
+
+
+def save_recipe(recipe: RunRecipe, path: str | Path) -> None:
+    """Write the resolved recipe, every default included, as YAML that `load_recipe` reads.
+
+    The file appears whole: another process that resumes the same run may be reading it.
+    """
+    path = Path(path)
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    unfinished.replace(path)

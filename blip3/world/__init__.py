@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The drawn world: records with their truth from integer seeds, in the forms of the recipe's real data.
+
+    settings                                                  how large, which words, which fonts
+    splits                                                    train or held out, by a hash of the content
+    scenes, text_pages, documents, sequences, alignment       the tasks, by family
+    tasks                                                     every task by name
+    build                                                     records to files; a sheet of samples to look at
+
+Each module imports only those above it.
+"""

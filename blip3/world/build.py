@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Write drawn records to disk, or draw a sheet of samples to look at.
+
+    python -m blip3.world.build --task count relation --count 10000 --output drawn
+    python -m blip3.world.build --preview sheet.png
+
+    drawn/build.json                                what was asked for; another request in the same folder is refused
+    drawn/count-train-00000.jsonl                   records, a shard each; complete or absent
+    drawn/images/count-train-00000/0000-0.png       their pictures; none with --pictures drawing
+    drawn/count-train-00000.parquet                 with --format parquet instead, pictures inside
+
+Run the same command again after an interruption: complete shards are kept.
+"""
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+from tqdm.auto import tqdm
+
+from ..data.fonts import load_font, shorten, wrap
+from ..data.records import IMAGE_TOKEN, Picture, Record, write_jsonl
+from .settings import WorldSettings
+from .splits import SPLITS
+from .tasks import TASKS, drawn_records
+
+
+def build(
+    tasks: Sequence[str],
+    split: str,
+    seed: int,
+    count: int,
+    output: str | Path,
+    settings: WorldSettings | None = None,
+    *,
+    shard_size: int = 1000,
+    format: str = "jsonl",
+    pictures: str = "png",
+) -> list[Path]:
+    """Write `count` records of each task, in shards.
+
+    Args:
+        tasks: keys of `TASKS`.
+        split: `train` or `held_out`.
+        seed: of every task's series.
+        count: records of each task.
+        output: folder, created if missing.
+        settings: what may be drawn; the defaults if None.
+        shard_size: records in a file.
+        format: `jsonl` or `parquet`.
+        pictures: `png`, `webp` (lossless) or `drawing`: descriptions instead of picture files, for `jsonl` only.
+
+    Returns:
+        The shards, in order.
+
+    Raises:
+        ValueError: if the folder holds records of another request, or parquet was asked for with drawings.
+    """
+    if count < 1 or shard_size < 1 or (format == "parquet" and pictures == "drawing"):
+        raise ValueError(
+            f"{count} records in shards of {shard_size}, format {format}, pictures {pictures} were asked for, but "
+            "both numbers must be at least 1 and parquet holds png or webp. An option is probably wrong: correct it."
+        )
+    output, settings = Path(output), settings or WorldSettings()
+    output.mkdir(parents=True, exist_ok=True)
+    _check_request(
+        output, {"seed": seed, "shard_size": shard_size, "pictures": pictures, "settings": settings.__dict__}
+    )
+    shards = []
+    with tqdm(total=count * len(tasks), unit="record", disable=None) as bar:
+        for task in tasks:
+            for number, start in enumerate(range(0, count, shard_size)):
+                size = min(shard_size, count - start)
+                shard = output / f"{task}-{split}-{number:05d}.{format}"
+                bar.set_description(shard.stem)
+                if not _is_complete(shard, size):
+                    records = drawn_records(task, split, seed, size, settings, start)
+                    _write_shard(records, shard, pictures)
+                shards.append(shard)
+                bar.update(size)
+    return shards
+
+
+def _check_request(output: Path, request: dict[str, Any]) -> None:
+    path, text = output / "build.json", json.dumps(request, indent=2, default=list) + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"The folder {output} holds records of another request (see build.json), but a folder holds one seed, "
+            "shard size, kind of pictures and settings. An option was probably changed: write to another folder, or "
+            "delete this one."
+        )
+    path.write_text(text, encoding="utf-8")
+
+
+def _is_complete(shard: Path, size: int) -> bool:
+    """Tell whether a shard is there; a shorter last shard of a smaller request is not complete."""
+    if not shard.is_file():
+        return False
+    if shard.suffix == ".parquet":
+        import pyarrow.parquet as parquet
+
+        return parquet.ParquetFile(shard).metadata.num_rows == size
+    with shard.open("rb") as lines:
+        return sum(1 for _ in lines) == size
+
+
+def encode(picture: Picture, pictures: str) -> bytes:
+    """Paint a picture and encode it as `png` or lossless `webp`."""
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {"compress_level": 4} if pictures == "png" else {"lossless": True, "quality": 30}
+    picture.open().save(buffer, pictures.upper(), **options)
+    return buffer.getvalue()
+
+
+def _write_shard(records: Iterator[Record], shard: Path, pictures: str) -> None:
+    if shard.suffix == ".parquet":
+        _write_parquet(records, shard, pictures)
+    elif pictures == "drawing":
+        write_jsonl(records, shard)
+    else:
+        folder = shard.parent / "images" / shard.stem
+        folder.mkdir(parents=True, exist_ok=True)
+        write_jsonl((_save_pictures(record, row, folder, pictures) for row, record in enumerate(records)), shard)
+
+
+def _save_pictures(record: Record, row: int, folder: Path, pictures: str) -> Record:
+    images = []
+    for position, picture in enumerate(record.images):
+        name = f"{row:04d}-{position}.{pictures}"
+        (folder / name).write_bytes(encode(picture, pictures))
+        images.append(Picture(path=f"images/{folder.name}/{name}"))
+    return replace(record, images=tuple(images))
+
+
+def _write_parquet(records: Iterator[Record], shard: Path, pictures: str) -> None:
+    """Write a shard as parquet, in the columns that `readers.read_parquet` takes."""
+    from datasets import Dataset, Features, Image, List, Value
+
+    string = Value("string")
+    features = Features(
+        {
+            "id": string,
+            "kind": string,
+            "images": List(Image()),
+            "turns": List({"role": string, "text": string}),
+            "chosen": string,
+            "rejected": string,
+            "truth": string,
+        }
+    )
+    rows = []
+    for record in records:
+        images = [{"bytes": encode(picture, pictures), "path": None} for picture in record.images]
+        turns = [{"role": turn.role, "text": turn.text} for turn in record.turns]
+        rows.append(
+            {
+                "id": record.id,
+                "kind": record.kind,
+                "images": images,
+                "turns": turns,
+                "chosen": record.chosen,
+                "rejected": record.rejected,
+                "truth": json.dumps(record.truth),
+            }
+        )
+    unfinished = shard.with_name(f"{shard.name}.unfinished")
+    Dataset.from_list(rows, features=features).to_parquet(str(unfinished))
+    unfinished.replace(shard)
+
+
+# ------------------------------------------------------------------------------------------------------ the sheet
+
+_CELL, _IMAGE_HEIGHT, _TEXT_HEIGHT, _MARGIN = 300, 190, 128, 12
+_LINE, _FONT_SIZE = 15, 12
+
+
+def draw_sheet(
+    tasks: Sequence[str], split: str = "train", seed: int = 0, settings: WorldSettings | None = None, columns: int = 6
+) -> Image.Image:
+    """Draw a grid of samples, a row of `columns` samples for each task, with their questions and answers.
+
+    Samples without images show their text from the top of the cell.
+    """
+    row_height = _IMAGE_HEIGHT + _TEXT_HEIGHT
+    sheet = Image.new("RGB", (columns * _CELL + _MARGIN, len(tasks) * row_height + _MARGIN), "#d9dde3")
+    pen = ImageDraw.Draw(sheet)
+    for row, task in enumerate(tasks):
+        for column, record in enumerate(drawn_records(task, split, seed, columns, settings)):
+            _draw_cell(sheet, pen, record, task, (_MARGIN + column * _CELL, _MARGIN + row * row_height))
+    return sheet
+
+
+def _draw_cell(
+    sheet: Image.Image, pen: ImageDraw.ImageDraw, record: Record, task: str, corner: tuple[int, int]
+) -> None:
+    x, y = corner
+    right, bottom = x + _CELL - _MARGIN, y + _IMAGE_HEIGHT + _TEXT_HEIGHT - _MARGIN
+    pen.rounded_rectangle((x, y, right, bottom), radius=8, fill="#ffffff")
+    if record.images:
+        _draw_images(sheet, pen, record.images, corner)
+    top = y + (_IMAGE_HEIGHT if record.images else 8)
+    pen.text((x + 8, top), f"{task} ({record.kind})", "#8a5a00", load_font("Aileron", 13))
+    _draw_lines(pen, _sheet_lines(record), (x + 8, top + 18, right - 8, bottom - 2))
+
+
+def _draw_images(
+    sheet: Image.Image, pen: ImageDraw.ImageDraw, images: Sequence[Picture], corner: tuple[int, int]
+) -> None:
+    """Draw up to six images of a sample side by side, in the upper part of its cell."""
+    x, y = corner
+    shown = images[:4] if len(images) < 5 else (*images[:5], images[-1])
+    columns = min(len(shown), 2) if len(shown) < 5 else 3
+    rows = -(-len(shown) // columns)
+    room = ((_CELL - _MARGIN - 12) // columns - 4, (_IMAGE_HEIGHT - 8) // rows - 4)
+    for index, picture in enumerate(shown):
+        image = picture.open()
+        image.thumbnail(room, Image.Resampling.LANCZOS)
+        left = x + 6 + (index % columns) * (room[0] + 4) + (room[0] - image.width) // 2 + 2
+        top = y + 6 + (index // columns) * (room[1] + 4) + (room[1] - image.height) // 2 + 2
+        sheet.paste(image, (left, top))
+        pen.rectangle((left - 1, top - 1, left + image.width, top + image.height), outline="#b8bec8")
+
+
+def _sheet_lines(record: Record) -> list[tuple[str, str]]:
+    """Give what is written about a sample: (text, colour) each."""
+    lines = []
+    turns = record.turns if record.kind != "few_shot" else (*record.turns[:4], *record.turns[-2:])
+    for turn in turns:
+        text = turn.text.replace(IMAGE_TOKEN + "\n", "").replace(IMAGE_TOKEN, "[img] ").strip()
+        lines.append((text, "#0b6b3a" if turn.role == "assistant" else "#222222"))
+    if record.chosen and record.rejected:
+        lines += [(f"+ {record.chosen}", "#0b6b3a"), (f"- {record.rejected}", "#b01818")]
+    return lines
+
+
+def _draw_lines(pen: ImageDraw.ImageDraw, lines: Sequence[tuple[str, str]], box: tuple[int, int, int, int]) -> None:
+    """Write wrapped lines into a box (left, top, right, bottom); what does not fit ends in dots."""
+    font, (left, top, right, bottom) = load_font("Aileron", _FONT_SIZE), box
+    wrapped = [(line, colour) for text, colour in lines for line in wrap(text, right - left, font)]
+    num_shown = (bottom - top) // _LINE
+    for row, (text, colour) in enumerate(wrapped[:num_shown]):
+        is_cut = row == num_shown - 1 and len(wrapped) > num_shown
+        pen.text((left, top + _LINE * row), shorten(text, right - left, font) if is_cut else text, colour, font)
+
+
+# -------------------------------------------------------------------------------------------------- command line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m blip3.world.build", description=__doc__.splitlines()[0])
+    parser.add_argument("--task", nargs="+", choices=["all", *TASKS], default=["all"], help="tasks (default: all)")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="(default: train)")
+    parser.add_argument("--seed", type=int, default=0, help="of the series (default: 0)")
+    parser.add_argument("--count", type=int, default=1000, help="records of each task (default: 1000)")
+    parser.add_argument("--shard-size", type=int, default=1000, help="records in a file (default: 1000)")
+    parser.add_argument("--format", choices=["jsonl", "parquet"], default="jsonl", help="(default: jsonl)")
+    parser.add_argument(
+        "--pictures",
+        choices=["png", "webp", "drawing"],
+        default="png",
+        help="files, or descriptions painted on reading (default: png)",
+    )
+    parser.add_argument("--sides", type=int, nargs=2, metavar=("MIN", "MAX"), help="of scenes and pages, in pixels")
+    parser.add_argument("--fonts", nargs="+", help="faces (default: all)")
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--output", help="folder to write records to")
+    goal.add_argument("--preview", metavar="FILE", help="draw a sheet of samples into this picture file instead")
+    given = parser.parse_args(arguments)
+    tasks = list(TASKS) if "all" in given.task else given.task
+    chosen: dict[str, Any] = {name: tuple(getattr(given, name)) for name in ("sides", "fonts") if getattr(given, name)}
+    try:
+        settings = WorldSettings(**chosen)
+        if given.preview:
+            draw_sheet(tasks, given.split, given.seed, settings).save(given.preview)
+            return 0
+        options = {"shard_size": given.shard_size, "format": given.format, "pictures": given.pictures}
+        build(tasks, given.split, given.seed, given.count, given.output, settings, **options)
+    except (ValueError, ImportError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

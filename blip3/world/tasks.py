@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The drawn world: every task by name, and records of it from integer seeds.
+
+    drawn_records("count", "train", seed=0, count=1000) -> records whose pictures are painted when they are opened
+
+A record depends on task, split, seed, index and settings alone. Everything it shows belongs to its split
+(`splits.split_of`), so train and held-out share no string and no composition, whatever the seeds.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..data.records import Record
+from . import alignment, documents, scenes, sequences, text_pages
+from .settings import WorldSettings
+from .splits import SPLITS
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of sample that the drawn world can make."""
+
+    draw: Callable[[np.random.Generator, str, WorldSettings], Record]
+    """(generator, split, settings) -> record."""
+    kind: str
+    """Of its records."""
+    is_scored: bool = False
+    """Whether `truth["answer"]` is a short answer to compare with."""
+
+
+TASKS = {
+    "read": Task(text_pages.read_task, "instruction", True),
+    "name": Task(scenes.name_task, "instruction", True),
+    "count": Task(scenes.count_task, "instruction", True),
+    "relation": Task(scenes.relation_task, "instruction", True),
+    "box": Task(scenes.box_task, "instruction", True),
+    "compare": Task(sequences.compare_task, "instruction", True),
+    "rule": Task(sequences.rule_task, "few_shot", True),
+    "caption": Task(scenes.caption_task, "caption"),
+    "inventory": Task(scenes.inventory_task, "caption"),
+    "pairs": Task(scenes.pairs_task, "caption"),
+    "ocr": Task(text_pages.ocr_task, "ocr"),
+    "grounding": Task(scenes.grounding_task, "grounding"),
+    "interleaved": Task(sequences.interleaved_task, "interleaved"),
+    "repetition": Task(sequences.repetition_task, "interleaved"),
+    "word_rule": Task(sequences.word_rule_task, "few_shot"),
+    "show_and_say": Task(sequences.show_and_say_task, "few_shot"),
+    "dialogue": Task(scenes.dialogue_task, "instruction"),
+    "quiz": Task(scenes.quiz_task, "instruction"),
+    "pair_quiz": Task(sequences.pair_quiz_task, "instruction"),
+    "multi_image": Task(sequences.multi_image_task, "instruction"),
+    "form": Task(documents.form_task, "instruction", True),
+    "table": Task(documents.table_task, "instruction", True),
+    "chart": Task(documents.chart_task, "instruction", True),
+    "preference": Task(alignment.preference_task, "preference"),
+    "refusal": Task(alignment.refusal_task, "refusal"),
+}
+
+
+def drawn_record(
+    task: str, split: str = "train", seed: int = 0, index: int = 0, settings: WorldSettings | None = None
+) -> Record:
+    """Make one record.
+
+    Args:
+        task: a key of `TASKS`.
+        split: `train` or `held_out`.
+        seed: of the series, not negative.
+        index: within the series, not negative.
+        settings: what may be drawn; the defaults if None.
+
+    Raises:
+        ValueError: for an unknown task or split or a negative number.
+    """
+    for name, value, known in (("task", task, TASKS), ("split", split, SPLITS)):
+        if value not in known:
+            raise ValueError(
+                f"The {name} is {value!r} but must be one of {', '.join(known)}. It is probably misspelt: correct it."
+            )
+    if min(seed, index) < 0:
+        raise ValueError(
+            f"The seed is {seed} and the index {index} but neither may be negative. A difference was probably passed: "
+            "count from 0."
+        )
+    task_number = int.from_bytes(hashlib.sha256(task.encode()).digest()[:4], "big")
+    rng = np.random.Generator(np.random.PCG64([seed, index, SPLITS.index(split), task_number]))
+    record = TASKS[task].draw(rng, split, settings or WorldSettings())
+    truth = {"task": task, "split": split, **record.truth}
+    return replace(record, id=f"{task}-{split}-{seed}-{index}", truth=truth)
+
+
+def drawn_records(
+    task: str,
+    split: str = "train",
+    seed: int = 0,
+    count: int | None = None,
+    settings: WorldSettings | None = None,
+    start: int = 0,
+) -> Iterator[Record]:
+    """Make `count` records from index `start` on, or records without end if `count` is None.
+
+    Args:
+        task: a key of `TASKS`.
+        split: `train` or `held_out`.
+        seed: of the series.
+        count: how many.
+        settings: what may be drawn; the defaults if None.
+        start: index of the first record.
+    """
+    index = start
+    while count is None or index < start + count:
+        yield drawn_record(task, split, seed, index, settings)
+        index += 1
+
+
+def content_keys(record: Record) -> list[str]:
+    """Give every content key of a drawn record: of its scenes, its strings, its rule and its words."""
+    keys = [key for picture in record.truth["pictures"] for key in picture["keys"]]
+    return keys + record.truth.get("rule", {}).get("keys", []) + record.truth.get("keys", [])

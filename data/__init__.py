@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""One record schema, readers of real data in the recipe's forms, and a drawn world that writes the same forms."""

@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark runs, part by part, at sizes whose times mean nothing; its arithmetic and its report are right."""
+
+import doctest
+import importlib
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+from blip3.benchmarks import aims, clock, contestants, generation, machine, memory, memory_child, products, report, run
+from blip3.benchmarks.clock import Comparison, Effort
+from blip3.benchmarks.contestants import BARE, IDEFICS, LLAVA, OURS, QUARTER, QUICK, TRUE
+from support import ROOT
+
+RUN_CHILD = memory.run_child
+DOCUMENT = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def one_child_only():
+    """Measure memory in this process, except once: a process of its own takes seconds to import torch."""
+    patch, started = pytest.MonkeyPatch(), []
+
+    def run_here(bench, task, **arguments):
+        started.append(task)
+        if len(started) == 1:
+            return RUN_CHILD(bench, task, **arguments)
+        request = {"task": task, "sizes": bench.sizes.name, "device": bench.device, "threads": bench.threads}
+        return memory_child.run_task(request | arguments)
+
+    patch.setattr(memory, "run_child", run_here)
+    yield started
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, one_child_only):
+    """A folder with the results of every part of a quick run."""
+    folder = tmp_path_factory.mktemp("results")
+    arguments = ["--quick", "--threads", "1", "--rounds", "1", "--seconds", "0.5", "--output", str(folder)]
+    assert run.main(arguments) == 0
+    return folder
+
+
+def rows_of(folder, part):
+    return {row["name"]: row for row in json.loads((folder / f"cpu_{part}.json").read_text())["comparisons"]}
+
+
+def test_every_part_leaves_results_with_machine_and_versions(results):
+    for part in run.PARTS:
+        result = json.loads((results / f"cpu_{part}.json").read_text())
+        assert result["part"] == part
+        assert result["machine"]["threads"] == 1
+        assert {"torch", "transformers", "Pillow"} <= result["machine"]["packages"].keys()
+        assert result["rates"]["float32_flops_per_second"] > 0
+        assert result["benchmark"]["sizes"]["name"] == "quick"
+        measured = [row for row in result["comparisons"] if row["values"]]
+        assert measured, part
+        for row in measured:
+            is_slope = "lines" in row["facts"]  # of tiny models, it is noise
+            assert is_slope or all(value >= 0 for values in row["values"].values() for value in values), row["name"]
+            assert len({len(values) for values in row["values"].values()}) == 1, row["name"]
+        assert str(ROOT) not in json.dumps(result)
+
+
+def test_pictures_are_processed_by_both(results):
+    rows = rows_of(results, "images")
+    measured = rows["all sizes, from JPEG, 2 threads"]["values"].keys()
+    assert {"ours, pil", "ours, torch", "LLaVA-NeXT, PIL", "resizes alone, pil", "resizes alone, torch"} <= measured
+    torchvision = [
+        place["LLaVA-NeXT, torchvision"]
+        for row in rows.values()
+        for place in (row["values"], row["left_out"])
+        if "LLaVA-NeXT, torchvision" in place
+    ]
+    assert torchvision, "it is measured, or the results say why not"
+
+
+def test_generation_has_every_dtype_mode_and_batch(results):
+    rows = rows_of(results, "generation")
+    for dtype in machine.DTYPES:
+        name = generation.name_of(dtype, [1], generation.EAGER)
+        assert set(rows[f"{name}, first token"]["values"]) == {OURS, LLAVA, IDEFICS, BARE}
+        assert "memory copy" in rows[f"{name}, each further token"]["values"]
+        assert f"{generation.name_of(dtype, [3] * 4, generation.EAGER)}, first token" in rows
+        assert f"{generation.name_of(dtype, [1], generation.STATIC)}, first token" in rows
+    compiled = rows[f"{generation.name_of('float32', [1], generation.COMPILED)}, each further token"]
+    assert OURS in compiled["values"]
+    assert compiled["left_out"][IDEFICS]
+
+
+def test_compiled_means_compiled():
+    model = contestants.build(OURS, QUICK, "float32", "cpu")
+    inputs = contestants.make_inputs(OURS, QUICK, [1], "cpu", "float32")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        generation.time_generation(model, inputs, 3, "cpu", **generation.cache_options(generation.COMPILED, True))
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    generation.time_generation(model, inputs, 3, "cpu", **generation.cache_options(generation.COMPILED, True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "the third run compiled again"
+
+
+def test_the_second_question_costs_no_tower_run(results):
+    (row,) = rows_of(results, "questions").values()
+    assert list(row["facts"]["tower_runs"].values()) == [1, 0, 0]
+
+
+def test_a_prefill_makes_no_logits_of_every_token_and_no_resampler_scores(results):
+    row = rows_of(results, "memory")["elements of a prefill, 1 picture, float32"]
+    assert row["facts"]["made"]["logits of every token"] is False
+    assert row["facts"]["made"]["scores of a resampler layer"] is False
+
+
+def test_eager_attention_would_be_noticed():
+    """The check above sees what it looks for."""
+    model = contestants.build(OURS, QUICK, "float32", "cpu", attn_implementation="eager")
+    inputs = contestants.make_inputs(OURS, QUICK, [1], "cpu", "float32")
+    record = products.record_products(lambda: model(**inputs))
+    assert inputs["input_ids"].numel() * QUICK.vocab_size in record.elements
+    assert 5 * QUICK.resampler_heads * QUICK.num_latents * (16 + QUICK.num_latents) in record.elements
+
+
+def test_memory_was_measured_in_a_process_of_its_own(results, one_child_only):
+    assert one_child_only[0] == "load"
+    rows = rows_of(results, "memory")
+    assert rows["from_pretrained, bfloat16, own"]["values"][OURS][0] > 0
+
+
+def test_slopes_are_fitted_from_the_points(results):
+    rows = rows_of(results, "scaling")
+    line = rows["a further picture, float32"]["facts"]["lines"][OURS]
+    points = {count: rows[f"prefill, {count} picture{'s' * (count > 1)}, float32"] for count in (1, 2, 4)}
+    medians = {count: row["summary"][OURS]["median"] for count, row in points.items()}
+    assert line["ms"] == pytest.approx(clock.slope(medians)[0])
+    assert LLAVA in rows["prefill, 1 part, float32"]["left_out"]
+
+
+def test_packed_batches_hold_less_padding(results):
+    padding = rows_of(results, "training")["mixed lengths, float32"]["facts"]["padding"]
+    assert padding["packed"] < padding["padded"]
+
+
+# -- the contestants --------------------------------------------------------------------------------------------------
+
+
+def test_the_true_sizes_are_the_releases():
+    ours, released = (
+        contestants.our_config(TRUE).to_dict(),
+        json.loads((ROOT / "configs" / "4b" / "config.json").read_text()),
+    )
+    assert ours["tile_grids"] == released["tile_grids"]
+    assert ours["resampler_config"]["num_latents"] == released["resampler_config"]["num_latents"]
+    for part in ("vision_config", "text_config"):
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            assert ours[part][name] == getattr(contestants.our_config(TRUE), part).to_dict()[name]
+            assert ours[part][name] == released[part].get(name, ours[part][name]), (part, name)
+    assert ours["text_config"]["vocab_size"] == 32015
+
+
+def test_a_quarter_keeps_tokens_and_heads():
+    for name in ("tile_size", "patch_size", "num_latents", "resampler_head_dim", "patches_per_token"):
+        assert getattr(QUARTER, name) == getattr(TRUE, name)
+    assert QUARTER.vision_width // QUARTER.vision_heads == TRUE.vision_width // TRUE.vision_heads
+    assert QUARTER.text_width // QUARTER.text_heads == TRUE.text_width // TRUE.text_heads
+    for name in ("vision_width", "vision_mlp", "text_width", "text_layers", "text_mlp"):
+        assert 4 * getattr(QUARTER, name) == getattr(TRUE, name)
+    assert {kind: contestants.count_image_tokens(kind, QUARTER, (2, 2)) for kind in (OURS, LLAVA, IDEFICS)} == {
+        OURS: 640,
+        LLAVA: 3699,
+        IDEFICS: 405,
+    }
+
+
+@pytest.mark.parametrize("kind", [OURS, LLAVA, IDEFICS])
+def test_inputs_hold_as_many_image_tokens_as_the_model_gives(kind):
+    """A model refuses any other number."""
+    model = contestants.build(kind, QUICK, "float32", "cpu")
+    for grid in ((2, 1), (1, 3), (2, 2)):
+        inputs = contestants.make_inputs(kind, QUICK, [1, 0, 2], "cpu", "float32", grid=grid)
+        with torch.inference_mode():
+            logits = model(**inputs, logits_to_keep=1).logits
+        assert logits.shape == (3, 1, QUICK.vocab_size)
+        count = int((inputs["input_ids"] == QUICK.image_token_id).sum())
+        assert count == 3 * contestants.count_image_tokens(kind, QUICK, grid)
+
+
+# -- statistics -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["clock", "contestants", "products", "report"])
+def test_doctests(name):
+    result = doctest.testmod(importlib.import_module(f"blip3.benchmarks.{name}"))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_contestants_take_turns_and_the_first_round_warms_up():
+    calls = []
+
+    def contestant(name):
+        return lambda: calls.append(name) or {"seconds": float(len(calls))}
+
+    values = clock.measure_in_turn({"a": contestant("a"), "b": contestant("b")}, Effort(rounds=2, seconds=60))
+    assert calls == ["a", "b", "b", "a", "a", "b"]
+    assert values == {"seconds": {"a": [4.0, 5.0], "b": [3.0, 6.0]}}
+
+
+def test_a_round_that_used_up_the_time_is_counted():
+    for least, expected in ((0, [1.0]), (1, [2.0])):
+        calls = []
+        work = lambda calls=calls: calls.append(1) or {"seconds": float(len(calls))}  # noqa: E731
+        values = clock.measure_in_turn({"slow": work}, Effort(rounds=5, seconds=1e-9), least)
+        assert values["seconds"]["slow"] == expected
+
+
+def test_ratios_are_taken_round_by_round():
+    """A machine half as fast in one round changes no ratio."""
+    row = Comparison("x", "s", {"ours": [1.0, 2.0, 1.0], "peer": [3.0, 6.0, 3.0]}).to_json()
+    assert row["ratio_to_first"]["peer"] == {"median": 3.0, "low": 3.0, "high": 3.0, "count": 3}
+    assert row["summary"]["ours"]["median"] == 1.0
+
+
+def test_means_over_sizes_are_geometric():
+    comparisons = [{"ours": [1.0, 1.0], "peer": [2.0, 4.0]}, {"ours": [10.0, 10.0], "peer": [80.0, 40.0]}]
+    assert clock.geometric_mean_rounds(comparisons, "peer", "ours") == pytest.approx([4.0, 4.0])
+
+
+def test_products_of_a_known_model_are_all_found():
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4, bias=False))
+    record = products.record_products(lambda: layers(torch.zeros(3, 8)))
+    assert record.products == Counter({(1, 3, 8, 16): 1, (1, 3, 16, 4): 1})
+    assert products.count_flops(record.products) == 2 * 3 * (8 * 16 + 16 * 4)
+    query = torch.zeros(2, 4, 10, 8)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    record = products.record_products(lambda: attend(query, query, query, is_causal=True))
+    assert products.count_flops(record.products) == 2 * 2 * 8 * 10 * 8 * 5
+    products.bare_products(record.products, torch.float32, "cpu")()
+
+
+def test_the_prediction_is_near_the_products_counted():
+    for kind in (OURS, LLAVA, BARE):
+        model = contestants.build(kind, QUICK, "float32", "cpu")
+        inputs = contestants.make_inputs(kind, QUICK, [1], "cpu", "float32")
+        counted = products.count_flops(
+            products.record_products(lambda model=model, inputs=inputs: model(**inputs)).products
+        )
+        assert 0.4 < contestants.predict_flops(kind, QUICK, [1]) / counted < 1.5, kind
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+
+def test_aims_are_judged_by_median_and_say_by_how_much_they_are_missed():
+    rows = {"p: n": {"values": {"ours": [1.0, 1.0, 1.0], "peer": [2.0, 2.4, 9.0]}}}
+    reached = aims.Aim("a", 2.0, True, aims.ratio("p", "n", "peer", "ours")).judge(rows)
+    assert (reached["reached"], reached["missed_by"], reached["result"]["median"]) == (True, 0.0, 2.4)
+    missed = aims.Aim("a", 3.0, True, aims.ratio("p", "n", "peer", "ours")).judge(rows)
+    assert (missed["reached"], missed["missed_by"], missed["aim"]) == (False, 0.2, "at least 3x")
+    unknown = aims.Aim("a", 3.0, True, aims.ratio("p", "n", "absent", "ours")).judge(rows)
+    assert (unknown["reached"], unknown["result"]) == (None, None)
+    lines = report.aims_table([reached, missed, unknown])
+    assert lines[2:] == [
+        "| a | at least 2x | 2.4x (2.2 to 5.7) | yes |",
+        "| a | at least 3x | 2.4x (2.2 to 5.7) | no, missed by 20% |",
+        "| a | at least 3x | not measured |  |",
+    ]
+
+
+def test_every_aim_finds_what_it_judges_in_the_results(results):
+    """A renamed comparison would silently be "not measured"."""
+    judged = json.loads((results / "cpu_aims.json").read_text())
+    not_measured = {aim["what"] for aim in judged if aim["result"] is None}
+    allowed = ("torchvision", "16 mixed prompts", "the same with", "the same in")  # three prompts in a quick run
+    assert all(any(words in what for words in allowed) for what in not_measured), not_measured
+    assert len(judged) > 20
+
+
+def test_tables_and_plot_are_written(results):
+    text = (results / "cpu.md").read_text()
+    for part in run.PARTS:
+        assert f"## {part}\n" in text
+    assert (results / "cpu.png").stat().st_size > 10_000
+    tables = re.findall(r"(?:\|.*\n)+", text)
+    widths = [{line.count("|") for line in table.splitlines()} for table in tables]
+    assert all(len(width) == 1 for width in widths)
+
+
+def test_documents_are_filled_between_their_marks_only(results, tmp_path):
+    document = tmp_path / "speed.md"
+    document.write_text(DOCUMENT)
+    assert report.update_documents(results, "cpu", [document]) == [document]
+    filled = document.read_text()
+    assert "| image processing, bit-exact backend" in filled
+    assert report.update_documents(results, "cpu", [document]) == [], "the second time nothing changes"
+    strip = re.compile(r"<!-- benchmarks:cpu:\w+ -->.*?<!-- end -->", flags=re.DOTALL)
+    assert strip.sub("", filled) == strip.sub("", DOCUMENT)
+
+
+@pytest.mark.skipif(not list(run.RESULTS.glob("cpu_*.json")), reason="nothing was measured yet")
+def test_the_documentation_says_what_the_results_say():
+    results = report.read_results(run.RESULTS, "cpu")
+    assert "\n".join(report.aims_table(report.judge(results))) in DOCUMENT
+
+
+def test_the_documentation_names_every_part_and_only_real_options():
+    table = DOCUMENT.split("## Parts")[1].split("## Aims")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == set(run.PARTS)
+    usage = subprocess.run(
+        [sys.executable, "-m", "blip3.benchmarks.run", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    options = set(re.findall(r"--[a-z][a-z-]+", DOCUMENT))
+    assert options
+    assert options <= set(re.findall(r"--[a-z][a-z-]+", usage))
+
+
+# -- bad options ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--threads", "4096"], "threads were asked for"),
+        (["--rounds", "0"], "rounds is 0"),
+        (["--seconds", "-1"], "seconds is -1"),
+        (["--device", "tpu"], "The device is 'tpu'"),
+        (["--quick", "--update-docs"], "times mean nothing"),
+        (["--quick", "--output", str(run.RESULTS)], "times mean nothing"),
+        (["--only-report"], "holds no cpu_"),
+    ],
+)
+def test_bad_options_are_refused(options, message, tmp_path, capsys):
+    output = [] if "--output" in options or "--update-docs" in options else ["--output", str(tmp_path)]
+    assert run.main([*options, *output]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(tmp_path, capsys):
+    assert run.main(["--device", "cuda", "--output", str(tmp_path)]) == 2
+    assert "CUDA build" in capsys.readouterr().err
+
+
+def test_an_unknown_part_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--part", "speed"])
+    assert "invalid choice" in capsys.readouterr().err
+
+
+def test_a_child_that_fails_is_quoted():
+    bench = run.make_bench(run._parse(["--quick", "--threads", "1"]))
+    with pytest.raises(RuntimeError, match=r"(?s)'task': 'load'.*nowhere"):
+        RUN_CHILD(bench, "load", folder="nowhere", kind=OURS, dtype="float32")

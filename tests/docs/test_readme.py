@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README is executed: its code on the lines it names, its commands and file map against the tree."""
+
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from huggingface_hub import ModelCard
+
+from blip3 import cli
+from blip3.hub import model_code
+from support import IS_TRANSFORMERS_5, ROOT, draw_picture
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SHELL = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def workplace(tiny_repo, tmp_path, monkeypatch):
+    """An empty folder with the names README uses: a converted repository and two pictures."""
+    (tmp_path / "blip3-4b").symlink_to(tiny_repo)
+    draw_picture(300, 400, seed=1).save(tmp_path / "street.jpg")
+    draw_picture(500, 200, seed=2).save(tmp_path / "harbour.jpg")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_python_block_runs_on_the_lines_it_names(workplace):
+    assert len(BLOCKS) >= 6
+    namespace: dict = {}
+    num_run = 0
+    for block in BLOCKS:
+        first_line = block.splitlines()[0]
+        assert re.match(r"# transformers 4\.57( and 5\.x)?(:.*)?$", first_line), f"say which lines: {first_line}"
+        if IS_TRANSFORMERS_5 and "5.x" not in first_line:
+            continue
+        exec(compile(block, "README.md", "exec"), namespace)
+        num_run += 1
+    assert num_run == len(BLOCKS) - IS_TRANSFORMERS_5
+    assert namespace["loss"].item() > 0
+    assert namespace["features"].pooler_output[0].ndim == 2
+
+
+def test_the_older_auto_class_is_shown_and_exists_on_its_line_only():
+    import transformers
+
+    assert "AutoModelForVision2Seq" in README
+    assert hasattr(transformers, "AutoModelForVision2Seq") == (not IS_TRANSFORMERS_5)
+
+
+def test_the_header_is_a_valid_model_card():
+    data = ModelCard(README).data.to_dict()
+    assert data["pipeline_tag"] == "image-text-to-text"
+    assert data["library_name"] == "transformers"
+    assert data["license"] == "apache-2.0"
+
+
+def extras_with_all_they_hold(named: set[str]) -> set[str]:
+    """Add the extras of this package that others refer to."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert named <= set(extras), named
+    inner = {name for each in named for text in extras[each] for name in re.findall(r"blip3\[([\w,]+)\]", text)}
+    inner = {name for text in inner for name in text.split(",")} - named
+    return extras_with_all_they_hold(named | inner) if inner else named
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/small_model.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_every_block_of_commands_names_the_extras_it_needs(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    needed = {command.module: command.extra for command in cli.COMMANDS.values()}
+    for block in re.findall(r"```bash\n(.*?)```|((?:^    .*\n)+)", text, flags=re.DOTALL | re.MULTILINE):
+        block = re.sub(r"\S  +#.*", "", "".join(block))  # remarks behind a command
+        modules = re.findall(r"-m blip3\.([\w.]+)|python (\w[\w/]*)\.py", block)
+        modules = [first or second.replace("/", ".") for first, second in modules]
+        named = {
+            extra for found in re.findall(r"pip install -e ['\"]\.\[([\w,]+)\]", block) for extra in found.split(",")
+        }
+        wanted = {needed.get(module, "") for module in modules} - {""}
+        assert wanted <= extras_with_all_they_hold(named), block
+
+
+def test_every_make_target_named_exists():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    defined = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
+    texts = [README, *((ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", ".ci/run"))]
+    code = "\n".join(found for text in texts for found in re.findall(r"`[^`\n]+`|^make .*$", text, flags=re.MULTILINE))
+    commands = re.findall(r"\bmake ((?:[a-z-]+(?: |`|$))+)", code, flags=re.MULTILINE)
+    named = {target for command in commands for target in command.strip("` ").split()}
+    assert {"demo", "test", "test-common", "check", "setup"} <= named <= defined
+
+
+def test_the_converters_options_are_those_of_the_command():
+    usage = subprocess.run(
+        [sys.executable, str(ROOT / "convert_weights.py"), "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    section = README.split("## Convert")[1].split("## Data")[0]
+    options = set(re.findall(r"--[a-z][a-z-]+", section))
+    assert {"--dtype", "--verify", "--to-original", "--text-layout"} <= options
+    assert options <= set(re.findall(r"--[a-z][a-z-]+", usage))
+
+
+def test_the_file_map_is_the_tree():
+    file_map = README.split("## Where things are")[1].split("```")[1]
+    named = set(re.findall(r"[\w./]+\.(?:py|md|json)|[\w/]+/", file_map))
+    for name in named:
+        assert (ROOT / name).exists(), name
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
+    scripts = {name for name in tracked if "/" not in name and name.endswith(".py")}
+    folders = {name.split("/")[0] + "/" for name in tracked if "/" in name and not name.startswith(".")}
+    assert scripts <= named
+    assert {folder for folder in folders if folder not in named and folder.rstrip("/") not in file_map} == set()
+
+
+@pytest.mark.parametrize("name", ["configuration_blip3", "image_processing_blip3", "modeling_blip3"])
+def test_doctests(name):
+    import doctest
+
+    result = doctest.testmod(model_code(name))
+    assert result.failed == 0
+    assert result.attempted > 0 or name == "configuration_blip3"
+
+
+def test_the_demo_runs_from_another_folder_and_answers(tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "demo.py"), "--output", str(tmp_path / "figure.png")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("  -> ") == 7
+    assert result.stdout.count("(right)") >= 6
+    assert (tmp_path / "figure.png").stat().st_size > 30_000
+
+
+def test_the_demo_answers_ones_own_pictures(tmp_path, tiny_repo):
+    names = [str(tmp_path / f"{index}.png") for index in range(2)]
+    for index, name in enumerate(names):
+        draw_picture(90 + 40 * index, 120, seed=index).save(name)
+    images = [argument for name in names for argument in ("--image", name)]
+    arguments = ["--model", str(tiny_repo), *images, "--question", "Are they alike?", "--max-new-tokens", "4"]
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "demo.py"), *arguments, "--output", str(tmp_path / "figure.png")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Are they alike?" in result.stdout
+    assert "random" not in result.stdout
+    assert (tmp_path / "figure.png").stat().st_size > 10_000

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An environment of its own for tests whose packages `make setup` leaves out, and pytest in it."""
+
+import argparse
+import os
+import shutil
+import subprocess
+import venv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parse_expression(description: str) -> str:
+    """Read the command line: pytest's -k, or nothing."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("-k", metavar="EXPRESSION", default="", help="run only the tests that match, as pytest's -k")
+    return parser.parse_args().k
+
+
+def make_environment(environment: Path, constraints: Path, steps: Sequence[Sequence[str]], advice: str) -> None:
+    """Make a virtual environment unless it is there and as its constraints say.
+
+    Args:
+        environment: folder.
+        constraints: pins; the environment is made again when they change.
+        steps: arguments of pip, one list a call, after pip itself is brought up to date.
+        advice: end of the message when a call fails.
+
+    Raises:
+        RuntimeError: if pip fails.
+    """
+    wanted, stamp = constraints.read_text(encoding="utf-8"), environment / "ready.txt"
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
+        return
+    shutil.rmtree(environment, ignore_errors=True)
+    venv.create(environment, with_pip=True)
+    for arguments in (["install", "--quiet", "--upgrade", "pip"], *steps):
+        if subprocess.run([str(python_of(environment)), "-m", "pip", *arguments], check=False).returncode:
+            raise RuntimeError(
+                f"pip {arguments[0]} failed in {environment.name}, which should get the versions of "
+                f"{constraints.name}. {advice}"
+            )
+    stamp.write_text(wanted, encoding="utf-8")
+
+
+def python_of(environment: Path) -> Path:
+    """Give the interpreter of an environment."""
+    return environment / "bin" / "python"
+
+
+def run_pytest(
+    environment: Path, expression: str, arguments: Sequence[str | Path], variables: Mapping[str, str]
+) -> int:
+    """Run tests one after another, without the two processes that the repository's addopts start; gives the status."""
+    command = [str(python_of(environment)), "-m", "pytest", "-o", "addopts=", "-ra", "-p", "no:cacheprovider"]
+    command += ["--durations", "5", *(["-k", expression] if expression else []), *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | dict(variables), check=False).returncode

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mixture: sample i is the same whenever, wherever and in whichever order it is asked for."""
+
+import io
+import json
+import tarfile
+from collections import Counter
+
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from blip3.data.records import Picture, Record, Turn, write_jsonl
+from blip3.training.mixture import REMEMBERED, Mixture
+from blip3.world import build
+from blip3.world.settings import settings_from
+from blip3.world.splits import split_of
+from blip3.world.tasks import TASKS, content_keys, drawn_record
+from training_support import WORLD
+
+
+def mixture_of(*entries: dict, count: int = 60, seed: int = 0, **others: object) -> Mixture:
+    return Mixture(entries, count, seed, WORLD, **others)
+
+
+def ids_of(mixture: Mixture, indices=None) -> list[str]:
+    return [mixture[index].id for index in (range(len(mixture)) if indices is None else indices)]
+
+
+@pytest.fixture(scope="module")
+def jsonl(tmp_path_factory):
+    """Ten records in a file."""
+    folder = tmp_path_factory.mktemp("records")
+    turns = (Turn("user", "What?"), Turn("assistant", "It."))
+    write_jsonl((Record(f"r{n}", "instruction", (), turns) for n in range(10)), folder / "ten.jsonl")
+    (folder / "empty.jsonl").write_text("")
+    return folder / "ten.jsonl"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Three webdataset shards of four captions and three parquet shards of four rows."""
+    from datasets import Dataset as Rows
+
+    folder = tmp_path_factory.mktemp("shards")
+    picture = build.encode(drawn_record("caption", settings=settings_from(WORLD)).images[0], "png")
+    for shard in range(3):
+        with tarfile.open(folder / f"shard-{shard}.tar", "w") as tar:
+            for number in range(4):
+                for suffix, data in (("png", picture), ("txt", f"caption {shard}{number}".encode())):
+                    info = tarfile.TarInfo(f"{shard}{number}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        captions = json.dumps([["a caption", 0, False]])
+        rows = [{"uid": f"{shard}{number}", "captions": captions, "image": picture} for number in range(4)]
+        Rows.from_list(rows).to_parquet(str(folder / f"shard-{shard}.parquet"))
+    return folder
+
+
+IN_ORDER = [f"{shard}{number}" for shard in range(3) for number in range(4)]
+
+
+def streams(folder) -> list[dict]:
+    tar = {"stream": str(folder / "*.tar"), "reader": "captions", "options": {"column": "txt"}}
+    return [tar, {"stream": str(folder / "*.parquet"), "reader": "ocr"}]
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_respected():
+    entries = [{"drawn": "count", "weight": 6}, {"drawn": "name", "weight": 3}, {"drawn": "relation"}]
+    mixture = mixture_of(*entries, count=20_000)
+    shares = Counter(mixture.choice.tolist())
+    for source, share in enumerate((0.6, 0.3, 0.1)):
+        assert shares[source] / 20_000 == pytest.approx(share, abs=0.012)  # 3.5 standard deviations
+    assert [record.id.split("-")[0] for record in map(mixture.__getitem__, range(30))] == [
+        ("count", "name", "relation")[source] for source in mixture.choice[:30]
+    ]
+
+
+def test_weights_need_no_sum():
+    one, other = (mixture_of({"drawn": "count", "weight": w}, {"drawn": "name", "weight": 2 * w}) for w in (1, 45))
+    assert ids_of(one) == ids_of(other)
+
+
+# -- sample i is a function of seed and i -----------------------------------------------------------------------------
+
+
+def test_samples_depend_on_seed_and_index_alone(jsonl):
+    entries = ({"drawn": "count"}, {"records": str(jsonl), "weight": 2})
+    straight = ids_of(mixture_of(*entries))
+    assert ids_of(mixture_of(*entries), range(59, -1, -1)) == straight[::-1]
+    assert mixture_of(*entries)[33].id == straight[33]
+    assert ids_of(mixture_of(*entries, count=25)) == straight[:25]  # a longer run begins like a shorter one
+    assert ids_of(mixture_of(*entries, seed=1)) != straight
+
+
+def test_drawn_samples_are_those_of_the_world():
+    mixture = mixture_of({"drawn": "read", "world": {"max_characters": 2}})
+    settings = settings_from(WORLD | {"max_characters": 2})
+    assert mixture[5] == drawn_record("read", "train", 0, 5, settings)
+    assert all(len(mixture[index].truth["answer"]) <= 2 for index in range(20))
+
+
+def test_entries_of_one_task_draw_different_records():
+    mixture = mixture_of({"drawn": "rule", "world": {"num_shots": 2}}, {"drawn": "name"}, {"drawn": "rule"})
+    ids = ids_of(mixture)
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_splits_stay_apart(task):
+    for split in ("train", "held_out"):
+        mixture = mixture_of({"drawn": task}, count=8, split=split)
+        for index in range(8):
+            assert {split_of(key) for key in content_keys(mixture[index])} <= {split}
+
+
+# -- lists ------------------------------------------------------------------------------------------------------------
+
+
+def test_lists_repeat_nothing_within_a_pass(jsonl):
+    mixture = mixture_of({"records": str(jsonl)})
+    ids = ids_of(mixture)
+    passes = [ids[first : first + 10] for first in range(0, 60, 10)]
+    assert all(len(set(each)) == 10 for each in passes)
+    assert len({tuple(each) for each in passes}) > 1, "each pass has its own order"
+
+
+def test_llava_files_and_mixtures_are_lists(tmp_path):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "It."}]
+    entries = [{"id": str(n), "image": f"{n}.png", "conversations": turns} for n in range(5)]
+    (tmp_path / "five.json").write_text(json.dumps(entries))
+    (tmp_path / "mix.yaml").write_text("five.json: 3\n")
+    five = mixture_of({"llava": str(tmp_path / "five.json"), "images": "pictures"}, count=10)
+    assert sorted(ids_of(five, range(5))) == sorted(ids_of(five, range(5, 10))) == list("01234")
+    assert five[0].images == (Picture(path=f"pictures/{five[0].id}.png"),)
+    assert len(set(ids_of(mixture_of({"llava": str(tmp_path / "mix.yaml")}, count=9)))) == 3
+
+
+# -- streams ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["webdataset", "parquet"])
+def test_streams_are_read_in_order_and_wrap_round(shards, kind):
+    entry = streams(shards)[kind]
+    assert ids_of(mixture_of(entry, count=30)) == (IN_ORDER * 3)[:30]
+    record = mixture_of(entry)[0]
+    assert record.images[0].open().width >= 48
+    for resumed_at in (1, 11, 12, 17, 29):
+        assert ids_of(mixture_of(entry, count=30), range(resumed_at, 30)) == (IN_ORDER * 3)[resumed_at:30]
+
+
+def test_streams_give_earlier_records_again(shards):
+    mixture = mixture_of(streams(shards)[1], count=40)
+    opened = []
+    real = mixture.sources[0].__self__.reopen
+    mixture.sources[0].__self__.reopen = lambda: opened.append(1) or real()
+    assert ids_of(mixture, [0, 1, 0, 1, 2]) == ["00", "01", "00", "01", "02"]
+    assert len(opened) == 1, "recent records are remembered"
+    assert REMEMBERED >= 2
+    assert ids_of(mixture, [30, 3, 31, 0]) == [(IN_ORDER * 3)[index] for index in (30, 3, 31, 0)]
+
+
+class Ids(Dataset):
+    """Ids of a mixture's records, for a DataLoader."""
+
+    def __init__(self, mixture: Mixture):
+        self.mixture = mixture
+
+    def __len__(self) -> int:
+        return len(self.mixture)
+
+    def __getitem__(self, index: int) -> str:
+        return self.mixture[index].id
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("num_workers", [1, 2, 4])  # more workers than shards as well
+def test_worker_processes_change_nothing(shards, jsonl, num_workers):
+    entries = [*streams(shards), {"records": str(jsonl)}, {"drawn": "count"}]
+    loader = DataLoader(Ids(mixture_of(*entries)), batch_size=3, num_workers=num_workers, collate_fn=list)
+    assert [each for batch in loader for each in batch] == ids_of(mixture_of(*entries))
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"weight": 1}, r"mixture\[0\] is .* must name exactly one of drawn, records, llava, stream"),
+        ({"drawn": "count", "records": "a"}, "exactly one of"),
+        ({"drawn": "count", "wieght": 2}, "unknown key 'wieght'.*Did you mean 'weight'"),
+        ({"drawn": "count", "images": "x"}, "unknown key 'images'"),
+        ({"drawn": "count", "weight": 0}, "weight 0 but it must be a positive number"),
+        ({"drawn": "count", "weight": "2"}, "weight '2' but it must be a positive number"),
+        ({"drawn": "count", "weight": True}, "weight True"),
+        ({"drawn": "count", "weight": float("nan")}, "weight nan"),
+        ({"drawn": "cuont"}, "draws 'cuont' but the drawn world has only read, name"),
+        ({"drawn": "count", "world": {"side": [1, 2]}}, r"mixture\[0\].world has the field 'side'.*'sides'"),
+        ({"stream": "x", "reader": "orc"}, "reader 'orc' but it must be one of captions"),
+        ({"stream": "x"}, "reader None"),
+        ({"stream": "x", "reader": "captions", "options": {"colum": "a"}}, "unknown key 'colum'.*'column'"),
+    ],
+)
+def test_wrong_entries_are_refused_at_the_start(entry, message):
+    with pytest.raises(ValueError, match=message):
+        mixture_of(entry)
+
+
+def test_empty_sources_are_refused(jsonl, shards, tmp_path):
+    with pytest.raises(ValueError, match="holds no record"):
+        mixture_of({"records": str(jsonl.with_name("empty.jsonl"))})
+    unwanted = {"stream": str(shards / "*.parquet"), "reader": "ocr", "options": {"granularities": [5]}}
+    with pytest.raises(ValueError, match="holds no record"):
+        mixture_of(unwanted)[0]
+    with pytest.raises(FileNotFoundError, match="No file matches"):
+        mixture_of({"stream": str(tmp_path / "*.parquet"), "reader": "ocr"})[0]

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: every file that ships loads, faults are named, the saved one says the same."""
+
+import json
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from blip3.training import run
+from blip3.training.mixture import Mixture, check_entry
+from blip3.training.new_model import KEYS
+from blip3.training.recipe import Recipe, check_keys, load_recipe, save_recipe
+from blip3.training.train_tower import TowerRecipe
+from blip3.world.settings import load_settings, settings_from
+from support import ROOT
+
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+REAL_SIZE = [path for path in RECIPES if path.parent.name == "4b"]
+LINES = "model: here\noutput: there\nmax_steps: 10\nbatch_size: 2\nlearning_rate: 1e-3\nmixture: [{drawn: count}]\n"
+
+
+@pytest.fixture
+def recipe_file(tmp_path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(LINES)
+    return path
+
+
+# -- the files that ship ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_every_file_loads(path):
+    values = yaml.safe_load(path.read_text())
+    if path.stem == "world":
+        load_settings(path)
+    elif path.stem == "model":
+        check_keys(str(path), values, KEYS)
+    elif "tasks" in values:
+        settings_from(load_recipe(path, TowerRecipe).world)
+    else:
+        recipe = load_recipe(path, Recipe)
+        for index, entry in enumerate(recipe.mixture):
+            check_entry(entry, index)
+        without_files = [entry for entry in recipe.mixture if "drawn" in entry or "stream" in entry]
+        if without_files:
+            assert len(Mixture(without_files, 100, recipe.seed, recipe.world)) == 100
+
+
+def test_the_stages_of_the_report_are_there():
+    names = [path.name for path in REAL_SIZE]
+    assert names == [
+        "1_pretrain.yaml",
+        "1b_pretrain_high_resolution.yaml",
+        "2_sft.yaml",
+        "3_sft_multi_image.yaml",
+    ]
+
+
+@pytest.mark.parametrize("path", REAL_SIZE, ids=lambda path: path.stem)
+def test_real_size_recipes_give_a_source_for_each_value(path):
+    text, values = path.read_text(), yaml.safe_load(path.read_text())
+    assert text.startswith("# ")
+    assert f"-m blip3.training.train recipes/4b/{path.name}" in text
+    for word in ("Hardware", "Download", "Expected", "reported"):
+        assert word in text, word
+    sourced = set(values) - {"model", "output", "notes", "world", "log_every", "save_every", "num_workers"}
+    assert set(values["notes"]) == sourced
+    recipe = load_recipe(path, Recipe)
+    assert "vision_tower" not in recipe.trainable
+    assert (recipe.bf16, recipe.gradient_checkpointing, recipe.fsdp) == (True, True, True)
+
+
+def test_pretraining_weights_are_the_reports():
+    first, second = (load_recipe(path, Recipe).mixture for path in REAL_SIZE[:2])
+    assert sum(entry["weight"] for entry in first) == pytest.approx(100)
+    assert sum(entry["weight"] for entry in second) == pytest.approx(90)  # as printed; weights are normalised
+    for mixture in (first, second):
+        interleaved = sum(entry["weight"] for entry in mixture if entry["reader"] == "interleaved")
+        assert interleaved == pytest.approx(50, abs=0.01)
+
+
+def test_the_page_names_every_file_and_only_keys_that_exist():
+    page = (ROOT / "docs" / "training.md").read_text()
+    for path in (ROOT / "blip3" / "training").glob("*.py"):
+        assert path.name == "__init__.py" or f"training/{path.name}" in page, path.name
+    for name in re.findall(r"(?:recipes/)?((?:(?:small|4b|14b|provenance|base)/)*[\w]+\.yaml)", page):
+        assert name in ("recipe.yaml", "mix.yaml") or any(
+            (ROOT / "recipes" / folder / name).is_file() for folder in ("", "4b")
+        ), name
+    keys = set(re.findall(r"`(\w+): (?:true|false)`", page))
+    keys |= set(re.findall(r"(?<![\w.])(\w+)=\w", page)) - {"use_cache"}
+    assert {"packing", "fsdp", "learn_end_of_chunk", "max_steps"} <= keys
+    assert keys <= {each.name for each in fields(Recipe)}
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_tf32_is_asked_for_only_where_there_is_some(recipe_file, monkeypatch, is_there):
+    monkeypatch.setattr(run, "is_torch_tf32_available", lambda: is_there)
+    monkeypatch.setattr(run, "TrainingArguments", lambda **given: given)
+    given = run.training_arguments(load_recipe(recipe_file, Recipe, ["tf32=true"]))
+    assert given.get("tf32", False) == is_there
+    assert "tf32" not in run.training_arguments(load_recipe(recipe_file, Recipe))
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_and_numbers(recipe_file):
+    recipe = load_recipe(recipe_file, Recipe)
+    assert recipe.learning_rate == 1e-3  # YAML reads 1e-3 as text
+    assert recipe.trainable == ("resampler", "language_model")
+    assert recipe.mixture == ({"drawn": "count"},)
+    assert recipe.seed == 0
+
+
+def test_overrides_are_yaml_and_the_last_wins(recipe_file):
+    overrides = ["max_steps=3", "trainable=[resampler]", "max_steps=4", "learning_rate=2e-4", "bf16=true"]
+    recipe = load_recipe(recipe_file, Recipe, overrides)
+    assert (recipe.max_steps, recipe.trainable, recipe.learning_rate, recipe.bf16) == (4, ("resampler",), 2e-4, True)
+
+
+def test_a_world_file_stands_beside_the_recipe(recipe_file):
+    (recipe_file.parent / "small.yaml").write_text("sides: [48, 96]\nbox_decimals: 2\n")
+    recipe = load_recipe(recipe_file, Recipe, ["world={file: small.yaml, box_decimals: 1}"])
+    assert recipe.world == {"sides": [48, 96], "box_decimals": 1}
+    assert load_recipe(recipe_file, Recipe, ["world=small.yaml"]).world == {"sides": [48, 96], "box_decimals": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("learning_rte=1", "unknown key 'learning_rte'.*Did you mean 'learning_rate'"),
+        ("zzz=1", "unknown key 'zzz'.*Known keys: model"),
+        ("max_steps", "must be key=value"),
+        ("max_steps=0", "max_steps 0 but it must be a positive integer"),
+        ("batch_size=2.5", "batch_size 2.5 but it must be a positive integer"),
+        ("max_length=none", "max_length 'none' but it must be a positive integer"),
+        ("learning_rate=fast", "learning_rate 'fast' but it must be a number"),
+        ("learning_rate=", "learning_rate None but it must be a number"),
+        ("schedule=cosin", "schedule 'cosin' but it must be one of constant, linear, cosine"),
+        ("trainable=[tower]", r"trainable \['tower'\] but it must name one or more of vision_tower"),
+        ("trainable=[]", r"trainable \[\] but it must name"),
+        ("optimizer=sop", "optimizer 'sop' but it must be one of adamw, soap"),
+        ("mixture=[]", "has no mixture"),
+    ],
+)
+def test_wrong_values_are_named(recipe_file, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(recipe_file, Recipe, [change])
+
+
+def test_a_world_file_says_each_thing_once(recipe_file):
+    world = recipe_file.with_name("world.yaml")
+    world.write_text("sides: [48, 96]\nmax_count: 4\nsides: [1, 2]\n")
+    for read in (lambda: load_settings(world), lambda: load_recipe(recipe_file, Recipe, ["world=world.yaml"])):
+        with pytest.raises(ValueError, match=r"world\.yaml has the key 'sides' in line 1 and again in line 3"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("line", "key"), [("max_steps: 4", "max_steps"), ("world: {sides: [48, 96], sides: [1, 2]}", "sides")]
+)
+def test_a_key_that_stands_twice_is_refused(recipe_file, line, key):
+    text = recipe_file.read_text().rstrip() + f"\n{line}\n"
+    recipe_file.write_text(text)
+    again = len(text.splitlines())
+    with pytest.raises(ValueError, match=rf"the key '{key}' in line \d+ and again in line {again}, but a key"):
+        load_recipe(recipe_file, Recipe)
+
+
+def test_soap_is_refused_where_matrices_are_sharded(recipe_file):
+    assert load_recipe(recipe_file, Recipe, ["optimizer=soap"]).optimizer == "soap"
+    with pytest.raises(ValueError, match="optimizer 'soap' and fsdp true, but SOAP needs whole matrices"):
+        load_recipe(recipe_file, Recipe, ["optimizer=soap", "fsdp=true"])
+
+
+def test_streams_are_not_sorted_by_length(recipe_file):
+    with pytest.raises(ValueError, match=r"group_by_length and streams 'a/\*.parquet'"):
+        load_recipe(recipe_file, Recipe, ["group_by_length=true", "mixture=[{stream: 'a/*.parquet', reader: ocr}]"])
+
+
+@pytest.mark.parametrize("key", ["model", "output", "max_steps", "batch_size", "learning_rate"])
+def test_missing_keys_are_named(recipe_file, key):
+    recipe_file.write_text("".join(line + "\n" for line in LINES.splitlines() if not line.startswith(key)))
+    with pytest.raises(ValueError, match=f"lacks {key}, without which a run cannot start"):
+        load_recipe(recipe_file, Recipe)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just text"])
+def test_another_file_is_refused(recipe_file, text):
+    recipe_file.write_text(text)
+    with pytest.raises(ValueError, match="a recipe is a mapping of keys to values"):
+        load_recipe(recipe_file, Recipe)
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem not in ("world", "model")], ids=str)
+def test_a_saved_recipe_reloads_equal_and_complete(path, tmp_path):
+    kind = TowerRecipe if "tasks" in yaml.safe_load(path.read_text()) else Recipe
+    recipe = load_recipe(path, kind)
+    save_recipe(recipe, tmp_path / "deep" / "recipe.yaml")
+    assert load_recipe(tmp_path / "deep" / "recipe.yaml", kind) == recipe
+    saved = yaml.safe_load((tmp_path / "deep" / "recipe.yaml").read_text())
+    assert list(saved) == [each.name for each in fields(kind)]
+
+
+def test_a_recipe_is_read_whole_while_another_process_saves_it(recipe_file, tmp_path):
+    recipe, saved = load_recipe(recipe_file, Recipe), tmp_path / "run" / "recipe.yaml"
+    save_recipe(recipe, saved)
+    done = threading.Event()
+
+    def save_again() -> None:
+        while not done.is_set():
+            save_recipe(recipe, saved)
+
+    with ThreadPoolExecutor(1) as pool:
+        saving = pool.submit(save_again)
+        try:
+            assert all(load_recipe(saved, Recipe) == recipe for _ in range(100))
+        finally:
+            done.set()
+        saving.result()
+    assert [path.name for path in saved.parent.iterdir()] == ["recipe.yaml"]
+
+
+# -- a folder of another run ------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(output: Path, step: int, state: str | None = None) -> None:
+    folder = output / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    if state is not None:
+        (folder / "trainer_state.json").write_text(state)
+
+
+def test_a_folder_of_another_recipe_is_refused(recipe_file, tmp_path):
+    here = f"output={tmp_path / 'run'}"
+    recipe = load_recipe(recipe_file, Recipe, [here])
+    assert run.start(recipe) is None
+    assert load_recipe(tmp_path / "run" / "recipe.yaml", Recipe) == recipe
+    run.start(load_recipe(recipe_file, Recipe, [here, "max_steps=20"]))  # nothing was trained yet
+    run.start(recipe)
+    write_checkpoint(tmp_path / "run", 5, json.dumps({"global_step": 5}))
+    assert run.start(recipe) == str(tmp_path / "run" / "checkpoint-5")
+    free = ["log_every=1", "save_every=7", "keep_checkpoints=9", "num_workers=2", "notes={seed: ours}"]
+    assert run.start(load_recipe(recipe_file, Recipe, [here, *free]))
+    for change in ("learning_rate=1e-4", "max_steps=11", "mixture=[{drawn: name}]", "world={box_decimals: 1}"):
+        with pytest.raises(
+            ValueError, match=f"holds a run whose {change.split('=')[0]} was .* give it another output"
+        ):
+            run.start(load_recipe(recipe_file, Recipe, [here, change]))
+
+
+def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path):
+    assert run.find_checkpoint(tmp_path / "nowhere") is None
+    write_checkpoint(tmp_path, 9, json.dumps({"global_step": 9}))
+    write_checkpoint(tmp_path, 10, json.dumps({"global_step": 10}))
+    write_checkpoint(tmp_path, 11)  # killed before the state was written
+    write_checkpoint(tmp_path, 12, '{"global_st')  # or in the middle of it
+    (tmp_path / "checkpoint-best").mkdir()
+    assert run.find_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
