@@ -25,9 +25,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..answering import DTYPES, pick_device
 from ..checkpoints import fingerprint
 from ..world.settings import WorldSettings, load_settings
-from .answer import DTYPES, Answerer, Checkpoint, pick_device
+from .answer import Checkpoint, Respondent
 from .report import Result, write_report
 from .tasks import SPLIT, TASKS, Question, make_questions
 
@@ -101,7 +102,7 @@ class ScoreSettings:
         return jobs
 
 
-def load_checkpoint(settings: ScoreSettings, name: str) -> Answerer:
+def load_checkpoint(settings: ScoreSettings, name: str) -> Respondent:
     """Load one of the models."""
     return Checkpoint(
         settings.models[name],
@@ -113,7 +114,7 @@ def load_checkpoint(settings: ScoreSettings, name: str) -> Answerer:
     )
 
 
-def score(settings: ScoreSettings, load: Callable[[ScoreSettings, str], Answerer] = load_checkpoint) -> list[Result]:
+def score(settings: ScoreSettings, load: Callable[[ScoreSettings, str], Respondent] = load_checkpoint) -> list[Result]:
     """Ask every model everything that has no answer yet, and write the report.
 
     Args:
@@ -132,7 +133,7 @@ def score(settings: ScoreSettings, load: Callable[[ScoreSettings, str], Answerer
     rendered: dict[Job, list[Question]] = {}
     results = []
     for name in settings.models:
-        answerer: Answerer | None = None
+        respondent: Respondent | None = None
         for task, num_shots in settings.jobs:
             if (task, num_shots) not in rendered:
                 rendered[task, num_shots] = make_questions(
@@ -141,8 +142,8 @@ def score(settings: ScoreSettings, load: Callable[[ScoreSettings, str], Answerer
             questions, job = rendered[task, num_shots], _job_name(task, num_shots)
             file = AnswerFile(settings.output / "predictions" / name / f"{job}.jsonl", questions)
             if not file.is_complete:
-                answerer = answerer or load(settings, name)
-                _ask(answerer, file, settings.batch_size, f"{name}: {job}")
+                respondent = respondent or load(settings, name)
+                _ask(respondent, file, settings.batch_size, f"{name}: {job}")
             answers = file.read()
             scores = TASKS[task].score(questions, answers)
             results.append(Result(name, task, num_shots, questions, answers, scores))
@@ -150,16 +151,16 @@ def score(settings: ScoreSettings, load: Callable[[ScoreSettings, str], Answerer
     return results
 
 
-def _ask(answerer: Answerer, file: "AnswerFile", batch_size: int, description: str) -> None:
+def _ask(respondent: Respondent, file: "AnswerFile", batch_size: int, description: str) -> None:
     """Ask what is left, batches of similar length, the longest first so that memory runs out early or never."""
-    questions = sorted(file.questions, key=lambda question: (-answerer.length(question), question.id))
+    questions = sorted(file.questions, key=lambda question: (-respondent.length(question), question.id))
     batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
     done = file.read_unfinished()
     with tqdm(total=len(questions), desc=description, unit="question", disable=None) as bar:
         for batch in batches:
             # A batch counts as a whole: asked in other company, a question could get another answer by rounding.
             if not all(question.id in done for question in batch):
-                file.append(batch, answerer.answer(batch))
+                file.append(batch, respondent.answer(batch))
             bar.update(len(batch))
     file.finish()
 

@@ -18,9 +18,9 @@ from typing import Any
 
 from PIL import Image
 
+from ..answering import IMAGE_TOKEN
 from .images import check_limits, shorten
 
-IMAGE_TOKEN = "<image>"
 ROLES = ("system", "user", "assistant")
 Source = str | Image.Image
 
