@@ -186,7 +186,7 @@ class JsonLines:
 
     def remove(self) -> None:
         """Remove the file, whose lines stand elsewhere now."""
-        self.path.unlink()
+        self.path.unlink(missing_ok=True)
         self.close()
 
 
