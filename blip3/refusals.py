@@ -19,7 +19,7 @@ def did_you_mean(given: Any, known: Iterable[str], otherwise: str) -> str:
     >>> did_you_mean("x", ["constant", "cosine"], "Choose one.")
     'Choose one.'
     """
-    close = difflib.get_close_matches(str(given), list(known), n=1)
+    close = difflib.get_close_matches(given, list(known), n=1) if isinstance(given, str) else []
     return f"Did you mean {close[0]!r}?" if close else otherwise
 
 
