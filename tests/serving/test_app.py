@@ -24,9 +24,9 @@ pytest.importorskip("gradio", reason="gradio is not installed: pip install -e .[
 
 from blip3.serving import app
 from blip3.serving.app import Chat, Limits, Options, Turn
-from exif_support import turned_and_upright
-from serving_support import silence_bytes
 from support import ROOT, render_image
+from support.exif import turned_and_upright
+from support.serving import silence_bytes
 
 GREEDY = Options(max_new_tokens=16, temperature=0, splits=True)
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]

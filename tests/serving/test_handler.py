@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from packaging.requirements import Requirement
 from PIL import Image
 
-from exif_support import FORMATS, turned_and_upright
 from support import ROOT, render_image
+from support.exif import FORMATS, turned_and_upright
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 MODULE = "handler.EndpointHandler"  # the container's name for it

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from blip3.serving import batch
-from exif_support import FORMATS, turned_and_upright
 from support import ROOT, render_image
+from support.exif import FORMATS, turned_and_upright
 
 pytest.importorskip("ray.data", reason="batches run on Ray: pip install 'ray[data]'")
 psutil = pytest.importorskip("psutil", reason="finds the processes of a run: pip install psutil")
