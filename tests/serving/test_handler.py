@@ -59,7 +59,7 @@ def folder(tiny_repo, tmp_path_factory):
 @pytest.fixture(scope="module")
 def handler(folder):
     with container(folder) as module:
-        assert sys.modules["blip3.serving.images"].__file__ == str(folder / "blip3" / "serving" / "images.py")
+        assert sys.modules["blip3.serving.fetch"].__file__ == str(folder / "blip3" / "serving" / "fetch.py")
         yield module.EndpointHandler(str(folder))
 
 
@@ -373,7 +373,7 @@ INPUTS = {
     "nested-list": ([["a"]], "a list"),
     "empty-object": ({}, r"\(none\)"),
     "unknown-keys": ({"prompt": "a"}, "'prompt'"),
-    "one-unknown-key": ({"text": "a", "picture": FIRST}, "'image'"),
+    "one-unknown-key": ({"text": "a", "picture": FIRST}, "'picture'"),
     "image-and-images": ({"text": "a", "image": FIRST, "images": [FIRST]}, "one of image, images"),
     "image-list": ({"text": "a", "image": [FIRST]}, "rename it"),
     "image-number": ({"text": "a", "image": 5}, "An image is 5"),
