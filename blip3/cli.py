@@ -31,7 +31,7 @@ class Command:
 COMMANDS = {
     "demo": Command("demo", "ask the small model, or another, about example images or your own", "demo"),
     "convert": Command("conversion.cli", "convert released weights, and back", "demo"),
-    "page": Command("serving.app", "serve a page to talk about images in the browser", "app"),
+    "page": Command("serving.page.app", "serve a page to talk about images in the browser", "app"),
     "batch": Command("serving.batch", "ask about many images with Ray Data, resumably", "batch"),
     "memory": Command("serving.memory", "compute or measure what a checkpoint needs in memory"),
     "build": Command("world.build", "write rendered records to disk, or preview every rendered task", "data"),

@@ -8,7 +8,7 @@
     {"inputs": [any of these, ...]}                           one forward for all, at most `max_prompts`
     {"inputs": ..., "parameters": {...}}                      see PARAMETERS
 
-Images stay as they were named; `images.py` opens them.
+Images stay as they were named; `fetch.py` opens them.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from ..answering import IMAGE_TOKEN
-from .images import check_limits, shorten
+from .limits import check_limits, shorten
 
 ROLES = ("system", "user", "assistant")
 Source = str | Image.Image

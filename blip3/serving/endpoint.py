@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face Inference Endpoints: what `handler.py` at the root of a repository gives to the container.
 
-Bodies and parameters are described in `bodies.py`, how images are opened in `images.py`.
+Bodies and parameters are described in `bodies.py`, how images are opened in `fetch.py`.
 
     {"inputs": {"image": "https://...", "text": "What does the sign say?"}, "parameters": {"max_new_tokens": 64}}
     [{"generated_text": "No. 47", "finish_reason": "stop", "prompt_tokens": 402, "generated_tokens": 4}]
@@ -18,8 +18,10 @@ import torch
 from PIL import Image
 
 from ..answering import Answerer, render, render_question
+from ..images import turns_upright
 from .bodies import Options, Prompt, RequestLimits, check_slots, parse_body
-from .images import ImageFetcher, ImageLimits, read_limits
+from .fetch import ImageFetcher
+from .limits import ImageLimits, read_limits
 
 logger = logging.getLogger("blip3.serving")
 
@@ -93,7 +95,7 @@ class EndpointHandler:
 
     def _fetch_images(self, prompts: Collection[Prompt]) -> list[list[Image.Image]]:
         """Open the images of all rows, under limits that hold for the request."""
-        upright = self.answerer.processor.image_processor.do_exif_transpose is not False
+        upright = turns_upright(self.answerer.processor)
         sources = [source for prompt in prompts for source in prompt.images]
         images = iter(self.fetcher.fetch_images(sources, upright))
         return [[next(images) for _ in prompt.images] for prompt in prompts]

@@ -170,7 +170,8 @@ def write_zeros(source: str | Path, output: Path) -> None:
     Raises:
         FileExistsError: if it exists.
     """
-    located, folder = (find(source, only_small_files=True) for find in (locate, folder_of))
+    located = locate(source, only_small_files=True)
+    folder = folder_of(source, only_small_files=True)
     output.mkdir(parents=True)
     for file in folder.iterdir():
         if file.suffix in (".json", ".jinja") and "index" not in file.name:

@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from packaging.requirements import Requirement
 from PIL import Image
 
-from exif_support import FORMATS, turned_and_upright
 from support import ROOT, render_image
+from support.exif import FORMATS, turned_and_upright
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 MODULE = "handler.EndpointHandler"  # the container's name for it
@@ -59,7 +59,7 @@ def folder(tiny_repo, tmp_path_factory):
 @pytest.fixture(scope="module")
 def handler(folder):
     with container(folder) as module:
-        assert sys.modules["blip3.serving.images"].__file__ == str(folder / "blip3" / "serving" / "images.py")
+        assert sys.modules["blip3.serving.fetch"].__file__ == str(folder / "blip3" / "serving" / "fetch.py")
         yield module.EndpointHandler(str(folder))
 
 
@@ -373,7 +373,7 @@ INPUTS = {
     "nested-list": ([["a"]], "a list"),
     "empty-object": ({}, r"\(none\)"),
     "unknown-keys": ({"prompt": "a"}, "'prompt'"),
-    "one-unknown-key": ({"text": "a", "picture": FIRST}, "'image'"),
+    "one-unknown-key": ({"text": "a", "picture": FIRST}, "'picture'"),
     "image-and-images": ({"text": "a", "image": FIRST, "images": [FIRST]}, "one of image, images"),
     "image-list": ({"text": "a", "image": [FIRST]}, "rename it"),
     "image-number": ({"text": "a", "image": 5}, "An image is 5"),

@@ -15,7 +15,7 @@ from blip3.world import build
 from blip3.world.settings import settings_from
 from blip3.world.splits import split_of
 from blip3.world.tasks import TASKS, content_keys, rendered_record
-from training_support import WORLD
+from support.training import WORLD
 
 
 def mixture_of(*entries: dict, count: int = 60, seed: int = 0, **others: object) -> Mixture:
