@@ -186,9 +186,9 @@ def write_zeros(source: str | Path, output: Path) -> None:
         header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with (output / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
+    with (output / "model.safetensors").open("wb") as weights:
+        weights.write(struct.pack("<Q", len(text)) + text)
+        weights.truncate(8 + len(text) + end)
 
 
 def measure(folder: str | Path, dtype: str, num_tokens: int = 16) -> dict[str, list[int]]:
