@@ -33,9 +33,9 @@ SMALL_FILES = ("*.jinja", "*.json", "*.model", "*.py")
 _FINGERPRINTED = (".jinja", ".json", ".model", ".py", ".safetensors")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _OUTPUT_OF = {  # place of the output among a command's arguments
-    "blip3.training.new_model": 1,
+    "blip3.training.small.new_model": 1,
     "blip3.training.average": 0,
-    "blip3.training.publish": 0,
+    "blip3.training.small.publish": 0,
     "convert_weights.py": -1,
 }
 _code_in_use: dict[str, tuple[Path, str]] = {}  # name of a folder -> the folder, and a digest of its code

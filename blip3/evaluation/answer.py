@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..checkpoints import locate
-from ..data.records import open_images
+from ..data.images import open_images
 from .tasks import Question
 
 STOPS = ("<|end|>", "<|endofchunk|>")

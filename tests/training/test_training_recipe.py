@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from blip3.training import run
+from blip3.training import trainer
 from blip3.training.mixture import Mixture, check_entry
-from blip3.training.new_model import KEYS
-from blip3.training.recipe import Recipe, check_keys, load_recipe, save_recipe
-from blip3.training.train_tower import TowerRecipe
+from blip3.training.recipe import Recipe, TowerRecipe, check_keys, load_recipe, save_recipe
+from blip3.training.small.new_model import KEYS
 from blip3.world.settings import load_settings, settings_from
 from support import ROOT
 
@@ -101,11 +100,11 @@ def test_the_page_names_every_file_and_only_keys_that_exist():
 
 @pytest.mark.parametrize("is_there", [True, False])
 def test_tf32_is_asked_for_only_where_there_is_some(recipe_file, monkeypatch, is_there):
-    monkeypatch.setattr(run, "is_torch_tf32_available", lambda: is_there)
-    monkeypatch.setattr(run, "TrainingArguments", lambda **given: given)
-    given = run.training_arguments(load_recipe(recipe_file, Recipe, ["tf32=true"]))
+    monkeypatch.setattr(trainer, "is_torch_tf32_available", lambda: is_there)
+    monkeypatch.setattr(trainer, "TrainingArguments", lambda **given: given)
+    given = trainer.training_arguments(load_recipe(recipe_file, Recipe, ["tf32=true"]))
     assert given.get("tf32", False) == is_there
-    assert "tf32" not in run.training_arguments(load_recipe(recipe_file, Recipe))
+    assert "tf32" not in trainer.training_arguments(load_recipe(recipe_file, Recipe))
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -241,26 +240,26 @@ def write_checkpoint(output: Path, step: int, state: str | None = None) -> None:
 def test_a_folder_of_another_recipe_is_refused(recipe_file, tmp_path):
     here = f"output={tmp_path / 'run'}"
     recipe = load_recipe(recipe_file, Recipe, [here])
-    assert run.start(recipe) is None
+    assert trainer.resume_or_refuse(recipe) is None
     assert load_recipe(tmp_path / "run" / "recipe.yaml", Recipe) == recipe
-    run.start(load_recipe(recipe_file, Recipe, [here, "max_steps=20"]))  # nothing was trained yet
-    run.start(recipe)
+    trainer.resume_or_refuse(load_recipe(recipe_file, Recipe, [here, "max_steps=20"]))  # nothing was trained yet
+    trainer.resume_or_refuse(recipe)
     write_checkpoint(tmp_path / "run", 5, json.dumps({"global_step": 5}))
-    assert run.start(recipe) == str(tmp_path / "run" / "checkpoint-5")
+    assert trainer.resume_or_refuse(recipe) == str(tmp_path / "run" / "checkpoint-5")
     free = ["log_every=1", "save_every=7", "keep_checkpoints=9", "num_workers=2", "notes={seed: ours}"]
-    assert run.start(load_recipe(recipe_file, Recipe, [here, *free]))
+    assert trainer.resume_or_refuse(load_recipe(recipe_file, Recipe, [here, *free]))
     for change in ("learning_rate=1e-4", "max_steps=11", "mixture=[{rendered: name}]", "world={box_decimals: 1}"):
         with pytest.raises(
             ValueError, match=f"holds a run whose {change.split('=')[0]} was .* give it another output"
         ):
-            run.start(load_recipe(recipe_file, Recipe, [here, change]))
+            trainer.resume_or_refuse(load_recipe(recipe_file, Recipe, [here, change]))
 
 
 def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path):
-    assert run.find_checkpoint(tmp_path / "nowhere") is None
+    assert trainer.find_checkpoint(tmp_path / "nowhere") is None
     write_checkpoint(tmp_path, 9, json.dumps({"global_step": 9}))
     write_checkpoint(tmp_path, 10, json.dumps({"global_step": 10}))
     write_checkpoint(tmp_path, 11)  # killed before the state was written
     write_checkpoint(tmp_path, 12, '{"global_st')  # or in the middle of it
     (tmp_path / "checkpoint-best").mkdir()
-    assert run.find_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert trainer.find_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
