@@ -189,9 +189,12 @@ def _commands() -> Iterator[tuple[Path, str, str]]:
         for command in commands:
             words = shlex.split(command, comments=True)
             program = next((word for word in words if word in _OUTPUT_OF), None)
+            overrides = [word.removeprefix("output=") for word in words if word.startswith("output=")]
             if program:
                 given = words[words.index(program) + 1 :]
                 yield Path(os.path.abspath(given[_OUTPUT_OF[program]])), program, command
+            elif overrides:
+                yield Path(os.path.abspath(overrides[-1])), f"the recipe {name}", command
         output = re.search(r"^output: (\S+)", text, flags=re.MULTILINE)
         if output:
             own = [command for command in commands if command.endswith(f" {name}")]
