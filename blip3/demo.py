@@ -25,7 +25,8 @@ from .answering import Answerer, render
 from .checkpoints import folder_of, locate
 from .data.fonts import wrap
 from .data.formats import parse_boxes
-from .data.records import ImageSource, Turn, to_message
+from .data.images import ImageSource
+from .data.records import Turn, to_message
 from .evaluation.metrics import box_iou
 from .hub import ROOT
 
