@@ -43,6 +43,6 @@ def test_the_journal_names_every_run_and_is_newest_first():
 def test_the_head_of_a_recipe_has_command_hardware_data_and_what_to_expect(path):
     head = "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if line.startswith("#"))
     assert f"-m blip3.training.train recipes/4b/{path.name}" in head
-    for word in ("Command", "Hardware", "Data", "Expected"):
+    for word in ("Command", "Hardware", "Download", "Expected"):
         assert len(re.findall(rf"^# {word}\b.*", head, flags=re.MULTILINE)) == 1, word
     assert "not run" in head.split("# Expected:")[1]
