@@ -14,7 +14,7 @@ from PIL import Image
 
 from blip3 import cli
 from blip3.hub import model_code
-from support import IS_TRANSFORMERS_5, ROOT, draw_picture
+from support import IS_TRANSFORMERS_5, ROOT, render_image
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -68,11 +68,11 @@ def test_the_figure_is_the_one_the_command_renders(tmp_path):
 
 def test_the_rows_of_speed_are_measured_values():
     """Each row's target, value and verdict stand so in the results."""
-    results = json.loads((ROOT / "blip3" / "benchmarks" / "results" / "cpu_aims.json").read_text(encoding="utf-8"))
+    results = json.loads((ROOT / "blip3" / "benchmarks" / "results" / "cpu_targets.json").read_text(encoding="utf-8"))
     measured = {
-        (aim["aim"], f"{aim['result']['median']:.3g}{aim['unit']}", "yes" if aim["reached"] else "no")
-        for aim in results
-        if aim["result"] and aim["reached"] is not None
+        (row["target"], f"{row['result']['median']:.3g}{row['unit']}", "yes" if row["reached"] else "no")
+        for row in results
+        if row["result"] and row["reached"] is not None
     }
     block = README.split("<!-- benchmarks:cpu:headline -->\n")[1].split("<!-- end -->")[0]
     rows = [line.strip("| ").split(" | ") for line in block.strip().splitlines()]
@@ -164,10 +164,10 @@ def test_the_demo_runs_from_another_folder_and_answers(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 30_000
 
 
-def test_the_demo_answers_ones_own_pictures(tmp_path, tiny_repo):
+def test_the_demo_answers_ones_own_images(tmp_path, tiny_repo):
     names = [str(tmp_path / f"{index}.png") for index in range(2)]
     for index, name in enumerate(names):
-        draw_picture(90 + 40 * index, 120, seed=index).save(name)
+        render_image(90 + 40 * index, 120, seed=index).save(name)
     images = [argument for name in names for argument in ("--image", name)]
     arguments = ["--model", str(tiny_repo), *images, "--question", "Are they alike?", "--max-new-tokens", "4"]
     result = subprocess.run(
