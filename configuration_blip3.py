@@ -56,7 +56,6 @@ PHI3_MINI_4K = {
     "pad_token_id": 32011,
 }
 
-CACHE_NAMES = ("cache", "past_key_values")  # in transformers from 5.24 on, and before
 IGNORE_INDEX = -100  # of labels that no loss is wanted for
 
 TOKEN_SAMPLINGS = ("patch", "fixed")
@@ -142,7 +141,12 @@ class Blip3Config(PretrainedConfig):
 
     model_type = "blip3"
     sub_configs = {"vision_config": AutoConfig, "resampler_config": Blip3ResamplerConfig, "text_config": AutoConfig}
-    keys_to_ignore_at_inference = [*CACHE_NAMES, "image_hidden_states", "image_outputs"]
+    keys_to_ignore_at_inference = [  # the cache has its first name in transformers from 5.24 on
+        "cache",
+        "past_key_values",
+        "image_hidden_states",
+        "image_outputs",
+    ]
 
     def __init__(
         self,
