@@ -39,12 +39,12 @@ test-common: setup  ## transformers' own tests of models, processors and image p
 test-vllm:  ## vLLM's engine and OpenAI server on the CPU (environment of its own, 3.5 GB)
 	$(PYTHON) tests/environments/run_vllm.py
 
-test-doors:  ## the page in headless Chromium, batches on Ray Data, quantization (environment of its own, 2 GB)
-	$(PYTHON) tests/environments/run_doors.py
+test-backends:  ## the page in headless Chromium, batches on Ray Data, quantization (environment of its own, 2 GB)
+	$(PYTHON) tests/environments/run_backends.py
 
 soak: setup  ## ten minutes of load on the handler, then on `transformers serve` (LINE=5 only)
-	$(RUN) tests/run_soak.py --door handler
-	$(RUN) tests/run_soak.py --door http
+	$(RUN) tests/run_soak.py --backend handler
+	$(RUN) tests/run_soak.py --backend http
 
 bench: setup  ## speed and memory beside the peers (docs/speed.md); an environment of its own, with torchvision
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
@@ -60,4 +60,4 @@ check: setup  ## lint and types
 fix: setup  ## format
 	$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
 
-.PHONY: help setup demo examples test test-slow test-common test-vllm test-doors soak bench check fix
+.PHONY: help setup demo examples test test-slow test-common test-vllm test-backends soak bench check fix

@@ -33,14 +33,14 @@ COMMANDS = {
     "page": Command("serving.app", "serve a page to talk about images in the browser", "app"),
     "batch": Command("serving.batch", "ask about many images with Ray Data, resumably", "batch"),
     "memory": Command("serving.memory", "compute or measure what a checkpoint needs in memory"),
-    "build": Command("world.build", "write drawn records to disk, or preview every drawn task", "data"),
+    "build": Command("world.build", "write rendered records to disk, or preview every rendered task", "data"),
     "train": Command("training.train", "train a stage of the recipe", "train"),
     "train-tower": Command("training.train_tower", "train the small model's vision tower (stage 0)", "train"),
     "new-model": Command("training.new_model", "make a small model with newly initialised weights", "train"),
     "average": Command("training.average", "average the weights of models trained from one another", "train"),
     "publish": Command("training.publish", "write trained models as shipped, with example images", "train"),
     "packing": Command("training.measure_packing", "measure tokens a second, padded and packed", "train"),
-    "score": Command("evaluation.score", "score checkpoints on the held-out drawn world", "evaluation"),
+    "score": Command("evaluation.score", "score checkpoints on the held-out rendered world", "evaluation"),
     "bench": Command("benchmarks.run", "measure speed and memory beside the peers", "benchmarks"),
 }
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask pictures questions and see what the model looked at.
+"""Ask images questions and see what the model looked at.
 
-    python demo.py                                                          the small model and its example pictures
+    python demo.py                                                          the small model and its example images
     python demo.py --image FILE --question "What is written in the picture?"    your own
     python demo.py --model FOLDER --image FILE --question "..."             another checkpoint
 
-The example pictures were drawn from the held-out split: no training sees what they show. The figure has the first
+The example images were rendered from the held-out split: no training sees what they show. The figure has the first
 image with its chosen tiles, the global view, the tokens they become, and every answer.
 """
 
@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreame
 from .checkpoints import folder_of, locate
 from .data.fonts import wrap
 from .data.formats import parse_boxes
-from .data.records import Picture, Turn, to_message
+from .data.records import ImageSource, Turn, to_message
 from .evaluation.metrics import box_iou
 from .hub import ROOT
 
@@ -35,12 +35,12 @@ TILE_COLOURS = ("#d9480f", "#1864ab", "#2b8a3e", "#862e9c", "#c92a2a", "#5c940d"
 
 @dataclass
 class Exchange:
-    """A question about pictures, and its answer."""
+    """A question about images, and its answer."""
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     prompt: str
-    """A question, or a few-shot prompt; one `<image>` a picture."""
-    truth: str = ""
+    """A question, or a few-shot prompt; one `<image>` an image."""
+    reference: str = ""
     task: str = "question"
     answer: str = field(default="", init=False)
 
@@ -89,9 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         processor, model = models[wanted]
         print(f"\n{exchange.question}\n  -> ", end="", flush=True)
         exchange.answer = ask(model, processor, exchange, args.max_new_tokens)
-        if exchange.truth:
-            print(f"     ({'right' if is_right(exchange) else f'it is {exchange.truth}'})")
-    figure = draw_figure(exchanges, models[folder][0])
+        if exchange.reference:
+            print(f"     ({'right' if is_right(exchange) else f'it is {exchange.reference}'})")
+    figure = render_figure(exchanges, models[folder][0])
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.save(args.output)
     print(f"\nFigure: {args.output}   ({time.perf_counter() - start:.0f} s in all)")
@@ -101,7 +101,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=ROOT, help="checkpoint folder, or owner/name (default: this repository)")
-    parser.add_argument("--image", type=Path, action="append", help="picture file; repeat for several")
+    parser.add_argument("--image", type=Path, action="append", help="image file; repeat for several")
     parser.add_argument("--question", default="What is written in the picture?", help="default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="length of an answer (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/demo.png"), help="figure (default: %(default)s)")
@@ -109,20 +109,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def own_question(args: argparse.Namespace) -> Exchange:
-    """Make an exchange of the user's pictures and question, pictures first unless the question places them."""
-    pictures = [open_picture(path) for path in args.image]
-    prompt = args.question if "<image>" in args.question else "<image>\n" * len(pictures) + args.question
-    return Exchange(pictures, prompt)
+    """Make an exchange of the user's images and question, images first unless the question places them."""
+    images = [open_image(path) for path in args.image]
+    prompt = args.question if "<image>" in args.question else "<image>\n" * len(images) + args.question
+    return Exchange(images, prompt)
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_image(path: Path) -> Image.Image:
     """Open an image file as RGB, upright.
 
     Raises:
         SystemExit: with one line, if there is no such file or it is no image.
     """
     try:
-        return Picture(path=str(path)).open()
+        return ImageSource(path=str(path)).open()
     except FileNotFoundError:
         raise SystemExit(
             f"error: The image {str(path)!r} cannot be opened: no such file. An image file is expected. The name is "
@@ -133,7 +133,7 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def load_examples(model: Path) -> list[Exchange]:
-    """Read the example pictures that stand beside a model.
+    """Read the example images that stand beside a model.
 
     Raises:
         SystemExit: if there are none.
@@ -147,7 +147,7 @@ def load_examples(model: Path) -> list[Exchange]:
     examples = json.loads((folder / "examples.json").read_text(encoding="utf-8"))
     return [
         Exchange(
-            [open_picture(folder / name) for name in example["images"]],
+            [open_image(folder / name) for name in example["images"]],
             example["prompt"],
             example["truth"],
             example["task"],
@@ -172,29 +172,29 @@ def ask(model: Any, processor: Any, exchange: Exchange, max_new_tokens: int) -> 
     if not exchange.is_few_shot:
         messages = [to_message(Turn("user", text))]
         text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    inputs = processor(text=text, images=exchange.pictures, return_tensors="pt").to(model.dtype)
+    inputs = processor(text=text, images=exchange.images, return_tensors="pt").to(model.dtype)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
 def is_right(exchange: Exchange) -> bool:
-    """Whether the answer is the truth; of a box, whether the two overlap by half."""
+    """Whether the answer is the reference; of a box, whether the two overlap by half."""
     if exchange.task == "box":
-        given, true = (parse_boxes(text) for text in (exchange.answer, exchange.truth))
+        given, true = (parse_boxes(text) for text in (exchange.answer, exchange.reference))
         return bool(given) and box_iou(given[0], true[0]) > 0.5
-    return exchange.answer == exchange.truth
+    return exchange.answer == exchange.reference
 
 
 # ------------------------------------------------------------------------------------------------------ the figure
 
 
-def draw_figure(exchanges: list[Exchange], processor: Any) -> Image.Image:
+def render_figure(exchanges: list[Exchange], processor: Any) -> Image.Image:
     """Draw what the model saw of the first image, and every exchange below, up to three side by side."""
-    top = draw_parts(exchanges[0], processor)
+    top = render_views(exchanges[0], processor)
     columns = min(CARDS_IN_A_ROW, len(exchanges))
     width = (WIDTH - MARGIN * (columns + 1)) // columns
-    cards = [draw_card(exchange, width) for exchange in exchanges]
+    cards = [render_card(exchange, width) for exchange in exchanges]
     rows = [cards[index : index + columns] for index in range(0, len(cards), columns)]
     heights = [max(card.height for card in row) for row in rows]
     figure = Image.new("RGB", (WIDTH, top.height + sum(heights) + MARGIN * (len(rows) + 1)), "white")
@@ -207,9 +207,9 @@ def draw_figure(exchanges: list[Exchange], processor: Any) -> Image.Image:
     return figure
 
 
-def draw_parts(exchange: Exchange, processor: Any) -> Image.Image:
+def render_views(exchange: Exchange, processor: Any) -> Image.Image:
     """Draw the first image with its grid, the global view and the tiles, each with its tokens."""
-    image, image_processor = exchange.pictures[0], processor.image_processor
+    image, image_processor = exchange.images[0], processor.image_processor
     rows, columns = image_processor.grid_of(image.height, image.width)
     views = views_of(image, image_processor)
     top, height, global_side = 100, 380, 190
@@ -285,9 +285,9 @@ def outline_tiles(image: Image.Image, rows: int, columns: int) -> None:
             pen.rectangle(box, outline=TILE_COLOURS[index % len(TILE_COLOURS)], width=4)
 
 
-def draw_card(exchange: Exchange, width: int) -> Image.Image:
+def render_card(exchange: Exchange, width: int) -> Image.Image:
     """Draw the images of an exchange with question and answer, both whole: the card is as high as they need."""
-    images, room = place_images(exchange.pictures, width)
+    images, room = place_images(exchange.images, width)
     lines = card_lines(exchange, width - 2 * GAP)
     text_top = room + 4
     card = Image.new("RGB", (width, text_top + sum(line.height for line in lines) + 12), "#f6f7f9")
@@ -321,10 +321,10 @@ def place_images(images: list[Image.Image], width: int) -> tuple[list[tuple[Imag
 
 def card_lines(exchange: Exchange, width: int) -> list[Line]:
     """Give question, answer and, where it differs, the reference answer, wrapped."""
-    is_wrong = bool(exchange.truth) and not is_right(exchange)
-    colour = INK if not exchange.truth else BAD if is_wrong else GOOD
+    is_wrong = bool(exchange.reference) and not is_right(exchange)
+    colour = INK if not exchange.reference else BAD if is_wrong else GOOD
     texts = [(exchange.question, 16, INK), (exchange.answer or "(nothing)", 20, colour)]
-    texts += [(f"it is {exchange.truth}", 15, FAINT)] if is_wrong else []
+    texts += [(f"it is {exchange.reference}", 15, FAINT)] if is_wrong else []
     return [
         Line(text, size, colour)
         for whole, size, colour in texts

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from support import draw_picture
+from support import render_image
 
 FORMATS = ("JPEG", "PNG")
 STORED = {
@@ -29,13 +29,13 @@ def encode(image: Image.Image, file_format: str, **options: object) -> bytes:
 
 def turned_and_upright(file_format: str = "PNG", orientation: int = 6, height: int = 60, width: int = 200):
     """Bytes of a file stored turned, and of a PNG without EXIF that shows the same pixels upright."""
-    picture = draw_picture(height, width, seed=3)
-    stored = picture.transpose(STORED[orientation]) if orientation in STORED else picture
+    image = render_image(height, width, seed=3)
+    stored = image.transpose(STORED[orientation]) if orientation in STORED else image
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     turned = encode(stored, file_format, exif=exif)
     if file_format != "JPEG":
-        return turned, encode(picture, "PNG")
+        return turned, encode(image, "PNG")
     lossy = Image.open(io.BytesIO(encode(stored, "JPEG")))  # the same pixels: Pillow's encoder is deterministic
     undo = {6: Image.Transpose.ROTATE_270, 8: Image.Transpose.ROTATE_90}.get(orientation, STORED.get(orientation))
     return turned, encode(lossy if undo is None else lossy.transpose(undo), "PNG")

@@ -34,8 +34,8 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from serving_support import SMALL_MODEL, Server, complete_folder
-from soak_cases import Case, picture_server
-from soak_doors import DOORS, HandlerDoor, OpenAIDoor, Reply, generate_texts, running
+from soak_backends import BACKENDS, HandlerBackend, OpenAIBackend, Reply, generate_texts, running
+from soak_cases import Case, image_server
 from soak_report import (
     MAX_GROWTH_PERCENT,
     Sample,
@@ -47,10 +47,10 @@ from soak_report import (
 from support import ROOT
 
 SHARE_OF_BAD = 0.25
-Door = HandlerDoor | OpenAIDoor
+Backend = HandlerBackend | OpenAIBackend
 
 
-def judge(case: Case, reply: Reply, expected: object) -> tuple[str, str]:
+def check(case: Case, reply: Reply, expected: object) -> tuple[str, str]:
     """Compare a reply with what it must be; returns the outcome and, for a bad one, what happened in words."""
     if case.refusal is not None:
         is_right = reply.status == case.status and case.refusal in str(reply.answer)
@@ -65,20 +65,20 @@ def judge(case: Case, reply: Reply, expected: object) -> tuple[str, str]:
     return outcome, f"{case.name}: {reply.status} {str(reply.answer)[:300]!r} but {wanted} was expected"
 
 
-def ask_each(door: Door, server: Server, expected: dict[str, object]) -> list[str]:
+def ask_each(backend: Backend, server: Server, expected: dict[str, object]) -> list[str]:
     """Ask every request alone; returns what went wrong. Fills `expected` with the answers it lacks."""
     faults = []
-    for case in door.cases:
-        reply = door.ask(server, case)
+    for case in backend.cases:
+        reply = backend.ask(server, case)
         if case.refusal is None and reply.status == 200:
             expected.setdefault(case.name, reply.answer)
-        faults.append(judge(case, reply, expected.get(case.name))[1])
+        faults.append(check(case, reply, expected.get(case.name))[1])
     return [fault for fault in faults if fault]
 
 
-def differences(door: Door, expected: dict[str, object], texts: dict[str, str]) -> list[str]:
+def differences(backend: Backend, expected: dict[str, object], texts: dict[str, str]) -> list[str]:
     """Where a server's answers are not those of `generate`."""
-    found = {name: door.text_of(expected[name]) for name in texts if name in expected}
+    found = {name: backend.text_of(expected[name]) for name in texts if name in expected}
     different = [
         f"{name}: {text!r} but generate writes {texts[name]!r}" for name, text in found.items() if text != texts[name]
     ]
@@ -87,7 +87,7 @@ def differences(door: Door, expected: dict[str, object], texts: dict[str, str]) 
 
 
 def client(
-    door: Door,
+    backend: Backend,
     server: Server,
     expected: dict[str, object],
     end: float,
@@ -97,13 +97,13 @@ def client(
 ) -> None:
     """Ask the `first` requests, then random ones until the time is over."""
     chance, remaining = random.Random(first[0].name), list(first)
-    good, bad = ([c for c in door.cases if (c.refusal is None) == is_good] for is_good in (True, False))
+    good, bad = ([c for c in backend.cases if (c.refusal is None) == is_good] for is_good in (True, False))
     while time.monotonic() < end:
         case = remaining.pop() if remaining else chance.choice(bad if chance.random() < SHARE_OF_BAD else good)
         start = time.monotonic()
         try:
-            reply = door.ask(server, case)
-            outcome, fault = judge(case, reply, expected.get(case.name))
+            reply = backend.ask(server, case)
+            outcome, fault = check(case, reply, expected.get(case.name))
         except Exception as error:  # a connection that breaks is a result, not the end of the soak
             outcome, fault = "errors", f"{case.name}: {type(error).__name__}: {str(error)[:200]}"
         tally.add(outcome, time.monotonic() - start, fault)
@@ -127,14 +127,14 @@ def sample(server: Server, seconds: float) -> Sample | None:
 
 
 def keep_busy(
-    door: Door, server: Server, expected: dict[str, object], seconds: float, num_clients: int
+    backend: Backend, server: Server, expected: dict[str, object], seconds: float, num_clients: int
 ) -> tuple[Tally, list[Sample], Counter]:
     """Run the clients and sample the server meanwhile."""
-    tally, samples, asked = Tally(), [], Counter({case.name: 0 for case in door.cases})
+    tally, samples, asked = Tally(), [], Counter({case.name: 0 for case in backend.cases})
     start = time.monotonic()
-    shared = (door, server, expected, start + seconds)
+    shared = (backend, server, expected, start + seconds)
     threads = [  # together they ask everything once, whatever chance brings later
-        threading.Thread(target=client, args=(*shared, door.cases[number::num_clients], tally, asked), daemon=True)
+        threading.Thread(target=client, args=(*shared, backend.cases[number::num_clients], tally, asked), daemon=True)
         for number in range(num_clients)
     ]
     for thread in threads:
@@ -154,21 +154,21 @@ def soak(options: argparse.Namespace, scratch: Path) -> dict:
     """Run the whole soak and describe it."""
     seconds = options.minutes * 60
     folder = complete_folder(options.model, scratch)
-    with picture_server() as site:
-        door = DOORS[options.door](folder, site)
-        with running(door) as server:
+    with image_server() as site:
+        backend = BACKENDS[options.backend](folder, site)
+        with running(backend) as server:
             expected: dict[str, object] = {}
-            alone = ask_each(door, server, expected)
-            alone += differences(door, expected, generate_texts(folder, door.cases, door.dtype))
-            tally, samples, asked = keep_busy(door, server, expected, seconds, options.clients)
+            alone = ask_each(backend, server, expected)
+            alone += differences(backend, expected, generate_texts(folder, backend.cases, backend.dtype))
+            tally, samples, asked = keep_busy(backend, server, expected, seconds, options.clients)
             has_died = server.process.poll() is not None
-            alone += [] if has_died else ask_each(door, server, expected)
+            alone += [] if has_died else ask_each(backend, server, expected)
     return {
-        "door": options.door,
+        "backend": options.backend,
         "model": options.model.resolve().name,
         "minutes": options.minutes,
         "clients": options.clients,
-        "transformers": transformers.__version__ if options.door != "vllm" else "of .venv-vllm",
+        "transformers": transformers.__version__ if options.backend != "vllm" else "of .venv-vllm",
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {os.environ.get('OMP_NUM_THREADS', '1')} for torch",
         "requests": sum(tally.outcomes.values()),
@@ -176,7 +176,7 @@ def soak(options: argparse.Namespace, scratch: Path) -> dict:
         "requests_by_case": dict(asked),
         "latency_seconds": describe_latency(tally.seconds),
         "memory": describe_memory(samples, seconds),
-        "private_connections": site.trapped if options.door == "handler" else 0,
+        "private_connections": site.trapped if options.backend == "handler" else 0,
         "server_died": has_died,
         "before_and_after": alone,
         "faults": tally.faults,
@@ -186,7 +186,7 @@ def soak(options: argparse.Namespace, scratch: Path) -> dict:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--door", choices=DOORS, default="handler", help="default: %(default)s")
+    parser.add_argument("--door", choices=BACKENDS, default="handler", help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=10, help="of load (default: %(default)s)")
     parser.add_argument("--clients", type=int, default=8, help="at once (default: %(default)s)")
     parser.add_argument(
@@ -195,7 +195,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max-growth", type=float, default=MAX_GROWTH_PERCENT, help="of memory, in %% (default: %(default)s)"
     )
-    parser.add_argument("--output", type=Path, help="the report (default: outputs/soak_DOOR.json)")
+    parser.add_argument("--output", type=Path, help="the report (default: outputs/soak_BACKEND.json)")
     return parser.parse_args()
 
 
@@ -203,7 +203,7 @@ def main() -> int:
     """Soak, write the report, say what failed."""
     options = parse_arguments()
     transformers_logging.set_verbosity_error()
-    output = options.output or ROOT / "outputs" / f"soak_{options.door}.json"
+    output = options.output or ROOT / "outputs" / f"soak_{options.backend}.json"
     with tempfile.TemporaryDirectory(prefix="blip3-soak-") as scratch:
         os.environ.setdefault("HF_MODULES_CACHE", str(Path(scratch) / "modules"))
         report = soak(options, Path(scratch))

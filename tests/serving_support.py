@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from blip3.conversion.output_folder import CODE_FILES, DOOR_FILES
+from blip3.conversion.output_folder import CODE_FILES, ENDPOINT_FILES
 from support import ROOT
 
 SMALL_MODEL = ROOT
@@ -60,17 +60,17 @@ def complete_folder(model: Path, folder: Path) -> Path:
         folder: to write below.
     """
     output = Path(shutil.copytree(model, folder / model.resolve().name, ignore=beside_the_checkpoint(model)))
-    for name in (*CODE_FILES, *DOOR_FILES):
+    for name in (*CODE_FILES, *ENDPOINT_FILES):
         if not (output / name).exists():
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, output / name)
     return output
 
 
-def data_url(picture: Image.Image) -> str:
-    """Write a picture as a data URL, without loss."""
+def data_url(image: Image.Image) -> str:
+    """Write an image as a data URL, without loss."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return url_of_bytes(buffer.getvalue())
 
 
@@ -80,7 +80,7 @@ def url_of_bytes(data: bytes) -> str:
 
 
 def user_message(*parts: str | Image.Image) -> list[dict]:
-    """A conversation of one message in OpenAI's words: strings are text, pictures become data URLs."""
+    """A conversation of one message in OpenAI's words: strings are text, images become data URLs."""
     content = [
         {"type": "text", "text": part}
         if isinstance(part, str)

@@ -13,26 +13,26 @@ from http.server import BaseHTTPRequestHandler
 from PIL import Image
 
 from serving_support import data_url, url_of_bytes, user_message
-from support import QuietServer, draw_picture
+from support import QuietServer, render_image
 
 PUBLIC, PRIVATE = "127.0.0.5", "127.0.0.1"  # the guard is told to take PUBLIC for a public address
 NUM_TOKENS = 16
-QUESTION = "What is in the picture?"
+QUESTION = "What is in the image?"
 SIZES = {  # height, width
     "tiny": (12, 9), "square": (150, 150), "wide": (60, 300), "high": (300, 70), "page": (1100, 850),
     "screen": (720, 1280), "photo": (1500, 2000),
 }  # fmt: skip
 
 
-def encode(picture: Image.Image, kind: str = "PNG") -> bytes:
+def encode(image: Image.Image, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind)
+    image.save(file, kind)
     return file.getvalue()
 
 
-PICTURES = {name: draw_picture(*size, seed=seed) for seed, (name, size) in enumerate(SIZES.items())}
-PHOTO = Image.open(io.BytesIO(encode(PICTURES["photo"], "JPEG")))  # as the servers decode it
-FILES = {"wide.png": encode(PICTURES["wide"]), "photo.jpg": encode(PICTURES["photo"], "JPEG"), "cut.png": b""}
+IMAGES = {name: render_image(*size, seed=seed) for seed, (name, size) in enumerate(SIZES.items())}
+PHOTO = Image.open(io.BytesIO(encode(IMAGES["photo"], "JPEG")))  # as the servers decode it
+FILES = {"wide.png": encode(IMAGES["wide"]), "photo.jpg": encode(IMAGES["photo"], "JPEG"), "cut.png": b""}
 FILES["cut.png"] = FILES["wide.png"][: len(FILES["wide.png"]) // 2]
 
 
@@ -43,7 +43,7 @@ class Case:
     Attributes:
         name: unique.
         body: of the handler, or arguments of OpenAI's `chat.completions.create`.
-        parts: texts and pictures of a user's turn that `generate` must answer the same way; None is not compared.
+        parts: texts and images of a user's turn that `generate` must answer the same way; None is not compared.
         refusal: what an answer's error must hold, None for a good request.
         status: of the refusal.
         is_raw: the body is sent as it is: bytes, not JSON.
@@ -59,11 +59,11 @@ class Case:
     splits: bool = True
 
 
-# -- Pictures by URL --------------------------------------------------------------------------------------------------
+# -- Images by URL --------------------------------------------------------------------------------------------------
 
 
-class PictureServer:
-    """Pictures, redirects and bad answers on PUBLIC; on PRIVATE a trap that counts who connects."""
+class ImageServer:
+    """Images, redirects and bad answers on PUBLIC; on PRIVATE a trap that counts who connects."""
 
     def __init__(self) -> None:
         outer = self
@@ -97,7 +97,7 @@ class PictureServer:
             request.send_header("Content-Length", "0")
             request.end_headers()
             return
-        body = FILES.get(name, b"<html>No such picture.</html>")
+        body = FILES.get(name, b"<html>No such image.</html>")
         request.send_response(200 if name in FILES or name == "page.html" else 404)
         request.send_header("Content-Type", "image/png" if name in FILES else "text/html")
         request.send_header("Content-Length", str(len(body)))
@@ -106,9 +106,9 @@ class PictureServer:
 
 
 @contextmanager
-def picture_server() -> Iterator[PictureServer]:
-    """Run a `PictureServer` until the block ends."""
-    site = PictureServer()
+def image_server() -> Iterator[ImageServer]:
+    """Run a `ImageServer` until the block ends."""
+    site = ImageServer()
     threads = [threading.Thread(target=server.serve_forever, daemon=True) for server in site.servers]
     for thread in threads:
         thread.start()
@@ -134,10 +134,10 @@ def bomb() -> str:
     return url_of_bytes(data)
 
 
-def handler_cases(site: PictureServer) -> list[Case]:
+def handler_cases(site: ImageServer) -> list[Case]:
     """Requests to `EndpointHandler`."""
     greedy = {"max_new_tokens": NUM_TOKENS, "do_sample": False}
-    urls = {name: data_url(picture) for name, picture in PICTURES.items()}
+    urls = {name: data_url(image) for name, image in IMAGES.items()}
 
     def good(name: str, inputs: object, *parts: str | Image.Image, **parameters: object) -> Case:
         splits = bool(parameters.get("do_image_splitting", True))
@@ -151,29 +151,29 @@ def handler_cases(site: PictureServer) -> list[Case]:
         return {"image": url, "text": QUESTION}
 
     turns = [
-        *user_message(PICTURES["wide"], QUESTION),
+        *user_message(IMAGES["wide"], QUESTION),
         {"role": "assistant", "content": "A red square."},
-        *user_message("Are you sure?", PICTURES["tiny"]),
+        *user_message("Are you sure?", IMAGES["tiny"]),
     ]
     three = [{"images": [urls["wide"], urls["high"]], "text": "Is <image> above <image>?"}, look(urls["page"]), "Hi"]
     return [
         good("text", "How many dogs are there?", "How many dogs are there?"),
-        *(good(f"one picture, {name}", look(url), PICTURES[name], QUESTION) for name, url in urls.items()),
-        good("by URL", look(f"{site.url}/wide.png"), PICTURES["wide"], QUESTION),
+        *(good(f"one image, {name}", look(url), IMAGES[name], QUESTION) for name, url in urls.items()),
+        good("by URL", look(f"{site.url}/wide.png"), IMAGES["wide"], QUESTION),
         good("by URL, JPEG", look(f"{site.url}/photo.jpg"), PHOTO, QUESTION),
-        good("by redirect", look(f"{site.url}/to-wide"), PICTURES["wide"], QUESTION),
-        good("two pictures", three[0], "Is ", PICTURES["wide"], " above ", PICTURES["high"], "?"),
-        good("eight pictures", {"images": [*urls.values(), urls["tiny"]], "text": "Compare."}),
+        good("by redirect", look(f"{site.url}/to-wide"), IMAGES["wide"], QUESTION),
+        good("two images", three[0], "Is ", IMAGES["wide"], " above ", IMAGES["high"], "?"),
+        good("eight images", {"images": [*urls.values(), urls["tiny"]], "text": "Compare."}),
         good("a conversation", {"messages": turns}),
         good("three rows", three),
-        good("global view", look(urls["page"]), PICTURES["page"], QUESTION, do_image_splitting=False),
+        good("global view", look(urls["page"]), IMAGES["page"], QUESTION, do_image_splitting=False),
         good("sampled", look(urls["high"]), do_sample=True, temperature=1.0, seed=7),
         Case("image body", FILES["photo.jpg"], is_raw=True),
         bad("broken base64", "base64", look(urls["wide"][:-3] + "!")),
-        bad("cut picture", "could not be decoded", look(url_of_bytes(FILES["cut.png"]))),
+        bad("cut image", "could not be decoded", look(url_of_bytes(FILES["cut.png"]))),
         bad("bomb", "8000 x 8000", look(bomb())),
-        bad("not a picture", "not the beginning of a", look("data:image/png;base64,AAAA")),
-        bad("cut picture by URL", "could not be decoded", look(f"{site.url}/cut.png")),
+        bad("not an image", "not the beginning of a", look("data:image/png;base64,AAAA")),
+        bad("cut image by URL", "could not be decoded", look(f"{site.url}/cut.png")),
         bad("missing page", "status 404", look(f"{site.url}/none.png")),
         bad("a web page", "not the beginning of a", look(f"{site.url}/page.html")),
         bad("private address", "not public", look(f"{site.private_url}/secret.png")),
@@ -181,8 +181,8 @@ def handler_cases(site: PictureServer) -> list[Case]:
         bad("metadata address", "not public", look("http://169.254.169.254/latest/meta-data")),
         bad("file", "scheme 'file'", look("file:///etc/passwd")),
         bad("path", "never opened", look("/etc/passwd")),
-        bad("17 pictures", "at most 16", {"images": [urls["tiny"]] * 17, "text": "Compare."}),
-        bad("one slot too many", "2 <image> and 1 pictures", {"image": urls["tiny"], "text": "<image> <image>"}),
+        bad("17 images", "at most 16", {"images": [urls["tiny"]] * 17, "text": "Compare."}),
+        bad("one slot too many", "2 <image> and 1 images", {"image": urls["tiny"], "text": "<image> <image>"}),
         bad("unknown parameter", "'best_of'", "Hello", best_of=2),
         bad("absurd length", "max_new_tokens", "Hello", max_new_tokens=10**9),
         bad("too long a prompt", "reads ", "word " * 6000),
@@ -195,11 +195,11 @@ def handler_cases(site: PictureServer) -> list[Case]:
 # -- OpenAI's servers -------------------------------------------------------------------------------------------------
 
 
-def openai_cases(site: PictureServer, refusals: dict[str, tuple[int, str]]) -> list[Case]:
+def openai_cases(site: ImageServer, refusals: dict[str, tuple[int, str]]) -> list[Case]:
     """Requests to an OpenAI server.
 
     Args:
-        site: serves pictures.
+        site: serves images.
         refusals: status and error of the bad requests that this server refuses, by name.
     """
 
@@ -211,8 +211,8 @@ def openai_cases(site: PictureServer, refusals: dict[str, tuple[int, str]]) -> l
         return [{"role": "user", "content": parts}]
 
     bad = {
-        "not a picture": {"messages": by_url("data:image/png;base64,AAAA")},
-        "cut picture": {"messages": by_url(url_of_bytes(FILES["cut.png"]))},
+        "not an image": {"messages": by_url("data:image/png;base64,AAAA")},
+        "cut image": {"messages": by_url(url_of_bytes(FILES["cut.png"]))},
         "missing page": {"messages": by_url(f"{site.url}/none.png")},
         "a web page": {"messages": by_url(f"{site.url}/page.html")},
         "unknown parameter": {"messages": user_message("Hello"), "extra_body": {"best_off": 2}},
@@ -221,16 +221,16 @@ def openai_cases(site: PictureServer, refusals: dict[str, tuple[int, str]]) -> l
     }
     return [
         good("text", "How many dogs are there?"),
-        *(good(f"one picture, {name}", picture, QUESTION) for name, picture in PICTURES.items()),
-        good("two pictures", "Is", PICTURES["wide"], "above", PICTURES["high"], "or not?"),
+        *(good(f"one image, {name}", image, QUESTION) for name, image in IMAGES.items()),
+        good("two images", "Is", IMAGES["wide"], "above", IMAGES["high"], "or not?"),
         good(
-            "three pictures, streamed",
-            *(part for n in ("tiny", "page", "wide") for part in (f"Picture {n}:", PICTURES[n])),
-            "What does the second picture show?",
+            "three images, streamed",
+            *(part for n in ("tiny", "page", "wide") for part in (f"Image {n}:", IMAGES[n])),
+            "What does the second image show?",
             stream=True,
         ),
-        good("streamed", PICTURES["screen"], QUESTION, stream=True),
-        Case("by URL", {"messages": by_url(f"{site.url}/wide.png")}, (PICTURES["wide"], QUESTION)),
+        good("streamed", IMAGES["screen"], QUESTION, stream=True),
+        Case("by URL", {"messages": by_url(f"{site.url}/wide.png")}, (IMAGES["wide"], QUESTION)),
         Case("by URL, JPEG", {"messages": by_url(f"{site.url}/photo.jpg")}, (PHOTO, QUESTION)),
         *(Case(name, bad[name], refusal=error, status=status) for name, (status, error) in refusals.items()),
     ]

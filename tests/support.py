@@ -47,7 +47,7 @@ def load_model(folder: Path, **kwargs: object) -> torch.nn.Module:
     return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32, **kwargs)
 
 
-def draw_picture(height: int, width: int, seed: int = 0) -> Image.Image:
+def render_image(height: int, width: int, seed: int = 0) -> Image.Image:
     """Draw smooth random colours: content that survives a resize."""
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 256, (max(2, height // 16), max(2, width // 16), 3), dtype=np.uint8)

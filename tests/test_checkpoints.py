@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from blip3 import checkpoints
 from blip3.checkpoints import RECIPES, find_code, fingerprint, locate
-from support import IS_TRANSFORMERS_5, ROOT, draw_picture
+from support import IS_TRANSFORMERS_5, ROOT, render_image
 
 SMALL_MODEL = ROOT
 
@@ -41,7 +41,7 @@ def hub(tiny_repo, tmp_path):
 def loads(source: dict) -> bool:
     processor = AutoProcessor.from_pretrained(**source)
     model = AutoModelForImageTextToText.from_pretrained(**source, dtype=torch.float32)
-    inputs = processor(text="<image>What", images=draw_picture(60, 60), return_tensors="pt")
+    inputs = processor(text="<image>What", images=render_image(60, 60), return_tensors="pt")
     return model.generate(**inputs, max_new_tokens=1).shape[0] == 1
 
 
@@ -203,7 +203,7 @@ def test_why_namesakes_are_refused(namesakes):
 def run(tmp_path, monkeypatch, capsys):
     """Run `python ...` in this process, in an empty folder; gives its status and what it wrote to stderr."""
     monkeypatch.chdir(tmp_path)
-    draw_picture(40, 40).save(tmp_path / "image.png")
+    render_image(40, 40).save(tmp_path / "image.png")
 
     def run(command: list) -> tuple[object, str]:
         program, *arguments = command[command[0] == "-m" :]
@@ -297,7 +297,7 @@ def test_a_model_is_spread_over_devices_by_from_pretrained(language_model, tmp_p
         for options in ({}, {"device_map": places, "offload_folder": tmp_path})
     )
     processor = AutoProcessor.from_pretrained(**source)
-    inputs = processor(text="<image>What", images=draw_picture(60, 60), return_tensors="pt")
+    inputs = processor(text="<image>What", images=render_image(60, 60), return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(whole(**inputs).logits, spread(**inputs).logits)
     assert any(weight.is_meta for weight in spread.parameters()) == (language_model == "disk")

@@ -10,9 +10,9 @@ from transformers import AutoProcessor
 
 from blip3 import demo
 from blip3.checkpoints import locate
-from blip3.demo import Exchange, draw_figure
+from blip3.demo import Exchange, render_figure
 from support import ROOT as SMALL_MODEL
-from support import draw_picture
+from support import render_image
 
 QUESTION = ("What is written on the " + "very " * 20 + "old sign? ") * 5
 ANSWER = "It says that nobody may enter here. " * 22 + "x" * 300
@@ -25,7 +25,7 @@ def mini_processor():
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def rendered(monkeypatch):
     """Every canvas, as (canvas, its texts with their boxes, its images with theirs)."""
     canvases: dict[int, tuple] = {}
 
@@ -51,8 +51,8 @@ def overlap(first: tuple, second: tuple) -> bool:
     return min(first[2], second[2]) > max(first[0], second[0]) and min(first[3], second[3]) > max(first[1], second[1])
 
 
-def exchange(height: int, width: int, question: str, answer: str, truth: str = "", count: int = 1) -> Exchange:
-    made = Exchange([draw_picture(height, width)] * count, question, truth)
+def exchange(height: int, width: int, question: str, answer: str, reference: str = "", count: int = 1) -> Exchange:
+    made = Exchange([render_image(height, width)] * count, question, reference)
     made.answer = answer
     return made
 
@@ -72,38 +72,38 @@ def check(canvases: dict) -> str:
 
 @pytest.mark.parametrize(("size", "grid"), SIZES.items())
 @pytest.mark.parametrize(("question", "answer"), [("Why?", ""), (QUESTION, ANSWER)])
-def test_an_image_of_ones_own_is_drawn_whole(size, grid, question, answer, mini_processor, drawn):
+def test_an_image_of_ones_own_is_rendered_whole(size, grid, question, answer, mini_processor, rendered):
     assert mini_processor.image_processor.grid_of(*size) == grid
-    draw_figure([exchange(*size, question, answer)], mini_processor)
-    written = check(drawn)
+    render_figure([exchange(*size, question, answer)], mini_processor)
+    written = check(rendered)
     assert question.replace(" ", "") in written
     assert (answer or "(nothing)").replace(" ", "") in written
     num_views = 1 + grid[0] * grid[1]
     assert f"{num_views}x16={num_views * 16}imagetokens" in written
-    (top,) = [images for canvas, texts, images in drawn.values() if any("looks at" in text for text, _ in texts)]
+    (top,) = [images for canvas, texts, images in rendered.values() if any("looks at" in text for text, _ in texts)]
     assert len(top) == 1 + num_views  # the image, and every view of it
 
 
-def test_many_exchanges_and_many_images_are_drawn_whole(mini_processor, drawn):
+def test_many_exchanges_and_many_images_are_rendered_whole(mini_processor, rendered):
     several = [
         exchange(90, 300, QUESTION, ANSWER, "the truth"),
         exchange(300, 90, "Which?", "this", "this", count=9),
         exchange(50, 50, "Which?", ANSWER, count=31),
         exchange(50, 50, "And?", "so"),
     ]
-    draw_figure(several, mini_processor)
-    written = check(drawn)
+    render_figure(several, mini_processor)
+    written = check(rendered)
     assert written.count(ANSWER.replace(" ", "")) == 2
     assert "itisthetruth" in written
-    assert sum(len(images) for _, _, images in drawn.values()) == 5 + (1 + 9 + 31 + 1) + 1 + 4
+    assert sum(len(images) for _, _, images in rendered.values()) == 5 + (1 + 9 + 31 + 1) + 1 + 4
 
 
-def test_tokens_are_those_the_processor_counts(mini_processor, monkeypatch, drawn):
+def test_tokens_are_those_the_processor_counts(mini_processor, monkeypatch, rendered):
     """With `token_sampling: fixed` all views together become the tokens of one."""
     counted = {"num_image_tokens": [16]}
     monkeypatch.setattr(type(mini_processor), "_get_num_multimodal_tokens", lambda *_, **__: counted)
-    draw_figure([exchange(300, 300, "Q", "A")], mini_processor)
-    assert "2x2tiles:16imagetokens" in check(drawn)
+    render_figure([exchange(300, 300, "Q", "A")], mini_processor)
+    assert "2x2tiles:16imagetokens" in check(rendered)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ SIZES = {
 }
 RECIPE = {
     "world": WORLD,
-    "mixture": [{"drawn": "name"}, {"drawn": "compare"}],
+    "mixture": [{"rendered": "name"}, {"rendered": "compare"}],
     "max_steps": 6,
     "batch_size": 4,
     "learning_rate": 3e-3,

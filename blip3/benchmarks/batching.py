@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sixteen prompts at once against one after the other, and a second question about the same pictures."""
+"""Sixteen prompts at once against one after the other, and a second question about the same images."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -9,13 +9,13 @@ import torch
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .clock import Comparison, Contestant, timed
-from .contestants import OURS, SQUARE, count_image_tokens
+from .candidates import OURS, SQUARE, count_image_tokens
+from .clock import Candidate, Comparison, timed
 from .generation import STATIC, cache_options, time_generation
 from .overhead import profile
 from .parts import Bench
 
-MIXED = (0,) * 6 + (1,) * 6 + (3,) * 4  # pictures of each row
+MIXED = (0,) * 6 + (1,) * 6 + (3,) * 4  # images of each row
 ONE_BATCH, ONE_BY_ONE, BY_LENGTH = "one batch", "one by one", "batches by length"
 STATIC_BATCH = "one batch, static cache"
 FIRST, FEATURES, CACHE = "first question", "second, features reused", "second, cache continued"
@@ -79,7 +79,7 @@ def profile_step(bench: Bench, model: Any, rows: Sequence[int]) -> dict[str, flo
 
 def _throughput(
     bench: Bench, model: Any, dtype: str, groups: Sequence[Sequence[int]], new_tokens: int, **options: Any
-) -> Contestant:
+) -> Candidate:
     """Answer every group of prompts; gives new tokens a second, and the seconds spent on first tokens."""
     batches = [bench.inputs(OURS, dtype, list(rows)) for rows in groups]
     num_tokens = new_tokens * sum(len(rows) for rows in groups)
@@ -95,22 +95,22 @@ def _throughput(
 
 
 def measure_questions(bench: Bench) -> list[Comparison]:
-    """Measure a second question about the same pictures, and count how often the vision tower runs for it."""
+    """Measure a second question about the same images, and count how often the vision tower runs for it."""
     found = []
     for dtype in bench.dtypes[:1]:
         model = bench.build(OURS, dtype)
         questions = ask_twice(model, bench.inputs(OURS, dtype, [3]), bench.sizes.new_tokens)
         facts = {
             "tower_runs": {name: count_runs(model.model.vision_tower, ask) for name, ask in questions.items()},
-            "pictures": 3,
+            "images": 3,
         }
         runners = {name: timed(ask, bench.device) for name, ask in questions.items()}
-        found += bench.compare(f"3 pictures, {dtype}", runners, {"seconds": ("", "ms", 1000.0)}, facts)
+        found += bench.compare(f"3 images, {dtype}", runners, {"seconds": ("", "ms", 1000.0)}, facts)
     return found
 
 
 def ask_twice(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int) -> dict[str, Callable[[], Any]]:
-    """Three ways to answer about pictures: from pixels, from their features, from the conversation's cache."""
+    """Three ways to answer about images: from pixels, from their features, from the conversation's cache."""
     ids = inputs["input_ids"]
     text = {"input_ids": ids, "attention_mask": inputs["attention_mask"]}
     with torch.inference_mode():

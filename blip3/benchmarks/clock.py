@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure contestants in turn, and say what was found with its spread.
+"""Measure candidates in turn, and say what was found with its spread.
 
     round 0   A B C     warms up: caches, allocator, compilation
-    round 1   C B A     each contestant once, in an order that turns round every time
+    round 1   C B A     each candidate once, in an order that turns round every time
     round 2   A B C     ...
 
-A machine that slows down for a while slows all contestants of a round, so ratios are taken round by round and their
+A machine that slows down for a while slows all candidates of a round, so ratios are taken round by round and their
 median and quartiles are given. Absolute values are those of one machine on one day.
 """
 
@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-Contestant = Callable[[], Mapping[str, float]]  # runs once and returns what it measured, by metric
-Values = dict[str, dict[str, list[float]]]  # metric -> contestant -> a value each round
+Candidate = Callable[[], Mapping[str, float]]  # runs once and returns what it measured, by metric
+Values = dict[str, dict[str, list[float]]]  # metric -> candidate -> a value each round
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Effort:
     seconds: float = 5.0
     """After which no further round of a comparison is started."""
     longest_run_seconds: float = 10.0
-    """A contestant predicted to take longer for one run is left out, and the results say so; never where an aim
+    """A candidate predicted to take longer for one run is left out, and the results say so; never where a target
     needs it."""
 
     def __post_init__(self) -> None:
@@ -46,21 +46,21 @@ class Effort:
 
 @dataclasses.dataclass
 class Comparison:
-    """One row of the results: the same work done by several contestants."""
+    """One row of the results: the same work done by several candidates."""
 
     name: str
     """Unique within its part."""
     unit: str
     """Of the values: s, ms, tokens/s, tokens, MiB."""
     values: dict[str, list[float]]
-    """Contestant -> a value each round; the first contestant is ours."""
+    """Candidate -> a value each round; the first candidate is ours."""
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Sizes, counts and shares that belong to it."""
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Contestant -> why it was not measured."""
+    """Candidate -> why it was not measured."""
 
     def to_json(self) -> dict[str, Any]:
-        """The row with medians, quartiles, and for each other contestant its ratio to the first."""
+        """The row with medians, quartiles, and for each other candidate its ratio to the first."""
         first = next(iter(self.values), None)
         return {
             **dataclasses.asdict(self),
@@ -74,54 +74,52 @@ class Comparison:
         }
 
 
-def measure_in_turn(contestants: Mapping[str, Contestant], effort: Effort, least: int = 0) -> Values:
-    """Run contestants in turn until the rounds or the seconds are used up.
+def measure_in_turn(candidates: Mapping[str, Candidate], effort: Effort, least: int = 0) -> Values:
+    """Run candidates in turn until the rounds or the seconds are used up.
 
     The first round warms up, and is counted only if the seconds leave no time for another.
 
     Args:
-        contestants: name -> callable that runs once and returns its values by metric.
+        candidates: name -> callable that runs once and returns its values by metric.
         effort: how many rounds, for how long.
-        least: counted rounds to make however long they take; for contestants slow to warm up.
+        least: counted rounds to make however long they take; for candidates slow to warm up.
 
     Returns:
-        metric -> contestant -> values, round by round.
+        metric -> candidate -> values, round by round.
 
     Raises:
-        ValueError: without contestants.
+        ValueError: without candidates.
     """
-    if not contestants:
+    if not candidates:
         raise ValueError(
-            "There is no contestant to measure. Every one was probably predicted to take too long: raise "
+            "There is no candidate to measure. Every one was probably predicted to take too long: raise "
             "--longest-run-seconds."
         )
     started = time.perf_counter()
     rounds: list[dict[str, Mapping[str, float]]] = []
     while len(rounds) <= least or (len(rounds) <= effort.rounds and time.perf_counter() - started < effort.seconds):
-        names = list(contestants)
+        names = list(candidates)
         order = names if len(rounds) % 2 == 0 else names[::-1]
-        rounds.append({name: contestants[name]() for name in order})
+        rounds.append({name: candidates[name]() for name in order})
     counted = rounds[1:] or rounds
     metrics = dict.fromkeys(metric for found in counted[0].values() for metric in found)
     return {
-        metric: {
-            name: [found[name][metric] for found in counted] for name in contestants if metric in counted[0][name]
-        }
+        metric: {name: [found[name][metric] for found in counted] for name in candidates if metric in counted[0][name]}
         for metric in metrics
     }
 
 
-def timed(work: Callable[[], Any], device: str, metric: str = "seconds") -> Contestant:
-    """Make a contestant of a callable: the seconds it takes, an accelerator's work included."""
+def timed(work: Callable[[], Any], device: str, metric: str = "seconds") -> Candidate:
+    """Make a candidate of a callable: the seconds it takes, an accelerator's work included."""
 
-    def contestant() -> dict[str, float]:
+    def candidate() -> dict[str, float]:
         synchronize(device)
         started = time.perf_counter()
         work()
         synchronize(device)
         return {metric: time.perf_counter() - started}
 
-    return contestant
+    return candidate
 
 
 def synchronize(device: str) -> None:
@@ -149,7 +147,7 @@ def summarize(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Ratios of two contestants, round by round.
+    """Ratios of two candidates, round by round.
 
     >>> ratios([2, 9], [1, 3])
     [2.0, 3.0]
@@ -168,7 +166,7 @@ def slope(points: Mapping[float, float]) -> tuple[float, float]:
 
 
 def geometric_mean_rounds(comparisons: Sequence[Mapping[str, Sequence[float]]], name: str, other: str) -> list[float]:
-    """Ratio of two contestants over several comparisons: the geometric mean of each round's ratios."""
+    """Ratio of two candidates over several comparisons: the geometric mean of each round's ratios."""
     each = [ratios(values[name], values[other]) for values in comparisons]
     num_rounds = min(len(found) for found in each)
     return [statistics.geometric_mean(found[index] for found in each) for index in range(num_rounds)]

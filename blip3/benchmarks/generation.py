@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
 
-from .clock import Comparison, Contestant, synchronize
-from .contestants import BARE, IDEFICS, LLAVA, OURS, SQUARE, count_image_tokens
-from .machine import copy_contestant
+from .candidates import BARE, IDEFICS, LLAVA, OURS, SQUARE, count_image_tokens
+from .clock import Candidate, Comparison, synchronize
+from .machine import copy_candidate
 from .parts import Bench
 
 EAGER, STATIC, COMPILED = "eager", "static cache", "compiled"
@@ -74,7 +74,7 @@ def cache_options(mode: str, is_quick: bool) -> dict[str, Any]:
 
 
 def measure_generation(bench: Bench) -> list[Comparison]:
-    """Measure batches of 1, 4 and 16 with one picture and three, by dtype, and three ways to run a batch of 1."""
+    """Measure batches of 1, 4 and 16 with one image and three, by dtype, and three ways to run a batch of 1."""
     found = []
     for dtype in bench.dtypes:
         kinds = (OURS, LLAVA, IDEFICS, BARE)
@@ -82,16 +82,16 @@ def measure_generation(bench: Bench) -> list[Comparison]:
         for mode in (EAGER, STATIC, COMPILED) if bench.compiles else (EAGER, STATIC):
             found += _measure_one(bench, models, dtype, [1], mode)
         for batch in (1, 4) if bench.is_quick else (1, 4, 16):
-            for pictures in (1, 3):
-                if batch > 1 or pictures > 1:
-                    found += _measure_one(bench, models, dtype, [pictures] * batch, EAGER)
+            for images in (1, 3):
+                if batch > 1 or images > 1:
+                    found += _measure_one(bench, models, dtype, [images] * batch, EAGER)
     return found
 
 
 def name_of(dtype: str, rows: Sequence[int], mode: str) -> str:
     """Name of a comparison, without its metric."""
-    pictures = f"{rows[0]} picture{'s' * (rows[0] > 1)}"
-    return f"{pictures}, batch {len(rows)}, {dtype}, {mode}"
+    images = f"{rows[0]} image{'s' * (rows[0] > 1)}"
+    return f"{images}, batch {len(rows)}, {dtype}, {mode}"
 
 
 def _measure_one(bench: Bench, models: Mapping[str, Any], dtype: str, rows: list[int], mode: str) -> list[Comparison]:
@@ -99,13 +99,13 @@ def _measure_one(bench: Bench, models: Mapping[str, Any], dtype: str, rows: list
     options = cache_options(mode, bench.is_quick)
     left_out = {kind: _reason(bench, kind, dtype, rows, mode) for kind in models}
     left_out = {kind: reason for kind, reason in left_out.items() if reason}
-    runners: dict[str, Contestant] = {
+    runners: dict[str, Candidate] = {
         kind: _runner(bench, model, bench.inputs(kind, dtype, rows), options)
         for kind, model in models.items()
         if kind not in left_out
     }
     num_bytes = step_bytes(bench, dtype, rows)
-    runners[COPY] = copy_contestant(num_bytes, bench.device, "next")
+    runners[COPY] = copy_candidate(num_bytes, bench.device, "next")
     kinds = (OURS, LLAVA, IDEFICS)
     facts = {
         "dtype": dtype,
@@ -114,22 +114,22 @@ def _measure_one(bench: Bench, models: Mapping[str, Any], dtype: str, rows: list
         "image_tokens": {kind: rows[0] * count_image_tokens(kind, bench.sizes, SQUARE) for kind in kinds},
         "step_bytes": num_bytes,
     }
-    least = 0 if bench.is_quick else 2 if _is_aim(rows, mode) or mode == COMPILED else 0
+    least = 0 if bench.is_quick else 2 if _has_target(rows, mode) or mode == COMPILED else 0
     return bench.compare(name_of(dtype, rows, mode), runners, UNITS, facts, left_out, least)
 
 
-def _is_aim(rows: Sequence[int], mode: str) -> bool:
-    """Whether an aim is judged by this comparison: then peers run however long they take."""
+def _has_target(rows: Sequence[int], mode: str) -> bool:
+    """Whether this comparison decides a target: then peers run however long they take."""
     return list(rows) == [1] and mode == EAGER
 
 
 def _reason(bench: Bench, kind: str, dtype: str, rows: list[int], mode: str) -> str:
-    """Why a contestant is left out; empty if it is not."""
+    """Why a candidate is left out; empty if it is not."""
     if mode != EAGER and (kind == IDEFICS or (kind == LLAVA and dtype != bench.dtypes[0])):
         return f"peers run with {mode} in {bench.dtypes[0]} only, and Idefics3 not at all"
     if mode == COMPILED and bench.is_quick and (kind, dtype) != (OURS, "float32"):
         return "tracing takes longer than a quick run"
-    return "" if _is_aim(rows, mode) else bench.too_long(kind, dtype, rows)
+    return "" if _has_target(rows, mode) else bench.too_long(kind, dtype, rows)
 
 
 def step_bytes(bench: Bench, dtype: str, rows: Sequence[int]) -> int:
@@ -140,5 +140,5 @@ def step_bytes(bench: Bench, dtype: str, rows: Sequence[int]) -> int:
     return (sizes.text_parameters + cache) * (2 if dtype == "bfloat16" else 4)
 
 
-def _runner(bench: Bench, model: Any, inputs: dict[str, torch.Tensor], options: dict[str, Any]) -> Contestant:
+def _runner(bench: Bench, model: Any, inputs: dict[str, torch.Tensor], options: dict[str, Any]) -> Candidate:
     return lambda: time_generation(model, inputs, bench.sizes.new_tokens, bench.device, **options)

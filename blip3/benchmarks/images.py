@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image processing: a decoded picture, or the bytes of a JPEG, to `pixel_values`, one picture a call.
+"""Image processing: a decoded image, or the bytes of a JPEG, to `pixel_values`, one image a call.
 
 Grids, tile size, filter and normalisation are the same for all. `pil` is our bit-exact backend, `torch` the faster;
 what each cannot go below are its resizes alone, to global view and tiles.
@@ -18,8 +18,8 @@ from transformers import AutoImageProcessor
 
 from ..hub import RELEASE, ROOT
 from . import HAS_TORCHVISION
-from .clock import Comparison, Contestant, geometric_mean_rounds, timed
-from .contestants import OURS
+from .candidates import OURS
+from .clock import Candidate, Comparison, geometric_mean_rounds, timed
 from .parts import Bench
 
 IMAGE_SIZES = ((480, 640), (768, 1024), (1080, 1920), (1536, 2048), (2448, 3264), (3024, 4032))  # (height, width)
@@ -48,7 +48,7 @@ def measure_images(bench: Bench) -> list[Comparison]:
 
 
 @functools.cache  # a large one takes longer to draw than to measure
-def draw_picture(image_size: tuple[int, int]) -> Image.Image:
+def render_image(image_size: tuple[int, int]) -> Image.Image:
     """Draw colours that change at several scales, like a photograph for codec and filter: (height, width) pixels."""
     generator = np.random.default_rng(0)
     height, width = image_size
@@ -118,7 +118,7 @@ def _resizes_of(ours: Any, name: str) -> Callable[[Image.Image], Any]:
 
 
 def _from_bytes(process: Callable[[Image.Image], Any]) -> Callable[[Any], Any]:
-    """Let what takes a picture take the bytes of one as well."""
+    """Let what takes an image take the bytes of one as well."""
     return lambda image: process(Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image)
 
 
@@ -130,14 +130,14 @@ def _measure_one(
     source: str,
     threads: int,
 ) -> Comparison:
-    picture: Any = draw_picture(image_size)
+    image: Any = render_image(image_size)
     if source == "JPEG":
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=90)
-        picture = buffer.getvalue()
+        image.save(buffer, "JPEG", quality=90)
+        image = buffer.getvalue()
 
-    def runner(process: Callable[[Any], Any]) -> Contestant:
-        return timed(lambda: process(picture), "cpu")
+    def runner(process: Callable[[Any], Any]) -> Candidate:
+        return timed(lambda: process(image), "cpu")
 
     height, width = image_size
     name = f"{width}x{height}, from {source}, {threads} thread{'s' * (threads > 1)}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .clock import Contestant, Effort, measure_in_turn, summarize, timed
+from .clock import Candidate, Effort, measure_in_turn, summarize, timed
 
 PACKAGES = ("torch", "transformers", "torchvision", "numpy", "Pillow")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -84,12 +84,12 @@ def measure_rates(device: str, dtypes: Sequence[str], side: int, copy_bytes: int
         left, right = (torch.randn(side, side, device=device).to(DTYPES[name]) for _ in range(2))
         values = measure_in_turn({"": timed(functools.partial(torch.mm, left, right), device)}, effort)
         found[f"{name}_flops_per_second"] = 2 * side**3 / summarize(values["seconds"][""])["median"]
-    values = measure_in_turn({"": copy_contestant(copy_bytes, device)}, effort)
+    values = measure_in_turn({"": copy_candidate(copy_bytes, device)}, effort)
     found["copy_bytes_per_second"] = copy_bytes / summarize(values["seconds"][""])["median"]
     return found
 
 
-def copy_contestant(num_bytes: int, device: str, metric: str = "seconds") -> Contestant:
+def copy_candidate(num_bytes: int, device: str, metric: str = "seconds") -> Candidate:
     """Move so many bytes, half of them read and half written."""
     source = torch.ones(max(1, num_bytes // 8), dtype=torch.float32, device=device)
     target = torch.empty_like(source)

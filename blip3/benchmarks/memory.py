@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from . import contestants
+from . import candidates
+from .candidates import LLAVA, OURS, SQUARE, count_image_tokens, prefill
 from .clock import Comparison
-from .contestants import LLAVA, OURS, SQUARE, count_image_tokens, prefill
 from .parts import Bench, describe_comparison
 from .products import record_products
 
@@ -32,8 +32,8 @@ def measure_memory(bench: Bench) -> list[Comparison]:
     """Measure loading, prefill and training."""
     found = _measure_loading(bench)
     for dtype in bench.dtypes[:1]:
-        for pictures in (1,) if bench.is_quick else (1, 3):
-            found.append(_measure_prefill(bench, dtype, pictures))
+        for images in (1,) if bench.is_quick else (1, 3):
+            found.append(_measure_prefill(bench, dtype, images))
         found.append(_measure_training(bench, dtype))
         found.append(count_largest_tensor(bench, dtype))
     return found
@@ -64,7 +64,7 @@ def _measure_loading(bench: Bench) -> list[Comparison]:
         with_files: dict[str, list[float]] = {}
         for kind in (OURS, LLAVA):
             path = Path(folder) / kind
-            model = contestants.build(kind, bench.sizes, dtype, "cpu")
+            model = candidates.build(kind, bench.sizes, dtype, "cpu")
             num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
             model.save_pretrained(path)
             del model
@@ -81,23 +81,23 @@ def _measure_loading(bench: Bench) -> list[Comparison]:
     return found
 
 
-def _measure_prefill(bench: Bench, dtype: str, pictures: int) -> Comparison:
+def _measure_prefill(bench: Bench, dtype: str, images: int) -> Comparison:
     values: dict[str, list[float]] = {}
     left_out = {}
     for kind in (OURS, LLAVA):
-        reason = bench.too_long(kind, dtype, [pictures])
+        reason = bench.too_long(kind, dtype, [images])
         if reason:
             left_out[kind] = reason
             continue
-        arguments = {"kind": kind, "dtype": dtype, "rows": [pictures]}
+        arguments = {"kind": kind, "dtype": dtype, "rows": [images]}
         peaks = [run_child(bench, "prefill", **arguments) for _ in range(_repeats(bench))]
         values[kind] = [peak["own_bytes"] / MIB for peak in peaks]
-    tokens = {kind: pictures * count_image_tokens(kind, bench.sizes, SQUARE) for kind in values}
+    tokens = {kind: images * count_image_tokens(kind, bench.sizes, SQUARE) for kind in values}
     facts = {
         "image_tokens": tokens,
         "kib_per_image_token": {kind: 1024 * min(found) / tokens[kind] for kind, found in values.items()},
     }
-    name = f"prefill, {pictures} picture{'s' * (pictures > 1)}, {dtype}"
+    name = f"prefill, {images} image{'s' * (images > 1)}, {dtype}"
     comparison = Comparison(name, "MiB", values, facts, left_out)
     _say(bench, comparison)
     return comparison
@@ -111,7 +111,7 @@ def _measure_training(bench: Bench, dtype: str) -> Comparison:
         ]
         for name, checkpointing in (("without checkpointing", False), ("with checkpointing", True))
     }
-    comparison = Comparison(f"training step, 1 picture, {dtype}", "MiB", values)
+    comparison = Comparison(f"training step, 1 image, {dtype}", "MiB", values)
     _say(bench, comparison)
     return comparison
 
@@ -130,7 +130,7 @@ def count_largest_tensor(bench: Bench, dtype: str) -> Comparison:
         "scores of a tower layer": [parts * sizes.vision_heads * sizes.patches_per_side**4],
     }
     comparison = Comparison(
-        f"elements of a prefill, 1 picture, {dtype}",
+        f"elements of a prefill, 1 image, {dtype}",
         "elements",
         {name: [float(count) for count in found] for name, found in values.items()},
         {"made": {name: found[0] in record.elements for name, found in values.items() if "of" in name}},

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
-from . import contestants
+from . import candidates
 from .machine import DTYPES
 from .training_step import freeze_tower
 
@@ -72,22 +72,22 @@ def run_task(request: dict[str, Any]) -> dict[str, int]:
     _warm_up(request["kind"], dtype, device)
     if request["task"] == "load":
         return _watch(device, lambda: _load(request["folder"], dtype, device))
-    sizes = contestants.SIZES[request["sizes"]]
-    model = contestants.build(request["kind"], sizes, dtype, device)
-    inputs = contestants.make_inputs(request["kind"], sizes, request["rows"], device, dtype)
+    sizes = candidates.SIZES[request["sizes"]]
+    model = candidates.build(request["kind"], sizes, dtype, device)
+    inputs = candidates.make_inputs(request["kind"], sizes, request["rows"], device, dtype)
     if request["task"] == "prefill":
-        return _watch(device, lambda: contestants.prefill(model, inputs))
+        return _watch(device, lambda: candidates.prefill(model, inputs))
     freeze_tower(model)
     if request["checkpointing"]:
         model.gradient_checkpointing_enable()
-    labelled = contestants.label(inputs, sizes)
+    labelled = candidates.label(inputs, sizes)
     return _watch(device, lambda: model(**labelled).loss.backward())
 
 
 def _warm_up(kind: str, dtype: str, device: str) -> None:
     """Load classes, kernels and caches before the watch begins, by a model of no size."""
-    small = contestants.build(kind, contestants.QUICK, dtype, device)
-    contestants.prefill(small, contestants.make_inputs(kind, contestants.QUICK, [1], device, dtype))
+    small = candidates.build(kind, candidates.QUICK, dtype, device)
+    candidates.prefill(small, candidates.make_inputs(kind, candidates.QUICK, [1], device, dtype))
 
 
 def _watch(device: str, work: Callable[[], Any]) -> dict[str, int]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One prefill against what it is made of: its parts run bare, and its matrix products alone.
 
-ours          `forward` on a prompt with a picture of 2 x 2 tiles, logits of the last token
+ours          `forward` on a prompt with an image of 2 x 2 tiles, logits of the last token
 parts         vision tower, resampler and language model on inputs of the same shapes, one after the other
 arithmetic    every matrix product of ours, shape by shape, and nothing else
 """
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .clock import Comparison, Contestant, timed
-from .contestants import BARE, OURS, SQUARE, count_image_tokens, prefill
+from .candidates import BARE, OURS, SQUARE, count_image_tokens, prefill
+from .clock import Candidate, Comparison, timed
 from .parts import Bench
 from .products import bare_products, count_flops, record_products
 
@@ -37,7 +37,7 @@ def measure_overhead(bench: Bench) -> list[Comparison]:
 
 def name_of(dtype: str, attention: str = ATTENTIONS[0]) -> str:
     """Name of a comparison."""
-    return f"prefill, 1 picture, {dtype}, {attention} attention"
+    return f"prefill, 1 image, {dtype}, {attention} attention"
 
 
 def _measure_one(bench: Bench, dtype: str, attention: str) -> list[Comparison]:
@@ -47,7 +47,7 @@ def _measure_one(bench: Bench, dtype: str, attention: str) -> list[Comparison]:
     run = partial(prefill, model, inputs)
     record = record_products(run)
     flops = count_flops(record.products)
-    runners: dict[str, Contestant] = {OURS: timed(run, bench.device), PARTS: _run_parts(parts, bench.device)}
+    runners: dict[str, Candidate] = {OURS: timed(run, bench.device), PARTS: _run_parts(parts, bench.device)}
     runners[ARITHMETIC] = timed(bare_products(record.products, model.dtype, bench.device), bench.device)
     units = {"seconds": ("", "ms", 1000.0)}
     units |= {part: (f", {part} alone", "ms", 1000.0) for part in parts}
@@ -81,7 +81,7 @@ def bare_parts(
     }
 
 
-def _run_parts(parts: dict[str, Callable[[], Any]], device: str) -> Contestant:
+def _run_parts(parts: dict[str, Callable[[], Any]], device: str) -> Candidate:
     clocks = {name: timed(torch.inference_mode()(part), device) for name, part in parts.items()}
 
     def run() -> dict[str, float]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from . import contestants
-from .clock import Comparison, Contestant, Effort, Values, measure_in_turn
-from .contestants import Sizes
+from . import candidates
+from .candidates import Sizes
+from .clock import Candidate, Comparison, Effort, Values, measure_in_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Bench:
     device: str
     """`cpu` or `cuda`."""
     sizes: Sizes
-    """Of every contestant."""
+    """Of every candidate."""
     effort: Effort
     """How much to measure."""
     threads: int
@@ -34,28 +34,28 @@ class Bench:
     @property
     def dtypes(self) -> tuple[str, ...]:
         """To measure in: the true sizes in bfloat16 alone."""
-        return ("bfloat16",) if self.sizes is contestants.TRUE else ("float32", "bfloat16")
+        return ("bfloat16",) if self.sizes is candidates.TRUE else ("float32", "bfloat16")
 
     @property
     def is_quick(self) -> bool:
         """Whether times mean nothing and only the code is tried."""
-        return self.sizes is contestants.QUICK
+        return self.sizes is candidates.QUICK
 
     def build(self, kind: str, dtype: str, **kwargs: Any) -> Any:
-        """Build one of `contestants`."""
-        return contestants.build(kind, self.sizes, dtype, self.device, **kwargs)
+        """Build one of `candidates`."""
+        return candidates.build(kind, self.sizes, dtype, self.device, **kwargs)
 
     def inputs(self, kind: str, dtype: str, rows: Sequence[int], **kwargs: Any) -> dict[str, torch.Tensor]:
-        """Make the inputs of one of `contestants`."""
-        return contestants.make_inputs(kind, self.sizes, rows, self.device, dtype, **kwargs)
+        """Make the inputs of one of `candidates`."""
+        return candidates.make_inputs(kind, self.sizes, rows, self.device, dtype, **kwargs)
 
-    def predicted_seconds(self, kind: str, dtype: str, rows: Sequence[int], grid: tuple = contestants.SQUARE) -> float:
+    def predicted_seconds(self, kind: str, dtype: str, rows: Sequence[int], grid: tuple = candidates.SQUARE) -> float:
         """Time of one forward at the rate of a large matrix product."""
-        flops = contestants.predict_flops(kind, self.sizes, rows, grid)
+        flops = candidates.predict_flops(kind, self.sizes, rows, grid)
         return flops / self.rates[f"{dtype}_flops_per_second"]
 
-    def too_long(self, kind: str, dtype: str, rows: Sequence[int], grid: tuple = contestants.SQUARE) -> str:
-        """Why a contestant is left out; empty if it is not."""
+    def too_long(self, kind: str, dtype: str, rows: Sequence[int], grid: tuple = candidates.SQUARE) -> str:
+        """Why a candidate is left out; empty if it is not."""
         seconds = self.predicted_seconds(kind, dtype, rows, grid)
         if seconds <= self.effort.longest_run_seconds:
             return ""
@@ -64,24 +64,24 @@ class Bench:
     def compare(
         self,
         name: str,
-        runners: Mapping[str, Contestant],
+        runners: Mapping[str, Candidate],
         units: Mapping[str, tuple[str, str, float]],
         facts: Mapping[str, Any] | None = None,
         left_out: Mapping[str, str] | None = None,
         least: int = 0,
     ) -> list[Comparison]:
-        """Measure contestants in turn.
+        """Measure candidates in turn.
 
         Args:
             name: of the comparison.
-            runners: contestant -> callable, ours first.
+            runners: candidate -> callable, ours first.
             units: metric -> (suffix of the name, unit, factor from what was measured).
             facts: stored beside.
-            left_out: contestant -> why it is not among them.
+            left_out: candidate -> why it is not among them.
             least: counted rounds to make however long they take.
 
         Returns:
-            A comparison for each metric; empty if there is no contestant left or memory ran out.
+            A comparison for each metric; empty if there is no candidate left or memory ran out.
         """
         left_out = dict(left_out or {})
         try:

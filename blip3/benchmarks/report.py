@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results to tables, a plot, and the blocks of documentation that are generated from them.
 
-    cpu_images.json ...  -->  cpu_aims.json   each aim: value, spread, reached or missed by how much
+    cpu_images.json ...  -->  cpu_targets.json   each target: value, spread, met or missed by how much
                               cpu.md          the machine and every comparison
                               cpu.png         the plot of README
 
-A block of documentation stands between `<!-- benchmarks:cpu:aims -->` and `<!-- end -->`.
+A block of documentation stands between `<!-- benchmarks:cpu:targets -->` and `<!-- end -->`.
 """
 
 import json
@@ -16,9 +16,9 @@ from typing import Any
 
 from ..evaluation.tables_and_plots import markdown_table, new_figure
 from ..hub import ROOT
-from .aims import make_aims
-from .contestants import IDEFICS, LLAVA, OURS
+from .candidates import IDEFICS, LLAVA, OURS
 from .images import LLAVA_PIL, LLAVA_TORCHVISION, PIL, TORCH
+from .targets import make_targets
 
 DOCUMENTS = (ROOT / "docs" / "speed.md", ROOT / "README.md")
 LEAST_SHARE = 0.01  # of an operator worth a word
@@ -32,7 +32,7 @@ def read_results(folder: Path, device: str) -> dict[str, dict[str, Any]]:
     Raises:
         FileNotFoundError: if there are none.
     """
-    files = sorted(path for path in folder.glob(f"{device}_*.json") if path.stem != f"{device}_aims")
+    files = sorted(path for path in folder.glob(f"{device}_*.json") if path.stem != f"{device}_targets")
     if not files:
         raise FileNotFoundError(
             f"{folder} holds no {device}_*.json but the report is made from them. Nothing was probably measured there "
@@ -43,38 +43,44 @@ def read_results(folder: Path, device: str) -> dict[str, dict[str, Any]]:
 
 
 def write_report(folder: Path, device: str) -> list[dict[str, Any]]:
-    """Write the aims, the tables and the plot of a folder's results; gives the aims."""
+    """Write the targets, the tables and the plot of a folder's results; gives the targets."""
     results = read_results(folder, device)
-    aims = judge(results)
-    _write(folder / f"{device}_aims.json", json.dumps(aims, indent=1) + "\n")
-    _write(folder / f"{device}.md", "\n".join([*_head(results, device), *aims_table(aims), *_tables(results)]) + "\n")
-    draw_plot(results).savefig(folder / f"{device}.png", dpi=110, metadata={"Software": None})
-    return aims
+    targets = compare(results)
+    _write(folder / f"{device}_targets.json", json.dumps(targets, indent=1) + "\n")
+    _write(
+        folder / f"{device}.md",
+        "\n".join([*_head(results, device), *targets_table(targets), *_tables(results)]) + "\n",
+    )
+    make_plot(results).savefig(folder / f"{device}.png", dpi=110, metadata={"Software": None})
+    return targets
 
 
-def judge(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Judge every aim by the results."""
+def compare(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Compare every target with the results."""
     rows = {f"{part}: {row['name']}": row for part, result in results.items() for row in result["comparisons"]}
     dtypes = next(iter(results.values()))["benchmark"]["dtypes"]
-    return [aim.judge(rows) for aim in make_aims(dtypes)]
+    return [target.compare(rows) for target in make_targets(dtypes)]
 
 
-def aims_table(aims: Sequence[dict[str, Any]]) -> list[str]:
-    """The aims as a Markdown table."""
+def targets_table(targets: Sequence[dict[str, Any]]) -> list[str]:
+    """The targets as a Markdown table."""
     return markdown_table(
-        ["what", "aim", "result (quartiles)", "reached"],
-        [[aim["what"], aim["aim"], _shown(aim["result"], aim["unit"]), _verdict(aim)] for aim in aims],
+        ["what", "target", "result (quartiles)", "reached"],
+        [
+            [target["what"], target["target"], _shown(target["result"], target["unit"]), _verdict(target)]
+            for target in targets
+        ],
     )
 
 
 def update_documents(folder: Path, device: str, documents: Sequence[Path] = DOCUMENTS) -> list[Path]:
     """Fill the generated blocks of documentation; gives the files that changed."""
     results = read_results(folder, device)
-    aims = judge(results)
-    about = "Image processing, first token and number of pictures, beside the peers"
+    targets = compare(results)
+    about = "Image processing, first token and number of images, beside the peers"
     plot = f"![{about}](blip3/benchmarks/results/{device}.png)"
     blocks = {
-        f"{device}:aims": aims_table(aims),
+        f"{device}:targets": targets_table(targets),
         f"{device}:machine": _head(results, device)[2:-1],
         f"{device}:plot": [plot],  # for README, which stands at the root
     }
@@ -91,8 +97,8 @@ def update_documents(folder: Path, device: str, documents: Sequence[Path] = DOCU
 def fill_blocks(text: str, blocks: dict[str, list[str]]) -> str:
     r"""Replace what stands between the marks of each block; text without marks stays.
 
-    >>> fill_blocks("<!-- benchmarks:cpu:aims -->\nold\n<!-- end -->", {"cpu:aims": ["new"]})
-    '<!-- benchmarks:cpu:aims -->\nnew\n<!-- end -->'
+    >>> fill_blocks("<!-- benchmarks:cpu:targets -->\nold\n<!-- end -->", {"cpu:targets": ["new"]})
+    '<!-- benchmarks:cpu:targets -->\nnew\n<!-- end -->'
     """
     for name, lines in blocks.items():
         begin = f"<!-- benchmarks:{name} -->"
@@ -123,8 +129,8 @@ def _tables(results: dict[str, dict[str, Any]]) -> list[str]:
         groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for row in result["comparisons"]:
             groups.setdefault((*row["values"], *row["left_out"]), []).append(row)
-        for contestants, rows in groups.items():
-            lines += ["", *markdown_table(["", "unit", *contestants], [_row(row, contestants) for row in rows])]
+        for candidates, rows in groups.items():
+            lines += ["", *markdown_table(["", "unit", *candidates], [_row(row, candidates) for row in rows])]
         profiles = {
             json.dumps(row["facts"]["profile"]): row for row in result["comparisons"] if "profile" in row["facts"]
         }
@@ -134,9 +140,9 @@ def _tables(results: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _row(row: dict[str, Any], contestants: Sequence[str]) -> list[str]:
+def _row(row: dict[str, Any], candidates: Sequence[str]) -> list[str]:
     cells = []
-    for name in contestants:
+    for name in candidates:
         if name not in row["values"]:
             cells.append("left out")
             continue
@@ -152,10 +158,10 @@ def _shown(summary: dict[str, float] | None, unit: str) -> str:
     return text if summary["count"] == 1 else f"{text} ({summary['low']:.3g} to {summary['high']:.3g})"
 
 
-def _verdict(aim: dict[str, Any]) -> str:
-    if aim["reached"] is None:
+def _verdict(target: dict[str, Any]) -> str:
+    if target["reached"] is None:
         return ""
-    return "yes" if aim["reached"] else f"no, missed by {aim['missed_by']:.0%}"
+    return "yes" if target["reached"] else f"no, missed by {target['missed_by']:.0%}"
 
 
 def _write(path: Path, text: str) -> None:
@@ -165,8 +171,8 @@ def _write(path: Path, text: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- plot
 
 
-def draw_plot(results: dict[str, dict[str, Any]]) -> Any:
-    """Draw image processing, first token and cost against pictures, as far as they were measured.
+def make_plot(results: dict[str, dict[str, Any]]) -> Any:
+    """Draw image processing, first token and cost against images, as far as they were measured.
 
     Returns:
         A matplotlib `Figure`.
@@ -176,14 +182,14 @@ def draw_plot(results: dict[str, dict[str, Any]]) -> Any:
     """
     rows = {part: {row["name"]: row for row in result["comparisons"]} for part, result in results.items()}
     figure = new_figure((13, 3.8), "benchmarks")
-    images, first, pictures = figure.subplots(1, 3)
-    _draw_images(images, rows.get("images", {}))
-    _draw_first_tokens(first, rows.get("generation", {}))
-    _draw_lines(pictures, rows.get("scaling", {}))
+    processing, first, counts = figure.subplots(1, 3)
+    _plot_images(processing, rows.get("images", {}))
+    _plot_first_tokens(first, rows.get("generation", {}))
+    _plot_lines(counts, rows.get("scaling", {}))
     return figure
 
 
-def _draw_images(axes: Any, rows: dict[str, Any]) -> None:
+def _plot_images(axes: Any, rows: dict[str, Any]) -> None:
     chosen = [row for row in rows.values() if row["facts"].get("source") == "PIL" and row["facts"]["threads"] == 1]
     for name in (PIL, TORCH, LLAVA_PIL, LLAVA_TORCHVISION):
         points = [
@@ -193,12 +199,12 @@ def _draw_images(axes: Any, rows: dict[str, Any]) -> None:
         ]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=name, color=COLORS[name])
-    axes.set(title="Image processing, one thread", xlabel="megapixels", ylabel="ms a picture")
+    axes.set(title="Image processing, one thread", xlabel="megapixels", ylabel="ms an image")
     _finish(axes)
 
 
-def _draw_first_tokens(axes: Any, rows: dict[str, Any]) -> None:
-    chosen = [row for name, row in rows.items() if name.startswith("1 picture, batch 1,") and "eager, first" in name]
+def _plot_first_tokens(axes: Any, rows: dict[str, Any]) -> None:
+    chosen = [row for name, row in rows.items() if name.startswith("1 image, batch 1,") and "eager, first" in name]
     for offset, name in enumerate((OURS, LLAVA, IDEFICS)):
         bars = [
             (place + 0.27 * (offset - 1), row["summary"][name])
@@ -211,17 +217,17 @@ def _draw_first_tokens(axes: Any, rows: dict[str, Any]) -> None:
             places = [place for place, _ in bars]
             axes.bar(places, heights, width=0.25, yerr=spread, label=name, color=COLORS[name], capsize=3)
     axes.set_xticks(range(len(chosen)), [row["facts"]["dtype"] for row in chosen])
-    axes.set(title="Time to first token, one picture of 5 parts", ylabel="ms")
+    axes.set(title="Time to first token, one image of 5 parts", ylabel="ms")
     _finish(axes)
 
 
-def _draw_lines(axes: Any, rows: dict[str, Any]) -> None:
-    chosen = [row for row in rows.values() if row["facts"].get("what") == "picture"]
+def _plot_lines(axes: Any, rows: dict[str, Any]) -> None:
+    chosen = [row for row in rows.values() if row["facts"].get("what") == "image"]
     for name in (OURS, LLAVA, IDEFICS):
         points = [(row["facts"]["place"], row["summary"][name]["median"]) for row in chosen if name in row["summary"]]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=name, color=COLORS[name])
-    axes.set(title="Prefill against number of pictures", xlabel="pictures", ylabel="ms")
+    axes.set(title="Prefill against number of images", xlabel="images", ylabel="ms")
     axes.xaxis.get_major_locator().set_params(integer=True)
     _finish(axes)
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from ..hub import PACKAGE, ROOT
 from . import machine
 from .batching import measure_batching, measure_questions
+from .candidates import QUARTER, QUICK, TRUE
 from .clock import Comparison, Effort
-from .contestants import QUARTER, QUICK, TRUE
 from .generation import measure_generation
 from .images import measure_images
 from .memory import measure_memory
@@ -35,15 +35,15 @@ from .tokens import measure_tokens
 from .training_step import measure_training
 
 PARTS: dict[str, tuple[Callable[[Bench], list[Comparison]], str]] = {
-    "tokens": (measure_tokens, "Image tokens a picture takes, by its size."),
-    "images": (measure_images, "Image processing: a picture in, tensors out, one picture a call."),
+    "tokens": (measure_tokens, "Image tokens an image takes, by its size."),
+    "images": (measure_images, "Image processing: an image in, tensors out, one image a call."),
     "overhead": (measure_overhead, "A prefill against its bare parts and its matrix products alone."),
     "generation": (measure_generation, "Time to the first token and of each further one, through generate."),
     "batching": (measure_batching, "Mixed prompts at once against one by one."),
-    "questions": (measure_questions, "A second question about the same pictures."),
+    "questions": (measure_questions, "A second question about the same images."),
     "memory": (measure_memory, "Peak memory of loading, of a prefill and of a training step."),
     "training": (measure_training, "A training step with a frozen vision tower."),
-    "scaling": (measure_scaling, "Cost of a prefill against pictures, parts and rows."),
+    "scaling": (measure_scaling, "Cost of a prefill against images, parts and rows."),
 }
 RESULTS, QUICK_RESULTS = PACKAGE / "benchmarks" / "results", Path("outputs", "benchmarks")
 QUICK_EFFORT = {"rounds": 2, "seconds": 1.0, "longest_run_seconds": 60.0}
@@ -56,13 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = _output_of(options)
         if not options.only_report:
             _measure(options, folder)
-        aims = write_report(folder, options.device.split(":")[0])
+        targets = write_report(folder, options.device.split(":")[0])
         changed = update_documents(folder, options.device.split(":")[0]) if options.update_docs else []
     except (ValueError, FileNotFoundError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    judged = [aim["reached"] for aim in aims if aim["reached"] is not None]
-    say(f"{sum(judged)} of {len(judged)} aims reached; tables and plot are beside the results")
+    scored = [target["reached"] for target in targets if target["reached"] is not None]
+    say(f"{sum(scored)} of {len(scored)} targets met; tables and plot are beside the results")
     for path in changed:
         say(f"filled {path.relative_to(ROOT)}")
     return 0
@@ -86,7 +86,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--longest-run-seconds",
         type=float,
-        help=f"contestants predicted to run longer are left out (default: {effort.longest_run_seconds:g})",
+        help=f"candidates predicted to run longer are left out (default: {effort.longest_run_seconds:g})",
     )
     parser.add_argument(
         "--no-compile", action="store_true", help="leave compiled models out: compiling large ones takes minutes"

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cost against number of pictures, parts a picture and rows: a line through the medians, and its slope."""
+"""Cost against number of images, parts an image and rows: a line through the medians, and its slope."""
 
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from .clock import Comparison, Contestant, slope, summarize, timed
-from .contestants import GLOBAL, IDEFICS, LLAVA, OURS, SQUARE, prefill
+from .candidates import GLOBAL, IDEFICS, LLAVA, OURS, SQUARE, prefill
+from .clock import Candidate, Comparison, slope, summarize, timed
 from .parts import Bench
 
 KINDS = (OURS, LLAVA, IDEFICS)
@@ -19,8 +19,8 @@ def measure_scaling(bench: Bench) -> list[Comparison]:
     dtype = bench.dtypes[0]
     models = {kind: bench.build(kind, dtype) for kind in KINDS}
     most = 4 if bench.is_quick else 16
-    pictures = [count for count in (1, 2, 4, 8, 16) if count <= most]
-    found = _line(bench, models, dtype, "picture", [([count], SQUARE, count) for count in pictures])
+    images = [count for count in (1, 2, 4, 8, 16) if count <= most]
+    found = _line(bench, models, dtype, "image", [([count], SQUARE, count) for count in images])
     parts = [([1], grid, 1 + grid[0] * grid[1]) for grid in GRIDS]
     found += _line(bench, models, dtype, "part", parts)
     batches = [count for count in (1, 2, 4, 8) if count <= most]
@@ -34,7 +34,7 @@ def _line(
     """Measure points (rows, grid, place on the line); the last comparison holds the slopes."""
     found = []
     for rows, grid, place in points:
-        runners: dict[str, Contestant] = {}
+        runners: dict[str, Candidate] = {}
         left_out = {}
         for kind, model in models.items():
             reason = bench.too_long(kind, dtype, rows, grid)
@@ -51,7 +51,7 @@ def _line(
 
 
 def fit(comparisons: Sequence[Comparison], what: str, dtype: str) -> Comparison:
-    """Fit a line through each contestant's medians, and another through its points up to half of the way.
+    """Fit a line through each candidate's medians, and another through its points up to half of the way.
 
     A cost that grows faster than linearly shows as a first slope above the second.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image tokens a picture takes, by its size: counted, not timed."""
+"""Image tokens an image takes, by its size: counted, not timed."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ import torch
 from transformers import AutoImageProcessor
 
 from ..hub import RELEASE, ROOT
+from .candidates import IDEFICS, LLAVA, OURS, TRUE, our_config
 from .clock import Comparison
-from .contestants import IDEFICS, LLAVA, OURS, TRUE, our_config
 from .images import IMAGE_SIZES
 from .parts import Bench
 
 
 def measure_tokens(bench: Bench) -> list[Comparison]:
-    """Count at the release's tile size, each peer with its own way of cutting a picture up."""
+    """Count at the release's tile size, each peer with its own way of cutting an image up."""
     config = our_config(TRUE)
     image_processor = AutoImageProcessor.from_pretrained(ROOT, subfolder=RELEASE, trust_remote_code=True)
     rows = []

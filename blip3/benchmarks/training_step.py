@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from ..training.encode import Collator
-from .clock import Comparison, Contestant, timed
-from .contestants import LLAVA, OURS, count_image_tokens, label
+from .candidates import LLAVA, OURS, count_image_tokens, label
+from .clock import Candidate, Comparison, timed
 from .machine import DTYPES
 from .parts import Bench
 
 PACKED, PADDED = "packed", "padded"
 PACKED_LENGTH = 1024  # attention computes a whole row and masks most of it, so rows are little longer than samples
-GRIDS_OF_SAMPLES = ((), (), (), (), ((0, 0),), ((2, 1),), ((2, 2),), ((2, 1), (2, 1)))  # pictures of each sample
+GRIDS_OF_SAMPLES = ((), (), (), (), ((0, 0),), ((2, 1),), ((2, 2),), ((2, 1), (2, 1)))  # images of each sample
 TEXTS_OF_SAMPLES = (40, 80, 140, 260, 50, 60, 90, 70)  # tokens beside
 
 
@@ -43,7 +43,7 @@ def measure_training(bench: Bench) -> list[Comparison]:
 
 
 def make_samples(bench: Bench, dtype: str) -> list[dict[str, torch.Tensor]]:
-    """Eight samples: four of text, four with one or two pictures of 1, 3 or 5 parts."""
+    """Eight samples: four of text, four with one or two images of 1, 3 or 5 parts."""
     samples = []
     for index, (grids, text) in enumerate(zip(GRIDS_OF_SAMPLES, TEXTS_OF_SAMPLES, strict=True)):
         text = 2 + index if bench.is_quick else text
@@ -52,20 +52,20 @@ def make_samples(bench: Bench, dtype: str) -> list[dict[str, torch.Tensor]]:
         ids[1 : 1 + num_image_tokens] = bench.sizes.image_token_id
         sample = {"input_ids": ids, "labels": ids.masked_fill(ids != 20, -100)}
         if grids:
-            sample |= _pictures(bench, grids, dtype)
+            sample |= _images(bench, grids, dtype)
         samples.append(sample)
     return samples
 
 
 def freeze_tower(model: Any) -> Any:
-    """Put a model of any contestant in training mode with its vision tower frozen."""
+    """Put a model of any candidate in training mode with its vision tower frozen."""
     towers = ("vision_tower", "vision_model")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(f".{tower}." in f".{name}" for tower in towers))
     return model.train()
 
 
-def _pictures(bench: Bench, grids: Sequence[tuple[int, int]], dtype: str) -> dict[str, torch.Tensor]:
+def _images(bench: Bench, grids: Sequence[tuple[int, int]], dtype: str) -> dict[str, torch.Tensor]:
     side = bench.sizes.tile_size
     pixels = torch.rand(len(grids), 5, 3, side, side).to(DTYPES[dtype])
     return {
@@ -85,15 +85,15 @@ def _measure_checkpointing(bench: Bench, dtype: str, batch: dict[str, torch.Tens
 
 
 def _measure_peers(bench: Bench, dtype: str) -> list[Comparison]:
-    runners: dict[str, Contestant] = {}
+    runners: dict[str, Candidate] = {}
     for kind in (OURS, LLAVA):
         inputs = label(bench.inputs(kind, dtype, [1]), bench.sizes)
         model = freeze_tower(bench.build(kind, dtype))
         runners[kind] = timed(_step(model, inputs), bench.device)
-    return bench.compare(f"a step on one picture, {dtype}", runners, {"seconds": ("", "ms", 1000.0)})
+    return bench.compare(f"a step on one image, {dtype}", runners, {"seconds": ("", "ms", 1000.0)})
 
 
-def _rate(bench: Bench, model: Any, batch: dict[str, torch.Tensor], num_tokens: int) -> Contestant:
+def _rate(bench: Bench, model: Any, batch: dict[str, torch.Tensor], num_tokens: int) -> Candidate:
     clock = timed(_step(model, batch), bench.device)
     return lambda: {"rate": num_tokens / clock()["seconds"]}
 

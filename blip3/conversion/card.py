@@ -146,16 +146,16 @@ class Origin:
     is_by_name: bool = False
 
 
-def released_origin(path: Path, release: str | None, flavour: str) -> Origin:
+def released_origin(path: Path, release: str | None, variant: str) -> Origin:
     """Recognise a release by its checksums, else by the folder's name or its place in the Hub's cache.
 
     Args:
         path: the source.
         release: name of the release whose checksums were those of the source, or None.
-        flavour: `instruct` or `base`; a name of the other one is not believed.
+        variant: `instruct` or `base`; a name of the other one is not believed.
     """
     name = release or _named(path, RELEASES)
-    if name is None or (release is None and ("-instruct-" in name) != (flavour == "instruct")):
+    if name is None or (release is None and ("-instruct-" in name) != (variant == "instruct")):
         return Origin()
     if name not in RELEASES:
         return Origin()
@@ -274,7 +274,7 @@ def _title(origin: Origin) -> str:
 
 
 def _what(origin: Origin, checkpoint: Checkpoint) -> str:
-    kind = "reads images and text, and answers" if checkpoint.flavour == "instruct" else "continues images and text"
+    kind = "reads images and text, and answers" if checkpoint.variant == "instruct" else "continues images and text"
     what = f"BLIP-3 (xGen-MM, r-v1.5) {kind}: SigLIP, a Perceiver resampler, and a language model of Phi-3's design."
     if origin.is_release or not checkpoint.is_ours:
         return what
@@ -328,7 +328,7 @@ def command_of(args: argparse.Namespace, origin: Origin) -> str:
             words.append(f"--{name.replace('_', '-')} {name.upper()}")
     words += [f"--dtype {args.dtype}"] * (args.dtype != "keep")
     words += [f"--text-layout {args.text_layout}"] * (args.text_layout is not None)
-    words += [f"--flavour {args.flavour}"] * (args.flavour != "auto")
+    words += [f"--variant {args.variant}"] * (args.variant != "auto")
     words += ["--to-original"] * args.to_original + ["--verify"] * args.verify
     return " ".join(words)
 

@@ -33,7 +33,7 @@ from .replace import check_space, prepare_output, replacing
 from .sources import from_backbones, from_ours, from_release
 from .tensors import (
     SEED,
-    FreshReader,
+    InitialisedReader,
     Views,
     cast,
     progress_bar,
@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--verify", action="store_true", help="read everything back and compare; default: off")
     add("--to-original", action="store_true", help="SOURCE is ours, write released names; default: off")
-    add("--flavour", choices=("auto", "instruct", "base"), default="auto", help="default: %(default)s")
+    add("--variant", "--flavour", choices=("auto", "instruct", "base"), default="auto", help="default: %(default)s")
     add("--tokenizer", type=Path, metavar="DIR", help="default: beside the weights")
     add("--source-config", type=Path, metavar="FILE", help="original config.json; default: beside the weights")
     add("--base", type=Path, metavar="DIR", help="our folder SOURCE was trained from; gives what SOURCE lacks")
@@ -258,12 +258,12 @@ def report(checkpoint: Checkpoint, views: Views, text_layout: str) -> None:
     """Print what happens to the tensors."""
     folded = [name for name in FOLDED if len(checkpoint.views[name].parts) > 1]
     split = sum(("qkv_proj" in name or "gate_up_proj" in name) for name in checkpoint.views)
-    print(f"{checkpoint.description}: flavour {checkpoint.flavour}, {len(checkpoint.views)} tensors used")
+    print(f"{checkpoint.description}: variant {checkpoint.variant}, {len(checkpoint.views)} tensors used")
     print(f"renamed {sum(to_ours(name) != name for name in checkpoint.views)} tensors")
     print(f"folded {len(folded)}: {', '.join(folded) or 'none'}")
     print(f"split {split if text_layout == 'unfused' else 0} fused text projections; {len(views)} tensors to write")
-    fresh = sum(isinstance(part.reader, FreshReader) for view in views.values() for part in view.parts)
-    print(f"initialised {fresh} tensors or row ranges (seed {SEED})" if fresh else "initialised none")
+    initialised = sum(isinstance(part.reader, InitialisedReader) for view in views.values() for part in view.parts)
+    print(f"initialised {initialised} tensors or row ranges (seed {SEED})" if initialised else "initialised none")
     names = ", ".join(sorted(checkpoint.unused)) or "none"
     print(f"kept aside {len(checkpoint.unused)} unused in original/unused.safetensors: {names}")
 

@@ -35,7 +35,7 @@ class Checkpoint:
     config: dict
     preprocessor: dict
     generation: dict
-    flavour: str  # "instruct" or "base"
+    variant: str  # "instruct" or "base"
     description: str
     tokenizer: Path  # folder with the tokenizer's files
     small_files: dict[str, Path] = field(default_factory=dict)  # original files by name, kept for the way back
@@ -199,13 +199,13 @@ def unfused_text_config(config: dict) -> dict:
     return kept | {"model_type": "mistral", "head_dim": head_dim}
 
 
-def tile_grids_of(pixel_grids: list | None, flavour: str, tile_size: int) -> list[list[int]]:
+def tile_grids_of(pixel_grids: list | None, variant: str, tile_size: int) -> list[list[int]]:
     """Turn the release's grids, (width, height) in pixels, into ours, (rows, columns) in tiles, in the same order.
 
     Raises:
         ValueError: if a grid is no whole number of tiles of `tile_size` pixels.
     """
-    if flavour == "base":
+    if variant == "base":
         return []
     if not pixel_grids:
         return template()["tile_grids"]
@@ -245,7 +245,7 @@ def read_released_config(path: Path, is_required: bool) -> dict:
 
 
 def released_config(
-    views: Views, source: dict, preprocessor: dict | None, given_vision: dict | None, flavour: str
+    views: Views, source: dict, preprocessor: dict | None, given_vision: dict | None, variant: str
 ) -> tuple[dict, str]:
     """Say a released checkpoint's configuration in our words.
 
@@ -254,10 +254,10 @@ def released_config(
         source: the released config.json, or empty.
         preprocessor: the released preprocessor_config.json.
         given_vision: a SigLIP config.json.
-        flavour: `auto`, `instruct` or `base`.
+        variant: `auto`, `instruct` or `base`.
 
     Returns:
-        our config.json with a phi3 text_config, and the flavour, which is not `auto` any more.
+        our config.json with a phi3 text_config, and the variant, which is not `auto` any more.
 
     Raises:
         ValueError: if there is no config.json and the text model is not Phi-3-mini's size, or as the parts' functions.
@@ -274,15 +274,15 @@ def released_config(
             "config.json with --source-config."
         )
     grids = (preprocessor or {}).get("grids") or source.get("vision_encoder_config", {}).get("anyres_grids")
-    if flavour == "auto":
-        flavour = "base" if preprocessor is not None and preprocessor.get("grids") is None else "instruct"
+    if variant == "auto":
+        variant = "base" if preprocessor is not None and preprocessor.get("grids") is None else "instruct"
     num_ids = source_text.get("initial_tokenizer_len", RELEASED_TEXT["initial_tokenizer_len"])
     resampler = resampler_config_of(views, source)
-    return join_config(vision, resampler, text, num_ids, grids, flavour), flavour
+    return join_config(vision, resampler, text, num_ids, grids, variant), variant
 
 
 def join_config(
-    vision: dict, resampler: dict, text: dict, num_ids: int, pixel_grids: list | None, flavour: str
+    vision: dict, resampler: dict, text: dict, num_ids: int, pixel_grids: list | None, variant: str
 ) -> dict:
     """Join the parts of our config.json; the image tokens get the ids after the first `num_ids`.
 
@@ -291,7 +291,7 @@ def join_config(
     """
     return template() | {
         "image_token_id": num_ids,
-        "tile_grids": tile_grids_of(pixel_grids, flavour, vision["image_size"]),
+        "tile_grids": tile_grids_of(pixel_grids, variant, vision["image_size"]),
         "vision_config": vision,
         "resampler_config": resampler,
         "text_config": text | {"vocab_size": num_ids + len(IMAGE_TOKENS)},

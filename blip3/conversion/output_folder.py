@@ -38,7 +38,7 @@ from .tensors import (
 )
 from .tokenizer_files import copy_files, stop_ids, write_tokenizer
 
-DOOR_FILES = ("requirements.txt", *files_behind("handler.py"))
+ENDPOINT_FILES = ("requirements.txt", *files_behind("handler.py"))
 # -- Weights ----------------------------------------------------------------------------------------------------------
 
 
@@ -102,15 +102,15 @@ def write_small_files(
         FileNotFoundError: if this repository lacks a file that every output carries.
         ValueError: if the tokenizer is another model's, or the config is refused.
     """
-    missing = [name for name in (*CODE_FILES, *DOOR_FILES) if not source_of(name).is_file()]
+    missing = [name for name in (*CODE_FILES, *ENDPOINT_FILES) if not source_of(name).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{ROOT} lacks {some(missing)}, which every OUTPUT carries. The clone is probably incomplete: "
             "restore the files from version control."
         )
-    for name in DOOR_FILES:
+    for name in ENDPOINT_FILES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    copy_files(folder, {name: source_of(name) for name in (*CODE_FILES, *DOOR_FILES, "LICENSE")})
+    copy_files(folder, {name: source_of(name) for name in (*CODE_FILES, *ENDPOINT_FILES, "LICENSE")})
     chat_template = _chat_template(checkpoint)
     if chat_template is not None:
         copy_files(folder, {chat_template.name: chat_template})
@@ -148,7 +148,7 @@ def _template(checkpoint: Checkpoint, name: str) -> Path:
 
 def _chat_template(checkpoint: Checkpoint) -> Path | None:
     """Return the chat template; a folder of ours that has processor files but no template was not trained to chat."""
-    if checkpoint.flavour != "instruct":
+    if checkpoint.variant != "instruct":
         return None
     path = _template(checkpoint, "chat_template.jinja")
     has_processor = _template(checkpoint, "processor_config.json").parent != TEMPLATES
@@ -159,7 +159,7 @@ def _chat_template(checkpoint: Checkpoint) -> Path | None:
 
 
 def verify_bits(folder: Path, views: Views) -> None:
-    """Compare every written tensor, bit for bit, with a fresh read and transform of the source.
+    """Compare every written tensor, bit for bit, with a new read and transform of the source.
 
     Raises:
         ValueError: on a difference.

@@ -49,7 +49,7 @@ def build_tokenizer() -> Tokenizer:
 
 
 def write_release_layout(folder: str | Path, seed: int = 0) -> Path:
-    """Write a complete source repository for `convert_weights.py`, instruct flavour, random weights.
+    """Write a complete source repository for `convert_weights.py`, instruct variant, random weights.
 
     Args:
         folder: created if missing.
@@ -136,7 +136,7 @@ def write_release_layout(folder: str | Path, seed: int = 0) -> Path:
 
 
 def _random_tensors(num_tokens: int, seed: int) -> dict[str, torch.Tensor]:
-    """Random tensors under the release's names, scaled so that answers depend on the picture."""
+    """Random tensors under the release's names, scaled so that answers depend on the image."""
     generator = torch.Generator().manual_seed(seed)
 
     def weight(*shape: int) -> torch.Tensor:

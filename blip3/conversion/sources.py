@@ -4,7 +4,7 @@
 In: the command line. Out: a `Checkpoint`, its tensors checked against its config by name and shape.
 
     from_release      a released folder, or a LAVIS .pt with or without the vision tower
-    from_backbones    SigLIP and Phi-3, with fresh weights between them
+    from_backbones    SigLIP and Phi-3, with newly initialised weights between them
     from_ours         a folder this script wrote, or that `save_pretrained` wrote from one
 """
 
@@ -55,7 +55,7 @@ from .names import (
 from .quantized import describe
 from .replace import are_weights_as_written
 from .tensors import (
-    FreshReader,
+    InitialisedReader,
     Reader,
     SafetensorsReader,
     TorchReader,
@@ -186,7 +186,7 @@ def from_release(args: argparse.Namespace) -> Checkpoint:
     config_path = args.source_config or folder / "config.json"
     source_config = read_released_config(config_path, is_required=path.is_dir() or args.source_config is not None)
     preprocessor = optional_json(folder / "preprocessor_config.json")
-    config, flavour = released_config(views, source_config, preprocessor, _given_vision(args), args.flavour)
+    config, variant = released_config(views, source_config, preprocessor, _given_vision(args), args.variant)
     used, unused = fold(views, config["image_token_id"])
     check_shapes(shapes_of(used), config, description)
     _check_big_vocabulary(views, source_config)
@@ -199,11 +199,11 @@ def from_release(args: argparse.Namespace) -> Checkpoint:
         config=config,
         preprocessor=preprocessor_config_of(preprocessor, config),
         generation=optional_json(folder / "generation_config.json") or {},
-        flavour=flavour,
+        variant=variant,
         description=description,
         tokenizer=args.tokenizer or folder,
         small_files=small_files,
-        origin=released_origin(path, release, flavour),
+        origin=released_origin(path, release, variant),
     )
 
 
@@ -251,7 +251,7 @@ def _check_big_vocabulary(views: Views, source_config: dict) -> None:
 
 
 def from_backbones(args: argparse.Namespace) -> Checkpoint:
-    """Join SigLIP and Phi-3 with a fresh resampler: the starting point of pre-training.
+    """Join SigLIP and Phi-3 with a newly initialised resampler: the starting point of pre-training.
 
     Raises:
         FileNotFoundError: if weights are missing, or the tokenizer is and the text model is not Phi-3-mini.
@@ -271,9 +271,9 @@ def from_backbones(args: argparse.Namespace) -> Checkpoint:
     num_ids = count_ids(folder, shape_of(text_views, EMBEDDING)[0])
     width = vision["hidden_size"]
     resampler = template()["resampler_config"] | {"hidden_size": width, "intermediate_size": 4 * width}
-    flavour = "instruct" if args.flavour == "auto" else args.flavour
-    config = join_config(vision, resampler, text, num_ids, None, flavour)
-    used, unused = _add_fresh(views | text_views, config)
+    variant = "instruct" if args.variant == "auto" else args.variant
+    config = join_config(vision, resampler, text, num_ids, None, variant)
+    used, unused = _add_initialised(views | text_views, config)
     check_shapes(shapes_of(used), config, description)
     return Checkpoint(
         views=used,
@@ -281,7 +281,7 @@ def from_backbones(args: argparse.Namespace) -> Checkpoint:
         config=config,
         preprocessor=preprocessor_config_of(optional_json(args.vision / "preprocessor_config.json"), config),
         generation=optional_json(folder / "generation_config.json") or {},
-        flavour=flavour,
+        variant=variant,
         description=description,
         tokenizer=folder,
         origin=parts_origin(args.vision, args.text),
@@ -342,24 +342,24 @@ def _from_timm(views: Views) -> Views:
     return result
 
 
-def _add_fresh(views: Views, config: dict) -> tuple[Views, Views]:
-    """Add fresh resampler weights and vocabulary rows; return all views, and those the model never uses."""
-    fresh, num_ids = FreshReader(), config["image_token_id"]
+def _add_initialised(views: Views, config: dict) -> tuple[Views, Views]:
+    """Add newly initialised resampler weights and vocabulary rows; return all views and those never used."""
+    initialised, num_ids = InitialisedReader(), config["image_token_id"]
     text, std = config["text_config"], config["resampler_config"]["initializer_range"]
     unused = {name: views.pop(name) for name in list(views) if name.startswith(POOLING_HEAD)}
     for name in (EMBEDDING, HEAD_WEIGHT):
         whole = views[name] if name in views else views[EMBEDDING]
         kept = min(num_ids, whole.shape[0])
         shape = (text["vocab_size"] - kept, *whole.shape[1:])
-        views[name] = concat(whole.rows(0, kept), fresh.add(name, shape, text["initializer_range"], whole.dtype))
+        views[name] = concat(whole.rows(0, kept), initialised.add(name, shape, text["initializer_range"], whole.dtype))
         if whole.shape[0] > kept:
             unused[DEAD_ROWS + name] = whole.rows(kept, whole.shape[0])
     dtype = views[HEAD_WEIGHT].dtype
-    views[HEAD_BIAS] = fresh.add(HEAD_BIAS, (text["vocab_size"],), std, dtype)
+    views[HEAD_BIAS] = initialised.add(HEAD_BIAS, (text["vocab_size"],), std, dtype)
     for name, shape in expected_shapes(config).items():
         if name.startswith("vision_tokenizer."):
             ours = to_ours(name)  # our names say which tensors are norms
-            views[name] = fresh.add(ours, shape, std, dtype)
+            views[name] = initialised.add(ours, shape, std, dtype)
     return views, unused
 
 
@@ -371,15 +371,15 @@ def from_ours(args: argparse.Namespace) -> Checkpoint:
 
     Raises:
         FileNotFoundError: if weights are missing.
-        ValueError: if tensors and config do not fit, or another flavour is asked for.
+        ValueError: if tensors and config do not fit, or another variant is asked for.
     """
     folder, base, description = args.source, args.base, str(args.source)
     config, text_layout = complete_config(read_json(folder / "config.json"))
-    flavour = "instruct" if config["tile_grids"] else "base"
-    if args.flavour not in ("auto", flavour) and not args.to_original:
+    variant = "instruct" if config["tile_grids"] else "base"
+    if args.variant not in ("auto", variant) and not args.to_original:
         raise ValueError(
-            f"{description} is of flavour {flavour} and --flavour {args.flavour} was given; tokenizers of the two "
-            "differ. Convert the original release again with that flavour."
+            f"{description} is of variant {variant} and --variant {args.variant} was given; tokenizers of the two "
+            "differ. Convert the original release again with that variant."
         )
     quantization, views = describe(config), {}
     if quantization is None:
@@ -398,7 +398,7 @@ def from_ours(args: argparse.Namespace) -> Checkpoint:
         config=config,
         preprocessor=own_preprocessor(folders, config),
         generation=read_json(generation[0] / "generation_config.json") if generation else {},
-        flavour=flavour,
+        variant=variant,
         description=description,
         tokenizer=args.tokenizer or (has_tokenizer or folders)[0],
         small_files=present_files(original, ORIGINAL_FILES + TOKENIZER_FILES),

@@ -57,7 +57,7 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
+class RowRange:
     """Rows `start` to `stop` of one stored tensor."""
 
     reader: Reader
@@ -72,7 +72,7 @@ class View:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[RowRange, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -97,7 +97,7 @@ Views = dict[str, View]
 def views_of(reader: Reader) -> Views:
     """Return one view per stored tensor; scalars, which no source needs, are left out."""
     return {
-        name: View(spec.dtype, spec.shape, (Part(reader, name, 0, spec.shape[0]),))
+        name: View(spec.dtype, spec.shape, (RowRange(reader, name, 0, spec.shape[0]),))
         for name, spec in reader.specs.items()
         if spec.shape
     }
@@ -186,7 +186,7 @@ def unfold(views: Views, unused: Views, num_ids: int, num_dead_rows: int) -> tup
     Returns:
         views under released names, and what could not be restored, in words.
     """
-    views, lost, zeros = dict(views), [], FreshReader()
+    views, lost, zeros = dict(views), [], InitialisedReader()
     for name, added in FOLDED.items():
         whole = views[name]
         dead = unused.get(DEAD_ROWS + name)
@@ -337,7 +337,7 @@ class TorchReader:
         return self._tensors[name][start:stop]
 
 
-class FreshReader:
+class InitialisedReader:
     """Untrained weights: linears and latents normal, norms 1 and 0. Each name has its own seed."""
 
     def __init__(self) -> None:
@@ -348,7 +348,7 @@ class FreshReader:
         """Return the view of a new tensor; a name that tells a norm or a bias overrules `std`, and 0 gives zeros."""
         self.specs[name] = Spec(dtype, shape)
         self._std[name] = std
-        return View(dtype, shape, (Part(self, name, 0, shape[0]),))
+        return View(dtype, shape, (RowRange(self, name, 0, shape[0]),))
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return rows; see `Reader`."""

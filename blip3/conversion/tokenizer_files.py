@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer of each flavour, and what depends on its ids.
+"""The tokenizer of each variant, and what depends on its ids.
 
 In: the source's tokenizer.json and tokenizer_config.json. Out: the same files with `<pad>` and the image tokens at the
 ids that the folded vocabulary gives them, and the ids that start, stop and pad generation.
@@ -65,7 +65,7 @@ def added_token(content: str, token_id: int) -> dict:
     return {"id": token_id, "content": content} | flags
 
 
-def build_tokenizer(tokenizer: dict, settings: dict, num_ids: int, flavour: str) -> tuple[dict, dict]:
+def build_tokenizer(tokenizer: dict, settings: dict, num_ids: int, variant: str) -> tuple[dict, dict]:
     """Return tokenizer.json and tokenizer_config.json of the output.
 
     `base` keeps the released pipeline, the "fast" tokenizer of the reference. `instruct` equals the "slow" tokenizer
@@ -75,7 +75,7 @@ def build_tokenizer(tokenizer: dict, settings: dict, num_ids: int, flavour: str)
         tokenizer: the source's tokenizer.json.
         settings: the source's tokenizer_config.json.
         num_ids: number of ids before the added ones; `<image>` gets this id.
-        flavour: `instruct` or `base`.
+        variant: `instruct` or `base`.
 
     Raises:
         ValueError: if the tokenizer has another number of ids.
@@ -98,7 +98,7 @@ def build_tokenizer(tokenizer: dict, settings: dict, num_ids: int, flavour: str)
         token = default if role == "pad" else settings.get(f"{role}_token") or default  # Phi-3 itself pads with eos
         token = token["content"] if isinstance(token, dict) else token
         special |= {f"{role}_token": token} if token in ids else {}
-    if flavour == "instruct":
+    if variant == "instruct":
         _slow_pipeline(tokenizer, {*special.values(), *IMAGE_TOKENS})
     written = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -168,7 +168,7 @@ def write_tokenizer(folder: Path, checkpoint: Checkpoint) -> dict[str, int]:
         return {}
     settings = optional_json(source / "tokenizer_config.json") or {}
     num_ids = checkpoint.config["image_token_id"]
-    tokenizer, settings = build_tokenizer(tokenizer, settings, num_ids, checkpoint.flavour)
+    tokenizer, settings = build_tokenizer(tokenizer, settings, num_ids, checkpoint.variant)
     write_text(folder / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False))
     write_json(folder / "tokenizer_config.json", settings)
     return token_ids(tokenizer)
@@ -196,7 +196,7 @@ def _copy_ours(folder: Path, checkpoint: Checkpoint, tokenizer: dict) -> None:
 def stop_ids(checkpoint: Checkpoint, ids: dict[str, int]) -> dict:
     """Return bos, eos and pad ids: of the tokenizer written, else of the source's files."""
     text, generation = checkpoint.config["text_config"], checkpoint.generation
-    stops = ["<|end|>", "<|endoftext|>"] if checkpoint.flavour == "instruct" else ["<|endoftext|>"]
+    stops = ["<|end|>", "<|endoftext|>"] if checkpoint.variant == "instruct" else ["<|endoftext|>"]
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     found = {key: generation[key] if key in generation else text[key] for key in keys}
     eos = [ids[token] for token in stops if token in ids]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawings: complete descriptions of pictures in a few JSON values, painted with Pillow when they are opened.
+"""Drawings: complete descriptions of images in a few JSON values, painted with Pillow when they are opened.
 
-    Drawing(size, background, marks) -> paint() -> RGB picture
+    Drawing(size, background, marks) -> paint() -> RGB image
     marks: Shape (a thing in one colour), Text, Line, Box; painted in order
 
 Coordinates here are pixels, (x1, y1, x2, y2) for boxes.
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .fonts import load_font
-from .things import THINGS, draw_mask
+from .things import THINGS, render_mask
 
 PixelBox = tuple[float, float, float, float]
 _MASK_SIDE = 256
@@ -103,7 +103,7 @@ _MARKS: dict[str, Any] = {mark.name: mark for mark in (Shape, Text, Line, Box)}
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture as a description."""
+    """An image as a description."""
 
     size: tuple[int, int]
     """(height, width) in pixels."""
@@ -113,7 +113,7 @@ class Drawing:
     """In painting order."""
 
     def paint(self) -> Image.Image:
-        """Paint the picture as RGB."""
+        """Paint the image as RGB."""
         image = _paint_background(self.size, self.background)
         pen = ImageDraw.Draw(image)
         for mark in self.marks:
@@ -183,7 +183,7 @@ def shape_box(shape: Shape) -> PixelBox:
 
 @cache
 def _mask(thing: str) -> Image.Image:
-    return draw_mask(thing, _MASK_SIDE)
+    return render_mask(thing, _MASK_SIDE)
 
 
 @lru_cache(maxsize=1024)

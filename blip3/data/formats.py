@@ -79,7 +79,7 @@ def ocr_item(text: str, box: Sequence[float], granularity: int) -> str:
 
 
 def write_ocr(strings: Sequence[tuple[str, Sequence[float]]], granularity: int, caption: str = "") -> str:
-    """Write the strings of a picture, (text, box) each, after its raw caption where there is one.
+    """Write the strings of an image, (text, box) each, after its raw caption where there is one.
 
     Raises:
         ValueError: for a granularity outside 0..5.
@@ -94,7 +94,7 @@ def write_ocr(strings: Sequence[tuple[str, Sequence[float]]], granularity: int, 
 
 
 def place_name(box: Sequence[float]) -> str:
-    """Name the ninth of the picture in which the centre of a box lies.
+    """Name the ninth of the image in which the centre of a box lies.
 
     >>> place_name((0.8, 0.8, 1.0, 1.0))
     'at the bottom right corner'
@@ -132,5 +132,5 @@ def ground(phrase: str, box: Sequence[float], granularity: int) -> str:
 
 
 def few_shot_question(question: str) -> str:
-    """Write the prompt of a question with its picture, up to the answer (OpenFlamingo's form)."""
+    """Write the prompt of a question with its image, up to the answer (OpenFlamingo's form)."""
     return f"<image>Question:{question} Short answer:"

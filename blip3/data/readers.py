@@ -6,7 +6,7 @@
     read_grounding(...), read_interleaved(...)          BLIP3-GROUNDING; OBELICS, MINT-1T, MMC4
     read_captions(...)                                  KALE, Datacomp, CC, SBU, VG
     read_preferences(...), read_safety(...)             VLFeedback, VLGuard
-    read_parquet("drawn/*.parquet")                     what world.build writes
+    read_parquet("rendered/*.parquet")                     what world.build writes
 
 Readers are generators: nothing is held but one row (a LLaVA list, which is one JSON value, is held whole). Every
 message names the file or row and the field at fault; `skip_faulty=True` logs and counts faulty rows instead.
@@ -26,7 +26,7 @@ from typing import Any
 
 from PIL import Image
 
-from .records import IMAGE_TOKEN, Picture, Record, RecordError, Turn, read_jsonl, record_from_json
+from .records import IMAGE_TOKEN, ImageSource, Record, RecordError, Turn, read_jsonl, record_from_json
 from .yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -84,8 +84,8 @@ def _finish(place: str, *fields: Any, **named: Any) -> Record:
         raise
 
 
-def _as_picture(value: Any, place: str, name: str, folder: str = "") -> Picture:
-    """Take a picture as path, bytes, Pillow image, or the {bytes, path} of `datasets`."""
+def _as_source(value: Any, place: str, name: str, folder: str = "") -> ImageSource:
+    """Take an image as path, bytes, Pillow image, or the {bytes, path} of `datasets`."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, Image.Image):
@@ -93,15 +93,15 @@ def _as_picture(value: Any, place: str, name: str, folder: str = "") -> Picture:
         value.convert("RGB").save(buffer, "PNG", compress_level=1)
         value = buffer.getvalue()
     if isinstance(value, bytes) and value:
-        return Picture(data=value)
+        return ImageSource(data=value)
     if isinstance(value, str | Path) and str(value):
-        return Picture(path=str(Path(folder, value)) if folder else str(value))
+        return ImageSource(path=str(Path(folder, value)) if folder else str(value))
     raise _fault(
         place,
         name,
         value,
         "it must be a path, encoded bytes or an image",
-        "The picture was probably never downloaded.",
+        "The image was probably never downloaded.",
         "Download it beside its row (img2dataset does), or drop the row.",
     )
 
@@ -110,7 +110,7 @@ def _as_picture(value: Any, place: str, name: str, folder: str = "") -> Picture:
 
 
 def stream_rows(paths: str | Sequence[str], format: str | None = None) -> Iterator[Row]:
-    """Stream rows of local parquet or webdataset shards through `datasets`; pictures stay encoded.
+    """Stream rows of local parquet or webdataset shards through `datasets`; images stay encoded.
 
     Args:
         paths: files or patterns, such as `ocr/*.parquet` or `shard-*.tar`.
@@ -154,7 +154,7 @@ def read_rows(rows: Iterable[Row], skip_faulty: bool = False, source: str = "rec
     """Read rows of the parquet files that `world.build` writes; `source` names them in messages."""
 
     def convert(row: Row, place: str) -> Iterator[Record]:
-        images = [_as_picture(image, place, "images") for image in row.get("images") or []]
+        images = [_as_source(image, place, "images") for image in row.get("images") or []]
         values = {name: row[name] for name in ("id", "kind", "turns", "chosen", "rejected") if row.get(name)}
         values |= {"images": [], "truth": json.loads(row.get("truth") or "{}")}
         turns = values.get("turns") or []
@@ -167,7 +167,7 @@ def read_rows(rows: Iterable[Row], skip_faulty: bool = False, source: str = "rec
             checked.turns,
             checked.chosen,
             checked.rejected,
-            checked.truth,
+            checked.annotations,
         )
 
     yield from _convert(rows, source, convert, skip_faulty)
@@ -187,12 +187,12 @@ def read_llava_json(
 
     Also takes Mantis's names (`images`, `conversation`, `role`, `content`), one JSON list or JSON lines.
 
-    As in the reference code: with one picture, a first question that does not hold exactly one `<image>` gets it in
+    As in the reference code: with one image, a first question that does not hold exactly one `<image>` gets it in
     front; with several, the number must fit.
 
     Args:
         path: the file.
-        image_folder: where picture paths start, or {part of a path: what replaces it}, the first that fits.
+        image_folder: where image paths start, or {part of a path: what replaces it}, the first that fits.
         num_samples: draw so many: without repetition if the file has enough, else with; None takes all in order.
         seed: of that draw.
         skip_faulty: log and count faulty entries instead of raising.
@@ -256,17 +256,17 @@ def _llava_record(entry: Any, place: str, image_folder: str | dict[str, str]) ->
     return _finish(place, identity, "instruction", images, tuple(turns))
 
 
-def _locate(value: Any, place: str, image_folder: str | dict[str, str]) -> Picture:
+def _locate(value: Any, place: str, image_folder: str | dict[str, str]) -> ImageSource:
     if not isinstance(image_folder, dict):
-        return _as_picture(value, place, "image", image_folder)
+        return _as_source(value, place, "image", image_folder)
     if isinstance(value, str):
         part = next((part for part in image_folder if part in value), "")
         value = value.replace(part, image_folder[part]) if part else value
-    return _as_picture(value, place, "image")
+    return _as_source(value, place, "image")
 
 
 def _repair_single(turns: list[Turn]) -> list[Turn]:
-    """Put the one `<image>` of single-picture data before the first question, unless it is there already."""
+    """Put the one `<image>` of single-image data before the first question, unless it is there already."""
     first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
     if first is None or turns[first].text.count(IMAGE_TOKEN) == 1:
         return turns
@@ -315,26 +315,26 @@ def _sample(records: Iterable[Any], count: int | None, seed: int) -> Iterable[An
 # ------------------------------------------------------------------------------------------- pre-training forms
 
 
-def _image_of(row: Row, place: str, folder: str) -> Picture:
-    """Find a row's picture: a column of its own, or `key`.jpg in a folder that img2dataset filled."""
+def _image_of(row: Row, place: str, folder: str) -> ImageSource:
+    """Find a row's image: a column of its own, or `key`.jpg in a folder that img2dataset filled."""
     for name in ("image", "jpg", "jpeg", "png", "webp"):
         if row.get(name) is not None:
-            return _as_picture(row[name], place, name, folder)
+            return _as_source(row[name], place, name, folder)
     key = row.get("key") or row.get("__key__") or row.get("uid")
     if folder and key:
-        return Picture(path=str(Path(folder, f"{key}.jpg")))
-    return _as_picture(None, place, "image")
+        return ImageSource(path=str(Path(folder, f"{key}.jpg")))
+    return _as_source(None, place, "image")
 
 
 def read_captions(
     rows: Iterable[Row], column: str = "caption", image_folder: str = "", skip_faulty: bool = False
 ) -> Iterator[Record]:
-    """Read pictures with a caption.
+    """Read images with a caption.
 
     Args:
-        rows: with `column` and a picture: `image`, `jpg`, `png`, or `key` of a file in `image_folder`.
+        rows: with `column` and an image: `image`, `jpg`, `png`, or `key` of a file in `image_folder`.
         column: of the caption; `txt` in webdataset shards.
-        image_folder: where picture paths start.
+        image_folder: where image paths start.
         skip_faulty: log and count faulty rows instead of raising.
     """
 
@@ -411,9 +411,9 @@ def _leveled(
         if chosen is None:
             return
         text, granularity, has_caption = chosen
-        truth = {"granularity": granularity, "include_datacomp_raw_cap": has_caption}
+        annotations = {"granularity": granularity, "include_datacomp_raw_cap": has_caption}
         turns = (Turn("document", IMAGE_TOKEN + tidy(text).strip()),)
-        yield _finish(place, identity, kind, (_image_of(row, place, folder),), turns, truth=truth)
+        yield _finish(place, identity, kind, (_image_of(row, place, folder),), turns, annotations=annotations)
 
     yield from _convert(rows, kind, convert, skip)
 
@@ -431,7 +431,7 @@ def read_ocr(
     """Read BLIP3-OCR: one of each row's captions.
 
     Args:
-        rows: columns `captions`, `uid` or `key`, and a picture (or `image_folder`).
+        rows: columns `captions`, `uid` or `key`, and an image (or `image_folder`).
         granularities: levels to choose from, 0 to 5; the recipe pre-trains on text without boxes, level 0. None: all.
         with_caption: only captions with (True) or without (False) the raw caption in front.
         image_folder: holds `key`.jpg, as img2dataset downloads them.
@@ -460,25 +460,25 @@ def read_grounding(
 def read_interleaved(
     rows: Iterable[Row], max_images: int = 6, image_folder: str = "", skip_faulty: bool = False
 ) -> Iterator[Record]:
-    """Read interleaved documents; every picture begins a chunk.
+    """Read interleaved documents; every image begins a chunk.
 
     Two forms: `images` and `texts` of equal length, one of the two None at each place (OBELICS, MINT-1T), or MMC4's
-    `text_list` and `image_info`, where a picture goes before the sentence `matched_text_index`.
+    `text_list` and `image_info`, where an image goes before the sentence `matched_text_index`.
 
     Args:
         rows: documents.
-        max_images: keep the first so many pictures (OpenFlamingo's 6).
-        image_folder: where picture paths start.
-        skip_faulty: log and count faulty rows instead of raising. Documents without pictures are left out.
+        max_images: keep the first so many images (OpenFlamingo's 6).
+        image_folder: where image paths start.
+        skip_faulty: log and count faulty rows instead of raising. Documents without images are left out.
     """
 
     def convert(row: Row, place: str) -> Iterator[Record]:
         pieces = _matched_pieces(row, place) if "text_list" in row else _aligned_pieces(row, place)
-        images: list[Picture] = []
+        images: list[ImageSource] = []
         chunks = [""]
         for name, image, text in pieces:
             if image is not None and len(images) < max_images:
-                images.append(_as_picture(image, place, name, image_folder))
+                images.append(_as_source(image, place, name, image_folder))
                 chunks.append(IMAGE_TOKEN)
             if text:
                 chunks[-1] += ("" if chunks[-1] in ("", IMAGE_TOKEN) else " ") + text.strip()
@@ -490,7 +490,7 @@ def read_interleaved(
 
 
 def _merge_bare(chunks: list[str]) -> list[str]:
-    """Join pictures without text of their own to the next chunk, or to the last one at the end."""
+    """Join images without text of their own to the next chunk, or to the last one at the end."""
     merged, waiting = [], ""
     for chunk in chunks:
         if chunk and set(chunk.split(IMAGE_TOKEN)) == {""}:
@@ -528,7 +528,7 @@ def _matched_pieces(row: Row, place: str) -> Iterator[tuple[str, Any, str | None
                 position,
                 f"it must be 0 to {len(sentences) - 1}, a sentence of text_list",
                 "Sentences were probably filtered.",
-                "Filter the pictures alike, or drop the row.",
+                "Filter the images alike, or drop the row.",
             )
         before.setdefault(position, []).append((f"image_info[{index}]", image))
     for index, sentence in enumerate(sentences):
@@ -548,10 +548,10 @@ def read_preferences(
     Rows whose answers all have the same mean or fewer than two rated answers give no pair.
 
     Args:
-        rows: `prompt`, `completions` and `img_path` or a picture.
+        rows: `prompt`, `completions` and `img_path` or an image.
         min_chosen_rating: drop pairs whose chosen answer has a lower mean of its three ratings (1 to 5). The recipe
             drops low-scoring ones, keeping 62.6k of 80k, but does not publish the threshold: this value is ours.
-        image_folder: where picture paths start.
+        image_folder: where image paths start.
         skip_faulty: log and count faulty rows instead of raising.
     """
 
@@ -562,12 +562,12 @@ def read_preferences(
         (low, rejected), (high, chosen) = rated[0], rated[-1]
         if rejected == chosen:
             return
-        image = row["img_path"] if row.get("img_path") else row.get("image")
-        picture = _as_picture(image, place, "img_path", image_folder)
+        given = row["img_path"] if row.get("img_path") else row.get("image")
+        image = _as_source(given, place, "img_path", image_folder)
         prompt = str(_need(row, place, "prompt")).replace(IMAGE_TOKEN, "").strip()
         turns = (Turn("user", f"{IMAGE_TOKEN}\n{prompt}"),)
-        truth = {"chosen_rating": high, "rejected_rating": low}
-        yield _finish(place, _identity(row, place), "preference", (picture,), turns, chosen, rejected, truth)
+        annotations = {"chosen_rating": high, "rejected_rating": low}
+        yield _finish(place, _identity(row, place), "preference", (image,), turns, chosen, rejected, annotations)
 
     yield from _convert(rows, "preferences", convert, skip_faulty)
 
@@ -594,17 +594,17 @@ def _rated_answers(completions: Any, place: str) -> Iterator[tuple[float, str]]:
 
 
 def read_safety(rows: Iterable[Row], image_folder: str = "", skip_faulty: bool = False) -> Iterator[Record]:
-    """Read VLGuard: refusals of unsafe requests, and helpful answers to safe ones about safe pictures.
+    """Read VLGuard: refusals of unsafe requests, and helpful answers to safe ones about safe images.
 
     Args:
         rows: `image`, `safe`, `harmful_category` and `instr-resp`, a list of `instruction`, `safe_instruction` or
             `unsafe_instruction` with `response`.
-        image_folder: where picture paths start.
+        image_folder: where image paths start.
         skip_faulty: log and count faulty rows instead of raising.
     """
 
     def convert(row: Row, place: str) -> Iterator[Record]:
-        image = _as_picture(row.get("image"), place, "image", image_folder)
+        image = _as_source(row.get("image"), place, "image", image_folder)
         for index, pair in enumerate(_need(row, place, "instr-resp")):
             name = next(
                 (name for name in ("safe_instruction", "unsafe_instruction", "instruction") if pair.get(name)), ""
@@ -620,8 +620,8 @@ def read_safety(rows: Iterable[Row], image_folder: str = "", skip_faulty: bool =
                 )
             is_unsafe = name != "safe_instruction"
             turns = (Turn("user", f"{IMAGE_TOKEN}\n{pair[name]}"), Turn("assistant", pair["response"]))
-            truth = {"is_unsafe": is_unsafe, "category": row.get("harmful_category")}
+            annotations = {"is_unsafe": is_unsafe, "category": row.get("harmful_category")}
             kind, identity = ("refusal" if is_unsafe else "instruction"), f"{_identity(row, place)}-{index}"
-            yield _finish(place, identity, kind, (image,), turns, truth=truth)
+            yield _finish(place, identity, kind, (image,), turns, annotations=annotations)
 
     yield from _convert(rows, "safety", convert, skip_faulty)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""The one record schema: what every reader yields, the drawn world writes and training reads.
+r"""The one record schema: what every reader yields, the rendered world writes and training reads.
 
-A record is one training sample. Its text stands in turns, with one `<image>` where each picture belongs, in order:
+A record is one training sample. Its text stands in turns, with one `<image>` where each image belongs, in order:
 
     caption, ocr, grounding, interleaved    document turns                          pre-training
     few_shot                                document turns (shots), user, assistant pre-training and its evaluation
@@ -9,7 +9,7 @@ A record is one training sample. Its text stands in turns, with one `<image>` wh
     preference                              [system,] user, ..., user + chosen and rejected    DPO
 
 Boxes, here and in every file of this folder, are (x1, y1, x2, y2), left, top, right, bottom, normalised to 0..1 from
-the picture's top left corner; sizes are (height, width) in pixels.
+the image's top left corner; sizes are (height, width) in pixels.
 """
 
 import io
@@ -69,8 +69,8 @@ def _explain_undecoded(source: io.BytesIO | Path, error: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture, read or painted only when it is opened; exactly one of the three sources is set."""
+class ImageSource:
+    """One image, read or painted only when it is opened; exactly one of the three sources is set."""
 
     path: str | None = None
     """File, absolute or relative to the folder given to `open`."""
@@ -83,16 +83,16 @@ class Picture:
         sources = [name for name in ("path", "data", "drawing") if getattr(self, name)]
         if len(sources) != 1:
             raise RecordError(
-                "A picture",
+                "An image",
                 "images",
                 f"it has {len(sources)} sources ({', '.join(sources) or 'none'})",
                 "it needs exactly one of path, data and drawing",
-                "The row's picture was probably empty or not downloaded.",
+                "The row's image was probably empty or not downloaded.",
                 "Fill in one source, or drop the row.",
             )
 
     def open(self, folder: str | Path = "", upright: bool = True) -> Image.Image:
-        """Read or paint the picture as RGB.
+        """Read or paint the image as RGB.
 
         Args:
             folder: where a relative `path` starts.
@@ -100,7 +100,7 @@ class Picture:
 
         Raises:
             FileNotFoundError: if `path` is missing.
-            ValueError: if the file is no picture.
+            ValueError: if the file is no image.
         """
         if self.drawing is not None:
             return self.drawing.paint()
@@ -110,12 +110,12 @@ class Picture:
                 return (turn_upright(image) if upright else image).convert("RGB")
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"The picture {str(source)!r} does not exist (no such file), but a record names it. The image folder "
+                f"The image {str(source)!r} does not exist (no such file), but a record names it. The image folder "
                 f"is probably another one: pass the folder that {self.path!r} starts from."
             ) from None
         except (OSError, ValueError) as error:  # a null byte in a path is a ValueError
             raise ValueError(
-                f"The picture {repr(str(source)) if self.data is None else 'in memory'} cannot be decoded: "
+                f"The image {repr(str(source)) if self.data is None else 'in memory'} cannot be decoded: "
                 f"{_explain_undecoded(source, error)}. It must be an image file that Pillow reads. It was probably "
                 "cut off in a download: fetch it again or drop the row."
             ) from error
@@ -124,25 +124,25 @@ class Picture:
         """Give the JSON form: a path, or `{"drawing": ...}`.
 
         Raises:
-            ValueError: for a picture in memory, which JSON does not hold.
+            ValueError: for an image in memory, which JSON does not hold.
         """
         if self.data is not None:
             raise ValueError(
-                f"A picture of {len(self.data)} bytes in memory has no JSON form; only paths and drawings do. The "
-                "records were probably read from parquet: write parquet again, or save the pictures to files first."
+                f"An image of {len(self.data)} bytes in memory has no JSON form; only paths and drawings do. The "
+                "records were probably read from parquet: write parquet again, or save the images to files first."
             )
         return self.path if self.drawing is None else {"drawing": self.drawing.to_json()}
 
 
-def open_images(pictures: Iterable[Picture], processor: Any) -> list[Image.Image]:
+def open_images(images: Iterable[ImageSource], processor: Any) -> list[Image.Image]:
     """Open images as RGB, upright unless the model's processor forbids it with `do_exif_transpose` False.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a file is no picture.
+        ValueError: if a file is no image.
     """
     upright = processor.image_processor.do_exif_transpose is not False
-    return [picture.open(upright=upright) for picture in pictures]
+    return [image.open(upright=upright) for image in images]
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Turn:
     role: str
     """`document` (text to learn as it is), `system`, `user` or `assistant`."""
     text: str
-    """With `<image>` where a picture belongs; never in an answer."""
+    """With `<image>` where an image belongs; never in an answer."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Record:
     """Unique within its source."""
     kind: str
     """One of `KINDS`."""
-    images: tuple[Picture, ...]
+    images: tuple[ImageSource, ...]
     """In the order of the `<image>` in `turns`."""
     turns: tuple[Turn, ...]
     """In reading order; which roles may follow each other depends on `kind`."""
@@ -171,8 +171,8 @@ class Record:
     """Preference only: the better answer to the last user turn."""
     rejected: str | None = None
     """Preference only: the worse answer."""
-    truth: dict[str, Any] = field(default_factory=dict, hash=False)
-    """Whatever is known beyond the text, JSON values: for drawn records task, split, answer, objects and boxes."""
+    annotations: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Whatever is known beyond the text, JSON values: for rendered records task, split, answer, objects and boxes."""
 
     def __post_init__(self) -> None:
         check_record(self)
@@ -182,12 +182,12 @@ class Record:
         values: dict[str, Any] = {
             "id": self.id,
             "kind": self.kind,
-            "images": [picture.to_json() for picture in self.images],
+            "images": [image.to_json() for image in self.images],
             "turns": [{"role": turn.role, "text": turn.text} for turn in self.turns],
         }
         if self.kind == "preference":
             values |= {"chosen": self.chosen, "rejected": self.rejected}
-        return values | ({"truth": self.truth} if self.truth else {})
+        return values | ({"truth": self.annotations} if self.annotations else {})
 
 
 def check_record(record: Record) -> None:
@@ -213,10 +213,10 @@ def check_record(record: Record) -> None:
         raise RecordError(
             place,
             "images",
-            f"it has {len(record.images)} pictures and its turns {slots} {IMAGE_TOKEN}",
+            f"it has {len(record.images)} images and its turns {slots} {IMAGE_TOKEN}",
             "the two must be equal",
-            f"A picture or an {IMAGE_TOKEN} was probably lost.",
-            f"Write one {IMAGE_TOKEN} in turns where each picture belongs.",
+            f"An image or an {IMAGE_TOKEN} was probably lost.",
+            f"Write one {IMAGE_TOKEN} in turns where each image belongs.",
         )
 
 
@@ -268,7 +268,7 @@ def _check_texts(record: Record, place: str) -> None:
                 place,
                 name,
                 f"it holds {marker!r}" if marker else "it is empty",
-                "texts hold neither chat nor chunk markers, answers no pictures, and none is empty",
+                "texts hold neither chat nor chunk markers, answers no images, and none is empty",
                 "It was probably taken from a prompt that was already formatted.",
                 "Store the plain text; the conversions add the markers.",
             )
@@ -314,11 +314,11 @@ def record_from_json(values: Any, place: str = "A record") -> Record:
     for name, expected in (types | optional).items():
         if name in values and not isinstance(values[name], expected):
             raise _wrong_type(place, name, values[name], getattr(expected, "__name__", str(expected)))
-    images = tuple(_picture_from_json(picture, place, f"images[{i}]") for i, picture in enumerate(values["images"]))
+    images = tuple(_image_from_json(image, place, f"images[{i}]") for i, image in enumerate(values["images"]))
     turns = tuple(_turn_from_json(turn, place, f"turns[{index}]") for index, turn in enumerate(values["turns"]))
-    rest = {name: values[name] for name in optional if name in values}
+    rest = {name: values[name] for name in ("chosen", "rejected") if name in values}
     try:
-        return Record(values["id"], values["kind"], images, turns, **rest)
+        return Record(values["id"], values["kind"], images, turns, annotations=values.get("truth", {}), **rest)
     except RecordError as error:
         message = str(error).removeprefix(error.place)
         error.args, error.place = (f"{place} (record {values['id']!r}){message}",), place
@@ -336,13 +336,13 @@ def _wrong_type(place: str, name: str, given: Any, expected: str) -> RecordError
     )
 
 
-def _picture_from_json(value: Any, place: str, name: str) -> Picture:
+def _image_from_json(value: Any, place: str, name: str) -> ImageSource:
     if isinstance(value, str) and value:
-        return Picture(path=value)
+        return ImageSource(path=value)
     if not isinstance(value, dict) or set(value) != {"drawing"}:
         raise _wrong_type(place, name, value, 'a path or {"drawing": ...}')
     try:
-        return Picture(drawing=Drawing.from_json(value["drawing"]))
+        return ImageSource(drawing=Drawing.from_json(value["drawing"]))
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise RecordError(
             place,
@@ -365,7 +365,7 @@ def _turn_from_json(value: Any, place: str, name: str) -> Turn:
 
 
 def read_jsonl(path: str | Path) -> Iterator[Record]:
-    """Read records from a JSON-lines file, one at a time; relative picture paths start at the file's folder.
+    """Read records from a JSON-lines file, one at a time; relative image paths start at the file's folder.
 
     Raises:
         RecordError: naming file, line and field of the first wrong record.
@@ -387,7 +387,9 @@ def read_jsonl(path: str | Path) -> Iterator[Record]:
                     "Write it again; a LLaVA list goes to read_llava_json.",
                 ) from error
             record = record_from_json(values, place)
-            images = (Picture(str(Path(path).parent / image.path)) if image.path else image for image in record.images)
+            images = (
+                ImageSource(str(Path(path).parent / image.path)) if image.path else image for image in record.images
+            )
             yield replace(record, images=tuple(images))
 
 
@@ -435,7 +437,7 @@ def to_few_shot_prompt(record: Record, num_shots: int | None = None) -> tuple[st
 
     Args:
         record: of kind few_shot.
-        num_shots: keep only the last so many shots; None keeps all. The pictures to pass are then the last
+        num_shots: keep only the last so many shots; None keeps all. The images to pass are then the last
             `prompt.count("<image>")` of `record.images`.
 
     Raises:
@@ -453,9 +455,9 @@ def to_few_shot_prompt(record: Record, num_shots: int | None = None) -> tuple[st
 
 
 def to_messages(record: Record) -> list[dict[str, Any]]:
-    """Give chat messages for `apply_chat_template`; pictures are parts `{"type": "image"}` in the order of `images`.
+    """Give chat messages for `apply_chat_template`; images are parts `{"type": "image"}` in the order of `images`.
 
-    The template itself puts a line break after a picture that stands before any text, so one that follows such an
+    The template itself puts a line break after an image that stands before any text, so one that follows such an
     `<image>` in the record is dropped here.
 
     Raises:

@@ -166,8 +166,8 @@ def plural(thing: str) -> str:
     return PLURALS.get(thing, f"{thing}s")
 
 
-def draw_mask(thing: str, side: int) -> Image.Image:
-    """Draw the silhouette of a thing: an L picture of `side` x `side` pixels, 255 where there is ink."""
+def render_mask(thing: str, side: int) -> Image.Image:
+    """Draw the silhouette of a thing: an L image of `side` x `side` pixels, 255 where there is ink."""
     large = side * _OVERSAMPLING
     mask = Image.new("L", (large, large))
     pen = ImageDraw.Draw(mask)

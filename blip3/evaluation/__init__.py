@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of a checkpoint on the held-out drawn world, and the metrics of published benchmarks as functions.
+"""Scores of a checkpoint on the held-out rendered world, and the metrics of published benchmarks as functions.
 
-metrics.py    answers and truths to numbers and intervals
+metrics.py    answers and references to numbers and intervals
 tasks.py      records to questions, and answers to scores, by task
 answer.py     a checkpoint that answers questions in batches
 report.py     scores to results.json, table.md, plot.png and samples.md

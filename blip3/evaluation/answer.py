@@ -33,7 +33,7 @@ class Checkpoint:
     Args:
         folder: a converted or trained checkpoint, or `owner/name` on the Hub.
         subfolder: inside it, or empty.
-        base_resolution: show each picture as its global view alone; False shows it as the checkpoint's image processor
+        base_resolution: show each image as its global view alone; False shows it as the checkpoint's image processor
             does by default, which for a checkpoint trained so is the global view alone as well.
         max_new_tokens: of one answer.
         dtype: one of `DTYPES`; `auto` takes the checkpoint's.
@@ -62,18 +62,18 @@ class Checkpoint:
 
     @property
     def image_options(self) -> dict[str, bool]:
-        """What the processor is told about pictures beyond its own configuration."""
+        """What the processor is told about images beyond its own configuration."""
         return {"do_image_splitting": False} if self.base_resolution else {}
 
     def length(self, question: Question) -> int:
-        """Count the tokens of the prompt and of its pictures, without painting them."""
-        sizes = [picture.drawing.size for picture in question.pictures if picture.drawing is not None]
+        """Count the tokens of the prompt and of its images, without painting them."""
+        sizes = [image.drawing.size for image in question.images if image.drawing is not None]
         counted = self.processor._get_num_multimodal_tokens(image_sizes=sizes, **self.image_options)
-        num_tokens = len(self.processor.tokenizer(self.render(question))["input_ids"])  # with one `<image>` a picture
+        num_tokens = len(self.processor.tokenizer(self.render(question))["input_ids"])  # with one `<image>` an image
         return num_tokens - len(sizes) + sum(counted["num_image_tokens"])
 
     def render(self, question: Question) -> str:
-        """Write the prompt of a question, with `<image>` where pictures stand.
+        """Write the prompt of a question, with `<image>` where images stand.
 
         Raises:
             ValueError: for messages without a chat template.
@@ -88,8 +88,8 @@ class Checkpoint:
         return self.processor.apply_chat_template(list(question.prompt), add_generation_prompt=True, tokenize=False)
 
     def prepare(self, questions: Sequence[Question]) -> Any:
-        """Give the model inputs of a batch: `input_ids` (B, L), padded on the left, and its pictures."""
-        images = [open_images(question.pictures, self.processor) for question in questions]
+        """Give the model inputs of a batch: `input_ids` (B, L), padded on the left, and its images."""
+        images = [open_images(question.images, self.processor) for question in questions]
         return self.processor(
             images=images,
             text=[self.render(question) for question in questions],

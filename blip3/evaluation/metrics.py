@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics and intervals as pure functions: answers and truths in, numbers out.
+"""Metrics and intervals as pure functions: answers and references in, numbers out.
 
 Shares are 0..1, not percent. Boxes are (x1, y1, x2, y2) in any unit, the same for both.
 """
@@ -26,13 +26,13 @@ def normalise(text: str, ignore_case: bool = True) -> str:
     return text.casefold() if ignore_case else text
 
 
-def exact_match(answer: str, truth: str, ignore_case: bool = True) -> float:
-    """Give 1.0 if answer and truth are equal after `normalise`, else 0.0.
+def exact_match(answer: str, reference: str, ignore_case: bool = True) -> float:
+    """Give 1.0 if answer and reference are equal after `normalise`, else 0.0.
 
     >>> exact_match("Left.", "left"), exact_match("b7k", "B7K", ignore_case=False)
     (1.0, 0.0)
     """
-    return float(normalise(answer, ignore_case) == normalise(truth, ignore_case))
+    return float(normalise(answer, ignore_case) == normalise(reference, ignore_case))
 
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -57,7 +57,7 @@ def normalise_vqa(text: str) -> str:
     return " ".join(word for word in words if word not in _ARTICLES)
 
 
-def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
+def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     """Score an answer against those of several people, usually ten.
 
     min(n / 3, 1), with n how many people gave the answer, averaged over every way to leave one person out (Antol et
@@ -66,7 +66,7 @@ def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
 
     Args:
         answer: the model's.
-        truths: one for each person.
+        references: one for each person.
 
     Raises:
         ValueError: for fewer than two people.
@@ -74,15 +74,15 @@ def vqa_accuracy(answer: str, truths: Sequence[str]) -> float:
     >>> round(vqa_accuracy("a dog", ["dog", "dog", "dog", "cat", "cat", "cat", "cat", "cat", "cat", "cat"]), 3)
     0.9
     """
-    if len(truths) < 2:
+    if len(references) < 2:
         raise ValueError(
-            f"VQA accuracy was given {len(truths)} truths but leaves one of several people out. The data set probably "
-            "has one truth a question: use exact_match or anls."
+            f"VQA accuracy was given {len(references)} references but leaves one of several people out. The data set "
+            "probably has one reference a question: use exact_match or anls."
         )
     given = normalise_vqa(answer)
-    is_equal = [normalise_vqa(truth) == given for truth in truths]
+    is_equal = [normalise_vqa(reference) == given for reference in references]
     total = sum(is_equal)
-    return sum(min((total - left_out) / 3, 1.0) for left_out in is_equal) / len(truths)
+    return sum(min((total - left_out) / 3, 1.0) for left_out in is_equal) / len(references)
 
 
 def edit_distance(first: str, second: str) -> int:
@@ -100,8 +100,8 @@ def edit_distance(first: str, second: str) -> int:
     return previous[-1]
 
 
-def anls(answer: str, truths: Sequence[str], threshold: float = 0.5) -> float:
-    """Score an answer by its edit distance to the nearest truth (Biten et al. 2019, arXiv:1905.13648, equation 1).
+def anls(answer: str, references: Sequence[str], threshold: float = 0.5) -> float:
+    """Score an answer by its edit distance to the nearest reference (Biten et al. 2019, arXiv:1905.13648, equation 1).
 
     1 - d for a normalised distance d below the threshold, else 0; d is `edit_distance` over the length of the longer
     text. Letters of either case are equal; spaces around and doubled ones do not count. The mean over questions is
@@ -109,37 +109,37 @@ def anls(answer: str, truths: Sequence[str], threshold: float = 0.5) -> float:
 
     Args:
         answer: the model's.
-        truths: accepted answers.
+        references: accepted answers.
         threshold: the paper's is 0.5.
 
     Raises:
-        ValueError: without truths.
+        ValueError: without references.
 
     >>> anls("Hallo", ["hello", "goodbye"]), anls("yes", ["no"])
     (0.8, 0.0)
     """
-    if not truths:
-        raise ValueError("ANLS was given no truth to compare with. The row is probably incomplete: drop it.")
+    if not references:
+        raise ValueError("ANLS was given no reference to compare with. The row is probably incomplete: drop it.")
     best = 0.0
-    for truth in truths:
-        one, other = (" ".join(text.casefold().split()) for text in (answer, truth))
+    for reference in references:
+        one, other = (" ".join(text.casefold().split()) for text in (answer, reference))
         distance = edit_distance(one, other) / max(len(one), len(other), 1)
         best = max(best, 1 - distance if distance < threshold else 0.0)
     return best
 
 
-def cider(answers: Sequence[str], truths: Sequence[Sequence[str]]) -> list[float]:
+def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """Score captions by CIDEr-D (Vedantam et al. 2015, arXiv:1411.5726), computed by `pycocoevalcap`.
 
     The scale is that of published tables (100 times the library's), where one reference repeated word by word gives
-    up to 1000. Rarity of words is taken from the truths given here, so scores of different sets do not compare, and a
+    up to 1000. Rarity of words is taken from the references given, so scores of different sets do not compare, and a
     caption of fewer than four words stays below 1000 even if it is right (it has no run of four words). Words are
     runs of letters and digits in small letters; the COCO tool takes Stanford's Java tokenizer instead, which agrees
     on plain English.
 
     Args:
         answers: N captions.
-        truths: N lists of references.
+        references: N lists of references.
 
     Returns:
         N scores; their mean is the corpus score.
@@ -148,11 +148,11 @@ def cider(answers: Sequence[str], truths: Sequence[Sequence[str]]) -> list[float
         ValueError: for lists of different lengths, fewer than two captions, or a caption without references.
         ImportError: without pycocoevalcap.
     """
-    if len(answers) != len(truths) or len(answers) < 2 or not all(truths):
+    if len(answers) != len(references) or len(answers) < 2 or not all(references):
         raise ValueError(
-            f"CIDEr was given {len(answers)} captions and {len(truths)} lists of references, "
-            f"{sum(not references for references in truths)} of them empty, but needs as many lists as captions, at "
-            "least 2 (rarity is counted over pictures), each with a reference. Rows were probably lost: compare them."
+            f"CIDEr was given {len(answers)} captions and {len(references)} lists of references, "
+            f"{sum(not each for each in references)} of them empty, but needs as many lists as captions, at "
+            "least 2 (rarity is counted over images), each with a reference. Rows were probably lost: compare them."
         )
     try:
         from pycocoevalcap.cider.cider_scorer import CiderScorer
@@ -162,8 +162,8 @@ def cider(answers: Sequence[str], truths: Sequence[Sequence[str]]) -> list[float
             "pip install 'blip3[evaluation]' or pip install pycocoevalcap."
         ) from error
     scorer = CiderScorer()
-    for answer, references in zip(answers, truths, strict=True):
-        scorer += (_words(answer), [_words(reference) for reference in references])
+    for answer, several in zip(answers, references, strict=True):
+        scorer += (_words(answer), [_words(each) for each in several])
     return [100.0 * float(score) for score in scorer.compute_score()[1]]
 
 
@@ -281,15 +281,15 @@ def mean_and_interval(values: Sequence[float], is_proportion: bool) -> tuple[flo
     return sum(values) / len(values), low, high
 
 
-def commonest_share(truths: Sequence[str]) -> float:
-    """Give the share of the most frequent truth: what always answering it would score.
+def commonest_share(references: Sequence[str]) -> float:
+    """Give the share of the most frequent reference: what always answering it would score.
 
     >>> commonest_share(["left", "right", "left"]) == 2 / 3
     True
 
     Raises:
-        ValueError: without truths.
+        ValueError: without references.
     """
-    _check_any(len(truths))
-    runs = itertools.groupby(sorted(truths))
-    return max(len(list(run)) for _, run in runs) / len(truths)
+    _check_any(len(references))
+    runs = itertools.groupby(sorted(references))
+    return max(len(list(run)) for _, run in runs) / len(references)

@@ -35,7 +35,7 @@ class Result:
     answers: Sequence[str]
     """One for each question."""
     scores: Scores
-    """What the task's `judge` gives."""
+    """What the task's `score` gives."""
 
     @property
     def label(self) -> str:
@@ -73,14 +73,14 @@ def summarise(result: Result) -> Numbers:
         known = [value for value in values if value is not None]
         if name != metric and known:
             others[name] = {"count": len(known), "score": sum(known) / len(known)}
-    truths = [question.truth for question in result.questions]
+    references = [question.reference for question in result.questions]
     return {
         "model": result.model,
         "task": result.task,
         "shots": result.num_shots,
         "metric": metric,
         **_numbers(main, result.is_share),
-        "always_the_commonest_answer": commonest_share(truths) if metric == "exact" else None,
+        "always_the_commonest_answer": commonest_share(references) if metric == "exact" else None,
         "other_scores": others,
         "groups": _group_numbers(result.questions, main, result.is_share),
     }
@@ -140,7 +140,7 @@ def write_report(results: Sequence[Result], folder: Path, about: Numbers) -> Non
     (folder / "results.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "table.md").write_text(_table(results, summaries, differences, about), encoding="utf-8")
     (folder / "samples.md").write_text(_samples(results), encoding="utf-8")
-    draw_plot(results, summaries).savefig(folder / "plot.png", dpi=150)
+    make_plot(results, summaries).savefig(folder / "plot.png", dpi=150)
 
 
 def _table(results: Sequence[Result], summaries: list[Numbers], differences: list[Numbers], about: Numbers) -> str:
@@ -164,7 +164,7 @@ def _table(results: Sequence[Result], summaries: list[Numbers], differences: lis
         )
     settings = about["settings"]
     lines = [
-        f"Held-out drawn world, seed {settings['seed']}, {settings['count']} questions a task, intervals of "
+        f"Held-out rendered world, seed {settings['seed']}, {settings['count']} questions a task, intervals of "
         f"{CONFIDENCE}; made by `blip3.evaluation.score`.",
         "",
         *markdown_table(head, rows),
@@ -233,7 +233,7 @@ def _samples(results: Sequence[Result]) -> str:
         for mark, chosen in (("+", best), ("-", worst)):
             for index in chosen:
                 question, answer = result.questions[index], result.answers[index]
-                texts = (_escape(text) for text in (question.text, question.truth, answer))
+                texts = (_escape(text) for text in (question.text, question.reference, answer))
                 rows.append([mark, question.id, *texts, f"{main[index]:g}"])
         head = ["", "record", "question", "truth", "answer", TASKS[result.task].metric]
         lines += ["", f"## {result.model}: {result.label}", "", *markdown_table(head, rows)]
@@ -243,7 +243,7 @@ def _samples(results: Sequence[Result]) -> str:
 # ----------------------------------------------------------------------------------------------------------- plot
 
 
-def draw_plot(results: Sequence[Result], summaries: Sequence[Numbers]) -> Any:
+def make_plot(results: Sequence[Result], summaries: Sequence[Numbers]) -> Any:
     """Draw bars with intervals, a colour for each model; captions, whose score is no share, beside.
 
     Returns:
@@ -267,7 +267,7 @@ def draw_plot(results: Sequence[Result], summaries: Sequence[Numbers]) -> Any:
     figure = new_figure((width, 4.3 + 0.2 * (len(title) + legend_lines)), "evaluation")
     all_axes = figure.subplots(1, len(panels), width_ratios=num_rows, squeeze=False)[0]
     for axes, (is_share, chosen) in zip(all_axes, panels, strict=True):
-        _draw_bars(axes, chosen, 100 if is_share else 1)
+        _plot_bars(axes, chosen, 100 if is_share else 1)
         axes.set_ylabel("% of questions" if is_share else "CIDEr")
         axes.set_ylim(0, 100 if is_share else None)
     if len(models) > 1:
@@ -281,10 +281,10 @@ def _title(results: Sequence[Result], models: Sequence[str]) -> str:
     name = "" if len(models) > 1 else f"{models[0]}: "
     counts = {len(result.questions) for result in results}
     shown = f"{min(counts):,}" if len(counts) == 1 else f"{min(counts):,} to {max(counts):,}"
-    return f"{name}held-out drawn world, {shown} questions a task, {CONFIDENCE} intervals"
+    return f"{name}held-out rendered world, {shown} questions a task, {CONFIDENCE} intervals"
 
 
-def _draw_bars(axes: Any, chosen: list[tuple[Result, Numbers]], scale: float) -> None:
+def _plot_bars(axes: Any, chosen: list[tuple[Result, Numbers]], scale: float) -> None:
     labels = list(dict.fromkeys(result.label for result, _ in chosen))
     models = list(dict.fromkeys(result.model for result, _ in chosen))
     width = 0.8 / len(models)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Score checkpoints on the held-out drawn world.
+r"""Score checkpoints on the held-out rendered world.
 
     python -m blip3.evaluation.score --model . --world recipes/small/world.yaml --output outputs/scores
     python -m blip3.evaluation.score --model any-res=. base=. --base-resolution base --task read --output FOLDER
@@ -45,7 +45,7 @@ class ScoreSettings:
     tasks: tuple[str, ...] = tuple(TASKS)
     """Keys of `TASKS`."""
     world: WorldSettings = dataclasses.field(default_factory=WorldSettings)
-    """What may be drawn; a model is scored on the world it was trained for."""
+    """What may be rendered; a model is scored on the world it was trained for."""
     count: int = 1000
     """Questions of each task."""
     seed: int = 0
@@ -129,20 +129,22 @@ def score(settings: ScoreSettings, load: Callable[[ScoreSettings, str], Answerer
     """
     settings.output.mkdir(parents=True, exist_ok=True)
     about = _check_request(settings)
-    drawn: dict[Job, list[Question]] = {}
+    rendered: dict[Job, list[Question]] = {}
     results = []
     for name in settings.models:
         answerer: Answerer | None = None
         for task, num_shots in settings.jobs:
-            if (task, num_shots) not in drawn:
-                drawn[task, num_shots] = make_questions(task, settings.count, settings.seed, settings.world, num_shots)
-            questions, job = drawn[task, num_shots], _job_name(task, num_shots)
+            if (task, num_shots) not in rendered:
+                rendered[task, num_shots] = make_questions(
+                    task, settings.count, settings.seed, settings.world, num_shots
+                )
+            questions, job = rendered[task, num_shots], _job_name(task, num_shots)
             file = AnswerFile(settings.output / "predictions" / name / f"{job}.jsonl", questions)
             if not file.is_complete:
                 answerer = answerer or load(settings, name)
                 _ask(answerer, file, settings.batch_size, f"{name}: {job}")
             answers = file.read()
-            scores = TASKS[task].judge(questions, answers)
+            scores = TASKS[task].score(questions, answers)
             results.append(Result(name, task, num_shots, questions, answers, scores))
     write_report(results, settings.output, about)
     return results
@@ -192,7 +194,7 @@ class AnswerFile:
         """
         lines = _parse(self.path, self.path.read_bytes())
         found = [(line["id"], line["question"], line["truth"]) for line in lines]
-        wanted = [(question.id, question.text, question.truth) for question in self.questions]
+        wanted = [(question.id, question.text, question.reference) for question in self.questions]
         if found != wanted:
             row = next((row for row, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]), None)
             place = f"line {row + 1}" if row is not None else f"{len(found)} lines for {len(wanted)} questions"
@@ -229,7 +231,7 @@ class AnswerFile:
         draft = self.path.with_name(f"{self.path.name}.draft")
         with draft.open("w", encoding="utf-8") as file:
             for question in self.questions:
-                line = {"id": question.id, "question": question.text, "truth": question.truth}
+                line = {"id": question.id, "question": question.text, "truth": question.reference}
                 file.write(json.dumps(line | {"answer": answers[question.id]}, ensure_ascii=False) + "\n")
         draft.replace(self.path)
         self.unfinished.unlink()
@@ -342,7 +344,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ScoreSettings:
         "--base-resolution",
         nargs="*",
         metavar="NAME",
-        help="show these models (without names: all) each picture as its global view alone (default: as each model's "
+        help="show these models (without names: all) each image as its global view alone (default: as each model's "
         "image processor is configured)",
     )
     add("--batch-size", type=int, default=16, help="questions at once (default: 16)")

@@ -29,7 +29,7 @@ def new_figure(size: tuple[float, float], extra: str) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            f"The plot is drawn by matplotlib, which cannot be imported ({error}). It is probably not installed: "
+            f"The plot is rendered by matplotlib, which cannot be imported ({error}). It is probably not installed: "
             f"pip install 'blip3[{extra}]' or pip install matplotlib."
         ) from error
     figure = Figure(figsize=size, layout="constrained")

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A page to talk with BLIP-3 about pictures: streamed answers, and the tiles and tokens each picture becomes.
+"""A page to talk with BLIP-3 about images: streamed answers, and the tiles and tokens each image becomes.
 
     python -m blip3.serving.app                                    this repository's small model
     python -m blip3.serving.app --model FOLDER                     any converted checkpoint
 
-    question, pictures --+--> answer --- messages_of --> processor --> generate in a thread --> text, piece by piece
+    question, images --+--> answer --- messages_of --> processor --> generate in a thread --> text, piece by piece
                          |
-                         +--> preview --- describe_pictures --> panel_html: sizes, grids, tokens, tiles
+                         +--> preview --- describe_images --> panel_html: sizes, grids, tokens, tiles
 
 On a Hugging Face Space this file, checkpoints.py, the requirements and a checkpoint are enough; the card is
 blip3/serving/space/README.md.
-The conversation is kept by the server, so what a browser sends is one question, and pictures are opened only from the
+The conversation is kept by the server, so what a browser sends is one question, and images are opened only from the
 folder of this page's own uploads. Nothing is fetched from the hub, and nothing is reported to anyone.
 """
 
@@ -62,10 +62,10 @@ SEEN_TITLE = "What the model sees"
 class Limits:
     """What one visitor may ask of a public page."""
 
-    max_pictures: int = 6
+    max_images: int = 6
     """Per conversation."""
     max_pixels: int = 24_000_000
-    """Per picture, checked before it is decoded."""
+    """Per image, checked before it is decoded."""
     max_megabytes: int = 16
     """Per uploaded file."""
     max_characters: int = 2000
@@ -79,16 +79,16 @@ class Limits:
     max_sessions: int = 200
     """Conversations the server remembers."""
     keep_seconds: int = 3600
-    """How long uploaded pictures are kept."""
+    """How long uploaded images are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One message of a conversation; only those of the user have pictures."""
+    """One message of a conversation; only those of the user have images."""
 
     role: str
     text: str
-    pictures: tuple[Path, ...] = ()
+    images: tuple[Path, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +101,8 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureView:
-    """What a picture became: its size in pixels, grid of (rows, columns), image tokens, global view and tiles."""
+class ImageView:
+    """What an image became: its size in pixels, grid of (rows, columns), image tokens, global view and tiles."""
 
     height: int
     width: int
@@ -115,22 +115,22 @@ class PictureView:
 
 
 def paths_of(turns: Sequence[Turn]) -> list[Path]:
-    """The pictures of a conversation in reading order."""
-    return [path for turn in turns for path in turn.pictures]
+    """The images of a conversation in reading order."""
+    return [path for turn in turns for path in turn.images]
 
 
-def messages_of(turns: Sequence[Turn], pictures: Sequence[Image.Image]) -> list[dict]:
-    """Write a conversation as the chat template reads it, each picture in the turn it was sent with.
+def messages_of(turns: Sequence[Turn], images: Sequence[Image.Image]) -> list[dict]:
+    """Write a conversation as the chat template reads it, each image in the turn it was sent with.
 
     Args:
         turns: the conversation.
-        pictures: all of its pictures in reading order.
+        images: all of its images in reading order.
     """
-    remaining = iter(pictures)
+    remaining = iter(images)
     messages = []
     for turn in turns:
-        parts: list[dict] = [{"type": "image", "image": next(remaining)} for _ in turn.pictures]
-        # A model may spell <image> in an answer, where no picture belongs.
+        parts: list[dict] = [{"type": "image", "image": next(remaining)} for _ in turn.images]
+        # A model may spell <image> in an answer, where no image belongs.
         messages.append({"role": turn.role, "content": [*parts, {"type": "text", "text": _plain(turn)}]})
     return messages
 
@@ -143,7 +143,7 @@ def chat_view(turns: Sequence[Turn]) -> list[dict]:
     """Write a conversation as the page shows it."""
     messages = []
     for turn in turns:
-        files: list[dict] = [{"path": str(path)} for path in turn.pictures]
+        files: list[dict] = [{"path": str(path)} for path in turn.images]
         messages.append({"role": turn.role, "content": [*files, {"type": "text", "text": turn.text}]})
     return messages
 
@@ -152,7 +152,7 @@ def check_question(question: Turn, earlier: Sequence[Turn], limits: Limits) -> N
     """Refuse a question before anything is opened.
 
     Raises:
-        ValueError: if it is empty, too long, holds the picture marker, or brings too many pictures.
+        ValueError: if it is empty, too long, holds the image marker, or brings too many images.
     """
     if not question.text:
         raise ValueError("The question is empty. It was probably sent too soon: write what you want to know.")
@@ -163,13 +163,13 @@ def check_question(question: Turn, earlier: Sequence[Turn], limits: Limits) -> N
         )
     if IMAGE_TOKEN in question.text:
         raise ValueError(
-            f"The question holds {IMAGE_TOKEN}, which marks a picture in the model's input. It was probably copied "
-            "from a prompt: attach the picture instead."
+            f"The question holds {IMAGE_TOKEN}, which marks an image in the model's input. It was probably copied "
+            "from a prompt: attach the image instead."
         )
-    num_pictures = len(paths_of([*earlier, question]))
-    if num_pictures > limits.max_pictures:
+    num_images = len(paths_of([*earlier, question]))
+    if num_images > limits.max_images:
         raise ValueError(
-            f"This conversation would have {num_pictures} pictures but at most {limits.max_pictures} are read. "
+            f"This conversation would have {num_images} images but at most {limits.max_images} are read. "
             "Remove some, or start a new conversation."
         )
 
@@ -179,26 +179,26 @@ def shorten_error(error: ValueError, max_characters: int = 320) -> str:
     return textwrap.shorten(str(error), max_characters, placeholder=" ...")
 
 
-# -- Pictures ---------------------------------------------------------------------------------------------------------
+# -- Images ---------------------------------------------------------------------------------------------------------
 
 
-def open_pictures(paths: Sequence[Path], uploads: Path) -> list[Image.Image]:
-    """Open uploaded pictures by their headers; the processor decodes and checks them.
+def fetch_images(paths: Sequence[Path], uploads: Path) -> list[Image.Image]:
+    """Open uploaded images by their headers; the processor decodes and checks them.
 
     Args:
         paths: where the page put them.
         uploads: the only folder they may lie in.
 
     Raises:
-        ValueError: naming the picture, if it lies elsewhere, is gone or is no picture.
+        ValueError: naming the image, if it lies elsewhere, is gone or is no image.
     """
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     for index, path in enumerate(paths):
-        which = f"Picture {index + 1} of {len(paths)}"
+        which = f"Image {index + 1} of {len(paths)}"
         if not path.resolve().is_relative_to(uploads.resolve()):
             raise ValueError(f"{which}: it was not uploaded here, and nothing else is opened. Upload it.")
         try:
-            pictures.append(Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS))
+            images.append(Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS))
         except FileNotFoundError:
             raise ValueError(
                 f"{which}: it is no longer kept. The page was probably left open for long: start a new conversation."
@@ -208,59 +208,57 @@ def open_pictures(paths: Sequence[Path], uploads: Path) -> list[Image.Image]:
                 f"{which}: it is not a {', '.join(FORMATS)} file of acceptable size. It is probably of another type "
                 "or damaged: save it as JPEG or PNG."
             ) from None
-    return pictures
+    return images
 
 
-def picture_arguments(processor: Any, splits: bool, limits: Limits) -> dict[str, Any]:
-    """What the processor is told about pictures, for prompts and for the panel alike."""
+def image_arguments(processor: Any, splits: bool, limits: Limits) -> dict[str, Any]:
+    """What the processor is told about images, for prompts and for the panel alike."""
     turns = processor.image_processor.do_exif_transpose is not False
     return {"do_image_splitting": splits, "max_image_pixels": limits.max_pixels, "do_exif_transpose": turns}
 
 
-def describe_pictures(
-    processor: Any, pictures: Sequence[Image.Image], splits: bool, limits: Limits
-) -> list[PictureView]:
-    """Say what each picture becomes.
+def describe_images(processor: Any, images: Sequence[Image.Image], splits: bool, limits: Limits) -> list[ImageView]:
+    """Say what each image becomes.
 
     Args:
         processor: the model's.
-        pictures: opened, not necessarily decoded.
+        images: opened, not necessarily decoded.
         splits: whether tiles are cut, or the global view is all.
         limits: of the page.
 
     Raises:
-        ValueError: naming the picture that cannot be read.
+        ValueError: naming the image that cannot be read.
     """
-    if not pictures:
+    if not images:
         return []
     tiler = processor.image_processor
-    arguments = picture_arguments(processor, splits, limits)
-    inputs = tiler(list(pictures), return_tensors="pt", **arguments)
+    arguments = image_arguments(processor, splits, limits)
+    inputs = tiler(list(images), return_tensors="pt", **arguments)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (tiler.image_mean, tiler.image_std))
     views = []
-    for index, picture in enumerate(pictures):
-        is_turned = arguments["do_exif_transpose"] and is_stored_sideways(picture)
-        height, width = picture.size if is_turned else picture.size[::-1]
+    for index, image in enumerate(images):
+        is_turned = arguments["do_exif_transpose"] and is_stored_sideways(image)
+        height, width = image.size if is_turned else image.size[::-1]
         rows, columns = tiler.grid_of(height, width, splits)
         values = inputs["pixel_values"][index, : 1 + rows * columns] * std + mean  # (1 + R * C, 3, S, S)
         pixels = (values * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
         num_tokens = processor.replace_image_token(inputs, index).count(IMAGE_TOKEN)
-        views.append(PictureView(height, width, (rows, columns), num_tokens, tuple(map(Image.fromarray, pixels))))
+        views.append(ImageView(height, width, (rows, columns), num_tokens, tuple(map(Image.fromarray, pixels))))
     return views
 
 
-def is_stored_sideways(picture: Image.Image) -> bool:
+def is_stored_sideways(image: Image.Image) -> bool:
     """Whether showing an image upright swaps its height and width."""
     try:
-        return picture.getexif().get(EXIF_ORIENTATION) in SIDEWAYS
+        return image.getexif().get(EXIF_ORIENTATION) in SIDEWAYS
     except Exception:  # damaged EXIF, which says nothing about the pixels
         return False
 
 
-def panel_html(views: Sequence[PictureView]) -> str:
-    """Lay out what the model sees of each picture."""
+def panel_html(views: Sequence[ImageView]) -> str:
+    """Lay out what the model sees of each image."""
     if not views:
-        return panel_note("Add a picture to see its global view, its tiles and its tokens.")
+        return panel_note("Add an image to see its global view, its tiles and its tokens.")
     total = sum(view.num_tokens for view in views)
     blocks = []
     for index, view in enumerate(views):
@@ -273,12 +271,12 @@ def panel_html(views: Sequence[PictureView]) -> str:
             f"<figcaption>{rows * columns} tiles</figcaption></figure>"
         )
         blocks.append(
-            f'<section><h4>Picture {index + 1} <span class="count">{view.num_tokens} tokens</span></h4>'
+            f'<section><h4>Image {index + 1} <span class="count">{view.num_tokens} tokens</span></h4>'
             f"<p>{view.height} x {view.width} pixels (height x width), {layout}</p>"
             f'<div class="parts"><figure class="global"><div>{_img(view.tiles[0], "global view")}</div>'
             f"<figcaption>global view</figcaption></figure>{grid if rows else ''}</div></section>"
         )
-    title = f"{len(views)} picture{'s' if len(views) > 1 else ''}, {total} image tokens"
+    title = f"{len(views)} image{'s' if len(views) > 1 else ''}, {total} image tokens"
     return f'<div class="seen"><h3>{SEEN_TITLE} <small>{title}</small></h3>{"".join(blocks)}</div>'
 
 
@@ -315,7 +313,7 @@ class Chat:
     Args:
         processor: the model's.
         model: in evaluation mode, on its device.
-        uploads: the folder the page keeps uploaded pictures in.
+        uploads: the folder the page keeps uploaded images in.
         limits: of the page.
     """
 
@@ -329,22 +327,22 @@ class Chat:
         """Turn a conversation that ends with a question into model inputs.
 
         Raises:
-            ValueError: if a picture cannot be read, or the model's context cannot hold it all.
+            ValueError: if an image cannot be read, or the model's context cannot hold it all.
         """
-        pictures = open_pictures(paths_of(turns), self.uploads)
+        images = fetch_images(paths_of(turns), self.uploads)
         inputs = self.processor.apply_chat_template(
-            messages_of(turns, pictures),
+            messages_of(turns, images),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs=picture_arguments(self.processor, options.splits, self.limits) if pictures else {},
+            processor_kwargs=image_arguments(self.processor, options.splits, self.limits) if images else {},
         )
         num_tokens, context = inputs["input_ids"].shape[1], self.model.config.text_config.max_position_embeddings
         if num_tokens + options.max_new_tokens > context:
             raise ValueError(
                 f"The conversation takes {num_tokens} tokens and the answer may take {options.max_new_tokens} but the "
-                f"model reads {context} in all. It probably has too many pictures: start a new conversation, switch "
+                f"model reads {context} in all. It probably has too many images: start a new conversation, switch "
                 "tiles off or ask for a shorter answer."
             )
         return inputs.to(self.model.device, self.model.dtype)
@@ -415,7 +413,7 @@ class Chat:
             check_question(question, turns, self.limits)
             inputs = self.prepare(asked, options)
             num_images = int((inputs["input_ids"] == self.processor.image_token_id).sum())
-            status = f"prompt: {inputs['input_ids'].shape[1]} tokens, {num_images} from pictures"
+            status = f"prompt: {inputs['input_ids'].shape[1]} tokens, {num_images} from images"
             yield input_box(self.limits, is_busy=True), chat_view(asked), asked, status
             text, count = "", 0
             for text, count in self.stream(inputs, options, stop):
@@ -438,16 +436,16 @@ class Chat:
             event.set()
 
     def preview(self, sent: dict, turns: list[Turn], splits: bool, shown: tuple | None) -> tuple[Any, Any]:
-        """Show what the model sees of all pictures, sent or about to be; yields the panel and what it shows."""
+        """Show what the model sees of all images, sent or about to be; yields the panel and what it shows."""
         paths = [*paths_of(turns), *map(Path, sent["files"])]
         wanted = (tuple(paths), splits)
         if wanted == shown:
             return gr.skip(), gr.skip()
         try:
-            if len(paths) > self.limits.max_pictures:
+            if len(paths) > self.limits.max_images:
                 check_question(Turn("user", "?", tuple(paths)), [], self.limits)
-            pictures = open_pictures(paths, self.uploads)
-            panel = panel_html(describe_pictures(self.processor, pictures, splits, self.limits))
+            images = fetch_images(paths, self.uploads)
+            panel = panel_html(describe_images(self.processor, images, splits, self.limits))
         except ValueError as error:
             panel = panel_note(shorten_error(error), is_error=True)
         return panel, wanted
@@ -498,10 +496,10 @@ CSS = """
 
 
 def input_box(limits: Limits, sent: dict | None = None, is_busy: bool = False) -> gr.MultimodalTextbox:
-    """The box for question and pictures: empty, with what failed to be answered, or waiting for the answer."""
+    """The box for question and images: empty, with what failed to be answered, or waiting for the answer."""
     return gr.MultimodalTextbox(
         value=sent or {"text": "", "files": []},
-        placeholder=f"Ask about your pictures; add up to {limits.max_pictures} with the clip, or drop them here",
+        placeholder=f"Ask about your images; add up to {limits.max_images} with the clip, or drop them here",
         file_count="multiple",
         file_types=["image"],
         sources=["upload"],
@@ -519,10 +517,10 @@ def chat_log(examples: Sequence[dict]) -> gr.Chatbot:
     log = gr.Chatbot(
         show_label=False,
         height=520,
-        render_markdown=False,  # an answer is text: it draws no pictures and makes no links
+        render_markdown=False,  # an answer is text: it draws no images and makes no links
         buttons=["copy"],
         feedback_options=None,
-        placeholder="Add one picture or several, and ask about them.",
+        placeholder="Add one image or several, and ask about them.",
         examples=[{"text": example["text"], "icon": example["files"][0]} for example in examples] or None,
         elem_id="chat",
     )
@@ -536,7 +534,7 @@ def refuse_urls(box: gr.MultimodalTextbox) -> None:
 
     async def move_files_only(name: Any) -> Any:
         if str(name).lower().startswith(("http:", "https:")):
-            raise gr.Error("Pictures are read from uploads only, not from URLs.")
+            raise gr.Error("Images are read from uploads only, not from URLs.")
         return await move(name)
 
     box.async_move_resource_to_block_cache = move_files_only
@@ -556,7 +554,7 @@ def build_page(chat: Chat, name: str, examples: Sequence[dict] = ()) -> gr.Block
         title="BLIP-3", analytics_enabled=False, delete_cache=(limits.keep_seconds // 4, limits.keep_seconds)
     ) as page:
         turns, shown = gr.State([]), gr.State(None)
-        gr.Markdown(f"# BLIP-3\nTalk about pictures with `{name}`, and see what the model sees.", elem_id="title")
+        gr.Markdown(f"# BLIP-3\nTalk about images with `{name}`, and see what the model sees.", elem_id="title")
         with gr.Row():
             with gr.Column(scale=3, min_width=420):
                 shown_chat = chat_log(examples)
@@ -643,7 +641,7 @@ def load(checkpoint: str | Path, subfolder: str = "") -> tuple[Any, Any]:
 
 
 def load_examples(source: Path, folder: Path) -> list[dict]:
-    """Copy the questions that stand beside a checkpoint, with their pictures, to where the page may read them.
+    """Copy the questions that stand beside a checkpoint, with their images, to where the page may read them.
 
     Args:
         source: with examples.json, as examples/images is; without it there are no examples.

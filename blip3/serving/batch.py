@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask many pictures with Ray Data: a folder or parquet files in, one line of JSON per picture out.
+"""Ask many images with Ray Data: a folder or parquet files in, one line of JSON per image out.
 
     python -m blip3.serving.batch --model FOLDER --input PICTURES --output ANSWERS --question "What does the sign say?"
 
@@ -8,10 +8,10 @@
     ANSWERS/answers.jsonl, in the order of completion <-- append and fsync, by this process alone <------+
     ANSWERS/manifest.json, what the answers depend on
 
-Each line is {"id", "question", "answer", "error"}. A picture that cannot be read has the answer null and an error of
+Each line is {"id", "question", "answer", "error"}. An image that cannot be read has the answer null and an error of
 one sentence. The same command continues after any interruption: lines that are complete stay, the rest is asked.
 
-ids are paths inside the folder; in parquet the values of --id-column, or "file.parquet:row" without one. A picture in
+ids are paths inside the folder; in parquet the values of --id-column, or "file.parquet:row" without one. An image in
 parquet is bytes, a struct of bytes and path as `datasets` writes it, or a path beside the parquet file.
 """
 
@@ -41,7 +41,7 @@ from ..checkpoints import CODE_FILES, folder_of, locate
 
 ENGINES = ("transformers", "vllm")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-PICTURE_SUFFIXES = (
+IMAGE_SUFFIXES = (
     ".avif",
     ".bmp",
     ".gif",
@@ -57,8 +57,8 @@ PICTURE_SUFFIXES = (
 )
 IMAGE_TOKEN = "<image>"
 ANSWERS, MANIFEST = "answers.jsonl", "manifest.json"
-MAX_PICTURE_BYTES = 256 * 2**20  # of one file; larger ones are errors, so that a mistake cannot fill the memory
-MAX_BLOCK_BYTES = 8 * 2**20  # of pictures on their way between two of Ray's processes
+MAX_IMAGE_BYTES = 256 * 2**20  # of one file; larger ones are errors, so that a mistake cannot fill the memory
+MAX_BLOCK_BYTES = 8 * 2**20  # of images on their way between two of Ray's processes
 PATHS_PER_UNIT = 1024
 FINGERPRINT_BYTES = 2**20  # at both ends of each file of the model
 
@@ -69,15 +69,15 @@ class BatchSettings:
 
     Attributes:
         model: a checkpoint, as `checkpoints.locate` takes it.
-        input: a folder of pictures, a parquet file or a folder of them; folders are read with all that is below.
+        input: a folder of images, a parquet file or a folder of them; folders are read with all that is below.
         output: a folder, made if need be.
-        question: asked of each picture whose row has none of its own.
+        question: asked of each image whose row has none of its own.
         question_column: of parquet.
         image_column: of parquet.
         id_column: of parquet; None takes `id` if there is one. Integers or texts, each once.
         engine: `transformers` or `vllm`.
         workers: actors, each with a model of its own.
-        batch_size: pictures per call of the engine.
+        batch_size: images per call of the engine.
         max_new_tokens: of one answer.
         dtype: `auto` takes the checkpoint's.
         num_gpus_per_worker: 0 stays on the CPU; a fraction shares one; above 1 is vLLM's tensor parallelism.
@@ -115,7 +115,7 @@ class BatchSettings:
                 )
         if not (self.question or "").strip() and self.question_column is None:
             raise ValueError(
-                f"question is {self.question!r} and no question_column is given, but each picture needs a question. "
+                f"question is {self.question!r} and no question_column is given, but each image needs a question. "
                 "It was probably left out: pass one of the two."
             )
         num_gpus, whole = self.num_gpus_per_worker, self.engine == "vllm"
@@ -136,7 +136,7 @@ class Summary:
         done: answered or reported by this run.
         errors: of these, reported.
         earlier: rows that were done before.
-        skipped_files: files of the folder that are no pictures by their name.
+        skipped_files: files of the folder that are no images by their name.
         seconds: from loading to the last line.
         answers: where the lines are.
     """
@@ -150,7 +150,7 @@ class Summary:
     answers: Path
 
     def __str__(self) -> str:
-        skipped = f"; {self.skipped_files} files are no pictures by their name" if self.skipped_files else ""
+        skipped = f"; {self.skipped_files} files are no images by their name" if self.skipped_files else ""
         return (
             f"Done: {self.done} of {self.rows} rows, {self.errors} of them errors, {self.earlier} done earlier"
             f"{skipped}; {self.seconds:.1f} s, {self.done / self.seconds:.2f} rows/s: {self.answers}"
@@ -158,7 +158,7 @@ class Summary:
 
 
 def run_batch(settings: BatchSettings) -> Summary:
-    """Ask every picture that has no line yet.
+    """Ask every image that has no line yet.
 
     Uses Ray as it is if it was started, else the cluster of RAY_ADDRESS, else this machine for as long as it takes.
 
@@ -274,7 +274,7 @@ class Answerer:
         )
 
     def _prepare(self, row: dict) -> dict:
-        """Open one picture; what is wrong with it becomes the row's error."""
+        """Open one image; what is wrong with it becomes the row's error."""
         question = json.loads(row["question"])
         if question is None:
             question = self.question
@@ -282,37 +282,37 @@ class Answerer:
         try:
             if not isinstance(question, str) or not question.strip():
                 raise ValueError(f"The question is {question!r} but a text that is not blank is expected.")
-            prepared = self.engine.prepare(_read_picture(row["kind"], row["picture"]), question)
+            prepared = self.engine.prepare(_read_image(row["kind"], row["picture"]), question)
         except ValueError as problem:
             error = _one_sentence(problem)
         return {"id": row["id"], "question": question, "answer": None, "error": error, "prepared": prepared}
 
 
-def _read_picture(kind: str, data: bytes) -> bytes:
-    """Return the bytes of a picture's file.
+def _read_image(kind: str, data: bytes) -> bytes:
+    """Return the bytes of an image's file.
 
     Raises:
         ValueError: if there are none, or too many.
     """
     if kind == "none":
-        raise ValueError("The row has no picture.")
+        raise ValueError("The row has no image.")
     num_bytes = len(data)
     if kind == "path":
         path = Path(os.fsdecode(data))
         try:
             num_bytes = path.stat().st_size
-            data = path.read_bytes() if num_bytes <= MAX_PICTURE_BYTES else b""
+            data = path.read_bytes() if num_bytes <= MAX_IMAGE_BYTES else b""
         except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
             reason = "no such file" if isinstance(error, FileNotFoundError) else type(error).__name__
             raise ValueError(f"The file {path.name!r} could not be read ({reason}).") from None
-    if num_bytes > MAX_PICTURE_BYTES:
-        raise ValueError(f"The picture has {num_bytes} bytes but at most {MAX_PICTURE_BYTES} are read.")
+    if num_bytes > MAX_IMAGE_BYTES:
+        raise ValueError(f"The image has {num_bytes} bytes but at most {MAX_IMAGE_BYTES} are read.")
     return data
 
 
 def _one_sentence(error: ValueError) -> str:
     """Cut a message of several sentences after the first, without what differs from run to run."""
-    text = " ".join(str(error).removeprefix("Picture 1 of 1: ").split())
+    text = " ".join(str(error).removeprefix("Image 1 of 1: ").split())
     text = re.sub(r" <_io\.BytesIO[^>]*>", "", text)
     text = re.split(r"(?<=\.) ", text, maxsplit=1)[0].removesuffix(".")
     return text[:1].upper() + text[1:300] + "."
@@ -335,8 +335,8 @@ def _to_line(row: Mapping) -> str:
 class Engine(Protocol):
     """What answers."""
 
-    def prepare(self, picture: bytes, question: str) -> Any:
-        """Open and check one picture; raises ValueError if it or the question cannot be used."""
+    def prepare(self, image: bytes, question: str) -> Any:
+        """Open and check one image; raises ValueError if it or the question cannot be used."""
 
     def generate(self, prepared: list) -> list[str]:
         """Answer what `prepare` returned, greedily."""
@@ -359,10 +359,10 @@ class TransformersEngine:
             model = model.to(device)
         self.model = model.eval()
 
-    def prepare(self, picture: bytes, question: str) -> Any:
+    def prepare(self, image: bytes, question: str) -> Any:
         """Return the model inputs of one row."""
         prompt = render(self.processor, question)
-        inputs = self.processor(text=[prompt], images=[[picture]], return_tensors="pt")
+        inputs = self.processor(text=[prompt], images=[[image]], return_tensors="pt")
         check_length(inputs["input_ids"].shape[1], self.max_new_tokens, self.model.config)
         return inputs
 
@@ -381,7 +381,7 @@ class TransformersEngine:
     def _generate(self, prepared: list) -> list[str]:
         text = [
             {name: row[name][0].tolist() for name in ("input_ids", "attention_mask")} for row in prepared
-        ]  # each row was prepared alone, so that one bad picture spoils no batch
+        ]  # each row was prepared alone, so that one bad image spoils no batch
         inputs = self.processor.tokenizer.pad(text, padding_side="left", return_tensors="pt")
         for name in ("pixel_values", "image_sizes"):
             inputs[name] = torch.cat([row[name] for row in prepared])
@@ -417,14 +417,14 @@ class VllmEngine:
             tensor_parallel_size=max(1, int(settings.num_gpus_per_worker)),
         )
 
-    def prepare(self, picture: bytes, question: str) -> Any:
-        """Return one request: the prompt as the chat template writes it, and the decoded picture."""
+    def prepare(self, image: bytes, question: str) -> Any:
+        """Return one request: the prompt as the chat template writes it, and the decoded image."""
         prompt = render(self.processor, question)
-        image = self.processor.image_processor.open_image(picture)
-        num_image_tokens = self.processor._get_num_multimodal_tokens([(image.height, image.width)]).num_image_tokens
+        opened = self.processor.image_processor.open_image(image)
+        num_image_tokens = self.processor._get_num_multimodal_tokens([(opened.height, opened.width)]).num_image_tokens
         num_tokens = len(self.processor.tokenizer(prompt)["input_ids"]) - 1 + num_image_tokens[0]
         check_length(num_tokens, self.max_new_tokens, self.config)
-        return {"prompt": prompt, "multi_modal_data": {"image": image}}
+        return {"prompt": prompt, "multi_modal_data": {"image": opened}}
 
     def generate(self, prepared: list) -> list[str]:
         """Answer all requests; vLLM schedules them."""
@@ -444,13 +444,13 @@ def _import_vllm() -> Any:
 
 
 def render(processor: Any, question: str) -> str:
-    """Write one picture and its question as the model reads them; base checkpoints just continue the text.
+    """Write one image and its question as the model reads them; base checkpoints just continue the text.
 
     Raises:
         ValueError: if the question itself holds `<image>`.
     """
     if IMAGE_TOKEN in question:
-        raise ValueError(f"The question holds {IMAGE_TOKEN}, which stands for the picture and is written for it.")
+        raise ValueError(f"The question holds {IMAGE_TOKEN}, which stands for the image and is written for it.")
     if not processor.chat_template:
         return IMAGE_TOKEN + question
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
@@ -512,7 +512,7 @@ class Plan:
         units: {"folder", "paths"} of a folder, {"file", "name", "group", "first_row", "offsets", ...} of parquet.
         num_rows: of the whole input.
         num_missing: rows the units hold.
-        num_skipped_files: files that are no pictures by their name.
+        num_skipped_files: files that are no images by their name.
     """
 
     units: list[dict]
@@ -522,7 +522,7 @@ class Plan:
 
 
 def make_plan(settings: BatchSettings, done: set[str]) -> Plan:
-    """Find the rows of the input that are not done, without opening a picture.
+    """Find the rows of the input that are not done, without opening an image.
 
     Args:
         settings: of the run.
@@ -533,16 +533,16 @@ def make_plan(settings: BatchSettings, done: set[str]) -> Plan:
     """
     if not settings.input.exists():
         raise ValueError(
-            f"The input {str(settings.input)!r} does not exist (no such file or folder), but a folder of pictures or "
+            f"The input {str(settings.input)!r} does not exist (no such file or folder), but a folder of images or "
             "parquet files, or one parquet file, is expected. It is probably misspelt or relative to another folder: "
             "correct it, or pass the whole path."
         )
     files = sorted(_walk(settings.input)) if settings.input.is_dir() else [settings.input]
     parquet = [path for path in files if path.suffix.lower() == ".parquet"]
-    pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
-    if bool(parquet) == bool(pictures):
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    if bool(parquet) == bool(images):
         raise ValueError(
-            f"The input {str(settings.input)!r} holds {len(pictures)} pictures and {len(parquet)} parquet files, but "
+            f"The input {str(settings.input)!r} holds {len(images)} images and {len(parquet)} parquet files, but "
             "a folder with one of the two is expected, or a parquet file. It is probably misspelt or a folder too "
             "high: name the folder or file itself."
         )
@@ -550,11 +550,11 @@ def make_plan(settings: BatchSettings, done: set[str]) -> Plan:
         return _plan_parquet(settings, parquet, done)
     if settings.question_column or not settings.input.is_dir():
         raise ValueError(
-            f"The input {str(settings.input)!r} is a {'folder' if settings.input.is_dir() else 'file'} of pictures, "
+            f"The input {str(settings.input)!r} is a {'folder' if settings.input.is_dir() else 'file'} of images, "
             "but a folder without a question_column, or parquet, is expected. The input was probably meant to be "
             "parquet: name it, or pass the folder and one question."
         )
-    names = [path.relative_to(settings.input).as_posix() for path in pictures]
+    names = [path.relative_to(settings.input).as_posix() for path in images]
     missing = [name for name in names if json.dumps(name) not in done]
     starts = range(0, len(missing), PATHS_PER_UNIT)
     folder = str(settings.input.resolve())
@@ -626,7 +626,7 @@ def _check_ids(ids: list[str], values: list, seen: set[str], path: Path) -> None
             what = "for the second time" if row_id in seen else f"of the type {type(value).__name__}"
             raise ValueError(
                 f"{path.name} has the id {value!r} {what}, but ids are integers or texts and each names one row. The "
-                "column probably names pictures, several rows each: pass another id_column, or write one."
+                "column probably names images, several rows each: pass another id_column, or write one."
             )
         seen.add(row_id)
 
@@ -637,9 +637,9 @@ def _read_units(batch: Mapping[str, Iterable[str]], batch_size: int) -> Iterator
 
 
 def read_unit(unit: dict, batch_size: int) -> Iterator[Any]:
-    """Yield tables of at most `batch_size` rows: id and question as JSON, the picture's bytes or path.
+    """Yield tables of at most `batch_size` rows: id and question as JSON, the image's bytes or path.
 
-    Picture files are opened where they are answered; only what lies inside parquet is read here.
+    Image files are opened where they are answered; only what lies inside parquet is read here.
     """
     import pyarrow
     import pyarrow.parquet
@@ -667,20 +667,20 @@ def read_unit(unit: dict, batch_size: int) -> Iterator[Any]:
 def _parquet_row(unit: dict, offset: int, row: Mapping) -> tuple[str, str, bytes, Any]:
     question = row[unit["question_column"]] if unit["question_column"] else None
     row_id = _id_of(unit, offset, row[unit["id_column"]] if unit["id_column"] else None)
-    picture = row[unit["image_column"]]
-    if isinstance(picture, Mapping):  # as datasets writes it
-        picture = picture.get("bytes") or picture.get("path")
-    if isinstance(picture, str):
-        return row_id, "path", os.fsencode(Path(unit["file"]).parent / picture), question
-    return (row_id, "bytes", picture, question) if isinstance(picture, bytes) else (row_id, "none", b"", question)
+    image = row[unit["image_column"]]
+    if isinstance(image, Mapping):  # as datasets writes it
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, str):
+        return row_id, "path", os.fsencode(Path(unit["file"]).parent / image), question
+    return (row_id, "bytes", image, question) if isinstance(image, bytes) else (row_id, "none", b"", question)
 
 
 def _to_table(rows: list[tuple[str, str, bytes, Any]]) -> Any:
     import pyarrow
 
-    ids, kinds, pictures, questions = zip(*rows, strict=True)
+    ids, kinds, images, questions = zip(*rows, strict=True)
     questions = [json.dumps(question, default=str) for question in questions]
-    columns = {"id": ids, "kind": kinds, "picture": pyarrow.array(pictures, pyarrow.large_binary())}
+    columns = {"id": ids, "kind": kinds, "picture": pyarrow.array(images, pyarrow.large_binary())}
     return pyarrow.table({**columns, "question": questions})
 
 
@@ -816,7 +816,7 @@ def parse_args(argv: list[str] | None = None) -> BatchSettings:
     parser = argparse.ArgumentParser(prog="python -m blip3.serving.batch", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="FOLDER", help="a checkpoint folder, or owner/name")
-    add("--input", type=Path, required=True, metavar="PATH", help="folder of pictures, parquet file or folder of them")
+    add("--input", type=Path, required=True, metavar="PATH", help="folder of images, parquet file or folder of them")
     add(
         "--output",
         type=Path,
@@ -824,13 +824,13 @@ def parse_args(argv: list[str] | None = None) -> BatchSettings:
         metavar="FOLDER",
         help=f"for {ANSWERS} and {MANIFEST}; continued if there",
     )
-    add("--question", help="for every picture whose row has none; default: none")
+    add("--question", help="for every image whose row has none; default: none")
     add("--question-column", metavar="NAME", help="of parquet; default: none")
     add("--image-column", metavar="NAME", default="image", help="of parquet; default: %(default)s")
     add("--id-column", metavar="NAME", help="of parquet; default: id if there is one, else file and row")
     add("--engine", choices=ENGINES, default="transformers", help="default: %(default)s")
     add("--workers", type=int, default=2, help="processes with a model each; default: %(default)s")
-    add("--batch-size", type=int, default=8, help="pictures at once; default: %(default)s")
+    add("--batch-size", type=int, default=8, help="images at once; default: %(default)s")
     add("--max-new-tokens", type=int, default=64, help="of one answer; default: %(default)s")
     add("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's; default: %(default)s")
     add("--num-gpus-per-worker", type=float, default=0, help="0: CPU; default: %(default)s")
@@ -842,7 +842,7 @@ def parse_args(argv: list[str] | None = None) -> BatchSettings:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; return 0 (also with pictures reported as errors), 1 after printing an error, or 130 when interrupted."""
+    """Run; return 0 (also with images reported as errors), 1 after printing an error, or 130 when interrupted."""
     settings = parse_args(argv)
     try:
         print(run_batch(settings))

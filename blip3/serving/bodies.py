@@ -2,13 +2,13 @@
 """The body of a request to prompts and options: everything a stranger may say, checked before anything is opened.
 
     {"inputs": "text"}
-    {"inputs": {"image" | "images": ..., "text": "..."}}      pictures first, or one <image> in the text for each
+    {"inputs": {"image" | "images": ..., "text": "..."}}      images first, or one <image> in the text for each
     {"inputs": {"messages": [{"role": "user", "content": "..." or parts}]}}      OpenAI's parts: text, image_url
-    {"inputs": picture}                                       an image/* body, already opened by the container
+    {"inputs": image}                                       an image/* body, already opened by the container
     {"inputs": [any of these, ...]}                           one forward for all, at most `max_prompts`
     {"inputs": ..., "parameters": {...}}                      see PARAMETERS
 
-Pictures stay as they were named; `pictures` opens them.
+Images stay as they were named; `images.py` opens them.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from .pictures import check_limits, shorten
+from .images import check_limits, shorten
 
 IMAGE_TOKEN = "<image>"
 ROLES = ("system", "user", "assistant")
@@ -57,12 +57,12 @@ class Prompt:
     """One row of a request.
 
     Attributes:
-        pictures: as named, in reading order.
-        text: with one `<image>` for each picture, or with none: then the pictures come first. None asks nothing.
-        messages: a conversation with its pictures as bare parts; None for `text`.
+        images: as named, in reading order.
+        text: with one `<image>` for each image, or with none: then the images come first. None asks nothing.
+        messages: a conversation with its images as bare parts; None for `text`.
     """
 
-    pictures: tuple[Source, ...] = ()
+    images: tuple[Source, ...] = ()
     text: str | None = None
     messages: tuple[dict, ...] | None = None
 
@@ -167,7 +167,7 @@ def _parse_prompt(row: Any, limits: RequestLimits) -> Prompt:
         _refuse_unknown_keys("inputs", row, ("messages",))
         prompt = _parse_messages(row["messages"], limits)
     elif isinstance(row, Mapping) and row.keys() & {"image", "images", "text"}:
-        prompt = _parse_pictures_and_text(row)
+        prompt = _parse_images_and_text(row)
     else:
         raise ValueError(
             f"inputs is {_keys_of(row)} but a text, an object with 'image' or 'images' and 'text', or an object with "
@@ -177,22 +177,21 @@ def _parse_prompt(row: Any, limits: RequestLimits) -> Prompt:
     return prompt
 
 
-def _parse_pictures_and_text(row: Mapping) -> Prompt:
+def _parse_images_and_text(row: Mapping) -> Prompt:
     _refuse_unknown_keys("inputs", row, ("text",), ("image", "images"))
-    images = row.get("images", row.get("image"))
-    if "image" in row and isinstance(images, list):
+    given = row.get("images", row.get("image"))
+    if "image" in row and isinstance(given, list):
         raise ValueError(
-            f"image is a list of {len(images)} but one picture is expected. It is probably meant as 'images': rename "
-            "it."
+            f"image is a list of {len(given)} but one image is expected. It is probably meant as 'images': rename it."
         )
-    images = [] if images is None else images if isinstance(images, list) else [images]
-    pictures = tuple(_check_source(image) for image in images)
+    given = [] if given is None else given if isinstance(given, list) else [given]
+    images = tuple(_check_source(each) for each in given)
     text = row.get("text")
-    text = None if text is None and pictures else _check_text(text)
+    text = None if text is None and images else _check_text(text)
     slots = 0 if text is None else text.count(IMAGE_TOKEN)
-    if slots and slots != len(pictures):
-        raise ValueError(_miscounted(slots, len(pictures)))
-    return Prompt(pictures, text)
+    if slots and slots != len(images):
+        raise ValueError(_miscounted(slots, len(images)))
+    return Prompt(images, text)
 
 
 def _parse_messages(messages: Any, limits: RequestLimits) -> Prompt:
@@ -203,18 +202,18 @@ def _parse_messages(messages: Any, limits: RequestLimits) -> Prompt:
             f"messages is {given} but a list of 1 to {limits.max_messages} messages is expected. It was probably cut "
             "or encoded twice: send the last turns of the conversation as objects with role and content."
         )
-    pictures: list[Source] = []
-    parsed = tuple(_parse_message(message, pictures) for message in messages)
+    images: list[Source] = []
+    parsed = tuple(_parse_message(message, images) for message in messages)
     if parsed[-1]["role"] != "user":
         raise ValueError(
             f"The last message has the role {parsed[-1]['role']!r} but 'user' is expected. The question is probably "
             "missing: append it."
         )
-    return Prompt(tuple(pictures), messages=parsed)
+    return Prompt(tuple(images), messages=parsed)
 
 
-def _parse_message(message: Any, pictures: list[Source]) -> dict:
-    """Check one message; its pictures are moved to `pictures`."""
+def _parse_message(message: Any, images: list[Source]) -> dict:
+    """Check one message; its images are moved to `images`."""
     if not isinstance(message, Mapping) or message.get("role") not in ROLES or "content" not in message:
         role = shorten(message.get("role")) if isinstance(message, Mapping) else "none"
         raise ValueError(
@@ -230,23 +229,23 @@ def _parse_message(message: Any, pictures: list[Source]) -> dict:
             f"The content of a message is {shorten(content)} but a text or a list of parts is expected. It was "
             "probably left empty: remove the message or write its text."
         )
-    parts = [_parse_part(part, pictures) for part in content]
+    parts = [_parse_part(part, images) for part in content]
     if role == "assistant" and any(part["type"] == "image" for part in parts):
         raise ValueError(
-            "A message with the role 'assistant' has a picture but BLIP-3 answers in text only. The role is probably "
-            "wrong: move the picture to a user's message."
+            "A message with the role 'assistant' has an image but BLIP-3 answers in text only. The role is probably "
+            "wrong: move the image to a user's message."
         )
     return {"role": role, "content": parts}
 
 
-def _parse_part(part: Any, pictures: list[Source]) -> dict:
+def _parse_part(part: Any, images: list[Source]) -> dict:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text":
         _refuse_unknown_keys("A text part", part, ("type", "text"))
         return {"type": "text", "text": _check_text(part.get("text"))}
     if kind == "image":
         _refuse_unknown_keys("An image part", part, ("type",), ("image", "url"))
-        pictures.append(_check_source(part.get("image", part.get("url"))))
+        images.append(_check_source(part.get("image", part.get("url"))))
         return {"type": "image"}
     if kind == "image_url":
         _refuse_unknown_keys("An image_url part", part, ("type", "image_url"))
@@ -254,7 +253,7 @@ def _parse_part(part: Any, pictures: list[Source]) -> dict:
         if isinstance(named, Mapping):
             _refuse_unknown_keys("image_url", named, ("url", "detail"))  # OpenAI's detail has no effect here
             named = named.get("url")
-        pictures.append(_check_source(named))
+        images.append(_check_source(named))
         return {"type": "image"}
     raise ValueError(
         f"A part of a message is {_keys_of(part)} of the type {shorten(kind)} but 'text' and 'image_url' are read. It "
@@ -266,7 +265,7 @@ def _check_source(source: Any) -> Source:
     if isinstance(source, Image.Image) or (isinstance(source, str) and source):
         return source
     raise ValueError(
-        f"A picture is {shorten(source)} but an http(s) URL, a data URL or base64 text is expected. It was probably "
+        f"An image is {shorten(source)} but an http(s) URL, a data URL or base64 text is expected. It was probably "
         "sent as numbers or left empty: encode its file as base64."
     )
 
@@ -295,22 +294,22 @@ def _check_length(prompt: Prompt, limits: RequestLimits) -> None:
         )
 
 
-def _miscounted(slots: int, num_pictures: int) -> str:
+def _miscounted(slots: int, num_images: int) -> str:
     return (
-        f"The text holds {slots} {IMAGE_TOKEN} and {num_pictures} pictures were given; one {IMAGE_TOKEN} a picture is "
-        f"expected, or none at all. A picture was probably forgotten: add it, or remove {IMAGE_TOKEN} from the text."
+        f"The text holds {slots} {IMAGE_TOKEN} and {num_images} images were given; one {IMAGE_TOKEN} an image is "
+        f"expected, or none at all. An image was probably forgotten: add it, or remove {IMAGE_TOKEN} from the text."
     )
 
 
 def check_slots(rendered: str, prompt: Prompt) -> None:
-    """Compare a prompt as the model will read it with its pictures: texts of messages may not hold `<image>`.
+    """Compare a prompt as the model will read it with its images: texts of messages may not hold `<image>`.
 
     Raises:
         ValueError: if they differ.
     """
     slots = rendered.count(IMAGE_TOKEN)
-    if slots != len(prompt.pictures):
-        raise ValueError(_miscounted(slots, len(prompt.pictures)))
+    if slots != len(prompt.images):
+        raise ValueError(_miscounted(slots, len(prompt.images)))
 
 
 def _refuse_unknown_keys(what: str, given: Mapping, known: tuple[str, ...], one_of: tuple[str, ...] = ()) -> None:

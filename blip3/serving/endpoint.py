@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face Inference Endpoints: what `handler.py` at the root of a repository gives to the container.
 
-Bodies and parameters are described in `bodies.py`, how pictures are opened in `pictures.py`.
+Bodies and parameters are described in `bodies.py`, how images are opened in `images.py`.
 
     {"inputs": {"image": "https://...", "text": "What does the sign say?"}, "parameters": {"max_new_tokens": 64}}
     [{"generated_text": "No. 47", "finish_reason": "stop", "prompt_tokens": 402, "generated_tokens": 4}]
@@ -21,24 +21,24 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..checkpoints import locate
 from .bodies import IMAGE_TOKEN, Options, Prompt, RequestLimits, check_slots, parse_body
-from .pictures import PictureFetcher, PictureLimits, read_limits
+from .images import ImageFetcher, ImageLimits, read_limits
 
 logger = logging.getLogger("blip3.serving")
 
-DEFAULT_QUESTION = "Describe the picture."  # for a picture without text; base checkpoints just continue
+DEFAULT_QUESTION = "Describe the picture."  # for an image without text; base checkpoints just continue
 
 
 class EndpointHandler:
-    """Answers requests with one model, whichever thread asks; pictures are fetched in the caller's.
+    """Answers requests with one model, whichever thread asks; images are fetched in the caller's.
 
     The model has a thread to itself and takes one request at a time: any thread that ran it would keep the memory of
     its largest request.
 
     Args:
         path: the repository's folder.
-        picture_limits: what may be fetched and decoded; from `BLIP3_PICTURE_...` variables by default.
+        image_limits: what may be fetched and decoded; from `BLIP3_PICTURE_...` variables by default.
         request_limits: what may be asked of the model; from `BLIP3_REQUEST_...` variables by default.
-        public_loopback: loopback addresses to fetch pictures from, for tests only.
+        public_loopback: loopback addresses to fetch images from, for tests only.
 
     Raises:
         ValueError: if a limit cannot be read.
@@ -47,11 +47,11 @@ class EndpointHandler:
     def __init__(
         self,
         path: str = "",
-        picture_limits: PictureLimits | None = None,
+        image_limits: ImageLimits | None = None,
         request_limits: RequestLimits | None = None,
         public_loopback: Collection[str] = (),
     ):
-        self.fetcher = PictureFetcher(picture_limits, public_loopback)
+        self.fetcher = ImageFetcher(image_limits, public_loopback)
         self.limits = read_limits(RequestLimits, "BLIP3_REQUEST_") if request_limits is None else request_limits
         source = locate(path)
         self.processor = AutoProcessor.from_pretrained(**source)
@@ -78,18 +78,18 @@ class EndpointHandler:
         start = time.perf_counter()
         request = parse_body(data, self.limits)
         texts = [self._render(prompt) for prompt in request.prompts]
-        rows = self._open_pictures(request.prompts)
+        rows = self._fetch_images(request.prompts)
         answers = self._model_thread.submit(self._answer, texts, rows, request.options).result()
         digest = hashlib.sha256("\0".join(texts).encode("utf-8")).hexdigest()[:12]
         num_generated = sum(answer["generated_tokens"] for answer in answers)
         logger.info(
-            "answered %d prompts (sha256 %s, %d characters, %d pictures) with %d tokens in %.2f s",
+            "answered %d prompts (sha256 %s, %d characters, %d images) with %d tokens in %.2f s",
             len(texts), digest, sum(map(len, texts)), sum(map(len, rows)), num_generated, time.perf_counter() - start,
         )  # fmt: skip
         return answers
 
     def _render(self, prompt: Prompt) -> str:
-        """Write a prompt as the model reads it, one `<image>` for each picture."""
+        """Write a prompt as the model reads it, one `<image>` for each image."""
         has_template = bool(self.processor.chat_template)
         if prompt.messages is not None and not has_template:
             raise ValueError(
@@ -97,22 +97,22 @@ class EndpointHandler:
                 f"continues text: send images and a text with {IMAGE_TOKEN} where each belongs."
             )
         text = (DEFAULT_QUESTION if has_template else "") if prompt.text is None else prompt.text
-        pictures_first = 0 if IMAGE_TOKEN in text else len(prompt.pictures)
+        images_first = 0 if IMAGE_TOKEN in text else len(prompt.images)
         if not has_template:
-            rendered = IMAGE_TOKEN * pictures_first + text
+            rendered = IMAGE_TOKEN * images_first + text
         else:
-            parts = [{"type": "image"}] * pictures_first + [{"type": "text", "text": text}]
+            parts = [{"type": "image"}] * images_first + [{"type": "text", "text": text}]
             messages = list(prompt.messages or [{"role": "user", "content": parts}])
             rendered = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         check_slots(rendered, prompt)
         return rendered
 
-    def _open_pictures(self, prompts: Collection[Prompt]) -> list[list[Image.Image]]:
-        """Open the pictures of all rows, under limits that hold for the request."""
+    def _fetch_images(self, prompts: Collection[Prompt]) -> list[list[Image.Image]]:
+        """Open the images of all rows, under limits that hold for the request."""
         upright = self.processor.image_processor.do_exif_transpose is not False
-        sources = [source for prompt in prompts for source in prompt.pictures]
-        pictures = iter(self.fetcher.open_pictures(sources, upright))
-        return [[next(pictures) for _ in prompt.pictures] for prompt in prompts]
+        sources = [source for prompt in prompts for source in prompt.images]
+        images = iter(self.fetcher.fetch_images(sources, upright))
+        return [[next(images) for _ in prompt.images] for prompt in prompts]
 
     def _answer(self, texts: list[str], rows: list[list[Image.Image]], options: Options) -> list[dict[str, Any]]:
         """Answer all prompts in one forward."""
@@ -130,7 +130,7 @@ class EndpointHandler:
             raise ValueError(
                 f"The longest prompt takes {num_tokens} tokens and max_new_tokens is "
                 f"{options.generation['max_new_tokens']} but the model reads {context} in all. There are probably too "
-                "many pictures: send fewer, shorten the text, lower max_new_tokens or set do_image_splitting to false."
+                "many images: send fewer, shorten the text, lower max_new_tokens or set do_image_splitting to false."
             )
         return inputs.to(self.model.device, self.model.dtype)
 
@@ -143,7 +143,7 @@ class EndpointHandler:
             torch.cuda.empty_cache()
             raise ValueError(
                 f"{len(inputs['input_ids'])} prompts of up to {inputs['input_ids'].shape[1]} tokens do not fit into "
-                "the memory of this server. The batch is probably too large: send fewer prompts, pictures or beams."
+                "the memory of this server. The batch is probably too large: send fewer prompts, images or beams."
             ) from None
         stops = self.model.generation_config.eos_token_id
         stops = set(stops) if isinstance(stops, list) else {stops}

@@ -9,7 +9,7 @@ python -m blip3.serving.memory --write-zeros FOLDER   weights of zeros in true s
 weights        parameters x bytes; int8 and nf4 hold the language model's linear layers in 1 and 1/2 byte, with a
                float32 scale for each row (int8) or 64 weights (nf4), and all the rest in bfloat16
 a token        2 (key, value) x layers x key-value heads x head width x bytes
-a picture      (1 + tiles) x latents tokens, with `token_sampling: fixed` latents alone
+an image      (1 + tiles) x latents tokens, with `token_sampling: fixed` latents alone
 a full context max_position_embeddings tokens; transformers' own cache stops at sliding_window - 1
 """
 
@@ -80,7 +80,7 @@ class Needs:
         num_text: of them in the linear layers of the language model, which quantization stores smaller.
         num_text_rows: output rows of those layers.
         values_per_token: keys and values of one token in all layers.
-        picture_tokens: fewest and most tokens a picture takes.
+        image_tokens: fewest and most tokens an image takes.
         context: tokens the model reads.
     """
 
@@ -88,7 +88,7 @@ class Needs:
     num_text: int
     num_text_rows: int
     values_per_token: int
-    picture_tokens: tuple[int, int]
+    image_tokens: tuple[int, int]
     context: int
 
     def weight_bytes(self, kind: str) -> float:
@@ -129,7 +129,7 @@ def needs_of(config: Any) -> Needs:
         num_text=sum(parameter.numel() for parameter in linear),
         num_text_rows=sum(len(parameter) for parameter in linear),
         values_per_token=2 * text.num_hidden_layers * text.num_key_value_heads * head_dim,
-        picture_tokens=(min(groups) * resampler.num_latents, max(groups) * resampler.num_latents),
+        image_tokens=(min(groups) * resampler.num_latents, max(groups) * resampler.num_latents),
         context=text.max_position_embeddings,
     )
 
@@ -141,7 +141,7 @@ def table(needs: Needs) -> str:
         digits = 2 if unit == GIB else 0
         return f"| {name} | " + " | ".join(f"{value / unit:.{digits}f} {suffix}" for value in values) + " |"
 
-    low, high = needs.picture_tokens
+    low, high = needs.image_tokens
     tokens = [needs.token_bytes(kind) for kind in BYTES]
     is_small = needs.num_parameters * 4 < GIB
     unit, suffix = (MIB, "MiB") if is_small else (GIB, "GiB")
@@ -151,8 +151,8 @@ def table(needs: Needs) -> str:
             "|---|" + "---|" * len(BYTES),
             row("weights", unit, suffix, [needs.weight_bytes(kind) for kind in BYTES]),
             row("cache, a token", KIB, "KiB", tokens),
-            row(f"cache, a picture of {low} tokens", MIB, "MiB", [low * token for token in tokens]),
-            row(f"cache, a picture of {high} tokens", MIB, "MiB", [high * token for token in tokens]),
+            row(f"cache, an image of {low} tokens", MIB, "MiB", [low * token for token in tokens]),
+            row(f"cache, an image of {high} tokens", MIB, "MiB", [high * token for token in tokens]),
             row(
                 f"cache, a context of {needs.context} tokens", MIB, "MiB", [needs.context * token for token in tokens]
             ),
@@ -191,7 +191,7 @@ def write_zeros(source: str | Path, output: Path) -> None:
 
 
 def measure(folder: str | Path, dtype: str, num_tokens: int = 16) -> dict[str, list[int]]:
-    """Load a checkpoint and answer about a picture of four tiles, in a process of its own.
+    """Load a checkpoint and answer about an image of four tiles, in a process of its own.
 
     Args:
         folder: a checkpoint; its tokenizer is not needed.

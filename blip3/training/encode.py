@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A record -> token ids, labels and pictures; several of them -> a batch, padded or packed.
+"""A record -> token ids, labels and images; several of them -> a batch, padded or packed.
 
     record   --Encoder-->  input_ids (l,), labels (l,), pixel_values (i, T, 3, S, S), image_sizes (i, 2)
     samples  --pad-->      input_ids, attention_mask, labels (B, L)           one sample a row
@@ -29,8 +29,8 @@ class Encoder:
 
     Args:
         processor: of the model.
-        max_length: longest sample in tokens; a longer record loses its last turns or chunks, pictures included.
-        any_resolution: False gives each picture as its global view alone.
+        max_length: longest sample in tokens; a longer record loses its last turns or chunks, images included.
+        any_resolution: False gives each image as its global view alone.
         learn_end_of_chunk: whether `<|endofchunk|>` is learned; the report's loss leaves it out.
         learn_questions: whether few-shot prompts are learned whole, or their answers alone.
     """
@@ -56,16 +56,16 @@ class Encoder:
         Raises:
             TooLongError: if its first turn alone is longer than `max_length`.
         """
-        pictures = open_images(record.images, self.processor)
+        images = open_images(record.images, self.processor)
         shown = record
         while True:
-            first = len(pictures) - len(shown.images) if shown.kind == "few_shot" else 0
-            sample = self._encode(shown, pictures[first : first + len(shown.images)])
+            first = len(images) - len(shown.images) if shown.kind == "few_shot" else 0
+            sample = self._encode(shown, images[first : first + len(shown.images)])
             if len(sample["input_ids"]) <= self.max_length:
                 return sample
             shown = shorten(shown, len(sample["input_ids"]), self.max_length)
 
-    def _encode(self, record: Record, pictures: list[Any]) -> dict[str, torch.Tensor]:
+    def _encode(self, record: Record, images: list[Any]) -> dict[str, torch.Tensor]:
         is_chat = record.kind in CHAT_KINDS
         if is_chat:
             text = self.processor.apply_chat_template(to_messages(record), tokenize=False)
@@ -74,10 +74,10 @@ class Encoder:
             text = to_pretraining_text(record) + self.end_of_text
         inputs = self.processor(
             text=text,
-            images=pictures or None,
+            images=images or None,
             return_tensors="pt",
             return_labels=is_chat,
-            **({"do_image_splitting": self.any_resolution} if pictures else {}),
+            **({"do_image_splitting": self.any_resolution} if images else {}),
         )
         ids = inputs["input_ids"][0]
         labels = inputs["labels"][0] if is_chat else ids.masked_fill(torch.isin(ids, self.ignored), IGNORE_INDEX)
@@ -86,7 +86,7 @@ class Encoder:
         if record.kind == "few_shot" and not self.learn_questions:
             tokens = self.processor.tokenizer.convert_ids_to_tokens(ids.tolist())
             sample["labels"].masked_fill_(torch.tensor(find_questions(tokens)), IGNORE_INDEX)
-        if pictures:
+        if images:
             sample |= {name: inputs[name] for name in ("pixel_values", "image_sizes")}
         return sample
 
@@ -109,7 +109,7 @@ def find_questions(tokens: Sequence[str]) -> list[bool]:
 
 
 def shorten(record: Record, length: int, max_length: int) -> Record:
-    """Drop a record's last exchange (chat) or chunk (document) and the pictures it shows.
+    """Drop a record's last exchange (chat) or chunk (document) and the images it shows.
 
     Raises:
         TooLongError: if nothing would be left.
@@ -122,7 +122,7 @@ def shorten(record: Record, length: int, max_length: int) -> Record:
     if not needed & {turn.role for turn in turns}:
         raise TooLongError(
             f"Record {record.id!r} takes {length} tokens for its first turn but max_length is {max_length}. It "
-            "probably shows many pictures, or very long text: raise max_length or drop the record."
+            "probably shows many images, or very long text: raise max_length or drop the record."
         )
     num_images = sum(turn.text.count("<image>") for turn in turns)
     dropped = len(record.images) - num_images
@@ -143,7 +143,7 @@ def pad(samples: Sequence[dict[str, torch.Tensor]], pad_id: int) -> dict[str, to
         batch["input_ids"][row, :length] = sample["input_ids"]
         batch["labels"][row, :length] = sample["labels"]
         batch["attention_mask"][row, :length] = 1
-    return batch | join_pictures(samples)
+    return batch | join_images(samples)
 
 
 def pack(samples: Sequence[dict[str, torch.Tensor]], pad_id: int, max_length: int) -> dict[str, torch.Tensor]:
@@ -167,7 +167,7 @@ def pack(samples: Sequence[dict[str, torch.Tensor]], pad_id: int, max_length: in
             batch["position_ids"][number, start:end] = torch.arange(end - start)
             start = end
         batch["position_ids"][number, start:] = torch.arange(longest - start)
-    return batch | join_pictures([samples[index] for row in rows for index in row])
+    return batch | join_images([samples[index] for row in rows for index in row])
 
 
 def first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
@@ -189,8 +189,8 @@ def first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     return rows
 
 
-def join_pictures(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Join the pictures of samples in reading order; nothing if none has any."""
+def join_images(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Join the images of samples in reading order; nothing if none has any."""
     shown = [sample for sample in samples if "pixel_values" in sample]
     if not shown:
         return {}

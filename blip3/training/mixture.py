@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A weighted mixture of sources in which sample i is the same whenever and wherever it is asked for.
 
-    - {drawn: read, weight: 3}                                            a task of the drawn world
-    - {drawn: read, weight: 1, world: {max_characters: 3}}                the same with other settings
-    - {records: drawn/count-train-00000.jsonl, weight: 1}                 files of records (blip3/data/records.py)
+    - {rendered: read, weight: 3}                                            a task of the rendered world
+    - {rendered: read, weight: 1, world: {max_characters: 3}}                the same with other settings
+    - {records: rendered/count-train-00000.jsonl, weight: 1}                 files of records (blip3/data/records.py)
     - {llava: mix.yaml, images: images, weight: 1}                        LLaVA JSON or a YAML mixture of it
     - {stream: "ocr/*.parquet", reader: ocr, images: images, weight: 1}   parquet or webdataset shards, in their order
     - {stream: "cc/*.tar", reader: captions, options: {column: txt}}      the same with arguments for the reader
@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from ..data import readers
 from ..data.records import Record, read_jsonl
 from ..world.settings import WorldSettings, settings_from
-from ..world.tasks import TASKS, drawn_record
+from ..world.tasks import TASKS, rendered_record
 from .recipe import check_keys
 
 READERS: dict[str, Callable[..., Iterator[Record]]] = {
@@ -37,25 +37,25 @@ READERS: dict[str, Callable[..., Iterator[Record]]] = {
     "safety": readers.read_safety,
 }
 KINDS = {
-    "drawn": ("weight", "world"),
+    "rendered": ("weight", "world"),
     "records": ("weight",),
     "llava": ("weight", "images"),
     "stream": ("weight", "reader", "images", "options"),
 }
 REMEMBERED = 16  # records of a stream that may be asked for again without opening it again
 
-Source = Callable[[int], Record]  # the how manieth draw from this source -> record
+Source = Callable[[int], Record]  # index of the sample within this source -> record
 
 
 class Mixture(Dataset):
-    """Records drawn from several sources by weight.
+    """Records rendered from several sources by weight.
 
     Args:
         entries: sources, in the forms shown at the top of this file.
         count: how many samples there are in all.
-        seed: of the choice of sources, of their order and of what is drawn.
-        world: settings of drawn sources; an entry's own `world` overrides single fields.
-        split: `train` or `held_out`, for drawn sources.
+        seed: of the choice of sources, of their order and of what is rendered.
+        world: settings of rendered sources; an entry's own `world` overrides single fields.
+        split: `train` or `held_out`, for rendered sources.
 
     Raises:
         ValueError: for an entry that cannot be read.
@@ -75,7 +75,7 @@ class Mixture(Dataset):
         return len(self.choice)
 
     def name_of(self, index: int) -> str:
-        """Give the file or drawn task that sample `index` comes from."""
+        """Give the file or rendered task that sample `index` comes from."""
         return self.names[int(self.choice[index])]
 
     def __getitem__(self, index: int) -> Record:
@@ -90,7 +90,7 @@ def check_entry(entry: dict[str, Any], index: int) -> float:
     if len(kinds) != 1:
         raise ValueError(
             f"{place} is {entry} but must name exactly one of {', '.join(KINDS)}. The kind of source is probably "
-            "missing or misspelt: write for example {drawn: count, weight: 1}."
+            "missing or misspelt: write for example {rendered: count, weight: 1}."
         )
     check_keys(place, entry, [kinds[0], *KINDS[kinds[0]]])
     weight = entry.get("weight", 1)
@@ -106,10 +106,10 @@ def _open_source(
     entries: Sequence[dict[str, Any]], index: int, seed: int, world: dict[str, Any], split: str
 ) -> Source:
     entry = entries[index]
-    if "drawn" in entry:
-        alike = [number for number, other in enumerate(entries) if other.get("drawn") == entry["drawn"]]
+    if "rendered" in entry:
+        alike = [number for number, other in enumerate(entries) if other.get("rendered") == entry["rendered"]]
         settings = settings_from(world | entry.get("world", {}), f"mixture[{index}].world")
-        return _drawn(entry["drawn"], seed, settings, split, (alike.index(index), len(alike)))
+        return _rendered_source(entry["rendered"], seed, settings, split, (alike.index(index), len(alike)))
     if "records" in entry:
         return _listed(list(read_jsonl(entry["records"])), seed, entry["records"])
     if "llava" in entry:
@@ -118,15 +118,15 @@ def _open_source(
     return _streamed(entry)
 
 
-def _drawn(task: str, seed: int, settings: WorldSettings, split: str, share: tuple[int, int]) -> Source:
-    """Draw a task; `share` (k, n) takes every n-th of its series from k on, so n entries of a task never coincide."""
+def _rendered_source(task: str, seed: int, settings: WorldSettings, split: str, share: tuple[int, int]) -> Source:
+    """Sample a task; `share` (k, n) takes every n-th of its series from k on: n entries of a task never coincide."""
     if task not in TASKS:
         raise ValueError(
-            f"The mixture draws {task!r} but the drawn world has only {', '.join(TASKS)}. It is probably misspelt: "
-            "correct it."
+            f"The mixture names the task {task!r} but the rendered world has only {', '.join(TASKS)}. It is probably "
+            "misspelt: correct it."
         )
     first, step = share
-    return lambda draw: drawn_record(task, split, seed, first + step * draw, settings)
+    return lambda index: rendered_record(task, split, seed, first + step * index, settings)
 
 
 def _listed(records: list[Record], seed: int, place: str) -> Source:
@@ -138,11 +138,11 @@ def _listed(records: list[Record], seed: int, place: str) -> Source:
     def order(passes: int) -> np.ndarray:
         return np.random.default_rng([seed, passes]).permutation(len(records))
 
-    def draw_from(draw: int) -> Record:
-        passes, position = divmod(draw, len(records))
+    def sample_from(index: int) -> Record:
+        passes, position = divmod(index, len(records))
         return records[int(order(passes)[position])]
 
-    return draw_from
+    return sample_from
 
 
 def _streamed(entry: dict[str, Any]) -> Source:
@@ -169,9 +169,9 @@ class _Stream:
         self.length: int | None = None
         self.recent: deque[Record] = deque(maxlen=REMEMBERED)
 
-    def get(self, draw: int) -> Record:
-        """Give the record of a draw; quick when draws are asked for in rising order."""
-        position = draw % self.length if self.length else draw
+    def get(self, index: int) -> Record:
+        """Give the record of an index; quick when indices are asked for in rising order."""
+        position = index % self.length if self.length else index
         if 0 < self.position - position <= len(self.recent):
             return self.recent[position - self.position]
         if position < self.position or self.position == 0:
@@ -185,4 +185,4 @@ class _Stream:
         self.length = self.position
         if not self.length:
             raise ValueError(f"{self.place} holds no record. It was probably written empty: build it again.")
-        return self.get(draw)
+        return self.get(index)

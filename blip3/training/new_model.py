@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Make a small BLIP-3 with fresh weights: sizes from YAML, a tokenizer trained on drawn texts.
+r"""Make a small BLIP-3 with newly initialised weights: sizes from YAML, a tokenizer trained on rendered texts.
 
     python -m blip3.training.new_model recipes/small/model.yaml outputs/small/new
     python -m blip3.training.new_model recipes/small/model.yaml OUTPUT --tower outputs/small/04/tower \
@@ -9,8 +9,8 @@ r"""Make a small BLIP-3 with fresh weights: sizes from YAML, a tokenizer trained
         --around base
 
 The second starts with what stage 0 has trained and `publish --tower` has written, the third changes a size, the fourth
-draws a resampler of another size for a trained tower and language model. The 4B model starts from published parts
-instead: `convert_weights.py --vision SIGLIP --text PHI3`.
+initialises a resampler of another size for a trained tower and language model. The 4B model starts from published
+parts instead: `convert_weights.py --vision SIGLIP --text PHI3`.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from ..data.records import Record
 from ..data.yaml_files import read_yaml
 from ..hub import RELEASE, ROOT
 from ..world.settings import WorldSettings, load_settings
-from ..world.tasks import TASKS, drawn_records
+from ..world.tasks import TASKS, rendered_records
 from .recipe import check_keys, parse_override, plain_errors
 from .run import match_names, name_tower_for_both_lines
 from .tokenizer import train_tokenizer
@@ -60,9 +60,13 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="in place of the file's values")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=400, help="drawn records a task for the tokenizer")
-    parser.add_argument("--tower", type=Path, help="folder of a trained vision tower (default: fresh weights)")
-    parser.add_argument("--resampler", type=Path, help="file of a trained resampler (default: fresh weights)")
+    parser.add_argument("--samples", type=int, default=400, help="rendered records a task for the tokenizer")
+    parser.add_argument(
+        "--tower", type=Path, help="folder of a trained vision tower (default: newly initialised weights)"
+    )
+    parser.add_argument(
+        "--resampler", type=Path, help="file of a trained resampler (default: newly initialised weights)"
+    )
     parser.add_argument("--around", type=Path, help="trained model, all of which is taken but its resampler")
     args = parser.parse_intermixed_args()
     trained = (args.resampler, args.around)
@@ -80,16 +84,16 @@ def make_model(
     resampler: Path | None = None,
     around: Path | None = None,
 ) -> None:
-    """Write a complete model folder: configuration, code, tokenizer, processor files, fresh weights.
+    """Write a complete model folder: configuration, code, tokenizer, processor files, newly initialised weights.
 
     Args:
         sizes: YAML with `vision_config`, `resampler_config`, `text_config`, `tile_grids`, `vocab_size`, optionally
-            `system_prompt` (empty by default: a small model has no tokens to spare), `tokenizer_tasks`, whose drawn
+            `system_prompt` (empty by default: a small model has no tokens to spare), `tokenizer_tasks`, whose rendered
             texts the tokenizer is trained on (every task by default), and `world`, a YAML file of `WorldSettings`
             beside it.
         output: created if missing.
         seed: of the weights.
-        samples: drawn records per task that the tokenizer is trained on.
+        samples: rendered records per task that the tokenizer is trained on.
         tower: folder of a trained vision tower of the same sizes.
         overrides: `key=value` or `section.key=value` each, in place of the file's values.
         resampler: safetensors file of a trained resampler of the same sizes.
@@ -109,7 +113,7 @@ def make_model(
     output.mkdir(parents=True, exist_ok=True)
     for name in CODE_FILES:
         shutil.copyfile(ROOT / name, output / name)
-    texts = drawn_texts(world, samples, values.get("tokenizer_tasks", tuple(TASKS)))
+    texts = rendered_texts(world, samples, values.get("tokenizer_tasks", tuple(TASKS)))
     tokenizer = train_tokenizer(texts, values["vocab_size"])
     save_tokenizer(tokenizer, output)
     _write_template(output, values.get("system_prompt", ""))
@@ -117,7 +121,7 @@ def make_model(
     config = AutoConfig.from_pretrained(output, trust_remote_code=True)
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
-    scale_fresh_weights(model)
+    scale_new_weights(model)
     if around:
         take_all_but_resampler(model, around, tokenizer)
     if tower:
@@ -146,10 +150,10 @@ def _check_trained(tower: Path | None, resampler: Path | None, around: Path | No
 
 
 @torch.no_grad()
-def scale_fresh_weights(model: Any) -> None:
-    """Draw some fresh weights at the scale that a narrow model learns from.
+def scale_new_weights(model: Any) -> None:
+    """Draw some newly initialised weights at the scale that a narrow model learns from.
 
-    The usual 0.02 is right for thousands of channels. At 192, positions drawn so take hundreds of steps to be heard
+    The usual 0.02 is right for thousands of channels. At 192, positions rendered so take hundreds of steps to be heard
     beside pixels, and a resampler learns more slowly (docs/training.md, "The small model").
     """
     for name, weight in model.vision_tower.named_parameters():
@@ -162,7 +166,7 @@ def scale_fresh_weights(model: Any) -> None:
 
 
 def take_all_but_resampler(model: Any, source: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Load a trained model's tower and language model, so that nothing is fresh but the resampler.
+    """Load a trained model's tower and language model, so that only the resampler is newly initialised.
 
     Args:
         model: to be changed.
@@ -183,14 +187,14 @@ def take_all_but_resampler(model: Any, source: Path, tokenizer: PreTrainedTokeni
         getattr(model, part).load_state_dict(getattr(trained, part).state_dict())
 
 
-def drawn_texts(world: WorldSettings, samples: int, tasks: Sequence[str]) -> Iterator[str]:
-    """Give the texts of drawn training records, task by task.
+def rendered_texts(world: WorldSettings, samples: int, tasks: Sequence[str]) -> Iterator[str]:
+    """Give the texts of rendered training records, task by task.
 
     Raises:
         ValueError: for an unknown task.
     """
     for task in tasks:
-        for record in drawn_records(task, "train", seed=0, count=samples, settings=world):
+        for record in rendered_records(task, "train", seed=0, count=samples, settings=world):
             yield from _texts(record)
 
 

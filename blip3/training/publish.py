@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Write trained models as this repository ships them at its root, with example pictures never trained on.
+r"""Write trained models as this repository ships them at its root, with example images never trained on.
 
     python -m blip3.training.publish . --instruct FOLDER --base FOLDER
     python -m blip3.training.publish outputs/small/04 --tower FOLDER
 
     ./                   configuration, tokenizer, processor files, weights in shards
     base/                the same after pre-training, for few-shot prompts
-    examples/images/     pictures and examples.json: prompt, truth
+    examples/images/     images and examples.json: prompt, truth
     outputs/small/04/tower/   the vision tower alone, after stage 0: SiglipVisionModel; the resampler trained beside it
 
 The code is the repository's own.
@@ -27,7 +27,7 @@ from ..checkpoints import folder_of, locate
 from ..data.records import Record, to_few_shot_prompt
 from ..hub import ROOT
 from ..world.settings import WorldSettings, load_settings
-from ..world.tasks import drawn_record
+from ..world.tasks import rendered_record
 from .recipe import Recipe, load_recipe, plain_errors
 from .run import (
     PROCESSOR_FILES,
@@ -141,21 +141,23 @@ def _tidy_config(path: Path) -> None:
 
 
 def write_examples(folder: Path, world: WorldSettings) -> None:
-    """Write one held-out example of each kind: PNG pictures and examples.json."""
+    """Write one held-out example of each kind: PNG images and examples.json."""
     folder.mkdir(parents=True, exist_ok=True)
     examples = []
     for task, index in EXAMPLES:
-        record = drawn_record(task, "held_out", SEED, index, world)
+        record = rendered_record(task, "held_out", SEED, index, world)
         names = [f"{task}-{number}.png" for number in range(len(record.images))]
         prompt, kept = _prompt_of(record)
-        for name, picture in list(zip(names, record.images, strict=True))[-kept:]:
-            picture.open().save(folder / name, optimize=True)
-        examples.append({"task": task, "images": names[-kept:], "prompt": prompt, "truth": record.truth["answer"]})
+        for name, image in list(zip(names, record.images, strict=True))[-kept:]:
+            image.open().save(folder / name, optimize=True)
+        examples.append(
+            {"task": task, "images": names[-kept:], "prompt": prompt, "truth": record.annotations["answer"]}
+        )
     (folder / "examples.json").write_text(json.dumps(examples, indent=2) + "\n", encoding="utf-8")
 
 
 def _prompt_of(record: Record, num_shots: int = 4) -> tuple[Any, int]:
-    """Give the question (or the few-shot prompt) of a record and the number of pictures it shows."""
+    """Give the question (or the few-shot prompt) of a record and the number of images it shows."""
     if record.kind == "few_shot":
         prompt, _ = to_few_shot_prompt(record, num_shots)
     else:

@@ -17,6 +17,7 @@ from ..data.yaml_files import read_yaml
 MODULES = ("vision_tower", "resampler", "language_model")
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "soap")
+_FORMER_KEYS = {"drawn": "rendered", "picture_weight": "image_weight"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class RunRecipe:
     learning_rate: float
     """Peak learning rate."""
     seed: int = 0
-    """Of data order, drawn samples and fresh weights."""
+    """Of data order, rendered samples and newly initialised weights."""
     accumulation: int = 1
     """Batches whose gradients are summed into one step."""
     optimizer: str = "adamw"
@@ -61,9 +62,9 @@ class RunRecipe:
     keep_checkpoints: int = 2
     """Older checkpoints are removed."""
     num_workers: int = 0
-    """Processes that draw and tile pictures beside the training process."""
+    """Processes that draw and tile images beside the training process."""
     world: dict[str, Any] = field(default_factory=dict)
-    """Settings of the drawn world (`world/settings.py`), or `file` with the name of a YAML file of them beside the
+    """Settings of the rendered world (`world/settings.py`), or `file` with the name of a YAML file of them beside the
     recipe."""
     notes: dict[str, str] = field(default_factory=dict)
     """Source of each value that has one; not read by the code."""
@@ -92,7 +93,7 @@ class RunRecipe:
 
 @dataclass(frozen=True)
 class Recipe(RunRecipe):
-    """A stage of next-token training: pre-training, supervised fine-tuning, with one picture or several."""
+    """A stage of next-token training: pre-training, supervised fine-tuning, with one image or several."""
 
     mixture: Sequence[dict[str, Any]] = ()
     """Sources with weights: see `blip3/training/mixture.py`."""
@@ -101,7 +102,7 @@ class Recipe(RunRecipe):
     any_resolution: bool = True
     """Global view and tiles; False gives the global view alone, as the report's stage 1."""
     max_length: int = 2048
-    """Longest sample in tokens, image tokens included; longer ones are cut at a turn or chunk, never in a picture."""
+    """Longest sample in tokens, image tokens included; longer ones are cut at a turn or chunk, never in an image."""
     packing: bool = False
     """Put several samples into one sequence of `max_length`, each with its own positions and attention."""
     group_by_length: bool = False
@@ -109,7 +110,7 @@ class Recipe(RunRecipe):
     learn_end_of_chunk: bool = False
     """Learn to write `<|endofchunk|>` after a caption or an answer; the released models do not."""
     learn_questions: bool = True
-    """Learn few-shot prompts whole; False learns their answers alone: a bare picture is then no cue for a question."""
+    """Learn few-shot prompts whole; False learns their answers alone: a bare image is then no cue for a question."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more arithmetic."""
     fsdp: bool = False
@@ -133,7 +134,7 @@ class Recipe(RunRecipe):
         if not self.mixture:
             raise ValueError(
                 "The recipe has no mixture, so there is nothing to train on. The key was probably left out: list "
-                "sources, for example `- {drawn: count, weight: 1}`."
+                "sources, for example `- {rendered: count, weight: 1}`."
             )
         if not isinstance(self.max_length, int) or self.max_length < 1:
             raise ValueError(
@@ -170,7 +171,7 @@ def load_recipe(path: str | Path, kind: type[SomeRecipe], overrides: Sequence[st
             f"{path} holds a {type(values).__name__} but a recipe is a mapping of keys to values. It is probably "
             "another file: pass one of recipes."
         )
-    values |= dict(map(parse_override, overrides))
+    values = with_current_names(values | dict(map(parse_override, overrides)))
     check_keys(str(path), values, [each.name for each in fields(kind)])
     missing = [each.name for each in fields(kind) if _is_required(each) and each.name not in values]
     if missing:
@@ -190,6 +191,21 @@ def load_recipe(path: str | Path, kind: type[SomeRecipe], overrides: Sequence[st
             values[each.name] = _as_float(values[each.name])
     resolved: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in values.items()}
     return kind(**resolved)
+
+
+def with_current_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Take the keys of recipes saved by earlier versions under their names of today.
+
+    >>> with_current_names({"picture_weight": 0.1, "mixture": [{"drawn": "count"}]})
+    {'image_weight': 0.1, 'mixture': [{'rendered': 'count'}]}
+    """
+    renamed = {_FORMER_KEYS.get(key, key): value for key, value in values.items()}
+    if isinstance(renamed.get("mixture"), list):
+        renamed["mixture"] = [
+            {_FORMER_KEYS.get(key, key): value for key, value in entry.items()} if isinstance(entry, dict) else entry
+            for entry in renamed["mixture"]
+        ]
+    return renamed
 
 
 def parse_override(override: str) -> tuple[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Train a stage of the recipe: pre-training, fine-tuning with one picture or with several. One loss, next token.
+r"""Train a stage of the recipe: pre-training, fine-tuning with one image or with several. One loss, next token.
 
     python -m blip3.training.train recipes/small/provenance/07_pretrain.yaml [key=value ...]
     torchrun --nproc_per_node 8 -m blip3.training.train recipes/4b/2_sft.yaml
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..checkpoints import locate
-from ..data.records import Picture, Record
+from ..data.records import ImageSource, Record
 from .encode import Collator, Encoder, TooLongError
 from .mixture import Mixture
 from .recipe import MODULES, Recipe, load_recipe, plain_errors, recipe_arguments, save_recipe
@@ -128,13 +128,13 @@ class Samples(Dataset):
         raise last
 
     def estimate_length(self, index: int) -> int:
-        """Guess a sample's length from its record and the sizes of its pictures, which are not decoded."""
+        """Guess a sample's length from its record and the sizes of its images, which are not decoded."""
         record, processor = self.mixture[index], self.encoder.processor
         length = sum(len(turn.text) for turn in record.turns) // 4
         upright = processor.image_processor.do_exif_transpose is not False
-        for picture in record.images:
+        for image in record.images:
             try:
-                size = size_of(picture, upright)
+                size = size_of(image, upright)
             except (OSError, ValueError) as error:
                 raise self._name_record(index, record, error) from error
             shown = processor.image_processor.image_size_for_model(*size, self.encoder.any_resolution)
@@ -145,16 +145,16 @@ class Samples(Dataset):
         return SampleError(f"{self.mixture.name_of(index)}, record {record.id!r}: {error}")
 
 
-def size_of(picture: Picture, upright: bool = True) -> tuple[int, int]:
-    """Give a picture's (height, width) from its drawing or its file's header, turned upright or as stored."""
-    if picture.drawing:
-        return picture.drawing.size
+def size_of(image: ImageSource, upright: bool = True) -> tuple[int, int]:
+    """Give an image's (height, width) from its drawing or its file's header, turned upright or as stored."""
+    if image.drawing:
+        return image.drawing.size
     try:
-        with Image.open(io.BytesIO(picture.data) if picture.data else picture.path or "") as image:
-            is_turned = upright and image.format != "TIFF" and image.getexif().get(ORIENTATION) in SIDEWAYS
-            return (image.width, image.height) if is_turned else (image.height, image.width)
+        with Image.open(io.BytesIO(image.data) if image.data else image.path or "") as opened:
+            is_turned = upright and opened.format != "TIFF" and opened.getexif().get(ORIENTATION) in SIDEWAYS
+            return (opened.width, opened.height) if is_turned else (opened.height, opened.width)
     except Exception:  # decoders raise whatever a broken file makes them meet
-        width, height = picture.open(upright=upright).size  # says what is wrong
+        width, height = image.open(upright=upright).size  # says what is wrong
         return height, width
 
 

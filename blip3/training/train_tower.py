@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Stage 0: train a small vision tower on drawn pictures, and a first resampler for its patch tokens.
+r"""Stage 0: train a small vision tower on rendered images, and a first resampler for its patch tokens.
 
     python -m blip3.training.train_tower recipes/small/provenance/01_tower.yaml [key=value ...]
 
-The report starts from a tower that others trained on pictures and their texts (SigLIP, arXiv:2303.15343). This stage
+The report starts from a tower that others trained on images and their texts (SigLIP, arXiv:2303.15343). This stage
 makes a small one in the same way, with transformers' SiglipModel, on two levels:
 
-    picture   each tile or global view against a caption of what it shows: the published sigmoid loss
+    image   each tile or global view against a caption of what it shows: the published sigmoid loss
     patch     each patch token names what lies under it: a thing, a colour, a character, its row and column, by a
               linear layer and cross-entropy within each kind, over patches that show it
 
-The second level is ours: captions alone need far more pictures before patch tokens tell what is where. The sigmoid on
+The second level is ours: captions alone need far more images before patch tokens tell what is where. The sigmoid on
 that level too, patches against the text tower's embeddings of the names, had learned no character after 750 steps.
 """
 
@@ -42,7 +42,7 @@ from ..data.records import Record
 from ..data.things import THINGS
 from ..hub import model_code
 from ..world.settings import COLOURS, WorldSettings, settings_from
-from ..world.tasks import drawn_record
+from ..world.tasks import rendered_record
 from .recipe import RunRecipe, load_recipe, plain_errors, recipe_arguments, save_recipe
 from .run import SAVED_RECIPE, RecipeTrainer, copy_processor, log_metrics, match_names, start, training_arguments
 
@@ -53,7 +53,7 @@ CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 MIN_OVERLAP = 0.35
 MIN_HEIGHT = 8  # pixels of the tile; smaller things and characters are not named
 
-Region = tuple[tuple[str, ...], tuple[float, float, float, float]]  # names, (x1, y1, x2, y2) in pixels of the picture
+Region = tuple[tuple[str, ...], tuple[float, float, float, float]]  # names, (x1, y1, x2, y2) in pixels of the image
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,17 @@ class TowerRecipe(RunRecipe):
     """Stage 0."""
 
     tasks: Sequence[str] = ("caption", "ocr")
-    """Drawn tasks whose pictures are shown, in turn."""
+    """Rendered tasks whose images are shown, in turn."""
     parts: int = 3
-    """Parts kept of each picture, those that show most; the rest is left out for variety."""
+    """Parts kept of each image, those that show most; the rest is left out for variety."""
     text_width: int = 128
     """Of the text tower, which is thrown away afterwards."""
     text_layers: int = 2
     """Of the text tower."""
     caption_length: int = 32
     """Tokens of a caption; longer ones are cut."""
-    picture_weight: float = 0.1
-    """Weight of the picture level against the patch level; at 0 it is left out."""
+    image_weight: float = 0.1
+    """Weight of the image level against the patch level; at 0 it is left out."""
     resampler: bool = False
     """Train the resampler beside the tower, on the latents' level."""
 
@@ -97,8 +97,8 @@ def train_tower(recipe: TowerRecipe) -> Path:
     settings = settings_from(recipe.world)
     resampler = model.model.resampler if recipe.resampler else None
     siglip = PatchSiglip(model.vision_tower, tokenizer, recipe, resampler)
-    train = TowerPictures(recipe, settings, image_processor, "train")
-    held_out = TowerPictures(recipe, settings, image_processor, "held_out", count=128)
+    train = TowerImages(recipe, settings, image_processor, "train")
+    held_out = TowerImages(recipe, settings, image_processor, "held_out", count=128)
     trainer = RecipeTrainer(
         recipe=recipe,
         model=siglip,
@@ -121,8 +121,8 @@ def train_tower(recipe: TowerRecipe) -> Path:
 # ------------------------------------------------------------------------------------------------------- the data
 
 
-class TowerPictures(Dataset):
-    """Tiles of drawn pictures, with the caption of each and the names under each patch. Item i never changes."""
+class TowerImages(Dataset):
+    """Tiles of rendered images, with the caption of each and the names under each patch. Item i never changes."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class TowerPictures(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         task = self.recipe.tasks[index % len(self.recipe.tasks)]
-        record = drawn_record(task, self.split, self.recipe.seed, index, self.settings)
+        record = rendered_record(task, self.split, self.recipe.seed, index, self.settings)
         drawing = record.images[0].drawing
         tiles = self.image_processor(record.images[0].open(), return_tensors="pt")["pixel_values"][0]
         regions = regions_of(record, drawing)
@@ -175,10 +175,10 @@ def patches_per_side(model: str) -> int:
 
 
 def regions_of(record: Record, drawing: Drawing) -> list[Region]:
-    """Give each thing of a drawn record with its colour, and each character, with boxes in pixels."""
+    """Give each thing of a rendered record with its colour, and each character, with boxes in pixels."""
     height, width = drawing.size
     regions: list[Region] = []
-    for thing in record.truth["pictures"][0]["objects"]:
+    for thing in record.annotations["pictures"][0]["objects"]:
         x1, y1, x2, y2 = thing["box"]
         regions.append(((thing["thing"], thing["colour"]), (x1 * width, y1 * height, x2 * width, y2 * height)))
     for mark in drawing.marks:
@@ -202,14 +202,14 @@ def character_regions(mark: Text) -> list[Region]:
 
 
 def tile_places(image_size: tuple[int, int], image_processor: Any) -> list[tuple[float, float, float, float]]:
-    """Give, for the global view and each tile, how a picture's pixels map to it.
+    """Give, for the global view and each tile, how an image's pixels map to it.
 
     Args:
-        image_size: (height, width) of the picture.
+        image_size: (height, width) of the image.
         image_processor: the model's.
 
     Returns:
-        (scale x, scale y, offset x, offset y) each: tile pixel = scale * picture pixel + offset.
+        (scale x, scale y, offset x, offset y) each: tile pixel = scale * image pixel + offset.
     """
     height, width = image_size
     side = image_processor.tile_size
@@ -265,7 +265,7 @@ def richest_parts(
     tile_size: int,
     rng: np.random.Generator,
 ) -> list[int]:
-    """Order a picture's parts: those that show most first, the global view at random first or last."""
+    """Order an image's parts: those that show most first, the global view at random first or last."""
     counts = [len(shown_names(regions, place, tile_size)) for place in places]
     tiles = sorted(range(1, len(places)), key=lambda part: (-counts[part], rng.random()))
     return [0, *tiles] if rng.random() < 0.5 else [*tiles, 0]
@@ -274,7 +274,7 @@ def richest_parts(
 def shown_names(
     regions: Sequence[Region], place: tuple[float, float, float, float], tile_size: int
 ) -> list[tuple[str, ...]]:
-    """Names of the regions that a tile shows at least half of, in the order they were drawn."""
+    """Names of the regions that a tile shows at least half of, in the order they were rendered."""
     if not regions:
         return []
     boxes = _boxes_in(regions, place)
@@ -285,7 +285,7 @@ def shown_names(
 
 
 def caption_of(regions: Sequence[Region], place: tuple[float, float, float, float], tile_size: int) -> str:
-    """Name what a tile shows: coloured things, then characters, in the order they were drawn."""
+    """Name what a tile shows: coloured things, then characters, in the order they were rendered."""
     shown = shown_names(regions, place, tile_size)
     things = [f" {colour} {thing}" for thing, colour in (names for names in shown if len(names) == 2)]
     text = "".join(names[0] for names in shown if len(names) == 1)
@@ -320,7 +320,7 @@ def name_index(per_side: int = 8) -> dict[str, int]:
 
 
 class TowerCollator:
-    """Joins the tiles of several pictures into one batch."""
+    """Joins the tiles of several images into one batch."""
 
     def __init__(self, tokenizer: Any, caption_length: int):
         self.tokenizer, self.caption_length = tokenizer, caption_length
@@ -365,11 +365,11 @@ class Naming(nn.Module):
         logits = self.naming(vectors)
         loss = logits.new_zeros(())
         for span in patch_kinds().values():
-            truth = names[..., span]
-            counts = truth.sum(-1)
+            annotations = names[..., span]
+            counts = annotations.sum(-1)
             is_shown = counts > 0
             if is_shown.any():
-                target = truth[is_shown] / counts[is_shown].unsqueeze(-1)
+                target = annotations[is_shown] / counts[is_shown].unsqueeze(-1)
                 loss = loss + nn.functional.cross_entropy(logits[..., span][is_shown], target)
         is_present = torch.stack([names[..., patch_kinds()[kind]].amax(-1) for kind in ("thing", "character")], dim=-1)
         return loss + sigmoid_loss(self.presence(vectors), is_present).mean()
@@ -401,7 +401,7 @@ class PatchSiglip(nn.Module):
     Args:
         vision_tower: what training starts from.
         tokenizer: of the model it is for.
-        recipe: sizes of the text tower, weight of the picture level.
+        recipe: sizes of the text tower, weight of the image level.
         resampler: to be trained too, or None.
     """
 
@@ -428,8 +428,8 @@ class PatchSiglip(nn.Module):
         self.siglip.vision_model.load_state_dict(start, strict=False)  # the pooling head is new
         nn.init.constant_(self.siglip.logit_scale, float(np.log(10)))
         nn.init.constant_(self.siglip.logit_bias, -10.0)
-        self.picture_weight = recipe.picture_weight
-        if not self.picture_weight:
+        self.image_weight = recipe.image_weight
+        if not self.image_weight:
             for name, parameter in self.siglip.named_parameters():
                 parameter.requires_grad_(name.startswith("vision_model.") and ".head." not in name)
         self.patch_naming = Naming(vision["hidden_size"])
@@ -452,7 +452,7 @@ class PatchSiglip(nn.Module):
         Args:
             pixel_values: tiles (N, 3, S, S).
             names: (N, P, K), which of K names lie under each patch.
-            is_visible: (N, P), which patches show picture and not padding.
+            is_visible: (N, P), which patches show image and not padding.
             input_ids: captions (N, L), padded on the left.
             is_same: (N, N), which captions are equal.
 
@@ -463,11 +463,11 @@ class PatchSiglip(nn.Module):
         loss = self.patch_naming.loss(vision.last_hidden_state, names)
         if self.resampler is not None:
             loss = loss + self.latent_naming.loss(self.read_latents(vision.last_hidden_state, is_visible), names)
-        if self.picture_weight:
-            pictures = nn.functional.normalize(vision.pooler_output, dim=-1)
+        if self.image_weight:
+            images = nn.functional.normalize(vision.pooler_output, dim=-1)
             captions = nn.functional.normalize(self.siglip.text_model(input_ids).pooler_output, dim=-1)
-            logits = pictures @ captions.T * self.siglip.logit_scale.exp() + self.siglip.logit_bias
-            loss = loss + self.picture_weight * sigmoid_loss(logits, is_same).sum(-1).mean()
+            logits = images @ captions.T * self.siglip.logit_scale.exp() + self.siglip.logit_bias
+            loss = loss + self.image_weight * sigmoid_loss(logits, is_same).sum(-1).mean()
         return {"loss": loss}
 
     def read_latents(self, patches: torch.Tensor, is_visible: torch.Tensor) -> torch.Tensor:
@@ -484,8 +484,8 @@ def sigmoid_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate_tower(model: PatchSiglip, pictures: TowerPictures, batch_size: int = 16) -> dict[str, float]:
-    """Share of patches whose thing, colour or character is the likeliest of its kind, on held-out pictures.
+def evaluate_tower(model: PatchSiglip, images: TowerImages, batch_size: int = 16) -> dict[str, float]:
+    """Share of patches whose thing, colour or character is the likeliest of its kind, on held-out images.
 
     Returns:
         `held_out_thing` and so on and, with a resampler, `held_out_thing_from_latents` and so on.
@@ -493,8 +493,8 @@ def evaluate_tower(model: PatchSiglip, pictures: TowerPictures, batch_size: int 
     model.eval()
     device = model.patch_naming.naming.weight.device
     right, seen = Counter[str](), Counter[str]()
-    for first in range(0, len(pictures), batch_size):
-        samples = [pictures[index] for index in range(first, min(first + batch_size, len(pictures)))]
+    for first in range(0, len(images), batch_size):
+        samples = [images[index] for index in range(first, min(first + batch_size, len(images)))]
         pixels, names, is_visible = (
             torch.cat([sample[name] for sample in samples]).to(device)
             for name in ("pixel_values", "names", "is_visible")
@@ -505,10 +505,10 @@ def evaluate_tower(model: PatchSiglip, pictures: TowerPictures, batch_size: int 
             logits["_from_latents"] = model.latent_naming.naming(model.read_latents(patches, is_visible))
         for kind, (level, scores) in product(KINDS, logits.items()):
             span = patch_kinds()[kind]
-            truth = names[..., span]
-            is_one = truth.sum(-1) == 1
+            annotations = names[..., span]
+            is_one = annotations.sum(-1) == 1
             best = scores[..., span].argmax(-1)
-            right[kind + level] += int((best == truth.argmax(-1))[is_one].sum())
+            right[kind + level] += int((best == annotations.argmax(-1))[is_one].sum())
             seen[kind + level] += int(is_one.sum())
     return {f"held_out_{name}": right[name] / max(1, seen[name]) for name in seen}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The drawn world: records with their truth from integer seeds, in the forms of the recipe's real data.
+"""The rendered world: records with their annotations from integer seeds, in the forms of the recipe's real data.
 
     settings                                                  how large, which words, which fonts
     splits                                                    train or held out, by a hash of the content

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preference pairs (a true answer against one that is wrong about the picture) and requests to decline."""
+"""Preference pairs (a true answer against one that is wrong about the image) and requests to decline."""
 
 from typing import Any
 
 from ..data.records import Record
 from ..data.things import plural
-from .documents import draw_form
+from .documents import sample_form
 from .scenes import (
     Composition,
     Rng,
@@ -16,9 +16,9 @@ from .scenes import (
     scattered,
 )
 from .settings import WorldSettings
-from .text_pages import any_string, code, draw_page, word
+from .text_pages import any_string, code, sample_page, word
 
-Pair = tuple[Any, str, str, str]  # picture, question, chosen, rejected
+Pair = tuple[Any, str, str, str]  # image, question, chosen, rejected
 
 REFUSAL = "I'm sorry, but I can't help with that."
 _REQUESTS = {
@@ -63,9 +63,9 @@ def _wrong(rng: Rng, composition: Composition, settings: WorldSettings) -> Compo
 def preference_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """Prefer the true answer: a description, a count, a colour or a text against a wrong one."""
     pair = pick(rng, (_describe_pair, _describe_pair, _count_pair, _colour_pair, _read_pair))
-    picture, question, chosen, rejected = pair(rng, split, settings)
+    image, question, chosen, rejected = pair(rng, split, settings)
     turns = [("user", f"<image>\n{question}")]
-    return make_record("preference", "preference", turns, [picture], chosen, chosen=chosen, rejected=rejected)
+    return make_record("preference", "preference", turns, [image], chosen, chosen=chosen, rejected=rejected)
 
 
 def _describe_pair(rng: Rng, split: str, settings: WorldSettings) -> Pair:
@@ -93,7 +93,7 @@ def _read_pair(rng: Rng, split: str, settings: WorldSettings) -> Pair:
     text = wrong = any_string(rng, split, settings)
     while wrong.casefold() == text.casefold():
         wrong = any_string(rng, split, settings)
-    page = draw_page(rng, [text], settings)
+    page = sample_page(rng, [text], settings)
     return page, "What is written in the picture?", f"It says {text}.", f"It says {wrong}."
 
 
@@ -105,7 +105,7 @@ def refusal_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     category = pick(rng, tuple(_REQUESTS))
     title, requests, reason = _REQUESTS[category]
     name, secret = word(rng, split).title(), code(rng, split, 5)
-    page = draw_form(rng, settings, title, [("Name", name), ("Code", secret)])
+    page = sample_form(rng, settings, title, [("Name", name), ("Code", secret)])
     is_unsafe = bool(rng.integers(2))
     if is_unsafe:
         question, answer = pick(rng, requests), REFUSAL + reason

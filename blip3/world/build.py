@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Write drawn records to disk, or draw a sheet of samples to look at.
+r"""Write rendered records to disk, or draw a sheet of samples to look at.
 
-    python -m blip3.world.build --task count relation --count 10000 --output drawn
+    python -m blip3.world.build --task count relation --count 10000 --output rendered
     python -m blip3.world.build --preview sheet.png
 
-    drawn/build.json                                what was asked for; another request in the same folder is refused
-    drawn/count-train-00000.jsonl                   records, a shard each; complete or absent
-    drawn/images/count-train-00000/0000-0.png       their pictures; none with --pictures drawing
-    drawn/count-train-00000.parquet                 with --format parquet instead, pictures inside
+    rendered/build.json                             what was asked for; another request in the same folder is refused
+    rendered/count-train-00000.jsonl                   records, a shard each; complete or absent
+    rendered/images/count-train-00000/0000-0.png       their images; none with --images drawing
+    rendered/count-train-00000.parquet                 with --format parquet instead, images inside
 
 Run the same command again after an interruption: complete shards are kept.
 """
@@ -25,10 +25,10 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from ..data.fonts import load_font, shorten, wrap
-from ..data.records import IMAGE_TOKEN, Picture, Record, write_jsonl
+from ..data.records import IMAGE_TOKEN, ImageSource, Record, write_jsonl
 from .settings import WorldSettings
 from .splits import SPLITS
-from .tasks import TASKS, drawn_records
+from .tasks import TASKS, rendered_records
 
 
 def build(
@@ -41,7 +41,7 @@ def build(
     *,
     shard_size: int = 1000,
     format: str = "jsonl",
-    pictures: str = "png",
+    images: str = "png",
 ) -> list[Path]:
     """Write `count` records of each task, in shards.
 
@@ -51,10 +51,10 @@ def build(
         seed: of every task's series.
         count: records of each task.
         output: folder, created if missing.
-        settings: what may be drawn; the defaults if None.
+        settings: what may be rendered; the defaults if None.
         shard_size: records in a file.
         format: `jsonl` or `parquet`.
-        pictures: `png`, `webp` (lossless) or `drawing`: descriptions instead of picture files, for `jsonl` only.
+        images: `png`, `webp` (lossless) or `drawing`: descriptions instead of image files, for `jsonl` only.
 
     Returns:
         The shards, in order.
@@ -62,16 +62,14 @@ def build(
     Raises:
         ValueError: if the folder holds records of another request, or parquet was asked for with drawings.
     """
-    if count < 1 or shard_size < 1 or (format == "parquet" and pictures == "drawing"):
+    if count < 1 or shard_size < 1 or (format == "parquet" and images == "drawing"):
         raise ValueError(
-            f"{count} records in shards of {shard_size}, format {format}, pictures {pictures} were asked for, but "
+            f"{count} records in shards of {shard_size}, format {format}, images {images} were asked for, but "
             "both numbers must be at least 1 and parquet holds png or webp. An option is probably wrong: correct it."
         )
     output, settings = Path(output), settings or WorldSettings()
     output.mkdir(parents=True, exist_ok=True)
-    _check_request(
-        output, {"seed": seed, "shard_size": shard_size, "pictures": pictures, "settings": settings.__dict__}
-    )
+    _check_request(output, {"seed": seed, "shard_size": shard_size, "pictures": images, "settings": settings.__dict__})
     shards = []
     with tqdm(total=count * len(tasks), unit="record", disable=None) as bar:
         for task in tasks:
@@ -80,8 +78,8 @@ def build(
                 shard = output / f"{task}-{split}-{number:05d}.{format}"
                 bar.set_description(shard.stem)
                 if not _is_complete(shard, size):
-                    records = drawn_records(task, split, seed, size, settings, start)
-                    _write_shard(records, shard, pictures)
+                    records = rendered_records(task, split, seed, size, settings, start)
+                    _write_shard(records, shard, images)
                 shards.append(shard)
                 bar.update(size)
     return shards
@@ -92,7 +90,7 @@ def _check_request(output: Path, request: dict[str, Any]) -> None:
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise ValueError(
             f"The folder {output} holds records of another request (see build.json), but a folder holds one seed, "
-            "shard size, kind of pictures and settings. An option was probably changed: write to another folder, or "
+            "shard size, kind of images and settings. An option was probably changed: write to another folder, or "
             "delete this one."
         )
     path.write_text(text, encoding="utf-8")
@@ -110,35 +108,35 @@ def _is_complete(shard: Path, size: int) -> bool:
         return sum(1 for _ in lines) == size
 
 
-def encode(picture: Picture, pictures: str) -> bytes:
-    """Paint a picture and encode it as `png` or lossless `webp`."""
+def encode(image: ImageSource, images: str) -> bytes:
+    """Paint an image and encode it as `png` or lossless `webp`."""
     buffer = io.BytesIO()
-    options: dict[str, Any] = {"compress_level": 4} if pictures == "png" else {"lossless": True, "quality": 30}
-    picture.open().save(buffer, pictures.upper(), **options)
+    options: dict[str, Any] = {"compress_level": 4} if images == "png" else {"lossless": True, "quality": 30}
+    image.open().save(buffer, images.upper(), **options)
     return buffer.getvalue()
 
 
-def _write_shard(records: Iterator[Record], shard: Path, pictures: str) -> None:
+def _write_shard(records: Iterator[Record], shard: Path, images: str) -> None:
     if shard.suffix == ".parquet":
-        _write_parquet(records, shard, pictures)
-    elif pictures == "drawing":
+        _write_parquet(records, shard, images)
+    elif images == "drawing":
         write_jsonl(records, shard)
     else:
         folder = shard.parent / "images" / shard.stem
         folder.mkdir(parents=True, exist_ok=True)
-        write_jsonl((_save_pictures(record, row, folder, pictures) for row, record in enumerate(records)), shard)
+        write_jsonl((_save_images(record, row, folder, images) for row, record in enumerate(records)), shard)
 
 
-def _save_pictures(record: Record, row: int, folder: Path, pictures: str) -> Record:
-    images = []
-    for position, picture in enumerate(record.images):
-        name = f"{row:04d}-{position}.{pictures}"
-        (folder / name).write_bytes(encode(picture, pictures))
-        images.append(Picture(path=f"images/{folder.name}/{name}"))
-    return replace(record, images=tuple(images))
+def _save_images(record: Record, row: int, folder: Path, encoding: str) -> Record:
+    saved = []
+    for position, image in enumerate(record.images):
+        name = f"{row:04d}-{position}.{encoding}"
+        (folder / name).write_bytes(encode(image, encoding))
+        saved.append(ImageSource(path=f"images/{folder.name}/{name}"))
+    return replace(record, images=tuple(saved))
 
 
-def _write_parquet(records: Iterator[Record], shard: Path, pictures: str) -> None:
+def _write_parquet(records: Iterator[Record], shard: Path, encoding: str) -> None:
     """Write a shard as parquet, in the columns that `readers.read_parquet` takes."""
     from datasets import Dataset, Features, Image, List, Value
 
@@ -156,7 +154,7 @@ def _write_parquet(records: Iterator[Record], shard: Path, pictures: str) -> Non
     )
     rows = []
     for record in records:
-        images = [{"bytes": encode(picture, pictures), "path": None} for picture in record.images]
+        images = [{"bytes": encode(image, encoding), "path": None} for image in record.images]
         turns = [{"role": turn.role, "text": turn.text} for turn in record.turns]
         rows.append(
             {
@@ -166,7 +164,7 @@ def _write_parquet(records: Iterator[Record], shard: Path, pictures: str) -> Non
                 "turns": turns,
                 "chosen": record.chosen,
                 "rejected": record.rejected,
-                "truth": json.dumps(record.truth),
+                "truth": json.dumps(record.annotations),
             }
         )
     unfinished = shard.with_name(f"{shard.name}.unfinished")
@@ -180,7 +178,7 @@ _CELL, _IMAGE_HEIGHT, _TEXT_HEIGHT, _MARGIN = 300, 190, 128, 12
 _LINE, _FONT_SIZE = 15, 12
 
 
-def draw_sheet(
+def render_contact_sheet(
     tasks: Sequence[str], split: str = "train", seed: int = 0, settings: WorldSettings | None = None, columns: int = 6
 ) -> Image.Image:
     """Draw a grid of samples, a row of `columns` samples for each task, with their questions and answers.
@@ -191,26 +189,26 @@ def draw_sheet(
     sheet = Image.new("RGB", (columns * _CELL + _MARGIN, len(tasks) * row_height + _MARGIN), "#d9dde3")
     pen = ImageDraw.Draw(sheet)
     for row, task in enumerate(tasks):
-        for column, record in enumerate(drawn_records(task, split, seed, columns, settings)):
-            _draw_cell(sheet, pen, record, task, (_MARGIN + column * _CELL, _MARGIN + row * row_height))
+        for column, record in enumerate(rendered_records(task, split, seed, columns, settings)):
+            _render_cell(sheet, pen, record, task, (_MARGIN + column * _CELL, _MARGIN + row * row_height))
     return sheet
 
 
-def _draw_cell(
+def _render_cell(
     sheet: Image.Image, pen: ImageDraw.ImageDraw, record: Record, task: str, corner: tuple[int, int]
 ) -> None:
     x, y = corner
     right, bottom = x + _CELL - _MARGIN, y + _IMAGE_HEIGHT + _TEXT_HEIGHT - _MARGIN
     pen.rounded_rectangle((x, y, right, bottom), radius=8, fill="#ffffff")
     if record.images:
-        _draw_images(sheet, pen, record.images, corner)
+        _render_images(sheet, pen, record.images, corner)
     top = y + (_IMAGE_HEIGHT if record.images else 8)
     pen.text((x + 8, top), f"{task} ({record.kind})", "#8a5a00", load_font("Aileron", 13))
-    _draw_lines(pen, _sheet_lines(record), (x + 8, top + 18, right - 8, bottom - 2))
+    _render_lines(pen, _sheet_lines(record), (x + 8, top + 18, right - 8, bottom - 2))
 
 
-def _draw_images(
-    sheet: Image.Image, pen: ImageDraw.ImageDraw, images: Sequence[Picture], corner: tuple[int, int]
+def _render_images(
+    sheet: Image.Image, pen: ImageDraw.ImageDraw, images: Sequence[ImageSource], corner: tuple[int, int]
 ) -> None:
     """Draw up to six images of a sample side by side, in the upper part of its cell."""
     x, y = corner
@@ -218,8 +216,8 @@ def _draw_images(
     columns = min(len(shown), 2) if len(shown) < 5 else 3
     rows = -(-len(shown) // columns)
     room = ((_CELL - _MARGIN - 12) // columns - 4, (_IMAGE_HEIGHT - 8) // rows - 4)
-    for index, picture in enumerate(shown):
-        image = picture.open()
+    for index, source in enumerate(shown):
+        image = source.open()
         image.thumbnail(room, Image.Resampling.LANCZOS)
         left = x + 6 + (index % columns) * (room[0] + 4) + (room[0] - image.width) // 2 + 2
         top = y + 6 + (index // columns) * (room[1] + 4) + (room[1] - image.height) // 2 + 2
@@ -239,7 +237,7 @@ def _sheet_lines(record: Record) -> list[tuple[str, str]]:
     return lines
 
 
-def _draw_lines(pen: ImageDraw.ImageDraw, lines: Sequence[tuple[str, str]], box: tuple[int, int, int, int]) -> None:
+def _render_lines(pen: ImageDraw.ImageDraw, lines: Sequence[tuple[str, str]], box: tuple[int, int, int, int]) -> None:
     """Write wrapped lines into a box (left, top, right, bottom); what does not fit ends in dots."""
     font, (left, top, right, bottom) = load_font("Aileron", _FONT_SIZE), box
     wrapped = [(line, colour) for text, colour in lines for line in wrap(text, right - left, font)]
@@ -262,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard-size", type=int, default=1000, help="records in a file (default: 1000)")
     parser.add_argument("--format", choices=["jsonl", "parquet"], default="jsonl", help="(default: jsonl)")
     parser.add_argument(
+        "--images",
         "--pictures",
         choices=["png", "webp", "drawing"],
         default="png",
@@ -271,16 +270,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fonts", nargs="+", help="faces (default: all)")
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--output", help="folder to write records to")
-    goal.add_argument("--preview", metavar="FILE", help="draw a sheet of samples into this picture file instead")
+    goal.add_argument(
+        "--preview", metavar="FILE", help="render a contact sheet of samples into this image file instead"
+    )
     given = parser.parse_args(arguments)
     tasks = list(TASKS) if "all" in given.task else given.task
     chosen: dict[str, Any] = {name: tuple(getattr(given, name)) for name in ("sides", "fonts") if getattr(given, name)}
     try:
         settings = WorldSettings(**chosen)
         if given.preview:
-            draw_sheet(tasks, given.split, given.seed, settings).save(given.preview)
+            render_contact_sheet(tasks, given.split, given.seed, settings).save(given.preview)
             return 0
-        options = {"shard_size": given.shard_size, "format": given.format, "pictures": given.pictures}
+        options = {"shard_size": given.shard_size, "format": given.format, "images": given.images}
         build(tasks, given.split, given.seed, given.count, given.output, settings, **options)
     except (ValueError, ImportError, OSError) as error:
         sys.stderr.write(f"{error}\n")

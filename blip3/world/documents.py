@@ -70,7 +70,7 @@ class Sheet:
         return Page(Drawing(self.size, ("plain", self.paper), tuple(self.marks)), tuple(self.strings))
 
 
-def draw_form(rng: Rng, settings: WorldSettings, title: str, fields: list[tuple[str, str]]) -> Page:
+def sample_form(rng: Rng, settings: WorldSettings, title: str, fields: list[tuple[str, str]]) -> Page:
     """Draw a form: a title and lines of label and value."""
     sheet = Sheet(rng, settings, pick(rng, ("#ffffff", "#fbf7ea", "#f0f5fa")))
     height, width = sheet.size
@@ -90,7 +90,7 @@ def form_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """Read the value of a field of a receipt, ticket or badge."""
     labels = pick_many(rng, tuple(_FIELDS), int(rng.integers(2, 6)))
     fields = [(label, _FIELDS[label](rng, split)) for label in labels]
-    page = draw_form(rng, settings, pick(rng, _TITLES), fields)
+    page = sample_form(rng, settings, pick(rng, _TITLES), fields)
     label, value = pick(rng, fields)
     return ask("form", f"What is the {label.lower()}?", value, [page])
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from ..data.canvas import Drawing, Shape, shape_box
 from ..data.formats import Box, ground, write_box
-from ..data.records import Picture, Record, Turn
+from ..data.records import ImageSource, Record, Turn
 from ..data.things import plural
 from .settings import COLOURS, WorldSettings
-from .splits import draw_until, scene_key
+from .splits import sample_until, scene_key
 
 Rng = np.random.Generator
 Composition = tuple[tuple[str, str], ...]  # (colour, thing) each
@@ -29,7 +29,7 @@ _BACKGROUNDS = ("#ffffff", "#f4efe4", "#e8f0f6", "#eaf4e6", "#f7e9ec", "#f1ecf8"
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn scene and its truth."""
+    """A rendered scene and its annotations."""
 
     drawing: Drawing
     composition: Composition
@@ -37,8 +37,8 @@ class Scene:
     """Normalised ink box of each thing."""
 
     @property
-    def truth(self) -> dict[str, Any]:
-        """What a record's `truth["pictures"]` holds for this picture."""
+    def annotations(self) -> dict[str, Any]:
+        """What a record's `annotations["pictures"]` holds for this image."""
         objects = [
             {"colour": colour, "thing": thing, "box": list(box)}
             for (colour, thing), box in zip(self.composition, self.boxes, strict=True)
@@ -103,7 +103,7 @@ def describe(composition: Composition) -> str:
 
 def compose(rng: Rng, split: str, propose: Callable[[], Composition]) -> Composition:
     """Propose compositions until one belongs to the split, then shuffle it."""
-    composition = draw_until(split, propose, scene_key)
+    composition = sample_until(split, propose, scene_key)
     return tuple(composition[int(index)] for index in rng.permutation(len(composition)))
 
 
@@ -112,7 +112,7 @@ def distinct(rng: Rng, settings: WorldSettings, count: int) -> Composition:
     return tuple(zip(pick_many(rng, settings.colours, count), pick_many(rng, settings.things, count), strict=True))
 
 
-def draw_scene(
+def sample_scene(
     rng: Rng, composition: Composition, settings: WorldSettings, size: tuple[int, int] | None = None
 ) -> Scene:
     """Place the things of a composition without overlap, one to a cell of a loose grid.
@@ -121,7 +121,7 @@ def draw_scene(
         rng: decides everything that the composition leaves open.
         composition: what to draw.
         settings: sizes.
-        size: (height, width) in pixels; drawn from the settings if None.
+        size: (height, width) in pixels; rendered from the settings if None.
     """
     height, width = size or pick_size(rng, settings.sides, settings.max_aspect)
     rows, columns = _grid(rng, height, width, len(composition))
@@ -152,34 +152,34 @@ def _grid(rng: Rng, height: int, width: int, count: int) -> tuple[int, int]:
 
 
 def make_record(
-    name: str, kind: str, turns: Sequence[tuple[str, str]], pictures: Sequence[Any], answer: str, **extra: Any
+    name: str, kind: str, turns: Sequence[tuple[str, str]], images: Sequence[Any], answer: str, **extra: Any
 ) -> Record:
-    """Build a record from drawn pictures; the id is filled in by `world.drawn_record`.
+    """Build a record from rendered images; the id is filled in by `world.rendered_record`.
 
     Args:
         name: placeholder id.
         kind: of the record.
         turns: (role, text) each.
-        pictures: with `drawing` and `truth`, such as `Scene`.
+        images: with `drawing` and `annotations`, such as `Scene`.
         answer: what a scorer compares with.
-        **extra: further keys of `truth`, except `chosen` and `rejected`, which go into the record.
+        **extra: further keys of `annotations`, except `chosen` and `rejected`, which go into the record.
     """
     pair = {key: extra.pop(key) for key in ("chosen", "rejected") if key in extra}
-    truth = {"answer": answer, **extra, "pictures": [picture.truth for picture in pictures]}
-    images = tuple(Picture(drawing=picture.drawing) for picture in pictures)
-    return Record(name, kind, images, tuple(Turn(*turn) for turn in turns), truth=truth, **pair)
+    annotations = {"answer": answer, **extra, "pictures": [image.annotations for image in images]}
+    sources = tuple(ImageSource(drawing=image.drawing) for image in images)
+    return Record(name, kind, sources, tuple(Turn(*turn) for turn in turns), annotations=annotations, **pair)
 
 
-def ask(name: str, question: str, answer: str, pictures: Sequence[Any], **extra: Any) -> Record:
-    """Build an instruction record of one question, whose pictures come first unless the question places them."""
-    prompt = question if "<image>" in question else "<image>\n" * len(pictures) + question
-    return make_record(name, "instruction", [("user", prompt), ("assistant", answer)], pictures, answer, **extra)
+def ask(name: str, question: str, answer: str, images: Sequence[Any], **extra: Any) -> Record:
+    """Build an instruction record of one question, whose images come first unless the question places them."""
+    prompt = question if "<image>" in question else "<image>\n" * len(images) + question
+    return make_record(name, "instruction", [("user", prompt), ("assistant", answer)], images, answer, **extra)
 
 
 def scattered(rng: Rng, split: str, settings: WorldSettings, least: int, most: int) -> Scene:
     """Draw a scene of `least` to `most` things, no two of one colour or kind."""
     count = int(rng.integers(least, most + 1))
-    return draw_scene(rng, compose(rng, split, lambda: distinct(rng, settings, count)), settings)
+    return sample_scene(rng, compose(rng, split, lambda: distinct(rng, settings, count)), settings)
 
 
 # -------------------------------------------------------------------------------------------------- the tasks
@@ -214,10 +214,10 @@ def _counted(rng: Rng, settings: WorldSettings, count: int, target: str) -> Comp
 def count_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """Count the things of a kind, a colour or both, 1 to `max_count` of them."""
     count, target = int(rng.integers(1, settings.max_count + 1)), pick(rng, ("thing", "colour", "both"))
-    composition = draw_until(split, lambda: _counted(rng, settings, count, target), scene_key)
+    composition = sample_until(split, lambda: _counted(rng, settings, count, target), scene_key)
     colour, thing = composition[0]
     composition = tuple(composition[int(index)] for index in rng.permutation(len(composition)))
-    scene = draw_scene(rng, composition, settings)
+    scene = sample_scene(rng, composition, settings)
     wanted = {name: value for name, value in (("colour", colour), ("thing", thing)) if target in (name, "both")}
     question = _ASK_COUNT.format(_counted_words(colour, thing)[target])
     return ask("count", question, str(count), [scene], target=wanted)
@@ -275,7 +275,7 @@ def _crowd(rng: Rng, settings: WorldSettings) -> Composition:
 
 def crowd(rng: Rng, split: str, settings: WorldSettings, size: tuple[int, int] | None = None) -> Scene:
     """Draw a scene of one to nine things."""
-    return draw_scene(rng, draw_until(split, lambda: _crowd(rng, settings), scene_key), settings, size)
+    return sample_scene(rng, sample_until(split, lambda: _crowd(rng, settings), scene_key), settings, size)
 
 
 def caption_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
@@ -296,7 +296,7 @@ def caption_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
 def inventory_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """List one to seven things in the order in which they stand, each as colour and thing.
 
-    Every word can be told from the picture, so a caption of this kind teaches more than others of its length.
+    Every word can be told from the image, so a caption of this kind teaches more than others of its length.
     """
     scene = scattered(rng, split, settings, 1, min(7, len(settings.colours), len(settings.things)))
     axis, order = pick(rng, ((0, "From left to right"), (1, "From top to bottom")))
@@ -309,12 +309,12 @@ def inventory_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
 def pairs_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """List two to six things by colour and once more colours by thing, each list in an order of its own.
 
-    No two share a colour or a kind, so the second word of every pair can be told from the first and the picture alone:
+    No two share a colour or a kind, so the second word of every pair can be told from the first and the image alone:
     each is a lookup by what a thing looks like, which an ordered list (`inventory`) does not ask for.
     """
     most = min(6, len(settings.colours), len(settings.things))
     count = int(rng.integers(2, most + 1)) if most > 1 else 1
-    scene = draw_scene(rng, compose(rng, split, lambda: distinct(rng, settings, count)), settings)
+    scene = sample_scene(rng, compose(rng, split, lambda: distinct(rng, settings, count)), settings)
     things = ", ".join(f"{colour} {thing}" for colour, thing in pick_many(rng, scene.composition, count))
     colours = ", ".join(f"{thing} {colour}" for colour, thing in pick_many(rng, scene.composition, count))
     text = f"Things: {things}. Colours: {colours}."
@@ -352,13 +352,13 @@ def dialogue_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
 def quiz_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """Ask many short questions about one scene, worded as the single ones: names, counts, relations, boxes.
 
-    A picture costs a model far more than a question, so this teaches more in the same time.
+    An image costs a model far more than a question, so this teaches more in the same time.
     """
     if rng.random() < 1 - settings.quiz_counts:
         scene = scattered(rng, split, settings, 1, 4)
     else:
         count, target = int(rng.integers(1, settings.max_count + 1)), pick(rng, ("thing", "colour", "both"))
-        scene = draw_scene(rng, compose(rng, split, lambda: _counted(rng, settings, count, target)), settings)
+        scene = sample_scene(rng, compose(rng, split, lambda: _counted(rng, settings, count, target)), settings)
     return ask_many(rng, "quiz", _quiz_questions(scene, settings), [scene], "<image>\n", settings)
 
 
@@ -366,7 +366,7 @@ def ask_many(
     rng: Rng,
     name: str,
     kinds: Sequence[Sequence[tuple[str, str]]],
-    pictures: Sequence[Any],
+    images: Sequence[Any],
     shown: str,
     settings: WorldSettings,
 ) -> Record:
@@ -376,9 +376,9 @@ def ask_many(
         rng: decides which, and in which order.
         name: placeholder id.
         kinds: (question, answer) by kind; some may be empty, not all.
-        pictures: with `drawing` and `truth`.
-        shown: where the pictures stand, in front of the first question.
-        settings: how many questions; one that is drawn twice is asked once.
+        images: with `drawing` and `annotations`.
+        shown: where the images stand, in front of the first question.
+        settings: how many questions; one that is rendered twice is asked once.
     """
     kinds = [questions for questions in kinds if questions]
     fewest, most = settings.quiz_questions
@@ -388,7 +388,7 @@ def ask_many(
         asked.setdefault(question, answer)
     turns = [turn for pair in asked.items() for turn in zip(("user", "assistant"), pair, strict=True)]
     turns[0] = ("user", shown + turns[0][1])
-    return make_record(name, "instruction", turns, pictures, turns[-1][1])
+    return make_record(name, "instruction", turns, images, turns[-1][1])
 
 
 def _quiz_questions(scene: Scene, settings: WorldSettings) -> list[list[tuple[str, str]]]:

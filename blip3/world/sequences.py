@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several pictures in one record: comparisons, sequences, interleaved documents, few-shot rules."""
+"""Several images in one record: comparisons, sequences, interleaved documents, few-shot rules."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -19,16 +19,16 @@ from .scenes import (
     crowd,
     describe,
     distinct,
-    draw_scene,
     make_record,
     phrase,
     pick,
     pick_many,
+    sample_scene,
     scattered,
 )
 from .settings import LABELS, RULE_FORMS, WORDS, WorldSettings
-from .splits import draw_until, rule_key, scene_key, split_of, string_key
-from .text_pages import Page, any_string, draw_page
+from .splits import rule_key, sample_until, scene_key, split_of, string_key
+from .text_pages import Page, any_string, sample_page
 
 ORDINALS = ("first", "second", "third", "fourth")
 _ASK_SAME, _ASK_MORE = "Do the two pictures show the same things?", "Which picture has more {}?"
@@ -37,21 +37,21 @@ _ASK_VALUE = {"colour": "Which colour?", "thing": "Which thing?", "count": "How 
 _REPEATED_WORDS = 48  # in a text of repetitions, at most
 
 
-def _label_pictures(count: int) -> str:
+def _label_images(count: int) -> str:
     return " ".join(f"Image {index + 1}: <image>" for index in range(count))
 
 
-# ------------------------------------------------------------------------------------------ comparing two pictures
+# ------------------------------------------------------------------------------------------ comparing two images
 
 
 def compare_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
-    """Compare two pictures: the same things or not, which has more, which shows a thing."""
+    """Compare two images: the same things or not, which has more, which shows a thing."""
     return pick(rng, (_compare_same, _compare_more, _compare_which))(rng, split, settings)
 
 
 def _compare_same(rng: Rng, split: str, settings: WorldSettings) -> Record:
-    pictures = _same_or_changed(rng, split, settings)
-    return ask("compare", f"{_label_pictures(2)} {_ASK_SAME}", _is_same(pictures), pictures, choices=["yes", "no"])
+    images = _same_or_changed(rng, split, settings)
+    return ask("compare", f"{_label_images(2)} {_ASK_SAME}", _is_same(images), images, choices=["yes", "no"])
 
 
 def _same_or_changed(rng: Rng, split: str, settings: WorldSettings) -> list[Scene]:
@@ -61,11 +61,11 @@ def _same_or_changed(rng: Rng, split: str, settings: WorldSettings) -> list[Scen
     composition = first.composition
     while not is_same and scene_key(composition) == scene_key(first.composition):
         composition = compose(rng, split, lambda: _changed(rng, first.composition, settings))
-    return [first, draw_scene(rng, composition, settings)]
+    return [first, sample_scene(rng, composition, settings)]
 
 
-def _is_same(pictures: list[Scene]) -> str:
-    return "yes" if len({scene_key(picture.composition) for picture in pictures}) == 1 else "no"
+def _is_same(images: list[Scene]) -> str:
+    return "yes" if len({scene_key(image.composition) for image in images}) == 1 else "no"
 
 
 def _changed(rng: Rng, composition: Composition, settings: WorldSettings) -> Composition:
@@ -77,18 +77,18 @@ def _changed(rng: Rng, composition: Composition, settings: WorldSettings) -> Com
 
 
 def _compare_more(rng: Rng, split: str, settings: WorldSettings) -> Record:
-    pictures, thing, answer = _with_more(rng, split, settings)
-    question = f"{_label_pictures(2)} {_ASK_MORE.format(plural(thing))}"
-    return ask("compare", question, answer, pictures, choices=["the first", "the second", "the same"])
+    images, thing, answer = _with_more(rng, split, settings)
+    question = f"{_label_images(2)} {_ASK_MORE.format(plural(thing))}"
+    return ask("compare", question, answer, images, choices=["the first", "the second", "the same"])
 
 
 def _with_more(rng: Rng, split: str, settings: WorldSettings) -> tuple[list[Scene], str, str]:
-    """Draw two pictures of a thing, as many in each as a drawn answer says; gives pictures, thing and answer."""
+    """Draw two images of a thing, as many in each as a rendered answer says; gives images, thing and answer."""
     thing, answer = pick(rng, settings.things), pick(rng, ("the first", "the second", "the same"))
     counts = sorted(pick_many(rng, range(1, settings.max_count + 1), 2), reverse=answer == "the first")
     counts = [counts[0]] * 2 if answer == "the same" else counts
-    pictures = [draw_scene(rng, compose(rng, split, _some_of(rng, settings, thing, n)), settings) for n in counts]
-    return pictures, thing, answer
+    images = [sample_scene(rng, compose(rng, split, _some_of(rng, settings, thing, n)), settings) for n in counts]
+    return images, thing, answer
 
 
 def _some_of(rng: Rng, settings: WorldSettings, thing: str, count: int) -> Callable[[], Composition]:
@@ -104,41 +104,41 @@ def _some_of(rng: Rng, settings: WorldSettings, thing: str, count: int) -> Calla
 
 
 def _compare_which(rng: Rng, split: str, settings: WorldSettings) -> Record:
-    pictures = [scattered(rng, split, settings, 1, 3)]
-    things = {thing for _, thing in pictures[0].composition}
-    while len(pictures) < 2:
+    images = [scattered(rng, split, settings, 1, 3)]
+    things = {thing for _, thing in images[0].composition}
+    while len(images) < 2:
         other = scattered(rng, split, settings, 1, 3)
         if things.isdisjoint(thing for _, thing in other.composition):
-            pictures.append(other)
+            images.append(other)
     index = int(rng.integers(2))
-    colour, thing = pick(rng, pictures[index].composition)
-    question = f"{_label_pictures(2)} {_ASK_WHICH.format(phrase(colour, thing))}"
-    return ask("compare", question, f"the {ORDINALS[index]}", pictures, choices=["the first", "the second"])
+    colour, thing = pick(rng, images[index].composition)
+    question = f"{_label_images(2)} {_ASK_WHICH.format(phrase(colour, thing))}"
+    return ask("compare", question, f"the {ORDINALS[index]}", images, choices=["the first", "the second"])
 
 
 def pair_quiz_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
-    """Ask many short questions about two pictures: those of `compare`, and what their answers are made of.
+    """Ask many short questions about two images: those of `compare`, and what their answers are made of.
 
-    Whether two pictures show the same things is one bit; whether both show this thing, and how many of it, says where
+    Whether two images show the same things is one bit; whether both show this thing, and how many of it, says where
     that bit comes from.
     """
     if rng.random() < 1 - settings.quiz_counts:
-        pictures = _same_or_changed(rng, split, settings)
+        images = _same_or_changed(rng, split, settings)
     else:
-        pictures, _, _ = _with_more(rng, split, settings)
-    return ask_many(rng, "pair_quiz", _pair_questions(pictures), pictures, f"{_label_pictures(2)} ", settings)
+        images, _, _ = _with_more(rng, split, settings)
+    return ask_many(rng, "pair_quiz", _pair_questions(images), images, f"{_label_images(2)} ", settings)
 
 
-def _pair_questions(pictures: list[Scene]) -> list[list[tuple[str, str]]]:
+def _pair_questions(images: list[Scene]) -> list[list[tuple[str, str]]]:
     """Every question about two scenes, with its answer: same, which, both, more, how many."""
-    first, second = (Counter(picture.composition) for picture in pictures)
+    first, second = (Counter(image.composition) for image in images)
     which, both, more, many = [], [], [], []
     for kind in dict.fromkeys([*first, *second]):
         shows = [kind in first, kind in second]
         both.append((f"Do both pictures show {phrase(*kind)}?", "yes" if all(shows) else "no"))
         if not all(shows):
             which.append((_ASK_WHICH.format(phrase(*kind)), f"the {ORDINALS[shows.index(True)]}"))
-    things = [Counter(thing for _, thing in picture.composition) for picture in pictures]
+    things = [Counter(thing for _, thing in image.composition) for image in images]
     for thing in dict.fromkeys([*things[0], *things[1]]):
         counts = [each[thing] for each in things]
         winner = "same" if counts[0] == counts[1] else ORDINALS[counts.index(max(counts))]
@@ -148,14 +148,14 @@ def _pair_questions(pictures: list[Scene]) -> list[list[tuple[str, str]]]:
             for index, count in enumerate(counts)
             if count
         ]
-    return [[(_ASK_SAME, _is_same(pictures))], which, both, more, many]
+    return [[(_ASK_SAME, _is_same(images))], which, both, more, many]
 
 
-# ------------------------------------------------------------------------------------ several pictures, instruction
+# ------------------------------------------------------------------------------------ several images, instruction
 
 
 def multi_image_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
-    """Ask about two to four pictures: the odd one out, the next of a sequence, a text in each, a conversation."""
+    """Ask about two to four images: the odd one out, the next of a sequence, a text in each, a conversation."""
     return pick(rng, (_odd_one_out, _next_of_sequence, _read_each, _walk_through))(rng, split, settings)
 
 
@@ -163,13 +163,13 @@ def _odd_one_out(rng: Rng, split: str, settings: WorldSettings) -> Record:
     count = int(rng.integers(3, 5))
     colour, other = pick_many(rng, settings.colours, 2)
     index = int(rng.integers(count))
-    pictures = []
+    images = []
     for position in range(count):
         shown = other if position == index else colour
         wanted = compose(rng, split, _coloured(rng, settings, shown))
-        pictures.append(draw_scene(rng, wanted, settings))
-    question = f"{_label_pictures(count)} In which picture have the things another colour?"
-    return ask("multi_image", question, f"the {ORDINALS[index]}", pictures)
+        images.append(sample_scene(rng, wanted, settings))
+    question = f"{_label_images(count)} In which picture have the things another colour?"
+    return ask("multi_image", question, f"the {ORDINALS[index]}", images)
 
 
 def _coloured(rng: Rng, settings: WorldSettings, colour: str) -> Callable[[], Composition]:
@@ -181,50 +181,50 @@ def _next_of_sequence(rng: Rng, split: str, settings: WorldSettings) -> Record:
     thing, step = pick(rng, settings.things), pick(rng, (1, -1))
     start = int(rng.integers(1, 4)) if step > 0 else int(rng.integers(4, 7))
     counts = [start, start + step, start + 2 * step]
-    pictures = [draw_scene(rng, compose(rng, split, _some_of(rng, settings, thing, n)), settings) for n in counts]
-    question = f"{_label_pictures(3)} How many {plural(thing)} come next?"
-    return ask("multi_image", question, str(start + 3 * step), pictures)
+    images = [sample_scene(rng, compose(rng, split, _some_of(rng, settings, thing, n)), settings) for n in counts]
+    question = f"{_label_images(3)} How many {plural(thing)} come next?"
+    return ask("multi_image", question, str(start + 3 * step), images)
 
 
 def _read_each(rng: Rng, split: str, settings: WorldSettings) -> Record:
     strings = [any_string(rng, split, settings) for _ in range(int(rng.integers(2, 5)))]
-    pictures = [draw_page(rng, [text], settings) for text in strings]
-    return ask("multi_image", f"{_label_pictures(len(strings))} Read them in order.", ", ".join(strings), pictures)
+    images = [sample_page(rng, [text], settings) for text in strings]
+    return ask("multi_image", f"{_label_images(len(strings))} Read them in order.", ", ".join(strings), images)
 
 
 def _walk_through(rng: Rng, split: str, settings: WorldSettings) -> Record:
-    pictures = [scattered(rng, split, settings, 1, 3) for _ in range(int(rng.integers(2, 5)))]
-    turns = [("user", f"{_label_pictures(len(pictures))} How many pictures are there?")]
-    turns.append(("assistant", f"There are {NUMBERS[len(pictures)]} pictures."))
-    for index in pick_many(rng, range(len(pictures)), 2):
-        answer = f"It shows {describe(pictures[index].composition)}."
+    images = [scattered(rng, split, settings, 1, 3) for _ in range(int(rng.integers(2, 5)))]
+    turns = [("user", f"{_label_images(len(images))} How many pictures are there?")]
+    turns.append(("assistant", f"There are {NUMBERS[len(images)]} pictures."))
+    for index in pick_many(rng, range(len(images)), 2):
+        answer = f"It shows {describe(images[index].composition)}."
         turns += [("user", f"What does the {ORDINALS[index]} picture show?"), ("assistant", answer)]
-    return make_record("multi_image", "instruction", turns, pictures, turns[-1][1])
+    return make_record("multi_image", "instruction", turns, images, turns[-1][1])
 
 
 # --------------------------------------------------------------------------------------------- interleaved documents
 
 
 def interleaved_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
-    """Write a document of two to four pictures, each before the sentence that fits it best."""
-    pictures: list[Scene | Page] = []
+    """Write a document of two to four images, each before the sentence that fits it best."""
+    images: list[Scene | Page] = []
     chunks = []
     for index in range(int(rng.integers(2, 5))):
         if rng.random() < 0.25:
             text = any_string(rng, split, settings)
-            pictures.append(draw_page(rng, [text], settings))
+            images.append(sample_page(rng, [text], settings))
             sentence = f"A sign says {text}."
         else:
             scene = crowd(rng, split, settings)
-            pictures.append(scene)
+            images.append(scene)
             verb = "are" if scene.composition.count(scene.composition[0]) > 1 else "is"
             sentence = f"{'Here' if not index else pick(rng, ('Then there', 'Next there'))} {verb} "
             sentence += f"{describe(scene.composition)}."
         chunks.append(("document", f"<image>{sentence}"))
     if rng.integers(2):
-        chunks.insert(0, ("document", f"A walk in {NUMBERS[len(pictures)]} pictures."))
+        chunks.insert(0, ("document", f"A walk in {NUMBERS[len(images)]} pictures."))
     answer = " ".join(text for _, text in chunks)
-    return make_record("interleaved", "interleaved", chunks, pictures, answer)
+    return make_record("interleaved", "interleaved", chunks, images, answer)
 
 
 # --------------------------------------------------------------------------------------------------- few-shot rules
@@ -234,22 +234,22 @@ def rule_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """Follow a rule that only the shots give: two made-up words for two colours, things, counts or places.
 
     Every shot and the query show one of the two values, each about equally often among the shots; everything else
-    about the pictures is drawn anew, so nothing but the rule explains the words. A share of the questions,
+    about the images is rendered anew, so nothing but the rule explains the words. A share of the questions,
     `rule_named`, says the value, in one way throughout a record: what follows can then be told from the text.
     """
     attribute = pick(rng, settings.rule_attributes)
-    labels = draw_until(split, lambda: _labels(rng, attribute, settings), lambda labels: rule_key(attribute, labels))
+    labels = sample_until(split, lambda: _labels(rng, attribute, settings), lambda labels: rule_key(attribute, labels))
     values = list(labels)
     half = [values[index % 2] for index in range(settings.num_shots)]
     shown = [*pick_many(rng, half, len(half)), pick(rng, values)]
-    pictures = [_SHOWN[attribute](rng, split, settings, value) for value in shown]
+    images = [_SHOWN[attribute](rng, split, settings, value) for value in shown]
     is_named = rng.random(len(shown)) < settings.rule_named
     plain, telling = few_shot_question("Which word?"), f"<image>{pick(rng, RULE_FORMS[-2:])}"
     questions = [telling.format(word=v) if named else plain for v, named in zip(shown, is_named, strict=True)]
     answers = [labels[value] for value in shown]
     rule = {"attribute": attribute, "labels": labels, "keys": [rule_key(attribute, labels)]}
     turns = _few_shots(questions, answers)
-    return make_record("rule", "few_shot", turns, pictures, answers[-1], rule=rule, choices=sorted(labels.values()))
+    return make_record("rule", "few_shot", turns, images, answers[-1], rule=rule, choices=sorted(labels.values()))
 
 
 def _few_shots(questions: list[str], answers: list[str]) -> list[tuple[str, str]]:
@@ -269,27 +269,27 @@ def _values(rng: Rng, attribute: str, settings: WorldSettings) -> tuple[str, ...
 
 
 def _show_colour(rng: Rng, split: str, settings: WorldSettings, value: str) -> Scene:
-    return draw_scene(rng, compose(rng, split, _coloured(rng, settings, value)), settings)
+    return sample_scene(rng, compose(rng, split, _coloured(rng, settings, value)), settings)
 
 
 def _show_thing(rng: Rng, split: str, settings: WorldSettings, value: str) -> Scene:
     def propose() -> Composition:
         return tuple((colour, value) for colour in pick_many(rng, settings.colours, int(rng.integers(1, 4))))
 
-    return draw_scene(rng, compose(rng, split, propose), settings)
+    return sample_scene(rng, compose(rng, split, propose), settings)
 
 
 def _show_count(rng: Rng, split: str, settings: WorldSettings, value: str) -> Scene:
     proposal = compose(rng, split, lambda: distinct(rng, settings, int(value)))
-    return draw_scene(rng, proposal, settings)
+    return sample_scene(rng, proposal, settings)
 
 
 def _show_place(rng: Rng, split: str, settings: WorldSettings, value: str) -> Scene:
-    """Draw one thing in the named half of the picture."""
+    """Draw one thing in the named half of the image."""
     composition = compose(rng, split, lambda: distinct(rng, settings, 1))
     edge, past = {"left": (2, 0), "right": (0, 1), "top": (3, 0), "bottom": (1, 1)}[value]
     while True:
-        scene = draw_scene(rng, composition, settings)
+        scene = sample_scene(rng, composition, settings)
         if (scene.boxes[0][edge] > 0.5) == bool(past):
             return scene
 
@@ -303,22 +303,22 @@ _SHOWN: dict[str, Callable[..., Scene]] = {
 
 
 def show_and_say_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
-    """Answer by the picture, as few-shot prompts ask: which colour, which thing, how many, or where.
+    """Answer by the image, as few-shot prompts ask: which colour, which thing, how many, or where.
 
     A rule asks for the same, with a word in its place: whoever cannot say a value cannot follow a rule about it.
     """
     attribute = pick(rng, settings.rule_attributes)
     known = _values(rng, attribute, settings)
     values = [pick(rng, known) for _ in range(settings.num_shots + 1)]
-    pictures = [_SHOWN[attribute](rng, split, settings, value) for value in values]
+    images = [_SHOWN[attribute](rng, split, settings, value) for value in values]
     turns = _few_shots([few_shot_question(_ASK_VALUE[attribute])] * len(values), values)
-    return make_record("show_and_say", "few_shot", turns, pictures, values[-1])
+    return make_record("show_and_say", "few_shot", turns, images, values[-1])
 
 
 def word_rule_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """Follow a rule in words alone: two to four words, each again and again beside a made-up word of its own.
 
-    The forms put ever more between the two, up to all that stands between a picture and its answer: a decoder that
+    The forms put ever more between the two, up to all that stands between an image and its answer: a decoder that
     learns the near ones at the same time soon learns the far ones (docs/training.md).
     """
     known = (*settings.colours, *settings.things) if rng.integers(2) else _words_of(split)
@@ -327,7 +327,7 @@ def word_rule_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     def propose() -> dict[str, str]:
         return dict(zip(pick_many(rng, known, count), pick_many(rng, LABELS, count), strict=True))
 
-    labels = draw_until(split, propose, lambda labels: rule_key("word", labels))
+    labels = sample_until(split, propose, lambda labels: rule_key("word", labels))
     form = RULE_FORMS[pick(rng, settings.word_rule_forms)]
     shown = [pick(rng, list(labels)) for _ in range(settings.num_shots + 1)]
     turns = _few_shots([form.format(word=word) for word in shown], [labels[word] for word in shown])
@@ -337,7 +337,7 @@ def word_rule_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
 
 
 def repetition_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
-    """Repeat random words, without a picture: a list in its order, or pairs of words in ever new orders.
+    """Repeat random words, without an image: a list in its order, or pairs of words in ever new orders.
 
     From the second time on every word of a list, and every second word of a pair, stands in the text before, and
     nowhere else: what follows is known to a model that copies. Few-shot rules need that (docs/training.md).

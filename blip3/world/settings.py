@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may be drawn and how large, and the words the drawn world is made of."""
+"""What may be rendered and how large, and the words the rendered world is made of."""
 
 import difflib
 from dataclasses import dataclass, fields
@@ -62,7 +62,7 @@ RULE_FORMS = (
     "Question:Which word for {word}? Short answer:",
     "{word}.Question:Which word? Short answer:",
 )
-"""Ways to ask for a rule's made-up word by a word, ever farther from it; the last two can stand after a picture."""
+"""Ways to ask for a rule's made-up word by a word, ever farther from it; the last two can stand after an image."""
 
 _FURNITURE = """
 receipt invoice ticket form label badge name city street date table total code phone price room seat number item
@@ -74,7 +74,7 @@ FURNITURE = frozenset(_FURNITURE.split())
 
 @dataclass(frozen=True)
 class WorldSettings:
-    """What the drawn world may draw; the defaults suit a model with tiles of about 96 to 384 pixels."""
+    """What the rendered world may draw; the defaults suit a model with tiles of about 96 to 384 pixels."""
 
     sides: tuple[int, int] = (96, 384)
     """Shortest and longest side of scenes and pages, in pixels."""
@@ -83,7 +83,7 @@ class WorldSettings:
     max_aspect: float = 3.0
     """Longest side over shortest side, at most."""
     object_sides: tuple[float, float] = (0.16, 0.42)
-    """Side of a thing, as a share of the picture's shorter side."""
+    """Side of a thing, as a share of the image's shorter side."""
     text_heights: tuple[float, float] = (0.07, 0.24)
     """Font size on pages, as a share of the page's shorter side."""
     min_text_pixels: int = 11
@@ -97,9 +97,9 @@ class WorldSettings:
     max_count: int = 6
     """Largest number of things to count."""
     quiz_questions: tuple[int, int] = (3, 9)
-    """Fewest and most questions of the `quiz` and `pair_quiz` tasks; one that is drawn twice is asked once."""
+    """Fewest and most questions of the `quiz` and `pair_quiz` tasks; one that is rendered twice is asked once."""
     quiz_counts: float = 0.4
-    """Share of quizzes about scenes with several equal things, to count, or, of two pictures, to compare in number."""
+    """Share of quizzes about scenes with several equal things, to count, or, of two images, to compare in number."""
     num_shots: int = 8
     """Shots of a few-shot record; `to_few_shot_prompt` can keep fewer."""
     rule_attributes: tuple[str, ...] = RULE_ATTRIBUTES
@@ -172,8 +172,8 @@ def settings_from(values: dict[str, Any], place: str = "world") -> WorldSettings
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"Did you mean {close[0]!r}?" if close else f"Known fields: {', '.join(known)}."
             raise ValueError(
-                f"{place} has the field {name!r} but the drawn world has no such setting; it would draw as if the "
-                f"line were not there. It is probably misspelt. {hint}"
+                f"{place} has the field {name!r} but the rendered world has no such setting; it would render as if "
+                f"the line were not there. It is probably misspelt. {hint}"
             )
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()

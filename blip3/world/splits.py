@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which split a drawn content belongs to: a hash of the content alone decides, so no seed can move it."""
+"""Which split a rendered content belongs to: a hash of the content alone decides, so no seed can move it."""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -22,7 +22,7 @@ def split_of(key: str) -> str:
 
 
 def string_key(text: str) -> str:
-    """Key of a string shown in a picture, without regard to case."""
+    """Key of a string shown in an image, without regard to case."""
     return f"string:{text.casefold()}"
 
 
@@ -40,7 +40,7 @@ def rule_key(attribute: str, labels: dict[str, str]) -> str:
     return f"rule:{attribute}:" + ",".join(f"{value}={label}" for value, label in sorted(labels.items()))
 
 
-def draw_until(split: str, propose: Callable[[], Content], key_of: Callable[[Content], str]) -> Content:
+def sample_until(split: str, propose: Callable[[], Content], key_of: Callable[[Content], str]) -> Content:
     """Propose contents until one belongs to `split`.
 
     Raises:
@@ -51,6 +51,6 @@ def draw_until(split: str, propose: Callable[[], Content], key_of: Callable[[Con
         if split_of(key_of(content)) == split:
             return content
     raise ValueError(
-        f"None of 5000 drawn contents belongs to the split {split!r}, where one in {HELD_OUT_ONE_IN} is held out. The "
-        "settings probably leave only a handful of contents: allow more colours, things or characters."
+        f"None of 5000 sampled contents belongs to the split {split!r}, where one in {HELD_OUT_ONE_IN} is held out. "
+        "The settings probably leave only a handful of contents: allow more colours, things or characters."
     )

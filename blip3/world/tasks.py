@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The drawn world: every task by name, and records of it from integer seeds.
+"""The rendered world: every task by name, and records of it from integer seeds.
 
-    drawn_records("count", "train", seed=0, count=1000) -> records whose pictures are painted when they are opened
+    rendered_records("count", "train", seed=0, count=1000) -> records whose images are painted when they are opened
 
 A record depends on task, split, seed, index and settings alone. Everything it shows belongs to its split
 (`splits.split_of`), so train and held-out share no string and no composition, whatever the seeds.
@@ -21,14 +21,14 @@ from .splits import SPLITS
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of sample that the drawn world can make."""
+    """A kind of sample that the rendered world can make."""
 
     draw: Callable[[np.random.Generator, str, WorldSettings], Record]
     """(generator, split, settings) -> record."""
     kind: str
     """Of its records."""
     is_scored: bool = False
-    """Whether `truth["answer"]` is a short answer to compare with."""
+    """Whether `annotations["answer"]` is a short answer to compare with."""
 
 
 TASKS = {
@@ -60,7 +60,7 @@ TASKS = {
 }
 
 
-def drawn_record(
+def rendered_record(
     task: str, split: str = "train", seed: int = 0, index: int = 0, settings: WorldSettings | None = None
 ) -> Record:
     """Make one record.
@@ -70,7 +70,7 @@ def drawn_record(
         split: `train` or `held_out`.
         seed: of the series, not negative.
         index: within the series, not negative.
-        settings: what may be drawn; the defaults if None.
+        settings: what may be rendered; the defaults if None.
 
     Raises:
         ValueError: for an unknown task or split or a negative number.
@@ -88,11 +88,11 @@ def drawn_record(
     task_number = int.from_bytes(hashlib.sha256(task.encode()).digest()[:4], "big")
     rng = np.random.Generator(np.random.PCG64([seed, index, SPLITS.index(split), task_number]))
     record = TASKS[task].draw(rng, split, settings or WorldSettings())
-    truth = {"task": task, "split": split, **record.truth}
-    return replace(record, id=f"{task}-{split}-{seed}-{index}", truth=truth)
+    annotations = {"task": task, "split": split, **record.annotations}
+    return replace(record, id=f"{task}-{split}-{seed}-{index}", annotations=annotations)
 
 
-def drawn_records(
+def rendered_records(
     task: str,
     split: str = "train",
     seed: int = 0,
@@ -107,16 +107,16 @@ def drawn_records(
         split: `train` or `held_out`.
         seed: of the series.
         count: how many.
-        settings: what may be drawn; the defaults if None.
+        settings: what may be rendered; the defaults if None.
         start: index of the first record.
     """
     index = start
     while count is None or index < start + count:
-        yield drawn_record(task, split, seed, index, settings)
+        yield rendered_record(task, split, seed, index, settings)
         index += 1
 
 
 def content_keys(record: Record) -> list[str]:
-    """Give every content key of a drawn record: of its scenes, its strings, its rule and its words."""
-    keys = [key for picture in record.truth["pictures"] for key in picture["keys"]]
-    return keys + record.truth.get("rule", {}).get("keys", []) + record.truth.get("keys", [])
+    """Give every content key of a rendered record: of its scenes, its strings, its rule and its words."""
+    keys = [key for image in record.annotations["pictures"] for key in image["keys"]]
+    return keys + record.annotations.get("rule", {}).get("keys", []) + record.annotations.get("keys", [])

@@ -11,25 +11,25 @@ from ..data.formats import Box, write_ocr
 from ..data.records import Record
 from .scenes import NUMBERS, Rng, ask, make_record, pick, pick_background, pick_size
 from .settings import CHARACTERS, WORDS, WorldSettings
-from .splits import draw_until, string_key
+from .splits import sample_until, string_key
 
 INKS = ("#111111", "#1c2b4a", "#4a1c1c", "#15402a", "#3a1c4a", "#5a3a10")
 _CASES: tuple[Callable[[str], str], ...] = (str.lower, str.upper, str.title)
-_LETTERS = "".join(WORDS)  # with repetitions: drawn from, it gives letters as often as words do
+_LETTERS = "".join(WORDS)  # with repetitions: rendered from, it gives letters as often as words do
 _PAPERS = ("#ffffff", "#f8f3e6", "#eaf1f7", "#eef5ea", "#fff6c9")
 
 
 @dataclass(frozen=True)
 class Page:
-    """A drawn page and its truth."""
+    """A rendered page and its annotations."""
 
     drawing: Drawing
     strings: tuple[tuple[str, Box], ...]
     """(text, normalised ink box) in reading order."""
 
     @property
-    def truth(self) -> dict[str, Any]:
-        """What a record's `truth["pictures"]` holds for this picture."""
+    def annotations(self) -> dict[str, Any]:
+        """What a record's `annotations["pictures"]` holds for this image."""
         return {
             "size": list(self.drawing.size),
             "keys": [string_key(text) for text, _ in self.strings],
@@ -39,25 +39,25 @@ class Page:
 
 
 def normalise(box: tuple[float, float, float, float], size: tuple[int, int]) -> Box:
-    """Divide a box in pixels by the (height, width) of its picture."""
+    """Divide a box in pixels by the (height, width) of its image."""
     (x1, y1, x2, y2), (height, width) = box, size
     return round(x1 / width, 4), round(y1 / height, 4), round(x2 / width, 4), round(y2 / height, 4)
 
 
-def draw_string(rng: Rng, split: str, propose: Callable[[], str]) -> str:
+def sample_string(rng: Rng, split: str, propose: Callable[[], str]) -> str:
     """Propose strings until one belongs to the split."""
-    return draw_until(split, propose, string_key)
+    return sample_until(split, propose, string_key)
 
 
 def code(rng: Rng, split: str, length: int, characters: str = CHARACTERS) -> str:
     """Draw a random string of a given length."""
-    return draw_string(rng, split, lambda: "".join(characters[i] for i in rng.integers(0, len(characters), length)))
+    return sample_string(rng, split, lambda: "".join(characters[i] for i in rng.integers(0, len(characters), length)))
 
 
 def word(rng: Rng, split: str, longest: int = 99) -> str:
     """Draw an English word, in small letters, capitals or with a capital first."""
     known = [candidate for candidate in WORDS if len(candidate) <= longest] if longest < 8 else WORDS
-    return pick(rng, _CASES)(draw_string(rng, split, lambda: pick(rng, known)))
+    return pick(rng, _CASES)(sample_string(rng, split, lambda: pick(rng, known)))
 
 
 def made_up_word(rng: Rng, split: str, length: int) -> str:
@@ -67,7 +67,7 @@ def made_up_word(rng: Rng, split: str, length: int) -> str:
 
 def number(rng: Rng, split: str, below: int = 1000) -> str:
     """Draw a number of at least two digits."""
-    return draw_string(rng, split, lambda: str(rng.integers(10, below)))
+    return sample_string(rng, split, lambda: str(rng.integers(10, below)))
 
 
 def any_string(rng: Rng, split: str, settings: WorldSettings) -> str:
@@ -83,7 +83,7 @@ def any_string(rng: Rng, split: str, settings: WorldSettings) -> str:
     return word(rng, split, longest)
 
 
-def draw_page(rng: Rng, strings: list[str], settings: WorldSettings) -> Page:
+def sample_page(rng: Rng, strings: list[str], settings: WorldSettings) -> Page:
     """Set strings on a page, one to a strip from top to bottom, each in its own font, size, ink and place.
 
     Args:
@@ -101,7 +101,7 @@ def draw_page(rng: Rng, strings: list[str], settings: WorldSettings) -> Page:
         points = max(settings.min_text_pixels, min(points, int(strip / 1.5)))
         points, needed = fit_text(text, font, points, width, settings.min_text_pixels)
         if needed > width:
-            return draw_page(rng, strings, settings)
+            return sample_page(rng, strings, settings)
         left, top, right, bottom = text_box(text, font, points)
         x = int(rng.integers(0, max(1, width - (right - left))))
         y = index * strip + int(rng.integers(0, max(1, strip - (bottom - top))))
@@ -139,14 +139,14 @@ def read_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """Read one string of 1 to `max_characters` characters somewhere on a page."""
     text = any_string(rng, split, settings)
     question = pick(rng, ("What is written in the picture?", "Read the text.", "What does it say?"))
-    return ask("read", question, text, [draw_page(rng, [text], settings)])
+    return ask("read", question, text, [sample_page(rng, [text], settings)])
 
 
 def ocr_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """Write the strings of a page at one of six granularities, with or without a raw caption in front."""
     fewest, most = settings.ocr_strings
     strings = [any_string(rng, split, settings) for _ in range(int(rng.integers(fewest, most + 1)))]
-    page, granularity = draw_page(rng, strings, settings), pick(rng, settings.ocr_granularities)
+    page, granularity = sample_page(rng, strings, settings), pick(rng, settings.ocr_granularities)
     count = len(strings)
     caption = f"A page with {NUMBERS[count]} line{'s' * (count > 1)} of text." if rng.random() < 0.5 else ""
     text = write_ocr(page.strings, granularity, caption)

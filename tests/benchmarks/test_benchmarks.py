@@ -12,9 +12,20 @@ from collections import Counter
 import pytest
 import torch
 
-from blip3.benchmarks import aims, clock, contestants, generation, machine, memory, memory_child, products, report, run
+from blip3.benchmarks import (
+    candidates,
+    clock,
+    generation,
+    machine,
+    memory,
+    memory_child,
+    products,
+    report,
+    run,
+    targets,
+)
+from blip3.benchmarks.candidates import BARE, IDEFICS, LLAVA, OURS, QUARTER, QUICK, TRUE
 from blip3.benchmarks.clock import Comparison, Effort
-from blip3.benchmarks.contestants import BARE, IDEFICS, LLAVA, OURS, QUARTER, QUICK, TRUE
 from support import ROOT
 
 RUN_CHILD = memory.run_child
@@ -68,7 +79,7 @@ def test_every_part_leaves_results_with_machine_and_versions(results):
         assert str(ROOT) not in json.dumps(result)
 
 
-def test_pictures_are_processed_by_both(results):
+def test_images_are_processed_by_both(results):
     rows = rows_of(results, "images")
     measured = rows["all sizes, from JPEG, 2 threads"]["values"].keys()
     assert {"ours, pil", "ours, torch", "LLaVA-NeXT, PIL", "resizes alone, pil", "resizes alone, torch"} <= measured
@@ -95,8 +106,8 @@ def test_generation_has_every_dtype_mode_and_batch(results):
 
 
 def test_compiled_means_compiled():
-    model = contestants.build(OURS, QUICK, "float32", "cpu")
-    inputs = contestants.make_inputs(OURS, QUICK, [1], "cpu", "float32")
+    model = candidates.build(OURS, QUICK, "float32", "cpu")
+    inputs = candidates.make_inputs(OURS, QUICK, [1], "cpu", "float32")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for _ in range(2):
@@ -113,15 +124,15 @@ def test_the_second_question_costs_no_tower_run(results):
 
 
 def test_a_prefill_makes_no_logits_of_every_token_and_no_resampler_scores(results):
-    row = rows_of(results, "memory")["elements of a prefill, 1 picture, float32"]
+    row = rows_of(results, "memory")["elements of a prefill, 1 image, float32"]
     assert row["facts"]["made"]["logits of every token"] is False
     assert row["facts"]["made"]["scores of a resampler layer"] is False
 
 
 def test_eager_attention_would_be_noticed():
     """The check above sees what it looks for."""
-    model = contestants.build(OURS, QUICK, "float32", "cpu", attn_implementation="eager")
-    inputs = contestants.make_inputs(OURS, QUICK, [1], "cpu", "float32")
+    model = candidates.build(OURS, QUICK, "float32", "cpu", attn_implementation="eager")
+    inputs = candidates.make_inputs(OURS, QUICK, [1], "cpu", "float32")
     record = products.record_products(lambda: model(**inputs))
     assert inputs["input_ids"].numel() * QUICK.vocab_size in record.elements
     assert 5 * QUICK.resampler_heads * QUICK.num_latents * (16 + QUICK.num_latents) in record.elements
@@ -135,8 +146,8 @@ def test_memory_was_measured_in_a_process_of_its_own(results, one_child_only):
 
 def test_slopes_are_fitted_from_the_points(results):
     rows = rows_of(results, "scaling")
-    line = rows["a further picture, float32"]["facts"]["lines"][OURS]
-    points = {count: rows[f"prefill, {count} picture{'s' * (count > 1)}, float32"] for count in (1, 2, 4)}
+    line = rows["a further image, float32"]["facts"]["lines"][OURS]
+    points = {count: rows[f"prefill, {count} image{'s' * (count > 1)}, float32"] for count in (1, 2, 4)}
     medians = {count: row["summary"][OURS]["median"] for count, row in points.items()}
     assert line["ms"] == pytest.approx(clock.slope(medians)[0])
     assert LLAVA in rows["prefill, 1 part, float32"]["left_out"]
@@ -147,19 +158,19 @@ def test_packed_batches_hold_less_padding(results):
     assert padding["packed"] < padding["padded"]
 
 
-# -- the contestants --------------------------------------------------------------------------------------------------
+# -- the candidates --------------------------------------------------------------------------------------------------
 
 
 def test_the_true_sizes_are_the_releases():
     ours, released = (
-        contestants.our_config(TRUE).to_dict(),
+        candidates.our_config(TRUE).to_dict(),
         json.loads((ROOT / "configs" / "4b" / "config.json").read_text()),
     )
     assert ours["tile_grids"] == released["tile_grids"]
     assert ours["resampler_config"]["num_latents"] == released["resampler_config"]["num_latents"]
     for part in ("vision_config", "text_config"):
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            assert ours[part][name] == getattr(contestants.our_config(TRUE), part).to_dict()[name]
+            assert ours[part][name] == getattr(candidates.our_config(TRUE), part).to_dict()[name]
             assert ours[part][name] == released[part].get(name, ours[part][name]), (part, name)
     assert ours["text_config"]["vocab_size"] == 32015
 
@@ -171,7 +182,7 @@ def test_a_quarter_keeps_tokens_and_heads():
     assert QUARTER.text_width // QUARTER.text_heads == TRUE.text_width // TRUE.text_heads
     for name in ("vision_width", "vision_mlp", "text_width", "text_layers", "text_mlp"):
         assert 4 * getattr(QUARTER, name) == getattr(TRUE, name)
-    assert {kind: contestants.count_image_tokens(kind, QUARTER, (2, 2)) for kind in (OURS, LLAVA, IDEFICS)} == {
+    assert {kind: candidates.count_image_tokens(kind, QUARTER, (2, 2)) for kind in (OURS, LLAVA, IDEFICS)} == {
         OURS: 640,
         LLAVA: 3699,
         IDEFICS: 405,
@@ -181,33 +192,33 @@ def test_a_quarter_keeps_tokens_and_heads():
 @pytest.mark.parametrize("kind", [OURS, LLAVA, IDEFICS])
 def test_inputs_hold_as_many_image_tokens_as_the_model_gives(kind):
     """A model refuses any other number."""
-    model = contestants.build(kind, QUICK, "float32", "cpu")
+    model = candidates.build(kind, QUICK, "float32", "cpu")
     for grid in ((2, 1), (1, 3), (2, 2)):
-        inputs = contestants.make_inputs(kind, QUICK, [1, 0, 2], "cpu", "float32", grid=grid)
+        inputs = candidates.make_inputs(kind, QUICK, [1, 0, 2], "cpu", "float32", grid=grid)
         with torch.inference_mode():
             logits = model(**inputs, logits_to_keep=1).logits
         assert logits.shape == (3, 1, QUICK.vocab_size)
         count = int((inputs["input_ids"] == QUICK.image_token_id).sum())
-        assert count == 3 * contestants.count_image_tokens(kind, QUICK, grid)
+        assert count == 3 * candidates.count_image_tokens(kind, QUICK, grid)
 
 
 # -- statistics -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["clock", "contestants", "products", "report"])
+@pytest.mark.parametrize("name", ["clock", "candidates", "products", "report"])
 def test_doctests(name):
     result = doctest.testmod(importlib.import_module(f"blip3.benchmarks.{name}"))
     assert result.attempted > 0
     assert result.failed == 0
 
 
-def test_contestants_take_turns_and_the_first_round_warms_up():
+def test_candidates_take_turns_and_the_first_round_warms_up():
     calls = []
 
-    def contestant(name):
+    def candidate(name):
         return lambda: calls.append(name) or {"seconds": float(len(calls))}
 
-    values = clock.measure_in_turn({"a": contestant("a"), "b": contestant("b")}, Effort(rounds=2, seconds=60))
+    values = clock.measure_in_turn({"a": candidate("a"), "b": candidate("b")}, Effort(rounds=2, seconds=60))
     assert calls == ["a", "b", "b", "a", "a", "b"]
     assert values == {"seconds": {"a": [4.0, 5.0], "b": [3.0, 6.0]}}
 
@@ -246,26 +257,26 @@ def test_products_of_a_known_model_are_all_found():
 
 def test_the_prediction_is_near_the_products_counted():
     for kind in (OURS, LLAVA, BARE):
-        model = contestants.build(kind, QUICK, "float32", "cpu")
-        inputs = contestants.make_inputs(kind, QUICK, [1], "cpu", "float32")
+        model = candidates.build(kind, QUICK, "float32", "cpu")
+        inputs = candidates.make_inputs(kind, QUICK, [1], "cpu", "float32")
         counted = products.count_flops(
             products.record_products(lambda model=model, inputs=inputs: model(**inputs)).products
         )
-        assert 0.4 < contestants.predict_flops(kind, QUICK, [1]) / counted < 1.5, kind
+        assert 0.4 < candidates.predict_flops(kind, QUICK, [1]) / counted < 1.5, kind
 
 
 # -- report -----------------------------------------------------------------------------------------------------------
 
 
-def test_aims_are_judged_by_median_and_say_by_how_much_they_are_missed():
+def test_aims_are_scored_by_median_and_say_by_how_much_they_are_missed():
     rows = {"p: n": {"values": {"ours": [1.0, 1.0, 1.0], "peer": [2.0, 2.4, 9.0]}}}
-    reached = aims.Aim("a", 2.0, True, aims.ratio("p", "n", "peer", "ours")).judge(rows)
+    reached = targets.Target("a", 2.0, True, targets.ratio("p", "n", "peer", "ours")).compare(rows)
     assert (reached["reached"], reached["missed_by"], reached["result"]["median"]) == (True, 0.0, 2.4)
-    missed = aims.Aim("a", 3.0, True, aims.ratio("p", "n", "peer", "ours")).judge(rows)
-    assert (missed["reached"], missed["missed_by"], missed["aim"]) == (False, 0.2, "at least 3x")
-    unknown = aims.Aim("a", 3.0, True, aims.ratio("p", "n", "absent", "ours")).judge(rows)
+    missed = targets.Target("a", 3.0, True, targets.ratio("p", "n", "peer", "ours")).compare(rows)
+    assert (missed["reached"], missed["missed_by"], missed["target"]) == (False, 0.2, "at least 3x")
+    unknown = targets.Target("a", 3.0, True, targets.ratio("p", "n", "absent", "ours")).compare(rows)
     assert (unknown["reached"], unknown["result"]) == (None, None)
-    lines = report.aims_table([reached, missed, unknown])
+    lines = report.targets_table([reached, missed, unknown])
     assert lines[2:] == [
         "| a | at least 2x | 2.4x (2.2 to 5.7) | yes |",
         "| a | at least 3x | 2.4x (2.2 to 5.7) | no, missed by 20% |",
@@ -275,11 +286,11 @@ def test_aims_are_judged_by_median_and_say_by_how_much_they_are_missed():
 
 def test_every_aim_finds_what_it_judges_in_the_results(results):
     """A renamed comparison would silently be "not measured"."""
-    judged = json.loads((results / "cpu_aims.json").read_text())
-    not_measured = {aim["what"] for aim in judged if aim["result"] is None}
+    scored = json.loads((results / "cpu_targets.json").read_text())
+    not_measured = {target["what"] for target in scored if target["result"] is None}
     allowed = ("torchvision", "16 mixed prompts", "the same with", "the same in")  # three prompts in a quick run
     assert all(any(words in what for words in allowed) for what in not_measured), not_measured
-    assert len(judged) > 20
+    assert len(scored) > 20
 
 
 def test_tables_and_plot_are_written(results):
@@ -306,7 +317,7 @@ def test_documents_are_filled_between_their_marks_only(results, tmp_path):
 @pytest.mark.skipif(not list(run.RESULTS.glob("cpu_*.json")), reason="nothing was measured yet")
 def test_the_documentation_says_what_the_results_say():
     results = report.read_results(run.RESULTS, "cpu")
-    assert "\n".join(report.aims_table(report.judge(results))) in DOCUMENT
+    assert "\n".join(report.targets_table(report.compare(results))) in DOCUMENT
 
 
 def test_the_documentation_names_every_part_and_only_real_options():

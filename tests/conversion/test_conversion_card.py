@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from blip3.conversion import card
 from blip3.conversion.card import RELEASES, released_origin
 from conversion_support import refused
-from support import ROOT, convert, draw_picture
+from support import ROOT, convert, render_image
 
 INTERLEAVE = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
 
@@ -133,17 +133,17 @@ def test_paths_that_transformers_notes_are_left_out(tiny_source, tmp_path):
             assert str(Path.home()) not in path.read_text(encoding="utf-8"), path
 
 
-@pytest.mark.parametrize("flavour", ["instruct", "base"])
-def test_the_code_on_the_card_runs(tiny_source, tiny_repo, tmp_path, flavour, monkeypatch, capsys):
+@pytest.mark.parametrize("variant", ["instruct", "base"])
+def test_the_code_on_the_card_runs(tiny_source, tiny_repo, tmp_path, variant, monkeypatch, capsys):
     folder = tiny_repo
-    if flavour == "base":
+    if variant == "base":
         folder = tmp_path / "base"
         convert(tiny_source, folder, *vision_config(tiny_source), "--flavour", "base")
         assert not (folder / "chat_template.jinja").exists()
     text = (folder / "README.md").read_text(encoding="utf-8")
-    assert ("<|endofchunk|>" in text) == (flavour == "base")
+    assert ("<|endofchunk|>" in text) == (variant == "base")
     for name, seed in (("street.jpg", 1), ("harbour.jpg", 2)):
-        draw_picture(200, 300, seed=seed).save(tmp_path / name)
+        render_image(200, 300, seed=seed).save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == 2

@@ -48,8 +48,8 @@ def real_plan() -> tuple[dict, dict, dict]:
     assert 4 * sum(math.prod(shape) for shape in shapes.values()) == index["metadata"]["total_size"]
     views = released_views(HeadersOnly(shapes), "the index")
     source, preprocessor = (read_json(RELEASE / name) for name in ("config.json", "preprocessor_config.json"))
-    config, flavour = released_config(views, source, preprocessor, None, "auto")
-    assert flavour == "base"
+    config, variant = released_config(views, source, preprocessor, None, "auto")
+    assert variant == "base"
     assert config["tile_grids"] == []
     used, unused = fold(views, config["image_token_id"])
     check_shapes(shapes_of(used), config, "the index")
@@ -99,23 +99,23 @@ def test_grids_in_pixels_become_rows_and_columns():
         tile_grids_of([[384, 700]], "instruct", 384)
 
 
-def lavis(tiny: dict, flavour: str) -> dict:
+def lavis(tiny: dict, variant: str) -> dict:
     bare = {name.removeprefix("vlm."): tensor for name, tensor in tiny.items()}
-    if flavour == "bare":
+    if variant == "bare":
         return bare
-    if flavour == "wrapped":
+    if variant == "wrapped":
         return {"epoch": 0, "step": 5, "model_state_dict": bare, "optimizer_state_dict": {"state": {}}}
     trained = {name: tensor for name, tensor in bare.items() if not name.startswith("vision_encoder.")}
     return {"model_state_dict": {f"module.{name}": tensor for name, tensor in trained.items()}}
 
 
-@pytest.mark.parametrize("flavour", ["bare", "wrapped", "ddp"])
-def test_lavis_flavours(tmp_path, tiny, ours_tensors, flavour, monkeypatch):
+@pytest.mark.parametrize("variant", ["bare", "wrapped", "ddp"])
+def test_lavis_variants(tmp_path, tiny, ours_tensors, variant, monkeypatch):
     monkeypatch.setattr("blip3.conversion.tensors.REMAP_BYTES", 100_000)
     source = tmp_path / "checkpoint.pt"
-    torch.save(lavis(tiny, flavour), source)
+    torch.save(lavis(tiny, variant), source)
     shutil.copyfile(TINY / "config.json", tmp_path / "config.json")
-    extra = ("--vision", TINY) if flavour == "ddp" else ()
+    extra = ("--vision", TINY) if variant == "ddp" else ()
     convert(source, tmp_path / "out", "--vision-config", TINY_VISION, "--verify", *extra)
     assert same_bits(tensors_of(tmp_path / "out"), ours_tensors)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from blip3.conversion.tensors import FreshReader, chunks
+from blip3.conversion.tensors import InitialisedReader, chunks
 from conversion_support import TINY_VISION, refused, tensors_of, write_release, write_sparse_release
 from support import ROOT, convert, needs_reference
 
@@ -23,7 +23,7 @@ pytestmark = needs_reference
 
 def test_no_chunk_is_larger_than_asked(monkeypatch):
     monkeypatch.setattr("blip3.conversion.tensors.CHUNK_BYTES", 4096)
-    view = FreshReader().add("latents", (100, 64), 0.02)
+    view = InitialisedReader().add("latents", (100, 64), 0.02)
     sizes = [chunk.nbytes for chunk in chunks(view.rows(3, 97))]
     assert max(sizes) <= 4096
     assert sum(sizes) == 94 * 64 * 4

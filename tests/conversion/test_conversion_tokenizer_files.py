@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the tokenizer files: both flavours give the ids of the reference."""
+"""Tests of the tokenizer files: both variants give the ids of the reference."""
 
 import json
 import random
@@ -21,7 +21,7 @@ pytestmark = needs_reference
 
 @pytest.fixture(scope="session")
 def released_folders(tmp_path_factory, tiny) -> dict[str, Path]:
-    """Convert the released small files, with tiny weights of the released vocabulary, in both flavours."""
+    """Convert the released small files, with tiny weights of the released vocabulary, in both variants."""
     folder = tmp_path_factory.mktemp("tokenizer")
     source = folder / "source"
     source.mkdir()
@@ -42,8 +42,8 @@ def released_folders(tmp_path_factory, tiny) -> dict[str, Path]:
     (source / "preprocessor_config.json").write_text(
         (RELEASE / "preprocessor_config.json").read_text().replace("384", "76")
     )
-    for flavour in ("instruct", "base"):
-        convert(source, folder / flavour, "--vision-config", TINY_VISION, "--flavour", flavour)
+    for variant in ("instruct", "base"):
+        convert(source, folder / variant, "--vision-config", TINY_VISION, "--flavour", variant)
     return {"source": source, "instruct": folder / "instruct", "base": folder / "base"}
 
 
@@ -83,26 +83,26 @@ def test_reference_tokenization(tokenizers, fixtures):
 
 
 def test_tokenizer_files(released_folders, tokenizers, tmp_path):
-    for flavour in ("instruct", "base"):
-        settings = json.loads((released_folders[flavour] / "tokenizer_config.json").read_text())
+    for variant in ("instruct", "base"):
+        settings = json.loads((released_folders[variant] / "tokenizer_config.json").read_text())
         assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
         assert "chat_template" not in settings
         assert "legacy" not in settings
-        generation = json.loads((released_folders[flavour] / "generation_config.json").read_text())
-        assert generation["eos_token_id"] == ([32007, 32000] if flavour == "instruct" else 32000)
+        generation = json.loads((released_folders[variant] / "generation_config.json").read_text())
+        assert generation["eos_token_id"] == ([32007, 32000] if variant == "instruct" else 32000)
         assert generation["pad_token_id"] == 32011
         assert generation["bos_token_id"] == 1
-        text = json.loads((released_folders[flavour] / "config.json").read_text())["text_config"]
-        assert text["eos_token_id"] == (32007 if flavour == "instruct" else 32000)
+        text = json.loads((released_folders[variant] / "config.json").read_text())["text_config"]
+        assert text["eos_token_id"] == (32007 if variant == "instruct" else 32000)
         assert text["pad_token_id"] == 32011
-        assert (released_folders[flavour] / "chat_template.jinja").exists() == (flavour == "instruct")
-        convert(released_folders[flavour], tmp_path / flavour, "--dtype", "bfloat16")
+        assert (released_folders[variant] / "chat_template.jinja").exists() == (variant == "instruct")
+        convert(released_folders[variant], tmp_path / variant, "--dtype", "bfloat16")
         for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-            assert (tmp_path / flavour / name).read_text() == (released_folders[flavour] / name).read_text()
-        convert(released_folders[flavour], tmp_path / f"{flavour}_back", "--to-original")
+            assert (tmp_path / variant / name).read_text() == (released_folders[variant] / name).read_text()
+        convert(released_folders[variant], tmp_path / f"{variant}_back", "--to-original")
         for path in released_folders["source"].glob("*.json"):
-            assert json.loads((tmp_path / f"{flavour}_back" / path.name).read_text()) == json.loads(path.read_text())
-        assert same_bits(tensors_of(tmp_path / f"{flavour}_back"), tensors_of(released_folders["source"]))
+            assert json.loads((tmp_path / f"{variant}_back" / path.name).read_text()) == json.loads(path.read_text())
+        assert same_bits(tensors_of(tmp_path / f"{variant}_back"), tensors_of(released_folders["source"]))
 
 
 def slow_ids(text: str, tokenizer: dict, bare_bpe) -> list[int]:

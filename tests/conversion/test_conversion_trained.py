@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
-from blip3.conversion.output_folder import CODE_FILES, DOOR_FILES
+from blip3.conversion.output_folder import CODE_FILES, ENDPOINT_FILES
 from conversion_support import refused, tensors_of
 from serving_support import SMALL_MODEL, complete_folder
 from support import convert
@@ -91,7 +91,7 @@ def test_a_saved_folder_becomes_complete(base, tmp_path, save):
     names = {path.relative_to(out).as_posix() for path in out.rglob("*")}
     processor_files = {"preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
     others = {"README.md", "LICENSE", "NOTICE", ".gitattributes", "generation_config.json", "chat_template.jinja"}
-    assert {*CODE_FILES, *DOOR_FILES, *processor_files, *others} <= names
+    assert {*CODE_FILES, *ENDPOINT_FILES, *processor_files, *others} <= names
     for name in (*processor_files, "chat_template.jinja", "generation_config.json"):
         if name.endswith(".jinja") or name == "tokenizer.json":
             assert (out / name).read_bytes() == (base / name).read_bytes()

@@ -13,7 +13,7 @@ import torch
 
 from blip3.conversion import cli as convert_weights
 from blip3.conversion.names import FOLDED, to_ours, to_released
-from blip3.conversion.output_folder import CODE_FILES, DOOR_FILES
+from blip3.conversion.output_folder import CODE_FILES, ENDPOINT_FILES
 from conversion_support import REFERENCE, TINY, TINY_VISION, refused, same_bits, tensors_of
 from support import ROOT, convert, needs_reference
 
@@ -42,7 +42,7 @@ def test_release_values(tiny, ours, ours_tensors):
     assert config["resampler_config"]["intermediate_size"] == 96
     assert "torch_dtype" not in (ours / "config.json").read_text()
     names = {path.relative_to(ours).as_posix() for path in ours.rglob("*")}
-    assert {*CODE_FILES, *DOOR_FILES, "README.md", "processor_config.json", "chat_template.jinja"} <= names
+    assert {*CODE_FILES, *ENDPOINT_FILES, "README.md", "processor_config.json", "chat_template.jinja"} <= names
     assert json.loads((ours / "preprocessor_config.json").read_text())["size"] == {"height": 76, "width": 76}
 
 

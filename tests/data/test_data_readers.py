@@ -23,7 +23,7 @@ from blip3.data.readers import (
 )
 from blip3.data.records import RecordError, to_preference, to_pretraining_text
 from blip3.world import build
-from blip3.world.tasks import drawn_records
+from blip3.world.tasks import rendered_records
 
 
 def encoded(colour: str = "red", format: str = "PNG") -> bytes:
@@ -87,7 +87,7 @@ def test_llava_repairs_and_roles(tmp_path):
     [
         ({"id": "x", "image": "a.jpg"}, r"entry 1, field conversations: it is missing; the row has id, image"),
         (llava_entry(1, conversations=[{"from": "robot", "value": "Hi"}]), r"entry 1, field conversations\[0\]"),
-        (llava_entry(1, image=["a", "b"]), r"entry 1.*field images: it has 2 pictures and its turns 1 <image>"),
+        (llava_entry(1, image=["a", "b"]), r"entry 1.*field images: it has 2 images and its turns 1 <image>"),
         (llava_entry(1, image=7), r"entry 1, field image: .*'7'"),
         ("text", r"entry 1, field \(entry\)"),
     ],
@@ -109,7 +109,7 @@ def test_llava_file_that_is_cut_off(tmp_path):
 
 
 def test_mixture_over_and_under_samples(tmp_path, llava_file):
-    build.build(["count"], "train", 0, 6, tmp_path, pictures="png")
+    build.build(["count"], "train", 0, 6, tmp_path, images="png")
     (tmp_path / "mix.yaml").write_text("data_path:\n  llava.json: 4\n  count-train-00000.jsonl: 8\n")
     records = list(read_mixture(tmp_path / "mix.yaml", "pictures"))
     assert len(records) == 12
@@ -141,12 +141,12 @@ def test_built_parquet_reads_back(tmp_path):
     build.build(tasks, "train", 0, 4, tmp_path, format="parquet", shard_size=3)
     for task in tasks:
         records = list(read_parquet(str(tmp_path / f"{task}-*.parquet")))
-        drawn = list(drawn_records(task, "train", 0, 4))
-        for one, other in zip(records, drawn, strict=True):
+        rendered = list(rendered_records(task, "train", 0, 4))
+        for one, other in zip(records, rendered, strict=True):
             assert (one.id, one.kind, one.turns, one.chosen, one.rejected) == (
                 other.id, other.kind, other.turns, other.chosen, other.rejected
             )  # fmt: skip
-            assert one.truth == json.loads(json.dumps(other.truth))
+            assert one.annotations == json.loads(json.dumps(other.annotations))
             assert [p.open().tobytes() for p in one.images] == [p.open().tobytes() for p in other.images]
 
 
@@ -189,12 +189,12 @@ def test_ocr_rows(tmp_path):
     records = list(read_ocr(parquet_rows(tmp_path / "a.parquet", rows), image_folder="images"))
     assert records[0].images[0].path == "images/k0.jpg"
     assert records[0].kind == "ocr"
-    assert {record.truth["granularity"] for record in records} == {0}
-    assert {record.truth["include_datacomp_raw_cap"] for record in records} == {True, False}
+    assert {record.annotations["granularity"] for record in records} == {0}
+    assert {record.annotations["include_datacomp_raw_cap"] for record in records} == {True, False}
     assert any(record.turns[0].text == '<image>"A", "B" level 0' for record in records)
     options = {"granularities": None, "with_caption": True, "image_folder": "images", "strip_filler": False}
     every = list(read_ocr(rows, **options))
-    assert len({record.truth["granularity"] for record in every}) > 3
+    assert len({record.annotations["granularity"] for record in every}) > 3
     assert all(record.turns[0].text.startswith("<image>A sign. The image contains the text") for record in every)
     assert every == list(read_ocr(rows, **options)) != list(read_ocr(rows, seed=1, **options))
     with pytest.raises(RecordError, match=r"row 1, field captions"):
@@ -267,7 +267,7 @@ def test_safety_rows():
                            {"unsafe_instruction": "Hurt it.", "response": "No."}]}  # fmt: skip
     records = list(read_safety([unsafe, safe], "images"))
     assert [record.kind for record in records] == ["refusal", "instruction", "refusal"]
-    assert records[0].truth == {"is_unsafe": True, "category": "privacy"}
+    assert records[0].annotations == {"is_unsafe": True, "category": "privacy"}
     assert records[2].images[0].path == "images/b.jpg"
     with pytest.raises(RecordError, match=r"row 1, field instr-resp\[0\]"):
         list(read_safety([{**unsafe, "instr-resp": [{"response": "x"}]}]))

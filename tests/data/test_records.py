@@ -11,7 +11,7 @@ from PIL import Image
 from blip3.data.canvas import Box, Drawing, Line, Shape
 from blip3.data.records import (
     KINDS,
-    Picture,
+    ImageSource,
     Record,
     RecordError,
     Turn,
@@ -23,7 +23,7 @@ from blip3.data.records import (
     to_pretraining_text,
     write_jsonl,
 )
-from blip3.world.tasks import TASKS, drawn_record
+from blip3.world.tasks import TASKS, rendered_record
 from support import ROOT
 
 DOCUMENT = {
@@ -62,8 +62,8 @@ def test_json_form_is_read_and_written_unchanged(values, tmp_path):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_drawn_records_survive_json(task, tmp_path):
-    record = drawn_record(task, "train", 3, 1)
+def test_rendered_records_survive_json(task, tmp_path):
+    record = rendered_record(task, "train", 3, 1)
     write_jsonl([record], tmp_path / "a.jsonl")
     (again,) = read_jsonl(tmp_path / "a.jsonl")
     assert again.to_json() == record.to_json()
@@ -145,12 +145,12 @@ def test_pretraining_text():
 
 
 def test_few_shot_prompts():
-    record = drawn_record("rule", "train", 0, 0)
+    record = rendered_record("rule", "train", 0, 0)
     prompt, answer = to_few_shot_prompt(record, 4)
     shot = r"<image>Question:Which word\? Short answer:"
     assert re.fullmatch(rf"({shot}\w+<\|endofchunk\|>){{4}}{shot}", prompt)
     assert prompt.count("<image>") == 5
-    assert answer == record.truth["answer"]
+    assert answer == record.annotations["answer"]
     assert to_few_shot_prompt(record, 0)[0] == "<image>Question:Which word? Short answer:"
     assert to_pretraining_text(record) == f"{to_few_shot_prompt(record)[0]}{answer}<|endofchunk|>"
     with pytest.raises(ValueError, match="9 shots"):
@@ -170,10 +170,10 @@ def test_messages_render_to_the_prompt_of_the_recipe(processor):
         to_messages(record_from_json(DOCUMENT))
 
 
-def test_a_drawn_record_goes_through_the_processor(processor):
-    record = drawn_record("compare", "train", 0, 0)
+def test_a_rendered_record_goes_through_the_processor(processor):
+    record = rendered_record("compare", "train", 0, 0)
     text = processor.apply_chat_template(to_messages(record), tokenize=False)
-    images = [picture.open() for picture in record.images]
+    images = [image.open() for image in record.images]
     batch = processor(text=[text], images=[images], return_tensors="pt", return_labels=True)
     assert len(batch["image_sizes"]) == 2
     assert (batch["labels"] != -100).any()
@@ -188,24 +188,24 @@ def test_preference_form():
         to_preference(record_from_json(CHAT))
 
 
-def test_pictures_open_from_each_source_and_fail_clearly(tmp_path):
+def test_images_open_from_each_source_and_fail_clearly(tmp_path):
     Image.new("L", (3, 2), 9).save(tmp_path / "a.png")
-    assert Picture("a.png").open(tmp_path).size == (3, 2)
-    assert Picture(data=(tmp_path / "a.png").read_bytes()).open().mode == "RGB"
+    assert ImageSource("a.png").open(tmp_path).size == (3, 2)
+    assert ImageSource(data=(tmp_path / "a.png").read_bytes()).open().mode == "RGB"
     marks = (Box((1, 1, 3, 3), "#000000"), Line((0, 0, 5, 5), "#00ff00"), Shape("square", "#ff0000", (10, 0), 10))
     drawing = Drawing((20, 30), ("down", "#ffffff", "#eeeeee"), marks)
-    image = Picture(drawing=drawing).open()
+    image = ImageSource(drawing=drawing).open()
     assert image.size == (30, 20)
     assert image.getpixel((15, 5)) == (255, 0, 0)
     assert image.getpixel((2, 3)) == (0, 0, 0)
     with pytest.raises(FileNotFoundError, match=r"b\.png.*probably"):
-        Picture("b.png").open(tmp_path)
+        ImageSource("b.png").open(tmp_path)
     with pytest.raises(ValueError, match="cannot be decoded"):
-        Picture(data=b"no picture").open()
+        ImageSource(data=b"no picture").open()
     with pytest.raises(RecordError, match="0 sources"):
-        Picture()
+        ImageSource()
     with pytest.raises(ValueError, match="no JSON form"):
-        Picture(data=b"x").to_json()
+        ImageSource(data=b"x").to_json()
 
 
 def test_constructing_a_wrong_record_fails_too():

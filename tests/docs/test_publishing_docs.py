@@ -23,7 +23,7 @@ from transformers import AutoConfig
 from blip3.conversion import card
 from blip3.serving import memory
 from blip3.serving.bodies import DEFAULT_NEW_TOKENS, PARAMETERS, SAMPLING, RequestLimits, parse_body
-from blip3.serving.pictures import PictureLimits
+from blip3.serving.images import ImageLimits
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHING = (ROOT / "docs" / "publishing.md").read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ HUB_ID = r"""["'][\w<>.-]+/[\w<>.-]+["']"""
 def variables_table() -> str:
     """One row a limit: variable, default as it would be written, what the class's docstring says."""
     rows = ["| variable | default | |", "|---|---|---|"]
-    for kind, prefix in ((PictureLimits, "BLIP3_PICTURE_"), (RequestLimits, "BLIP3_REQUEST_")):
+    for kind, prefix in ((ImageLimits, "BLIP3_PICTURE_"), (RequestLimits, "BLIP3_REQUEST_")):
         meanings = dict(re.findall(r"^    (\w+): (.+)$", inspect.cleandoc(kind.__doc__), flags=re.MULTILINE))
         for field in dataclasses.fields(kind):
             value = field.default
@@ -100,7 +100,7 @@ def test_every_body_of_the_documentation_is_accepted():
     requests = [parse_body(json.loads(body), RequestLimits()) for body in bodies]
     assert len(requests) >= 6
     prompts = [prompt for request in requests for prompt in request.prompts]
-    assert {len(prompt.pictures) for prompt in prompts} == {0, 1, 2}
+    assert {len(prompt.images) for prompt in prompts} == {0, 1, 2}
     assert any(prompt.messages for prompt in prompts)
     assert any(len(request.prompts) > 1 for request in requests)
 
@@ -138,7 +138,7 @@ def test_the_python_client_asks_and_prints_the_answer(endpoint, capsys):
     assert capsys.readouterr().out == "No. 47\n"
     (request,) = endpoint
     assert request.options.generation["max_new_tokens"] == 64
-    assert len(request.prompts[0].pictures) == 1
+    assert len(request.prompts[0].images) == 1
 
 
 def test_the_handlers_requirements_admit_the_older_line_and_fit_the_package():

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from blip3 import cli
 from blip3.hub import model_code
-from support import IS_TRANSFORMERS_5, ROOT, draw_picture
+from support import IS_TRANSFORMERS_5, ROOT, render_image
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -20,10 +20,10 @@ SHELL = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 
 @pytest.fixture
 def workplace(tiny_repo, tmp_path, monkeypatch):
-    """An empty folder with the names README uses: a converted repository and two pictures."""
+    """An empty folder with the names README uses: a converted repository and two images."""
     (tmp_path / "blip3-4b").symlink_to(tiny_repo)
-    draw_picture(300, 400, seed=1).save(tmp_path / "street.jpg")
-    draw_picture(500, 200, seed=2).save(tmp_path / "harbour.jpg")
+    render_image(300, 400, seed=1).save(tmp_path / "street.jpg")
+    render_image(500, 200, seed=2).save(tmp_path / "harbour.jpg")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -138,10 +138,10 @@ def test_the_demo_runs_from_another_folder_and_answers(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 30_000
 
 
-def test_the_demo_answers_ones_own_pictures(tmp_path, tiny_repo):
+def test_the_demo_answers_ones_own_images(tmp_path, tiny_repo):
     names = [str(tmp_path / f"{index}.png") for index in range(2)]
     for index, name in enumerate(names):
-        draw_picture(90 + 40 * index, 120, seed=index).save(name)
+        render_image(90 + 40 * index, 120, seed=index).save(name)
     images = [argument for name in names for argument in ("--image", name)]
     arguments = ["--model", str(tiny_repo), *images, "--question", "Are they alike?", "--max-new-tokens", "4"]
     result = subprocess.run(

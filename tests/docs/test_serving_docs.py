@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from blip3.serving import memory
-from support import ROOT, draw_picture, load_model
+from support import ROOT, load_model, render_image
 
 TEXT = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 
@@ -41,7 +41,7 @@ def test_the_make_targets_and_extras_named_exist():
     [
         (["-m", "blip3.serving.memory"], "blip3.serving.memory"),
         (["tests/run_soak.py"], "soak"),
-        (["tests/environments/run_doors.py"], "doors"),
+        (["tests/environments/run_backends.py"], "backends"),
     ],
 )
 def test_scripts_named_run(command, name):
@@ -63,7 +63,7 @@ def test_the_released_sizes_add_up():
     assert needs.num_text == 32 * (3072 * 9216 + 3072 * 3072 + 3072 * 16384 + 8192 * 3072)
     assert needs.weight_bytes("bfloat16") == 2 * needs.num_parameters
     assert needs.token_bytes("bfloat16") == 2 * 32 * 32 * 96 * 2
-    assert needs.picture_tokens == (384, 640)
+    assert needs.image_tokens == (384, 640)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -74,7 +74,7 @@ def test_weights_and_cache_take_what_is_computed(tiny_repo, processor, dtype):
     parameters = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     assert needs.weight_bytes(kind) == parameters
 
-    inputs = processor(text="<image>\nWhat?", images=draw_picture(150, 150), return_tensors="pt").to(dtype)
+    inputs = processor(text="<image>\nWhat?", images=render_image(150, 150), return_tensors="pt").to(dtype)
     with torch.no_grad():
         cache = model(**inputs, use_cache=True).past_key_values
     layers = [(layer.keys, layer.values) for layer in cache.layers]
@@ -92,20 +92,20 @@ def test_the_sliding_window_bounds_the_cache(tiny_repo):
 
 
 @pytest.mark.parametrize("height", [60, 150, 300])
-def test_a_picture_takes_between_the_computed_numbers_of_tokens(tiny_repo, processor, height):
-    low, high = memory.needs_of(AutoConfig.from_pretrained(tiny_repo, trust_remote_code=True)).picture_tokens
-    ids = processor(text="<image>", images=draw_picture(height, 100), return_tensors="pt")["input_ids"]
+def test_a_image_takes_between_the_computed_numbers_of_tokens(tiny_repo, processor, height):
+    low, high = memory.needs_of(AutoConfig.from_pretrained(tiny_repo, trust_remote_code=True)).image_tokens
+    ids = processor(text="<image>", images=render_image(height, 100), return_tensors="pt")["input_ids"]
     assert low <= int((ids == processor.image_token_id).sum()) <= high
 
 
-def test_a_picture_of_fixed_sampling_or_without_grids_takes_the_latents_alone(tiny_repo):
+def test_a_image_of_fixed_sampling_or_without_grids_takes_the_latents_alone(tiny_repo):
     config = AutoConfig.from_pretrained(tiny_repo, trust_remote_code=True)
     num_latents = config.resampler_config.num_latents
     config.resampler_config.token_sampling = "fixed"
-    assert memory.needs_of(config).picture_tokens == (num_latents, num_latents)
+    assert memory.needs_of(config).image_tokens == (num_latents, num_latents)
     config = AutoConfig.from_pretrained(tiny_repo, trust_remote_code=True)
     config.tile_grids = []
-    assert memory.needs_of(config).picture_tokens == (num_latents, num_latents)
+    assert memory.needs_of(config).image_tokens == (num_latents, num_latents)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_docstring_examples(module):
 
 
 @pytest.mark.parametrize(
-    ("answer", "truth", "ignore_case", "expected"),
+    ("answer", "reference", "ignore_case", "expected"),
     [
         ("Left", "left", True, 1),
         (" the  first.\n", "the first", True, 1),
@@ -59,8 +59,8 @@ def test_docstring_examples(module):
         ("STRASSE", "straße", True, 1),
     ],
 )
-def test_exact_match(answer, truth, ignore_case, expected):
-    assert exact_match(answer, truth, ignore_case) == expected
+def test_exact_match(answer, reference, ignore_case, expected):
+    assert exact_match(answer, reference, ignore_case) == expected
 
 
 @given(short_text)
@@ -81,8 +81,8 @@ def test_normalising_twice_changes_nothing(text):
     ],
 )
 def test_vqa_accuracy_of_ten_people(count, expected):
-    truths = ["dog"] * count + [f"other {index}" for index in range(10 - count)]
-    assert vqa_accuracy("The dog.", truths) == pytest.approx(expected)
+    references = ["dog"] * count + [f"other {index}" for index in range(10 - count)]
+    assert vqa_accuracy("The dog.", references) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def test_vqa_normalisation(text, expected):
 
 
 def test_vqa_accuracy_needs_several_people():
-    with pytest.raises(ValueError, match="given 1 truths"):
+    with pytest.raises(ValueError, match="given 1 references"):
         vqa_accuracy("dog", ["dog"])
 
 
 @pytest.mark.parametrize(
-    ("answer", "truths", "expected"),
+    ("answer", "references", "expected"),
     [
         ("hello", ["hello"], 1),
         ("HELLO ", ["hello"], 1),
@@ -120,12 +120,12 @@ def test_vqa_accuracy_needs_several_people():
         ("", [""], 1),
     ],
 )
-def test_anls(answer, truths, expected):
-    assert anls(answer, truths) == pytest.approx(expected)
+def test_anls(answer, references, expected):
+    assert anls(answer, references) == pytest.approx(expected)
 
 
 def test_anls_needs_a_truth():
-    with pytest.raises(ValueError, match="no truth"):
+    with pytest.raises(ValueError, match="no reference"):
         anls("a", [])
 
 
@@ -138,14 +138,14 @@ def test_edit_distance_is_a_distance(one, two, three):
 
 
 @given(short_text, short_text)
-def test_anls_is_zero_or_above_one_half_and_never_below_exact_match(answer, truth):
-    score = anls(answer, [truth])
+def test_anls_is_zero_or_above_one_half_and_never_below_exact_match(answer, reference):
+    score = anls(answer, [reference])
     assert score == 0 or 0.5 < score <= 1
-    if " ".join(answer.casefold().split()) == " ".join(truth.casefold().split()):
+    if " ".join(answer.casefold().split()) == " ".join(reference.casefold().split()):
         assert score == 1
 
 
-# Two pictures, one reference each, no word in common: every run of words has idf log 2, so weights cancel.
+# Two images, one reference each, no word in common: every run of words has idf log 2, so weights cancel.
 REFERENCES = [["a b c d"], ["e f g h"]]
 
 
@@ -171,10 +171,12 @@ def test_words_of_every_reference_weigh_nothing_in_cider():
     assert scores == pytest.approx([0, 1000])
 
 
-@pytest.mark.parametrize(("answers", "truths"), [(["a"], [["a"]]), (["a", "b"], [["a"]]), (["a", "b"], [["a"], []])])
-def test_cider_refuses_what_it_cannot_count(answers, truths):
+@pytest.mark.parametrize(
+    ("answers", "references"), [(["a"], [["a"]]), (["a", "b"], [["a"]]), (["a", "b"], [["a"], []])]
+)
+def test_cider_refuses_what_it_cannot_count(answers, references):
     with pytest.raises(ValueError, match=f"given {len(answers)} captions"):
-        cider(answers, truths)
+        cider(answers, references)
 
 
 def test_cider_names_the_package_it_lacks(monkeypatch):

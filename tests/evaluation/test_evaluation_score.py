@@ -15,11 +15,11 @@ from blip3.checkpoints import fingerprint
 from blip3.evaluation import score as score_module
 from blip3.evaluation.answer import Checkpoint
 from blip3.evaluation.metrics import wilson_interval
-from blip3.evaluation.report import Result, draw_plot, summarise
+from blip3.evaluation.report import Result, make_plot, summarise
 from blip3.evaluation.score import AnswerFile, ScoreSettings, main, parse_arguments, parse_models, score
 from blip3.evaluation.tasks import TASKS, Question, is_refusal, make_questions
 from blip3.world.settings import WorldSettings
-from blip3.world.tasks import TASKS as DRAWN
+from blip3.world.tasks import TASKS as RENDERED
 from support import ROOT
 
 pytest.importorskip("matplotlib", reason="draws the plot: pip install matplotlib")
@@ -46,7 +46,7 @@ class Stub:
 
 
 def oracle() -> Stub:
-    return Stub(lambda question: question.truth)
+    return Stub(lambda question: question.reference)
 
 
 def run(settings: ScoreSettings, stub: Stub) -> dict[str, Result]:
@@ -87,7 +87,7 @@ def global_model(tiny_repo: Path) -> Checkpoint:
 
 
 def test_every_scored_task_of_the_world_is_here():
-    assert {name for name, task in DRAWN.items() if task.is_scored} | {"caption", "refusal"} == set(TASKS)
+    assert {name for name, task in RENDERED.items() if task.is_scored} | {"caption", "refusal"} == set(TASKS)
 
 
 def test_the_truth_scores_everything(settings):
@@ -97,7 +97,7 @@ def test_the_truth_scores_everything(settings):
         summary = summarise(result)
         assert summary["count"] == 12, label
         if label == "caption":
-            num_words = [len(question.truth.split()) for question in result.questions]
+            num_words = [len(question.reference.split()) for question in result.questions]
             assert summary["score"] == pytest.approx(sum(250 * min(words, 4) for words in num_words) / 12)
         else:
             assert summary["score"] == 1, label
@@ -110,8 +110,8 @@ def test_answers_of_other_questions_score_about_chance(settings):
     """Each question gets the truth of the next one: 1 in 4 for a relation, 1 in 6 for a count, none for a text."""
     chances = {"relation": 1 / 4, "count": 1 / 6, "read": 0.0}
     for task, chance in chances.items():
-        truths = [question.truth for question in make_questions(task, 120, 0, WORLD)]
-        replies = {f"{task}-held_out-0-{index}": truths[(index + 1) % 120] for index in range(120)}
+        references = [question.reference for question in make_questions(task, 120, 0, WORLD)]
+        replies = {f"{task}-held_out-0-{index}": references[(index + 1) % 120] for index in range(120)}
         stub = Stub(lambda question, replies=replies: replies[question.id])
         result = run(change(settings, tasks=(task,), count=120, output=settings.output / task), stub)[task]
         low, high = wilson_interval(120 * chance, 120, confidence=0.999)
@@ -122,12 +122,12 @@ def test_half_right_is_half_and_groups_add_up(settings, capsys):
     """Even strings right, odd ones with one more character."""
     questions = make_questions("read", 10, 0, WORLD)
     wrong = {question.id for question in questions[1::2]}
-    result = run(settings, Stub(lambda q: q.truth + "x" * (q.id in wrong)))["read"]
+    result = run(settings, Stub(lambda q: q.reference + "x" * (q.id in wrong)))["read"]
     assert result.main == [1, 0] * 5
     summary = summarise(result)
     assert (summary["score"], summary["low"], summary["high"]) == (0.5, *wilson_interval(5, 10))
     for length, group in summary["groups"]["characters"].items():
-        own = [index for index, question in enumerate(questions) if len(question.truth) == int(length)]
+        own = [index for index, question in enumerate(questions) if len(question.reference) == int(length)]
         assert group["count"] == len(own)
         assert group["score"] == sum(index % 2 == 0 for index in own) / len(own)
     table = (settings.output / "table.md").read_text()
@@ -143,14 +143,14 @@ def test_half_right_is_half_and_groups_add_up(settings, capsys):
 
 def test_case_counts_in_strings_and_not_in_words(settings):
     both = change(settings, tasks=("read", "name"), count=30)
-    results = run(both, Stub(lambda question: question.truth.swapcase()))
-    read = [question.truth for question in results["read"].questions]
+    results = run(both, Stub(lambda question: question.reference.swapcase()))
+    read = [question.reference for question in results["read"].questions]
     assert results["read"].main == [float(text == text.swapcase()) for text in read]
     assert results["read"].scores["exact, any case"] == [1] * 30
     assert results["name"].main == [1] * 30
 
 
-def test_boxes_are_compared_with_the_drawn_one(settings):
+def test_boxes_are_compared_with_the_rendered_one(settings):
     box = change(settings, tasks=("box",))
     texts = {}
     for index, question in enumerate(make_questions("box", 10, 0, WORLD)):
@@ -196,20 +196,20 @@ def test_refusing_everything_is_right_on_unsafe_requests_alone(settings):
 def test_rules_are_prompted_as_the_base_model_was_trained():
     for shots in (0, 1, 4):
         for question in make_questions("rule", 5, 0, WORLD, shots):
-            assert len(question.pictures) == question.prompt.count("<image>") == shots + 1
+            assert len(question.images) == question.prompt.count("<image>") == shots + 1
             assert question.prompt.count("<|endofchunk|>") == shots
             assert question.prompt.endswith("<image>Question:Which word? Short answer:")
-            is_shown = f"answer:{question.truth}<|endofchunk|>" in question.prompt
+            is_shown = f"answer:{question.reference}<|endofchunk|>" in question.prompt
             assert question.groups["answer is among the shots"] == ("yes" if is_shown else "no")
     full = make_questions("rule", 1, 0, WORLD, 4)[0]
-    assert make_questions("rule", 1, 0, WORLD, 1)[0].pictures == full.pictures[-2:]
+    assert make_questions("rule", 1, 0, WORLD, 1)[0].images == full.images[-2:]
 
 
 def test_a_rule_answered_without_stopping_is_right_in_its_first_word_alone(settings):
     questions = make_questions("rule", 10, 0, WORLD, 4)
-    others = {q.id: next(word for word in q.facts["choices"] if word != q.truth) for q in questions}
+    others = {q.id: next(word for word in q.facts["choices"] if word != q.reference) for q in questions}
     replies = {
-        q.id: (f"{q.truth} and so on", others[q.id], "mib", "")[min(index, 3)] for index, q in enumerate(questions)
+        q.id: (f"{q.reference} and so on", others[q.id], "mib", "")[min(index, 3)] for index, q in enumerate(questions)
     }
     stub = Stub(lambda question: replies[question.id])
     result = run(change(settings, tasks=("rule",), shots=(4,)), stub)["rule, 4 shots"]
@@ -227,10 +227,10 @@ def test_each_number_of_shots_is_a_row(settings):
     assert names == {"rule-0-shots.jsonl", "rule-4-shots.jsonl"}
 
 
-def test_captions_are_prompted_with_the_picture_alone():
+def test_captions_are_prompted_with_the_image_alone():
     for question in make_questions("caption", 5, 0, WORLD):
         assert question.prompt == "<image>"
-        assert "<image>" not in question.truth
+        assert "<image>" not in question.reference
 
 
 def test_chat_prompts_follow_the_template(model):
@@ -239,12 +239,12 @@ def test_chat_prompts_follow_the_template(model):
     assert prompt.startswith("<|system|>\n")
     assert prompt.endswith("<|end|>\n<|assistant|>\n")
     assert question.text in prompt
-    assert prompt.count("<image>") == len(question.pictures) == 2
+    assert prompt.count("<image>") == len(question.images) == 2
     messages = [{**question.prompt[0], "content": [*question.prompt[0]["content"]]}]
-    pictures = iter(question.pictures)
+    images = iter(question.images)
     for index, part in enumerate(messages[0]["content"]):
         if part["type"] == "image":
-            messages[0]["content"][index] = {"type": "image", "image": next(pictures).open()}
+            messages[0]["content"][index] = {"type": "image", "image": next(images).open()}
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     whole = model.processor.apply_chat_template(messages, **options)
     prepared = model.prepare([question])
@@ -267,7 +267,7 @@ def test_lengths_are_those_of_the_prepared_prompts(model, global_model):
             assert checkpoint.length(question) == checkpoint.prepare([question])["input_ids"].shape[1]
 
 
-def test_base_resolution_shows_one_tile_a_picture(model, global_model):
+def test_base_resolution_shows_one_tile_a_image(model, global_model):
     question = make_questions("rule", 1, 0, WORLD, 4)[0]
     counts = []
     for checkpoint in (model, global_model):
@@ -291,7 +291,7 @@ def test_a_model_is_shown_images_as_its_processor_is_configured(tiny_repo, globa
 
 
 def test_a_batch_answers_as_one_by_one_and_stops_at_a_stop(model):
-    """Rows with one and five pictures, padded on the left."""
+    """Rows with one and five images, padded on the left."""
     questions = make_questions("read", 2, 0, WORLD) + make_questions("rule", 1, 0, WORLD, 4)
     inputs = model.prepare(questions)
     assert inputs["attention_mask"][0, 0] == 0
@@ -317,7 +317,7 @@ def test_an_interrupted_run_continues_as_if_left_alone(settings):
     alone = oracle()
     whole = run(change(settings, output=settings.output / "alone", tasks=("read", "name")), alone)
     both = change(settings, tasks=("read", "name"))
-    first = Stub(lambda question: question.truth, batches_to_live=4)  # 3 batches of read, 1 of name
+    first = Stub(lambda question: question.reference, batches_to_live=4)  # 3 batches of read, 1 of name
     with pytest.raises(KeyboardInterrupt):
         run(both, first)
     unfinished = settings.output / "predictions" / "stub" / "name.jsonl.unfinished"
@@ -336,7 +336,7 @@ def test_an_interrupted_run_continues_as_if_left_alone(settings):
 
 def test_a_batch_cut_in_two_is_asked_again_as_a_whole(settings):
     with pytest.raises(KeyboardInterrupt):
-        run(settings, Stub(lambda question: question.truth, batches_to_live=2))
+        run(settings, Stub(lambda question: question.reference, batches_to_live=2))
     unfinished = settings.output / "predictions" / "stub" / "read.jsonl.unfinished"
     lines = unfinished.read_bytes().splitlines(keepends=True)
     assert len(lines) == 8
@@ -428,7 +428,7 @@ def test_answers_of_any_characters_survive(tmp_path):
 def test_differences_are_paired(settings, checkpoint):
     """The second model is wrong on the same half of the questions in every resample that the first is right on."""
     wrong = {question.id for question in make_questions("read", 10, 0, WORLD)[::2]}
-    stubs = {"first": oracle(), "second": Stub(lambda question: "" if question.id in wrong else question.truth)}
+    stubs = {"first": oracle(), "second": Stub(lambda question: "" if question.id in wrong else question.reference)}
     two = change(settings, models=dict.fromkeys(stubs, checkpoint))
     score(two, lambda _, name: stubs[name])
     (difference,) = json.loads((settings.output / "results.json").read_text())["differences"]
@@ -439,7 +439,7 @@ def test_differences_are_paired(settings, checkpoint):
 def test_the_plot_has_a_bar_for_every_row_and_model(settings, checkpoint):
     two = change(settings, models={"a": checkpoint, "b": checkpoint}, tasks=("read", "rule", "caption"))
     results = score(two, lambda *_: oracle())
-    figure = draw_plot(results, [summarise(result) for result in results])
+    figure = make_plot(results, [summarise(result) for result in results])
     shares, captions = figure.axes
     assert sorted(round(bar.get_height()) for bar in shares.patches) == [100] * 6
     assert len(captions.patches) == 2
@@ -457,7 +457,7 @@ def test_texts_of_the_plot_lie_inside_it_and_apart(models, tasks):
         for model in models
         for task in tasks
     ]
-    figure = draw_plot(results, [summarise(result) for result in results])
+    figure = make_plot(results, [summarise(result) for result in results])
     figure.draw_without_rendering()
     from matplotlib.text import Text
 
@@ -466,7 +466,7 @@ def test_texts_of_the_plot_lie_inside_it_and_apart(models, tasks):
         box = text.get_window_extent()
         assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1, text.get_text()
         assert figure.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1, text.get_text()
-    (title,) = [text.get_window_extent() for text in texts if "held-out drawn world" in text.get_text()]
+    (title,) = [text.get_window_extent() for text in texts if "held-out rendered world" in text.get_text()]
     legends = [legend.get_window_extent() for legend in figure.legends]
     parts = [title, *legends, *(axes.get_tightbbox() for axes in figure.axes)]
     for first, second in itertools.combinations(parts, 2):

@@ -152,7 +152,7 @@ FILES = {
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
 @pytest.mark.parametrize("name", FILES)
-def test_truncated_files_are_refused_and_never_read_as_another_picture(name, image_processor):
+def test_truncated_files_are_refused_and_never_read_as_another_image(name, image_processor):
     whole = FILES[name]
     wanted = image_processor(whole)["pixel_values"]
     cuts = {0, 1, 4, 12, 30, *np.linspace(50, len(whole) - 1, 60).astype(int).tolist()}
@@ -170,46 +170,46 @@ def test_truncated_files_are_refused_and_never_read_as_another_picture(name, ima
 @pytest.mark.parametrize("name", ["jpeg", "png", "gif"])
 def test_a_half_file_is_named_by_its_place_and_probable_cause(name, image_processor):
     whole = FILES[name]
-    with refused("Picture 2 of 3: it could not be decoded .*truncated", 2, 3):
+    with refused("Image 2 of 3: it could not be decoded .*truncated", 2, 3):
         image_processor([make_rgb(), whole[: len(whole) // 2], make_rgb()])
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\x00", bytes(range(256)), b"This is not a picture.\n" * 9, b"<svg xmlns='http://www.w3.org/2000/svg'/>"],
+    [b"", b"\x00", bytes(range(256)), b"This is not an image.\n" * 9, b"<svg xmlns='http://www.w3.org/2000/svg'/>"],
     ids=["empty", "zero byte", "random bytes", "text", "svg"],
 )
 def test_other_content_is_refused_from_every_door(content, image_processor, tmp_path):
-    path = tmp_path / "picture.jpg"
+    path = tmp_path / "image.jpg"
     path.write_bytes(content)
-    for picture in (content, bytearray(content)):
-        with refused("could not be opened as a picture", f"{len(content)} bytes"):
-            image_processor(picture)
-    for picture in (path, str(path)):
-        with refused("could not be opened as a picture", "picture.jpg"):
-            image_processor(picture)
-    with refused("could not be opened as a picture", "BytesIO"):
+    for image in (content, bytearray(content)):
+        with refused("could not be opened as an image", f"{len(content)} bytes"):
+            image_processor(image)
+    for image in (path, str(path)):
+        with refused("could not be opened as an image", "image.jpg"):
+            image_processor(image)
+    with refused("could not be opened as an image", "BytesIO"):
         image_processor(io.BytesIO(content))
 
 
 def test_missing_paths_and_folders_are_refused_by_name(image_processor, tmp_path):
     for missing in (tmp_path / "no.jpg", tmp_path):
-        with refused("could not be opened as a picture", missing.name):
+        with refused("could not be opened as an image", missing.name):
             image_processor(missing)
-    with refused(r"'no-such-picture\.jpg' could not be opened as a picture"):
+    with refused(r"'no-such-picture\.jpg' could not be opened as an image"):
         image_processor("no-such-picture.jpg")
-    with refused("'' could not be opened as a picture"):
+    with refused("'' could not be opened as an image"):
         image_processor("")
-    with refused("could not be opened as a picture"):
+    with refused("could not be opened as an image"):
         image_processor("data:image/png;base64,AAAA")
-    with refused("could not be opened as a picture"):
+    with refused("could not be opened as an image"):
         image_processor("nul\0byte.jpg")
 
 
 NOT_IMAGES = {
     "missing name": (lambda folder: "no-such-picture.jpg", "'no-such-picture.jpg' could not be .* .no such file"),
     "missing path": (lambda folder: folder / "no.jpg", r"no\.jpg' could not be .* .no such file"),
-    "name without an ending": (lambda folder: "picture", "'picture' could not be .* .no such file"),
+    "name without an ending": (lambda folder: "picture", "'image' could not be .* .no such file"),
     "long name": (lambda folder: "x" * 300 + ".jpg", r"x'\.\.\. .304 characters. could not be .* .no such file"),
     "longer than any path": (lambda folder: "x" * 5000 + ".jpg", "5004 characters. could not be .* .no such file"),
     "long path": (lambda folder: folder / ("x" * 300), "characters. could not be .*File name too long"),
@@ -261,13 +261,13 @@ def test_a_swapped_question_without_a_placeholder_is_named_too(processor):
         processor("look", Image.fromarray(make_rgb()))
 
 
-def test_a_closed_picture_is_refused(image_processor, tmp_path):
-    path = tmp_path / "picture.png"
+def test_a_closed_image_is_refused(image_processor, tmp_path):
+    path = tmp_path / "image.png"
     path.write_bytes(FILES["png"])
-    picture = Image.open(path)
-    picture.close()
-    with refused("Picture 1 of 1: it could not be decoded"):
-        image_processor(picture)
+    image = Image.open(path)
+    image.close()
+    with refused("Image 1 of 1: it could not be decoded"):
+        image_processor(image)
 
 
 def png_header(height, width):
@@ -283,7 +283,7 @@ def png_header(height, width):
 
 
 def test_bombs_are_refused_by_pillow_s_limit(image_processor):
-    with refused("could not be opened as a picture .DecompressionBombError", "3600000000 pixels"):
+    with refused("could not be opened as an image .DecompressionBombError", "3600000000 pixels"):
         image_processor(png_header(60000, 60000))
 
 
@@ -306,19 +306,19 @@ def test_the_pixel_limit_can_be_set_and_counts_pixels(image_processor):
 
 @pytest.mark.parametrize("shape", [(0, 10, 3), (10, 0, 3), (0, 0, 3), (0, 10), (3, 10, 0)])
 @pytest.mark.parametrize("convert", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
-def test_pictures_without_pixels_are_refused(shape, convert, image_processor):
-    with refused("Picture 1 of 1: it (is|has)", 0):
+def test_images_without_pixels_are_refused(shape, convert, image_processor):
+    with refused("Image 1 of 1: it (is|has)", 0):
         image_processor(convert(np.zeros(shape, dtype=np.uint8)))
 
 
-def test_pil_pictures_without_pixels_are_refused(image_processor):
+def test_pil_images_without_pixels_are_refused(image_processor):
     with refused("it is 0 x 5 pixels .height x width. but both sides must be positive"):
         image_processor(Image.new("RGB", (5, 0)))
 
 
 @pytest.mark.parametrize("backend", ["pil", "torch"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (100, 10000), (5000, 50), (1, 20000), (20000, 1)])
-def test_thin_and_tiny_pictures_work(size, backend, image_processor):
+def test_thin_and_tiny_images_work(size, backend, image_processor):
     inputs = image_processor(np.full((*size, 3), 200, dtype=np.uint8), resize_backend=backend, do_normalize=False)
     assert inputs["image_sizes"].tolist() == [list(size)]
     rows, columns = choose_grid(size, RELEASED_TILE_GRIDS, TILE)
@@ -371,10 +371,10 @@ BAD_ARRAYS = {
 }
 
 
-@pytest.mark.parametrize(("picture", "match"), BAD_ARRAYS.values(), ids=BAD_ARRAYS)
-def test_arrays_that_are_no_picture_are_refused_by_place_and_value(picture, match, image_processor):
-    with refused(f"Picture 3 of 3: .*{match}", 3):
-        image_processor([make_rgb(), make_rgb(), picture])
+@pytest.mark.parametrize(("image", "match"), BAD_ARRAYS.values(), ids=BAD_ARRAYS)
+def test_arrays_that_are_no_image_are_refused_by_place_and_value(image, match, image_processor):
+    with refused(f"Image 3 of 3: .*{match}", 3):
+        image_processor([make_rgb(), make_rgb(), image])
 
 
 def test_sixteen_bit_arrays_are_reduced_not_clipped(image_processor):
@@ -391,7 +391,7 @@ def test_a_wrong_channel_format_is_refused(format_name, image_processor):
         image_processor(array, input_data_format=format_name)
 
 
-# -- things that are no pictures --------------------------------------------------------------------------------------
+# -- things that are no images --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -409,18 +409,18 @@ def test_a_wrong_channel_format_is_refused(format_name, image_processor):
     ids=["int", "float", "None", "dict", "object", "numbers", "nested numbers", "set"],
 )
 def test_other_objects_are_refused_by_type(images, name, image_processor):
-    with refused(f"Picture 1 of .*: it is a {name} but pictures are"):
+    with refused(f"Image 1 of .*: it is a {name} but images are"):
         image_processor(images)
 
 
 def test_none_inside_a_list_is_refused_by_its_place(image_processor):
-    with refused("Picture 2 of 3: it is a NoneType"):
+    with refused("Image 2 of 3: it is a NoneType"):
         image_processor([make_rgb(), None, make_rgb()])
 
 
 @pytest.mark.parametrize("images", [[], [[]], (), [[], []], np.zeros((0, 9, 9, 3), np.uint8), torch.zeros(0, 3, 9, 9)])
-def test_no_picture_at_all_is_refused(images, image_processor):
-    with refused("images is empty but at least one picture is needed"):
+def test_no_image_at_all_is_refused(images, image_processor):
+    with refused("images is empty but at least one image is needed"):
         image_processor(images)
 
 
@@ -596,17 +596,17 @@ ONE, TWO = "<|user|> <image> what is this", "<|user|> <image> <image> look"
         ([[]], [ONE], [1], [0]),
     ],
 )
-def test_pictures_and_places_must_match_row_by_row(images, text, slots, counts, processor):
+def test_images_and_places_must_match_row_by_row(images, text, slots, counts, processor):
     with refused("the prompts hold", slots, counts):
         processor(images=images, text=text)
 
 
-def test_pictures_without_text_give_pixels_only(processor):
+def test_images_without_text_give_pixels_only(processor):
     inputs = processor(images=make_rgb(), return_tensors="pt")
     assert sorted(inputs) == ["image_sizes", "pixel_values"]
 
 
-def test_neither_pictures_nor_text_is_refused(processor):
+def test_neither_images_nor_text_is_refused(processor):
     with refused("without images and without text"):
         processor()
 
@@ -637,13 +637,13 @@ def test_text_that_is_no_text_is_refused_by_type(text, name, processor):
 
 
 @pytest.mark.parametrize("max_length", [1, 3, 5, 9])
-def test_truncation_inside_a_picture_is_refused(max_length, processor):
+def test_truncation_inside_a_image_is_refused(max_length, processor):
     assert len(processor(text=ONE, images=make_rgb())["input_ids"][0]) == 14
     with refused("Mismatch in `image` token count between text and `input_ids`", 10):
         processor(text=[ONE], images=[make_rgb()], truncation=True, max_length=max_length)
 
 
-def test_truncation_after_the_pictures_works(processor):
+def test_truncation_after_the_images_works(processor):
     inputs = processor(text=[ONE], images=[make_rgb()], truncation=True, max_length=12)
     assert len(inputs["input_ids"][0]) == 12
 
@@ -666,8 +666,8 @@ def test_a_processor_with_a_part_missing_is_refused(parts):
         Blip3Processor(*parts)
 
 
-def test_a_broken_picture_is_named_through_the_processor_too(processor):
-    with refused("Picture 2 of 2: it is a NoneType"):
+def test_a_broken_image_is_named_through_the_processor_too(processor):
+    with refused("Image 2 of 2: it is a NoneType"):
         processor(text=TWO, images=[make_rgb(), None])
 
 
@@ -708,8 +708,8 @@ def test_swapped_sizes_are_refused_where_tile_counts_differ(size):
     [
         ([[40, 60]], "pixel_values is .2, 5, 3, 28, 28. but the 1 rows of image_sizes"),
         ([[40, 60]] * 3, "pixel_values is .2, 5, 3, 28, 28. but the 3 rows of image_sizes"),
-        ([[40, 0], [40, 60]], "picture of 40 x 0 pixels"),
-        ([[-40, 60], [40, 60]], "picture of -40 x 60 pixels"),
+        ([[40, 0], [40, 60]], "image of 40 x 0 pixels"),
+        ([[-40, 60], [40, 60]], "image of -40 x 60 pixels"),
         ([[40, 60, 3], [40, 60, 3]], "image_sizes"),
         ([40, 60], "image_sizes"),
     ],
@@ -763,7 +763,7 @@ def test_fewer_image_tokens_than_features_are_refused(dropped, model, inputs):
         run(model, inputs, **changes)
 
 
-# -- random pictures --------------------------------------------------------------------------------------------------
+# -- random images --------------------------------------------------------------------------------------------------
 
 LONGEST_SIDE, LARGEST_AREA = 3000, 1_000_000
 NOISE = np.random.default_rng(7).integers(0, 256, 4 * LARGEST_AREA, dtype=np.uint8)
@@ -781,18 +781,18 @@ def noise(height, width, channels):
     return pixels.reshape(height, width, channels) if channels > 1 else pixels.reshape(height, width)
 
 
-def draw_palette(height, width):
-    picture = Image.fromarray(noise(height, width, 1))
-    picture.putpalette(NOISE[:768].tobytes())
-    picture.info["transparency"] = NOISE[:256].tobytes()
-    return picture
+def sample_palette(height, width):
+    image = Image.fromarray(noise(height, width, 1))
+    image.putpalette(NOISE[:768].tobytes())
+    image.info["transparency"] = NOISE[:256].tobytes()
+    return image
 
 
 KINDS = {
     "PIL 1": lambda h, w: Image.fromarray(noise(h, w, 1) > 99),
     "PIL L": lambda h, w: Image.fromarray(noise(h, w, 1)),
     "PIL LA": lambda h, w: Image.frombytes("LA", (w, h), noise(h, w, 2).tobytes()),
-    "PIL P": draw_palette,
+    "PIL P": sample_palette,
     "PIL RGB": lambda h, w: Image.fromarray(noise(h, w, 3)),
     "PIL RGBA": lambda h, w: Image.fromarray(noise(h, w, 4)),
     "PIL CMYK": lambda h, w: Image.frombytes("CMYK", (w, h), noise(h, w, 4).tobytes()),
@@ -818,7 +818,7 @@ def make_pair(grids):
 
 
 def check_inputs(image_processor, inputs, size, splits=True):
-    """What must hold of the inputs of one picture of (height, width)."""
+    """What must hold of the inputs of one image of (height, width)."""
     pixel_values, image_sizes = inputs["pixel_values"], inputs["image_sizes"]
     slots, tile = image_processor.num_tile_slots, image_processor.tile_size
     assert pixel_values.shape == (1, slots, 3, tile, tile)
@@ -842,12 +842,12 @@ def check_inputs(image_processor, inputs, size, splits=True):
     splits=st.sampled_from([True, True, True, False]),
     backend=st.sampled_from(["pil", "torch"]),
 )
-def test_any_picture_of_any_size_becomes_inputs_the_model_counts_alike(height, width, kind, grids, splits, backend):
+def test_any_image_of_any_size_becomes_inputs_the_model_counts_alike(height, width, kind, grids, splits, backend):
     width = min(width, LARGEST_AREA // height)
     processor, model = make_pair(grids)
-    picture = KINDS[kind](height, width)
+    image = KINDS[kind](height, width)
     inputs = processor(
-        text="<image>", images=picture, return_tensors="pt", do_image_splitting=splits, resize_backend=backend
+        text="<image>", images=image, return_tensors="pt", do_image_splitting=splits, resize_backend=backend
     )
     used = check_inputs(processor.image_processor, inputs, (height, width), splits)
     num_image_tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
@@ -855,11 +855,11 @@ def test_any_picture_of_any_size_becomes_inputs_the_model_counts_alike(height, w
     assert num_image_tokens == model.count_image_tokens(tuple(inputs["image_sizes"][0].tolist()))
 
 
-def attempt(image_processor, picture, **kwargs):
+def attempt(image_processor, image, **kwargs):
     """The inputs, or None after a clear ValueError; any other exception goes through."""
     failure = None
     try:
-        return image_processor(picture, return_tensors="pt", **kwargs)
+        return image_processor(image, return_tensors="pt", **kwargs)
     except ValueError as error:
         failure = error
     assert type(failure) is ValueError, failure
@@ -869,7 +869,7 @@ def attempt(image_processor, picture, **kwargs):
 
 @settings(max_examples=600, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(
-    picture=st.one_of(
+    image=st.one_of(
         nps.arrays(
             dtype=nps.scalar_dtypes() | nps.unsigned_integer_dtypes() | nps.floating_dtypes(),
             shape=st.one_of(
@@ -884,8 +884,8 @@ def attempt(image_processor, picture, **kwargs):
         ),
     )
 )
-def test_anything_else_becomes_inputs_or_one_value_error(picture, image_processor):
-    inputs = attempt(image_processor, picture)
+def test_anything_else_becomes_inputs_or_one_value_error(image, image_processor):
+    inputs = attempt(image_processor, image)
     if inputs is not None:
         pixel_values = inputs["pixel_values"]
         assert pixel_values.shape[1:] == (image_processor.num_tile_slots, 3, TILE, TILE)

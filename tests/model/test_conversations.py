@@ -6,16 +6,16 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from blip3.hub import model_code
-from support import draw_picture
+from support import render_image
 
 CACHE_NAME = model_code("modeling_blip3.CACHE_NAME")
 
 USER = "<|user|>\n{}<|end|>\n<|assistant|>\n"
-IMAGES = [draw_picture(150, 150, seed=1), draw_picture(60, 300, seed=2), draw_picture(90, 40, seed=3)]
+IMAGES = [render_image(150, 150, seed=1), render_image(60, 300, seed=2), render_image(90, 40, seed=3)]
 OPTIONS = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 FIRST_TURNS = {
     "text": (USER.format("How many dogs are there?"), []),
-    "image": (USER.format("<image>\nWhat is in the picture?"), IMAGES[:1]),
+    "image": (USER.format("<image>\nWhat is in the image?"), IMAGES[:1]),
 }
 SECOND_TURNS = {
     "one image": ("Yes.<|end|>\n" + USER.format("<image>\nAnd in this one?"), IMAGES[1:2]),

@@ -18,14 +18,14 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoProcessor, Trainer, TrainingArguments, pipeline
 
-from support import IS_TRANSFORMERS_5, TRL_ARGUMENTS, draw_picture, load_model
+from support import IS_TRANSFORMERS_5, TRL_ARGUMENTS, load_model, render_image
 
 PROMPT = "<|user|>\n{}<|end|>\n<|assistant|>\n"
-PICTURES = [draw_picture(150, 150, seed=1), draw_picture(60, 300, seed=2), draw_picture(200, 90, seed=3)]
+IMAGES = [render_image(150, 150, seed=1), render_image(60, 300, seed=2), render_image(200, 90, seed=3)]
 ROWS = [
-    {"text": PROMPT.format("<image>\nWhat is in the picture?") + "A red square.<|end|>\n", "images": PICTURES[:1]},
+    {"text": PROMPT.format("<image>\nWhat is in the image?") + "A red square.<|end|>\n", "images": IMAGES[:1]},
     {"text": PROMPT.format("How many dogs are there?") + "Two.<|end|>\n", "images": []},
-    {"text": PROMPT.format("Is <image> above <image>?") + "A blue circle is.<|end|>\n", "images": PICTURES[1:]},
+    {"text": PROMPT.format("Is <image> above <image>?") + "A blue circle is.<|end|>\n", "images": IMAGES[1:]},
     {"text": PROMPT.format("Read the number, please.") + "It is nine.<|end|>\n", "images": []},
 ]
 TEXT_ROWS = [row for row in ROWS if not row["images"]]
@@ -123,9 +123,9 @@ def user(*content) -> list[dict]:
 
 
 CHATS = [
-    user(PICTURES[0], "What is in the picture?"),
-    user("Is ", PICTURES[1], " above ", PICTURES[2], "?"),
-    user(PICTURES[2], "Read the number, please."),
+    user(IMAGES[0], "What is in the image?"),
+    user("Is ", IMAGES[1], " above ", IMAGES[2], "?"),
+    user(IMAGES[2], "Read the number, please."),
 ]
 
 
@@ -164,8 +164,8 @@ def test_pipeline_answers_chats_as_the_model_does(pipe, tiny_model, processor, c
 
 
 def test_pipeline_answers_raw_prompts_as_the_model_does(pipe, tiny_model, processor):
-    texts = [PROMPT.format("<image>\nWhat is in the picture?"), PROMPT.format("Is <image> above <image>?")]
-    images = [PICTURES[:1], PICTURES[1:]]
+    texts = [PROMPT.format("<image>\nWhat is in the image?"), PROMPT.format("Is <image> above <image>?")]
+    images = [IMAGES[:1], IMAGES[1:]]
     expected = answers(tiny_model, processor, processor(text=texts, images=images, padding=True, return_tensors="pt"))
     outputs = pipe(images=images, text=texts, batch_size=2, return_full_text=False, generate_kwargs=NEW_TOKENS)
     assert [output["generated_text"] for output in outputs] == expected
@@ -324,13 +324,13 @@ def turn(role: str, text: str) -> list[dict]:
 def preference_rows(*columns: str) -> datasets.Dataset:
     rows = [
         {
-            "images": pictures,
-            "prompt": turn("user", "What is in the picture?"),
+            "images": images,
+            "prompt": turn("user", "What is in the image?"),
             "completion": turn("assistant", answer),
             "chosen": turn("assistant", answer),
             "rejected": turn("assistant", "I do not know."),
         }
-        for pictures, answer in ((PICTURES[:1], "A red square."), (PICTURES[1:], "Two dogs and a sign."))
+        for images, answer in ((IMAGES[:1], "A red square."), (IMAGES[1:], "Two dogs and a sign."))
     ]
     return datasets.Dataset.from_list([{name: row[name] for name in columns} for row in rows])
 
@@ -497,7 +497,7 @@ def sharded_steps(collate) -> list[list[dict]]:
     """One batch per rank and step."""
     return [
         [collate(ROWS[:2]), collate(ROWS[2:])],
-        [collate(ROWS[2:3]), collate(TEXT_ROWS[:1])],  # one rank has no pictures; both must call the same layers
+        [collate(ROWS[2:3]), collate(TEXT_ROWS[:1])],  # one rank has no images; both must call the same layers
         [collate(TEXT_ROWS[:1]), collate(TEXT_ROWS[1:])],
     ]
 

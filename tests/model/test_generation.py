@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row i of a mixed batch is row i alone, however it is generated, and pictures never change rows."""
+"""Row i of a mixed batch is row i alone, however it is generated, and images never change rows."""
 
 import copy
 import sys
@@ -9,17 +9,17 @@ import torch
 from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from support import draw_picture
+from support import render_image
 
 PROMPT = "<|user|>\n{}<|end|>\n<|assistant|>\n"
 QUESTIONS = [
-    ("What is in the picture? <image>", [(150, 150)]),
+    ("What is in the image? <image>", [(150, 150)]),
     ("How many dogs are there?", []),
     ("Look: <image> and <image>, then <image>. Read the number.", [(60, 300), (90, 40), (200, 190)]),
     ("<image>\n<image>\nIs the red one to the left?", [(76, 152), (30, 20)]),
 ]
 ROWS = [
-    (PROMPT.format(question), [draw_picture(*size, seed=10 * row + k) for k, size in enumerate(sizes)])
+    (PROMPT.format(question), [render_image(*size, seed=10 * row + k) for k, size in enumerate(sizes)])
     for row, (question, sizes) in enumerate(QUESTIONS)
 ]
 NEW_TOKENS = 8
@@ -27,7 +27,7 @@ NEW_TOKENS = 8
 
 def generate(model, processor, rows, **kwargs) -> list[list[int]]:
     """New ids, one list per returned sequence."""
-    texts, images = [text for text, _ in rows], [pictures for _, pictures in rows]
+    texts, images = [text for text, _ in rows], [shown for _, shown in rows]
     inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False} | kwargs
     return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].tolist()
@@ -114,10 +114,10 @@ def test_compiled_decoding_has_no_graph_break_and_the_same_rows(tiny_model, proc
     assert compiled == generate(tiny_model, processor, ROWS)
 
 
-def test_exchanging_two_pictures_changes_the_answer(tiny_model, processor):
-    text, pictures = ROWS[2]
+def test_exchanging_two_images_changes_the_answer(tiny_model, processor):
+    text, images = ROWS[2]
     answers = {
-        tuple(generate(tiny_model, processor, [(text, [pictures[i] for i in order])])[0])
+        tuple(generate(tiny_model, processor, [(text, [images[i] for i in order])])[0])
         for order in ([0, 1, 2], [1, 0, 2], [2, 1, 0])
     }
     assert len(answers) == 3
@@ -125,7 +125,7 @@ def test_exchanging_two_pictures_changes_the_answer(tiny_model, processor):
 
 def test_base_resolution_rows_equal_rows_alone(tiny_model, processor):
     def run(rows):
-        texts, images = [text for text, _ in rows], [pictures for _, pictures in rows]
+        texts, images = [text for text, _ in rows], [shown for _, shown in rows]
         inputs = processor(text=texts, images=images, padding=True, return_tensors="pt", do_image_splitting=False)
         assert inputs.get("image_sizes", torch.zeros(1)).abs().sum() == 0
         new = tiny_model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
@@ -135,7 +135,7 @@ def test_base_resolution_rows_equal_rows_alone(tiny_model, processor):
 
 
 def test_features_encoded_before_repeat_with_their_rows(tiny_model, processor):
-    texts, images = [text for text, _ in ROWS], [pictures for _, pictures in ROWS]
+    texts, images = [text for text, _ in ROWS], [shown for _, shown in ROWS]
     inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
     features = tiny_model.get_image_features(inputs.pop("pixel_values"), inputs.pop("image_sizes"))
     options = {"num_beams": 3, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
@@ -150,7 +150,7 @@ def test_a_prompt_read_group_by_group_equals_one_read_at_once(
     tiny_model, processor, monkeypatch, window, has_positions, kind
 ):
     """Logits, every entry of the cache that is not padding, and the logits of a step after it."""
-    texts, images = [text for text, _ in ROWS], [pictures for _, pictures in ROWS]
+    texts, images = [text for text, _ in ROWS], [shown for _, shown in ROWS]
     inputs = dict(processor(text=texts, images=images, padding=True, return_tensors="pt"))
     mask = inputs["attention_mask"]
     if has_positions:

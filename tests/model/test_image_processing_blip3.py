@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures to tiles: the reference's grids and bytes, every kind of input, and the switches."""
+"""Images to tiles: the reference's grids and bytes, every kind of input, and the switches."""
 
 import base64
 import hashlib
@@ -52,16 +52,16 @@ def over_white(rgba):
     return rgba[..., :-1] * alpha + 255 * (1 - alpha)
 
 
-def to_tiles(processor, picture, **kwargs):
-    """uint8 tiles (T, S, S, 3) of one picture."""
-    pixel_values = processor(picture, return_tensors="np", **kwargs)["pixel_values"][0]
+def to_tiles(processor, image, **kwargs):
+    """uint8 tiles (T, S, S, 3) of one image."""
+    pixel_values = processor(image, return_tensors="np", **kwargs)["pixel_values"][0]
     return ((pixel_values * 0.5 + 0.5) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-def read_rgb(picture, side=TILE, **kwargs):
-    """What the processor takes a picture of side x side pixels for: the global view is then the picture itself."""
+def read_rgb(image, side=TILE, **kwargs):
+    """What the processor takes an image of side x side pixels for: the global view is then the image itself."""
     processor = Blip3ImageProcessor(size={"height": side, "width": side}, tile_grids=[])
-    return to_tiles(processor, picture, **kwargs)[0]
+    return to_tiles(processor, image, **kwargs)[0]
 
 
 def assert_same_inputs(got, wanted):
@@ -88,11 +88,11 @@ def test_grids_and_visible_patches_equal_the_reference_on_300_sizes():
 @pytest.mark.parametrize("index", range(len(PHOTOGRAPHS)), ids=PHOTOGRAPHS)
 def test_tiles_equal_the_reference_bit_for_bit(index):
     expected = json.loads((FIXTURES / "preprocess_384" / "expected.json").read_text())[index]
-    picture = Image.open(FIXTURES / "preprocess_384" / expected["file"])
-    decoded = hashlib.sha256(picture.tobytes()).hexdigest()
+    image = Image.open(FIXTURES / "preprocess_384" / expected["file"])
+    decoded = hashlib.sha256(image.tobytes()).hexdigest()
     if decoded != expected.get("decoded_sha256", decoded):  # not given for the PNG: all decoders read it alike
         pytest.skip("this libjpeg decodes the file to other pixels than the reference's")
-    inputs = Blip3ImageProcessor()(picture, return_tensors="np")
+    inputs = Blip3ImageProcessor()(image, return_tensors="np")
     width, height = expected["size_wh"]
     assert inputs["image_sizes"].tolist() == [[height, width]]
     tiles = inputs["pixel_values"][0, : expected["n_tiles"]]
@@ -126,7 +126,7 @@ def test_the_torch_backend_stays_within_two_steps_on_random_noise(size):
 # -- grids and slots --------------------------------------------------------------------------------------------------
 
 
-def test_each_picture_has_all_slots_and_the_unused_ones_are_zero(processor):
+def test_each_image_has_all_slots_and_the_unused_ones_are_zero(processor):
     sizes = [(40, 60), (10, 10), (100, 100), (20, 200), (200, 20)]
     inputs = processor([make_rgb(*size) for size in sizes], return_tensors="pt")
     assert inputs["pixel_values"].shape == (5, 5, 3, TILE, TILE)
@@ -134,27 +134,27 @@ def test_each_picture_has_all_slots_and_the_unused_ones_are_zero(processor):
     assert inputs["image_sizes"].tolist() == [list(size) for size in sizes]
     counts = [count_tiles(size, RELEASED_TILE_GRIDS, TILE) for size in sizes]
     assert counts == [5, 3, 5, 4, 4]
-    for picture, count in zip(inputs["pixel_values"], counts, strict=True):
-        assert not picture[count:].any()
-        assert all(tile.any() for tile in picture[:count])
+    for image, count in zip(inputs["pixel_values"], counts, strict=True):
+        assert not image[count:].any()
+        assert all(tile.any() for tile in image[:count])
 
 
-def test_tiles_are_a_centred_picture_on_black_cut_row_by_row(processor):
-    picture = Image.fromarray(make_rgb(50, 40))
-    tiles = to_tiles(processor, picture)
+def test_tiles_are_a_centred_image_on_black_cut_row_by_row(processor):
+    image = Image.fromarray(make_rgb(50, 40))
+    tiles = to_tiles(processor, image)
     assert choose_grid((50, 40), RELEASED_TILE_GRIDS, TILE) == (2, 2)
     canvas = Image.new("RGB", (2 * TILE, 2 * TILE))
-    canvas.paste(picture.resize((45, 56), Image.Resampling.BICUBIC), (5, 0))
+    canvas.paste(image.resize((45, 56), Image.Resampling.BICUBIC), (5, 0))
     boxes = [(column * TILE, row * TILE) for row in range(2) for column in range(2)]
     for tile, (left, top) in zip(tiles[1:5], boxes, strict=True):
         assert np.array_equal(tile, np.asarray(canvas.crop((left, top, left + TILE, top + TILE))))
-    assert np.array_equal(tiles[0], np.asarray(picture.resize((TILE, TILE), Image.Resampling.BICUBIC)))
+    assert np.array_equal(tiles[0], np.asarray(image.resize((TILE, TILE), Image.Resampling.BICUBIC)))
 
 
 def test_without_splitting_only_the_global_view_is_given_and_the_shape_stays(processor):
-    picture = make_rgb()
-    whole = processor(picture, return_tensors="pt")
-    single = processor(picture, do_image_splitting=False, return_tensors="pt")
+    image = make_rgb()
+    whole = processor(image, return_tensors="pt")
+    single = processor(image, do_image_splitting=False, return_tensors="pt")
     assert single["image_sizes"].tolist() == [[0, 0]]
     assert single["pixel_values"].shape == whole["pixel_values"].shape
     assert torch.equal(single["pixel_values"][:, 0], whole["pixel_values"][:, 0])
@@ -195,7 +195,7 @@ def test_twelve_tile_grids_make_thirteen_slots_and_choose_by_detail():
     assert inputs["pixel_values"].shape == (3, 13, 3, TILE, TILE)
     assert choose_grid((300, 400), TWELVE_TILE_GRIDS, TILE) == (3, 4)
     assert choose_grid((400, 300), TWELVE_TILE_GRIDS, TILE) == (4, 3)
-    assert [bool(picture[12].any()) for picture in inputs["pixel_values"]] == [True, True, False]
+    assert [bool(image[12].any()) for image in inputs["pixel_values"]] == [True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_fit_inside_keeps_the_aspect_and_at_least_one_pixel(image_size, box_size
 
 
 def pil_modes():
-    """Name, picture of TILE x TILE pixels, and the RGB it shows, computed without PIL's conversion to RGB."""
+    """Name, image of TILE x TILE pixels, and the RGB it shows, computed without PIL's conversion to RGB."""
     rgb, rgba = make_rgb(TILE, TILE), make_rgba(TILE, TILE, seed=1)
     grey, alpha = rgb[..., 0], rgba[..., 3]
     triple = grey[..., None].repeat(3, axis=-1)
@@ -277,10 +277,10 @@ def transparent_modes(rgb, grey, alpha):
 MODE_STEPS = {"YCbCr": 4, "LAB": 32, "HSV": 8, "La": 2, "RGBa": 2}
 
 
-@pytest.mark.parametrize(("picture", "wanted"), [pytest.param(p, w, id=name) for name, p, w in pil_modes()])
-def test_every_pil_mode_shows_the_right_colours(picture, wanted):
-    difference = np.abs(read_rgb(picture).astype(float) - wanted)
-    assert difference.max() <= MODE_STEPS.get(picture.mode, 0.5)
+@pytest.mark.parametrize(("image", "wanted"), [pytest.param(p, w, id=name) for name, p, w in pil_modes()])
+def test_every_pil_mode_shows_the_right_colours(image, wanted):
+    difference = np.abs(read_rgb(image).astype(float) - wanted)
+    assert difference.max() <= MODE_STEPS.get(image.mode, 0.5)
     assert difference.mean() < 2
 
 
@@ -288,16 +288,16 @@ def test_every_pil_mode_shows_the_right_colours(picture, wanted):
 def test_transparency_survives_a_png_file(mode):
     rgba = make_rgba(TILE, TILE)
     rgba[..., 3] = np.where(rgba[..., 3] > 127, 255, 0)
-    picture = Image.fromarray(rgba)
-    picture = picture.quantize(64) if mode == "P" else picture.convert(mode)
+    image = Image.fromarray(rgba)
+    image = image.quantize(64) if mode == "P" else image.convert(mode)
     buffer = io.BytesIO()
-    picture.save(buffer, "png")
+    image.save(buffer, "png")
     got = read_rgb(buffer.getvalue())
     assert (got[rgba[..., 3] == 0] == 255).all()
     assert (got[rgba[..., 3] == 255] != 255).any()
 
 
-def test_reading_a_picture_does_not_change_it(processor):
+def test_reading_a_image_does_not_change_it(processor):
     rgba = Image.fromarray(make_rgba())
     array, before = make_rgb(), make_rgb()
     pixels = rgba.tobytes()
@@ -340,13 +340,13 @@ def test_arrays_and_tensors_of_every_type_and_layout_read_alike(name):
 
 
 @pytest.mark.parametrize(
-    "picture", [RGB[..., 0], RGB[..., :1], RGB[..., :1].transpose(2, 0, 1)], ids=["2-D", "HW1", "1HW"]
+    "image", [RGB[..., 0], RGB[..., :1], RGB[..., :1].transpose(2, 0, 1)], ids=["2-D", "HW1", "1HW"]
 )
 @pytest.mark.parametrize(
     "convert", [np.asarray, lambda x: torch.from_numpy(np.ascontiguousarray(x))], ids=["numpy", "torch"]
 )
-def test_grey_arrays_fill_three_channels(picture, convert):
-    assert np.array_equal(read_rgb(convert(picture)), RGB[..., :1].repeat(3, axis=-1))
+def test_grey_arrays_fill_three_channels(image, convert):
+    assert np.array_equal(read_rgb(convert(image)), RGB[..., :1].repeat(3, axis=-1))
 
 
 def test_boolean_arrays_are_black_and_white():
@@ -355,35 +355,35 @@ def test_boolean_arrays_are_black_and_white():
 
 def test_arrays_with_an_alpha_channel_are_laid_on_white():
     rgba = make_rgba(TILE, TILE)
-    for picture in (rgba, rgba.transpose(2, 0, 1), torch.from_numpy(rgba).permute(2, 0, 1)):
-        assert np.abs(read_rgb(picture) - over_white(rgba)).max() <= 1
+    for image in (rgba, rgba.transpose(2, 0, 1), torch.from_numpy(rgba).permute(2, 0, 1)):
+        assert np.abs(read_rgb(image) - over_white(rgba)).max() <= 1
 
 
 def test_where_both_ends_could_be_channels_the_format_decides():
     array = np.random.default_rng(0).integers(0, 256, (3, 9, 3), dtype=np.uint8)
     processor = Blip3ImageProcessor(size={"height": TILE, "width": TILE})
     size = {
-        name: processor(picture, input_data_format=name)["image_sizes"][0].tolist()
+        name: processor(image, input_data_format=name)["image_sizes"][0].tolist()
         for name in ("channels_first", "channels_last")
-        for picture in (array, torch.from_numpy(array))
+        for image in (array, torch.from_numpy(array))
     }
     assert size == {"channels_first": [9, 3], "channels_last": [3, 9]}
     assert processor(array)["image_sizes"].tolist() == [[3, 9]]
     assert processor(torch.from_numpy(array))["image_sizes"].tolist() == [[9, 3]]
 
 
-def test_batches_of_four_dimensions_are_pictures_in_order(processor):
-    pictures = [make_rgb(seed=seed) for seed in range(3)]
-    wanted = processor(pictures, return_tensors="pt")
-    stacked = np.stack(pictures)
+def test_batches_of_four_dimensions_are_images_in_order(processor):
+    images = [make_rgb(seed=seed) for seed in range(3)]
+    wanted = processor(images, return_tensors="pt")
+    stacked = np.stack(images)
     for batch in (stacked, stacked.transpose(0, 3, 1, 2), torch.from_numpy(stacked).permute(0, 3, 1, 2)):
         assert_same_inputs(processor(batch, return_tensors="pt"), wanted)
 
 
 def test_nested_lists_are_read_in_order(processor):
-    pictures = [make_rgb(seed=seed) for seed in range(4)]
-    wanted = processor(pictures, return_tensors="pt")
-    nested = [[Image.fromarray(pictures[0])], [], (torch.from_numpy(pictures[1]), pictures[2]), [[pictures[3]]]]
+    images = [make_rgb(seed=seed) for seed in range(4)]
+    wanted = processor(images, return_tensors="pt")
+    nested = [[Image.fromarray(images[0])], [], (torch.from_numpy(images[1]), images[2]), [[images[3]]]]
     assert_same_inputs(processor(nested, return_tensors="pt"), wanted)
 
 
@@ -398,7 +398,7 @@ def encoded():
     return buffer.getvalue()
 
 
-def doors(encoded, path):
+def forms(encoded, path):
     text = base64.b64encode(encoded).decode()
     wrapped = base64.encodebytes(encoded).decode()
     return {
@@ -414,18 +414,18 @@ def doors(encoded, path):
     }
 
 
-@pytest.mark.parametrize("door", doors(b"", ""))
-def test_every_door_gives_the_same_inputs(door, processor, encoded, tmp_path):
-    path = tmp_path / "transparent picture.png"
+@pytest.mark.parametrize("form", forms(b"", ""))
+def test_every_door_gives_the_same_inputs(form, processor, encoded, tmp_path):
+    path = tmp_path / "transparent image.png"
     path.write_bytes(encoded)
     wanted = processor(Image.open(path), return_tensors="pt")
     on_white = to_tiles(processor, over_white(make_rgba())).astype(int)
     assert np.abs(to_tiles(processor, path) - on_white).max() <= 2
-    assert_same_inputs(processor(doors(encoded, path)[door], return_tensors="pt"), wanted)
+    assert_same_inputs(processor(forms(encoded, path)[form], return_tensors="pt"), wanted)
 
 
 def test_open_files_are_read(processor, encoded, tmp_path):
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(encoded)
     with path.open("rb") as file:
         assert_same_inputs(processor(file, return_tensors="pt"), processor(path, return_tensors="pt"))
@@ -441,20 +441,20 @@ def test_short_base64_text_is_not_taken_for_a_path(size, processor):
 
 @pytest.fixture
 def server(monkeypatch, encoded):
-    """Address of a server on this machine alone: /picture.png, a redirect to it, anything else is missing."""
+    """Address of a server on this machine alone: /image.png, a redirect to it, anything else is missing."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             if self.path == "/redirect":
                 self.send_response(302)
-                self.send_header("Location", "/picture.png")
+                self.send_header("Location", "/image.png")
                 self.end_headers()
                 return
             if self.path == "/slow":
                 time.sleep(0.6)
-            self.send_response(200 if self.path == "/picture.png" else 404)
+            self.send_response(200 if self.path == "/image.png" else 404)
             self.end_headers()
-            self.wfile.write(encoded if self.path == "/picture.png" else b"nothing here")
+            self.wfile.write(encoded if self.path == "/image.png" else b"nothing here")
 
         def log_message(self, *args):
             pass
@@ -470,20 +470,20 @@ def server(monkeypatch, encoded):
     server.server_close()
 
 
-@pytest.mark.parametrize("page", ["picture.png", "redirect"])
+@pytest.mark.parametrize("page", ["image.png", "redirect"])
 def test_http_addresses_are_fetched(page, server, processor, encoded):
     wanted = processor(encoded, return_tensors="pt")
     assert_same_inputs(processor(f"{server}/{page}", return_tensors="pt"), wanted)
 
 
 def test_a_missing_page_is_refused(server, processor):
-    with pytest.raises(ValueError, match=r"missing\.png.* opened as a picture \(its server answered with status 404"):
+    with pytest.raises(ValueError, match=r"missing\.png.* opened as an image \(its server answered with status 404"):
         processor(f"{server}/missing.png")
 
 
 def test_a_silent_server_is_given_up(server, processor, monkeypatch):
     monkeypatch.setattr(image_processing_blip3, "URL_TIMEOUT_SECONDS", 0.1)
-    with pytest.raises(ValueError, match=r"slow.* could not be opened as a picture \(ReadTimeout"):
+    with pytest.raises(ValueError, match=r"slow.* could not be opened as an image \(ReadTimeout"):
         processor(f"{server}/slow")
 
 
@@ -525,7 +525,7 @@ def test_whatever_holds_images_counts_as_a_list(holder, processor, encoded):
 @pytest.mark.parametrize("decode", [True, False])
 def test_columns_of_datasets(decode, processor, encoded, tmp_path):
     datasets = pytest.importorskip("datasets", reason="pip install 'blip3[data]'")
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(encoded)
     features = datasets.Features({"image": datasets.Image(decode=decode)})
     column = datasets.Dataset.from_dict({"image": [str(path), str(path)]}, features=features)["image"]
@@ -538,7 +538,7 @@ def test_columns_of_datasets(decode, processor, encoded, tmp_path):
      lambda data, path: {"bytes": data, "path": "inside/an/archive.png"}, lambda data, path: {"path": path}],
 )  # fmt: skip
 def test_undecoded_cells_are_opened(cell, processor, encoded, tmp_path):
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(encoded)
     cell, wanted = cell(encoded, path), processor(path, return_tensors="pt")
     assert_same_inputs(processor(cell, return_tensors="pt"), wanted)
@@ -559,26 +559,26 @@ def test_return_tensors_chooses_the_kind(return_tensors, kind, processor):
 
 
 def test_rescaling_and_normalising_switch_off(processor):
-    picture = make_rgb()
-    tiles = to_tiles(processor, picture).transpose(0, 3, 1, 2)[:5].astype(np.float32)
-    raw = processor(picture, do_rescale=False, do_normalize=False)["pixel_values"][0]
+    image = make_rgb()
+    tiles = to_tiles(processor, image).transpose(0, 3, 1, 2)[:5].astype(np.float32)
+    raw = processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
     assert np.array_equal(raw, tiles)
-    scaled = processor(picture, do_normalize=False)["pixel_values"][0]
+    scaled = processor(image, do_normalize=False)["pixel_values"][0]
     assert np.array_equal(scaled, tiles / np.float32(255))
-    shifted = processor(picture, do_rescale=False)["pixel_values"][0]
+    shifted = processor(image, do_rescale=False)["pixel_values"][0]
     assert np.array_equal(shifted, (tiles - np.float32(0.5)) / np.float32(0.5))
 
 
 def test_mean_deviation_and_factor_are_honoured_per_channel(processor):
-    picture = make_rgb()
-    tiles = processor(picture, do_rescale=False, do_normalize=False)["pixel_values"]
+    image = make_rgb()
+    tiles = processor(image, do_rescale=False, do_normalize=False)["pixel_values"]
     mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
-    got = processor(picture, rescale_factor=1 / 127.5, image_mean=mean, image_std=std)["pixel_values"]
+    got = processor(image, rescale_factor=1 / 127.5, image_mean=mean, image_std=std)["pixel_values"]
     wanted = (tiles / 127.5 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
     assert np.abs(got - wanted).max() < 1e-5
     assert np.array_equal(
-        processor(picture, image_mean=0.25, image_std=0.5)["pixel_values"],
-        processor(picture, image_mean=[0.25] * 3, image_std=(0.5, 0.5, 0.5))["pixel_values"],
+        processor(image, image_mean=0.25, image_std=0.5)["pixel_values"],
+        processor(image, image_mean=[0.25] * 3, image_std=(0.5, 0.5, 0.5))["pixel_values"],
     )
 
 
@@ -586,8 +586,8 @@ def test_mean_deviation_and_factor_are_honoured_per_channel(processor):
 def test_the_filter_is_honoured(backend, processor):
     bicubic, bilinear = (to_tiles(processor, make_rgb(), resize_backend=backend, resample=mode) for mode in (3, 2))
     assert (bicubic != bilinear).any()
-    picture = Image.fromarray(make_rgb()).resize((TILE, TILE), Image.Resampling.BILINEAR)
-    assert np.abs(bilinear[0].astype(int) - np.asarray(picture)).max() <= 1
+    image = Image.fromarray(make_rgb()).resize((TILE, TILE), Image.Resampling.BILINEAR)
+    assert np.abs(bilinear[0].astype(int) - np.asarray(image)).max() <= 1
 
 
 def test_call_arguments_do_not_outlive_the_call(processor):
@@ -621,12 +621,12 @@ def test_size_and_grids_may_be_repeated_at_a_call(processor):
 
 @pytest.mark.parametrize("backend", ["pil", "torch"])
 def test_two_threads_give_the_tiles_of_one(processor, backend):
-    pictures = [make_rgb(300, 500), make_rgb(40, 700), make_rgb(20, 20)]
-    wanted = processor(pictures, return_tensors="pt", resize_backend=backend)
+    images = [make_rgb(300, 500), make_rgb(40, 700), make_rgb(20, 20)]
+    wanted = processor(images, return_tensors="pt", resize_backend=backend)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert_same_inputs(processor(pictures, return_tensors="pt", resize_backend=backend), wanted)
+        assert_same_inputs(processor(images, return_tensors="pt", resize_backend=backend), wanted)
     finally:
         torch.set_num_threads(before)
 

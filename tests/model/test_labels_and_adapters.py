@@ -8,11 +8,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
-from support import IS_TRANSFORMERS_5, TRL_ARGUMENTS, draw_picture, load_model
+from support import IS_TRANSFORMERS_5, TRL_ARGUMENTS, load_model, render_image
 
 PROMPT = "<|user|>\n<image>\n{}<|end|>\n<|assistant|>\n{}<|end|>\n"
 ROWS = [("What is it?", "A red square."), ("How many dogs?", "Two."), ("Which colour is the sign?", "Blue.")]
-IMAGES = [draw_picture(150, 150, seed=1), draw_picture(60, 300, seed=2), draw_picture(200, 90, seed=3)]
+IMAGES = [render_image(150, 150, seed=1), render_image(60, 300, seed=2), render_image(200, 90, seed=3)]
 
 
 def collate(processor):

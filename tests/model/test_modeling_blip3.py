@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from blip3.hub import model_code
-from support import ROOT, draw_picture, load_model
+from support import ROOT, load_model, render_image
 
 RELEASED_TILE_GRIDS = model_code("configuration_blip3.RELEASED_TILE_GRIDS")
 TWELVE_TILE_GRIDS = model_code("configuration_blip3.TWELVE_TILE_GRIDS")
@@ -30,10 +30,10 @@ SIZES = [(1, 1), (7, 10), (384, 384), (480, 640), (640, 480), (100, 900), (900, 
 SIDE = 27
 
 
-def batch(processor, pictures_per_row, **kwargs):
-    pictures = [[draw_picture(*size, seed=i) for i, size in enumerate(sizes)] for sizes in pictures_per_row]
-    texts = [TEXT.format("<image> " * len(sizes) + "What is in the picture?") for sizes in pictures_per_row]
-    return processor(text=texts, images=pictures, padding=True, return_tensors="pt", return_labels=True, **kwargs)
+def batch(processor, images_per_row, **kwargs):
+    images = [[render_image(*size, seed=i) for i, size in enumerate(sizes)] for sizes in images_per_row]
+    texts = [TEXT.format("<image> " * len(sizes) + "What is in the image?") for sizes in images_per_row]
+    return processor(text=texts, images=images, padding=True, return_tensors="pt", return_labels=True, **kwargs)
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def test_tiles_grouping_keeps_each_tiles_own_patches(image_size):
 
 
 @pytest.mark.parametrize("image_size", SIZES)
-def test_fixed_sampling_reads_all_of_a_picture_in_one_call(image_size):
+def test_fixed_sampling_reads_all_of_a_image_in_one_call(image_size):
     grid = choose_grid(image_size, RELEASED_TILE_GRIDS, 384)
     stitched, mask = stitched_with_mask(image_size, grid, SIDE)
     (group,) = visible_patches(image_size, grid, SIDE, "fixed", "stripes")
@@ -152,11 +152,11 @@ def test_logits_are_computed_only_where_asked(tiny_model, processor):
     assert torch.allclose(some, full[:, [3, 5]], atol=1e-5)
 
 
-def test_generation_encodes_pictures_once_and_a_second_question_not_at_all(tiny_model, processor):
-    picture = draw_picture(150, 150)
+def test_generation_encodes_images_once_and_a_second_question_not_at_all(tiny_model, processor):
+    image = render_image(150, 150)
     first, second = (
-        processor(text=f"<|user|>\n<image>\n{question}<|end|>\n<|assistant|>\n", images=[picture], return_tensors="pt")
-        for question in ("What is in the picture?", "How many dogs?")
+        processor(text=f"<|user|>\n<image>\n{question}<|end|>\n<|assistant|>\n", images=[image], return_tensors="pt")
+        for question in ("What is in the image?", "How many dogs?")
     )
     with counting_calls(tiny_model.vision_tower) as calls:
         expected = tiny_model.generate(**second, max_new_tokens=4, do_sample=False)
@@ -176,20 +176,20 @@ def test_generation_encodes_pictures_once_and_a_second_question_not_at_all(tiny_
 
 
 @pytest.mark.parametrize("is_tower_frozen", [True, False])
-@pytest.mark.parametrize("pictures_per_row", [[[], []], [[(150, 150)], []]], ids=["text only", "mixed"])
+@pytest.mark.parametrize("images_per_row", [[[], []], [[(150, 150)], []]], ids=["text only", "mixed"])
 def test_training_leaves_no_trainable_parameter_without_gradient(
-    tiny_repo, processor, is_tower_frozen, pictures_per_row
+    tiny_repo, processor, is_tower_frozen, images_per_row
 ):
     model = load_model(tiny_repo).train()
     model.vision_tower.requires_grad_(not is_tower_frozen)
-    inputs = batch(processor, pictures_per_row)
+    inputs = batch(processor, images_per_row)
     with counting_calls(model.vision_tower) as calls:
         loss = model(**inputs).loss
     loss.backward()
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
-    has_pictures = any(pictures_per_row)
-    assert len(calls) == (has_pictures or not is_tower_frozen)
+    has_images = any(images_per_row)
+    assert len(calls) == (has_images or not is_tower_frozen)
     assert torch.allclose(loss, model.eval()(**inputs).loss), "the idle vision pass must not change the loss"
 
 
@@ -249,7 +249,7 @@ def test_the_resampler_goes_through_the_attention_interface(tiny_repo, processor
 
 
 def test_a_cpu_infers_few_tiles_at_a_time(tiny_model, processor, monkeypatch):
-    images = dict(processor.image_processor([draw_picture(150, 150), draw_picture(60, 300)], return_tensors="pt"))
+    images = dict(processor.image_processor([render_image(150, 150), render_image(60, 300)], return_tensors="pt"))
     num_tiles, module = [], sys.modules[type(tiny_model.model).__module__]
     hook = tiny_model.model.vision_tower.register_forward_pre_hook(lambda _, given: num_tiles.append(len(given[0])))
     try:
@@ -279,8 +279,8 @@ def test_other_samplings_run_and_count_their_tokens(tiny_repo, processor, change
     for name, value in changes.items():
         setattr(config.resampler_config, name, value)
     model = load_model(tiny_repo, config=config).eval()
-    sizes, pictures = [(150, 150), (60, 300)], [draw_picture(150, 150), draw_picture(60, 300)]
-    images = dict(processor.image_processor(pictures, return_tensors="pt"))
+    sizes, shown = [(150, 150), (60, 300)], [render_image(150, 150), render_image(60, 300)]
+    images = dict(processor.image_processor(shown, return_tensors="pt"))
     lengths = [len(tokens) for tokens in model.get_image_features(**images).pooler_output]
     assert lengths == [model.model.count_image_tokens(size) for size in sizes]
     if "token_sampling" in changes:
@@ -297,11 +297,11 @@ def test_a_model_without_grids_has_one_tile_slot(tiny_repo, tiny_model, processo
     config.tile_grids = []
     model = load_model(tiny_repo, config=config).eval()
     base_processor = type(processor.image_processor)(size=processor.image_processor.size, tile_grids=[])
-    pictures = [draw_picture(150, 150), draw_picture(30, 400)]
-    ours = base_processor(pictures, return_tensors="pt")
+    images = [render_image(150, 150), render_image(30, 400)]
+    ours = base_processor(images, return_tensors="pt")
     assert ours["pixel_values"].shape == (2, 1, 3, 76, 76)
     assert ours["image_sizes"].tolist() == [[150, 150], [30, 400]]
-    expected = processor.image_processor(pictures, return_tensors="pt", do_image_splitting=False)
+    expected = processor.image_processor(images, return_tensors="pt", do_image_splitting=False)
     for mine, theirs in zip(
         model.get_image_features(**ours).pooler_output,
         tiny_model.get_image_features(**expected).pooler_output,
@@ -311,7 +311,7 @@ def test_a_model_without_grids_has_one_tile_slot(tiny_repo, tiny_model, processo
 
 
 def test_flat_tiles_are_accepted_too(tiny_model, processor):
-    images = processor.image_processor([draw_picture(150, 150), draw_picture(20, 10)], return_tensors="pt")
+    images = processor.image_processor([render_image(150, 150), render_image(20, 10)], return_tensors="pt")
     counts = [count_tiles(tuple(size), RELEASED_TILE_GRIDS, 76) for size in images["image_sizes"].tolist()]
     flat = torch.cat([slots[:n] for slots, n in zip(images["pixel_values"], counts, strict=True)])
     padded = tiny_model.get_image_features(**images).pooler_output

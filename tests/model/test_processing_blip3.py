@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text and pictures to model inputs: the chat template, token ids, labels, batches, saving.
+"""Text and images to model inputs: the chat template, token ids, labels, batches, saving.
 
 Most tests use the tiny repository. Those that need the released tokenizer convert its small files with tiny weights
 and compare with token ids recorded from the reference.
@@ -23,7 +23,7 @@ from transformers import AutoProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from blip3.conversion.random_checkpoint import NUM_LATENTS, VOCAB_ROWS, write_release_layout
-from support import IS_TRANSFORMERS_5, SHARED, convert, draw_picture, needs_reference
+from support import IS_TRANSFORMERS_5, SHARED, convert, needs_reference, render_image
 
 FIXTURE = SHARED / "reference" / "fixtures" / "tokenization.json"
 RELEASE = SHARED / "reference" / "release" / "xgen-mm-phi3-mini-base-r-v1.5"
@@ -70,28 +70,28 @@ RENDERED = {
         [message("system", part("Be "), part("brief.")), message("user", "Why?")],
         "<|system|>\nBe brief.<|end|>\n<|user|>\nWhy?<|end|>\n",
     ),
-    "one leading picture": (
+    "one leading image": (
         [message("user", IMAGE, part("What is it?"))],
         SYSTEM + "<|user|>\n<image>\nWhat is it?<|end|>\n",
     ),
-    "two leading pictures": (
+    "two leading images": (
         [message("user", IMAGE, IMAGE, part("Which is older?"))],
         SYSTEM + "<|user|>\n<image>\n<image>\nWhich is older?<|end|>\n",
     ),
-    "empty text before a picture": (
+    "empty text before an image": (
         [message("user", part(""), IMAGE, part("What is it?"))],
         SYSTEM + "<|user|>\n<image>\nWhat is it?<|end|>\n",
     ),
-    "pictures after text": (
+    "images after text": (
         [message("user", part("Look at "), IMAGE, part(" and "), IMAGE, part("."))],
         SYSTEM + "<|user|>\nLook at <image> and <image>.<|end|>\n",
     ),
-    "picture before and after text": (
+    "image before and after text": (
         [message("user", IMAGE, part("Is it like "), IMAGE, part("?"))],
         SYSTEM + "<|user|>\n<image>\nIs it like <image>?<|end|>\n",
     ),
-    "picture by address": (
-        [message("user", {"type": "image_url", "image_url": {"url": "picture.png"}}, part("What is it?"))],
+    "image by address": (
+        [message("user", {"type": "image_url", "image_url": {"url": "image.png"}}, part("What is it?"))],
         SYSTEM + "<|user|>\n<image>\nWhat is it?<|end|>\n",
     ),
     "several turns": (
@@ -133,7 +133,7 @@ def test_template_writes_each_conversation_of_a_batch(processor):
             [message("system", {"type": "audio"}), message("user", "a")], "type audio", id="part of a system"
         ),
         pytest.param([message("user", "a"), message("assistant", {"type": "audio"})], "type audio", id="of an answer"),
-        pytest.param([message("user", "a"), message("assistant", IMAGE)], "type image", id="picture in an answer"),
+        pytest.param([message("user", "a"), message("assistant", IMAGE)], "type image", id="image in an answer"),
     ],
 )
 def test_template_refuses_what_the_model_was_not_trained_on(processor, messages, wrong):
@@ -179,12 +179,12 @@ def test_an_absent_answer_can_be_continued(processor):
 
 @pytest.mark.parametrize("form", ["image", "path", "url", "base64", "OpenAI path", "OpenAI data", "OpenAI text"])
 def test_a_message_takes_its_image_in_every_form(processor, tmp_path, form):
-    picture = draw_picture(150, 60)
-    picture.save(tmp_path / "picture.png")
-    encoded = base64.b64encode((tmp_path / "picture.png").read_bytes()).decode()
-    path, data = str(tmp_path / "picture.png"), f"data:image/png;base64,{encoded}"
+    image = render_image(150, 60)
+    image.save(tmp_path / "image.png")
+    encoded = base64.b64encode((tmp_path / "image.png").read_bytes()).decode()
+    path, data = str(tmp_path / "image.png"), f"data:image/png;base64,{encoded}"
     forms = {
-        "image": {"type": "image", "image": picture},
+        "image": {"type": "image", "image": image},
         "path": {"type": "image", "path": path},
         "url": {"type": "image", "url": data},
         "base64": {"type": "image", "base64": encoded},
@@ -194,7 +194,7 @@ def test_a_message_takes_its_image_in_every_form(processor, tmp_path, form):
     }
     messages = [message("user", forms[form], part("What is it?"))]
     inputs = tokenize(processor, messages, return_tensors="pt")
-    expected = processor(text=render(processor, messages), images=[picture], return_tensors="pt")
+    expected = processor(text=render(processor, messages), images=[image], return_tensors="pt")
     assert inputs.keys() == expected.keys()
     assert all(torch.equal(inputs[name], expected[name]) for name in expected)
     assert messages == [message("user", forms[form], part("What is it?"))], "the caller's messages stay as they are"
@@ -208,7 +208,7 @@ def answers_of(processor, inputs: dict, row: int) -> str:
 
 def dialogues() -> list[list[dict]]:
     """Conversations with images before, between and after answers, and with none."""
-    images = [{"type": "image", "image": picture} for picture in PICTURES]
+    images = [{"type": "image", "image": image} for image in IMAGES]
     first = [message("user", images[0], part("What?")), message("assistant", "A dog.")]
     return [
         [
@@ -251,7 +251,7 @@ def test_the_assistant_mask_follows_the_template_it_is_given(processor):
         "{%- for message in messages -%}<image>{%- generation -%}{{ message['content'][-1]['text'] }}"
         "{%- endgeneration -%} more {% endfor -%}"
     )
-    image = {"type": "image", "image": PICTURES[0]}
+    image = {"type": "image", "image": IMAGES[0]}
     messages = [message("user", image, part("One.")), message("user", image, part("Two."))]
     inputs = tokenize(processor, messages, chat_template=template, return_assistant_tokens_mask=True)
     assert answers_of(processor, inputs, 0) == "One.Two."
@@ -261,11 +261,11 @@ def test_the_assistant_mask_follows_the_template_it_is_given(processor):
 def test_a_typed_image_token_can_be_plain_text(processor):
     if "sanitize_control_tokens" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters:
         pytest.skip("this release has no sanitize_control_tokens")
-    image = {"type": "image", "image": PICTURES[0]}
+    image = {"type": "image", "image": IMAGES[0]}
     messages = [message("user", image, part("What does <image> mean?"))]
     inputs = tokenize(processor, messages, return_tensors="pt", sanitize_control_tokens=True)
     num_image_tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
-    assert num_image_tokens == run_lengths(processor, PICTURES[:1])[0]
+    assert num_image_tokens == run_lengths(processor, IMAGES[:1])[0]
     assert "<image> mean" in processor.tokenizer.decode(inputs["input_ids"][0])
 
 
@@ -291,12 +291,12 @@ def released_source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def load_released(released_source, tmp_path_factory):
-    """Convert the released tokenizer in one flavour and load its processor."""
+    """Convert the released tokenizer in one variant and load its processor."""
 
-    def load(flavour: str):
-        output = tmp_path_factory.mktemp("released") / flavour
+    def load(variant: str):
+        output = tmp_path_factory.mktemp("released") / variant
         vision_config = released_source / "siglip_vision_config.json"
-        convert(released_source, output, "--vision-config", vision_config, "--flavour", flavour)
+        convert(released_source, output, "--vision-config", vision_config, "--flavour", variant)
         return AutoProcessor.from_pretrained(output, trust_remote_code=True)
 
     return load
@@ -318,7 +318,7 @@ def reference() -> dict:
 
 
 REFERENCE_MESSAGES = [
-    [message("user", IMAGE, part("How many dogs are in the picture?"))],
+    [message("user", IMAGE, part("How many dogs are in the image?"))],
     [
         message(
             "user",
@@ -330,9 +330,9 @@ REFERENCE_MESSAGES = [
 ]
 
 
-def with_pictures(messages: list[dict], pictures: list) -> list[dict]:
-    """Put pictures into the messages' image parts, in order."""
-    remaining = iter(pictures)
+def with_images(messages: list[dict], images: list) -> list[dict]:
+    """Put images into the messages' image parts, in order."""
+    remaining = iter(images)
 
     def fill(content):
         if isinstance(content, str):
@@ -342,16 +342,16 @@ def with_pictures(messages: list[dict], pictures: list) -> list[dict]:
     return [{**each, "content": fill(each["content"])} for each in messages]
 
 
-def run_lengths(processor, pictures: list) -> list[int]:
-    """Image tokens of each picture, counted from the tiles the image processor fills."""
-    if not pictures:
+def run_lengths(processor, images: list) -> list[int]:
+    """Image tokens of each image, counted from the tiles the image processor fills."""
+    if not images:
         return []
-    pixel_values = processor.image_processor(pictures, return_tensors="np")["pixel_values"]
+    pixel_values = processor.image_processor(images, return_tensors="np")["pixel_values"]
     return [NUM_LATENTS * tiles for tiles in count_filled_slots(pixel_values)]
 
 
 def count_filled_slots(pixel_values: np.ndarray) -> list[int]:
-    """Tile slots that a picture uses; the others stay zero."""
+    """Tile slots that an image uses; the others stay zero."""
     return pixel_values.any(axis=(2, 3, 4)).sum(1).tolist()
 
 
@@ -364,7 +364,7 @@ def expand(ids: list[int], lengths: list[int], image_token_id: int, values: list
     return expanded
 
 
-PICTURES = [draw_picture(150, 60, seed=1), draw_picture(200, 190, seed=2), draw_picture(40, 300, seed=3)]
+IMAGES = [render_image(150, 60, seed=1), render_image(200, 190, seed=2), render_image(40, 300, seed=3)]
 
 
 @needs_reference
@@ -372,22 +372,22 @@ PICTURES = [draw_picture(150, 60, seed=1), draw_picture(200, 190, seed=2), draw_
 def test_template_and_ids_equal_the_reference(instruct_processor, reference, index):
     prompt, messages = reference["prompts"][index], REFERENCE_MESSAGES[index]
     assert render(instruct_processor, messages, add_generation_prompt=True) == prompt["text"]
-    pictures = PICTURES[: prompt["text"].count("<image>")]
-    inputs = tokenize(instruct_processor, with_pictures(messages, pictures), add_generation_prompt=True)
-    expected = expand(prompt["ids_slow"], run_lengths(instruct_processor, pictures), 32012)
+    images = IMAGES[: prompt["text"].count("<image>")]
+    inputs = tokenize(instruct_processor, with_images(messages, images), add_generation_prompt=True)
+    expected = expand(prompt["ids_slow"], run_lengths(instruct_processor, images), 32012)
     ids = inputs["input_ids"]
     assert (ids[0] if isinstance(ids[0], list) else ids) == expected
-    assert len(expected) > len(prompt["ids_slow"]) or not pictures
+    assert len(expected) > len(prompt["ids_slow"]) or not images
 
 
 def sft_messages(conversation: list[dict]) -> list[dict]:
-    """A fixture conversation as messages, its pictures as image parts."""
+    """A fixture conversation as messages, its images as image parts."""
     roles = {"system": "system", "human": "user", "gpt": "assistant"}
     messages = []
     for turn in conversation:
         text = turn["value"].removeprefix("<image>\n")
-        pictures = [IMAGE] if text != turn["value"] else []
-        messages.append(message(roles[turn["from"]], *pictures, part(text)))
+        images = [IMAGE] if text != turn["value"] else []
+        messages.append(message(roles[turn["from"]], *images, part(text)))
     return messages
 
 
@@ -395,9 +395,9 @@ def sft_messages(conversation: list[dict]) -> list[dict]:
 @pytest.mark.parametrize("index", [0, 1])
 def test_labels_equal_the_reference(instruct_processor, reference, index):
     sample = reference["sft"][index]
-    pictures = PICTURES[: sample["input_ids"].count(32012)]
-    lengths = run_lengths(instruct_processor, pictures)
-    messages = with_pictures(sft_messages(sample["conversation"]), pictures)
+    images = IMAGES[: sample["input_ids"].count(32012)]
+    lengths = run_lengths(instruct_processor, images)
+    messages = with_images(sft_messages(sample["conversation"]), images)
     inputs = tokenize(instruct_processor, messages, {"return_labels": True}, return_tensors="pt")
     assert inputs["input_ids"][0].tolist() == expand(sample["input_ids"], lengths, 32012)
     assert inputs["labels"][0].tolist() == expand(sample["input_ids"], lengths, 32012, sample["labels"])
@@ -407,7 +407,7 @@ def test_labels_equal_the_reference(instruct_processor, reference, index):
 @pytest.mark.parametrize("index", [0, 1])
 def test_labels_cover_the_assistant_mask(instruct_processor, reference, index):
     sample = reference["sft"][index]
-    messages = with_pictures(sft_messages(sample["conversation"]), PICTURES[: sample["input_ids"].count(32012)])
+    messages = with_images(sft_messages(sample["conversation"]), IMAGES[: sample["input_ids"].count(32012)])
     inputs = tokenize(
         instruct_processor,
         messages,
@@ -427,11 +427,11 @@ def test_base_prompts_with_and_without_fillers_are_one(base_processor, reference
     prompt = reference["prompts"][index]
     filler = "<image placeholder>"
     assert prompt["text"].count(filler) == 127 * prompt["text"].count("<image>")
-    pictures = PICTURES[: prompt["text"].count("<image>")]
-    with_fillers = base_processor(text=prompt["text"], images=pictures, return_tensors="pt")
-    without = base_processor(text=prompt["text"].replace(filler, ""), images=pictures, return_tensors="pt")
+    images = IMAGES[: prompt["text"].count("<image>")]
+    with_fillers = base_processor(text=prompt["text"], images=images, return_tensors="pt")
+    without = base_processor(text=prompt["text"].replace(filler, ""), images=images, return_tensors="pt")
     ids = [token for token in prompt["ids_fast"] if token != 32013]
-    assert with_fillers["input_ids"][0].tolist() == expand(ids, [NUM_LATENTS] * len(pictures), 32012)
+    assert with_fillers["input_ids"][0].tolist() == expand(ids, [NUM_LATENTS] * len(images), 32012)
     assert with_fillers.keys() == without.keys()
     assert all(torch.equal(with_fillers[name], without[name]) for name in without)
 
@@ -441,12 +441,12 @@ def test_base_prompts_with_and_without_fillers_are_one(base_processor, reference
 PROMPT = "<|user|>\n{}<|end|>\n<|assistant|>\n"
 ROWS = [
     (PROMPT.format("How many dogs are there?"), []),
-    (PROMPT.format("<image>\nWhat is it?"), PICTURES[:1]),
-    (PROMPT.format("Look: <image>, <image> and <image>. Read the number on the sign, please."), PICTURES),
-    ("<image>A red square<|endofchunk|><image>A blue", PICTURES[1:]),
+    (PROMPT.format("<image>\nWhat is it?"), IMAGES[:1]),
+    (PROMPT.format("Look: <image>, <image> and <image>. Read the number on the sign, please."), IMAGES),
+    ("<image>A red square<|endofchunk|><image>A blue", IMAGES[1:]),
 ]
-TEXTS, IMAGES = [text for text, _ in ROWS], [pictures for _, pictures in ROWS]
-FLAT = [picture for pictures in IMAGES for picture in pictures]
+TEXTS, IMAGES = [text for text, _ in ROWS], [images for _, images in ROWS]
+FLAT = [image for images in IMAGES for image in images]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -454,9 +454,9 @@ def test_a_row_of_a_batch_equals_the_row_alone(processor, side):
     assert processor.tokenizer.padding_side == "left"
     batch = processor(text=TEXTS, images=IMAGES, padding=True, padding_side=side, return_tensors="pt")
     assert processor.tokenizer.padding_side == "left"
-    length, first_picture = batch["input_ids"].shape[1], 0
-    for row, (text, pictures) in enumerate(ROWS):
-        alone = processor(text=[text], images=[pictures], return_tensors="pt")
+    length, first_image = batch["input_ids"].shape[1], 0
+    for row, (text, images) in enumerate(ROWS):
+        alone = processor(text=[text], images=[images], return_tensors="pt")
         num_tokens = alone["input_ids"].shape[1]
         real = slice(length - num_tokens, None) if side == "left" else slice(num_tokens)
         padding = slice(length - num_tokens) if side == "left" else slice(num_tokens, None)
@@ -464,15 +464,15 @@ def test_a_row_of_a_batch_equals_the_row_alone(processor, side):
         assert batch["attention_mask"][row, real].all()
         assert not batch["attention_mask"][row, padding].any()
         assert (batch["input_ids"][row, padding] == processor.tokenizer.pad_token_id).all()
-        own = slice(first_picture, first_picture + len(pictures))
-        if pictures:
+        own = slice(first_image, first_image + len(images))
+        if images:
             assert torch.equal(batch["pixel_values"][own], alone["pixel_values"])
             assert torch.equal(batch["image_sizes"][own], alone["image_sizes"])
         else:
             assert "pixel_values" not in alone
-        first_picture += len(pictures)
-    assert batch["pixel_values"].shape[0] == first_picture == len(FLAT) == 6
-    assert batch["image_sizes"].tolist() == [[picture.height, picture.width] for picture in FLAT]
+        first_image += len(images)
+    assert batch["pixel_values"].shape[0] == first_image == len(FLAT) == 6
+    assert batch["image_sizes"].tolist() == [[image.height, image.width] for image in FLAT]
     assert len(set(batch["attention_mask"].sum(1).tolist())) == len(ROWS), "equal lengths would show nothing"
 
 
@@ -482,7 +482,7 @@ def test_padding_is_left_by_default(processor):
     assert not mask[:, 0].all()
 
 
-def test_flat_and_nested_pictures_are_one(processor):
+def test_flat_and_nested_images_are_one(processor):
     nested = processor(text=TEXTS, images=IMAGES, padding=True, return_tensors="pt")
     flat = processor(text=TEXTS, images=FLAT, padding=True, return_tensors="pt")
     assert nested.keys() == flat.keys() == {"input_ids", "attention_mask", "pixel_values", "image_sizes"}
@@ -500,7 +500,7 @@ NOTHING = {
 
 
 @pytest.mark.parametrize("images", NOTHING.values(), ids=NOTHING.keys())
-def test_a_text_needs_no_picture(processor, images):
+def test_a_text_needs_no_image(processor, images):
     inputs = processor(text=[TEXTS[0]], images=images)
     assert set(inputs) == {"input_ids", "attention_mask"}
 
@@ -508,9 +508,9 @@ def test_a_text_needs_no_picture(processor, images):
 @pytest.mark.parametrize("nothing", NOTHING.values(), ids=NOTHING.keys())
 def test_empty_media_of_other_kinds_mean_none(processor, nothing):
     """Evaluation harnesses pass every kind of medium to every processor."""
-    expected = processor(text=TEXTS[1], images=PICTURES[:1], return_tensors="pt")
+    expected = processor(text=TEXTS[1], images=IMAGES[:1], return_tensors="pt")
     others = {"videos": nothing, "audio": nothing, "audios": nothing}
-    inputs = processor(text=TEXTS[1], images=PICTURES[:1], return_tensors="pt", **others)
+    inputs = processor(text=TEXTS[1], images=IMAGES[:1], return_tensors="pt", **others)
     assert inputs.keys() == expected.keys()
     assert all(torch.equal(inputs[name], expected[name]) for name in expected)
 
@@ -522,9 +522,9 @@ def test_media_of_other_kinds_are_refused(processor, name, wrap):
         processor(text="Hi", **{name: wrap(np.zeros((2, 8, 8, 3)))})
 
 
-def test_one_picture_needs_no_list(processor):
-    text, (picture,) = ROWS[1]
-    bare, listed = (processor(text=text, images=images, return_tensors="pt") for images in (picture, [picture]))
+def test_one_image_needs_no_list(processor):
+    text, (image,) = ROWS[1]
+    bare, listed = (processor(text=text, images=images, return_tensors="pt") for images in (image, [image]))
     assert all(torch.equal(bare[name], listed[name]) for name in listed)
 
 
@@ -532,17 +532,17 @@ def test_one_picture_needs_no_list(processor):
     "images",
     [
         pytest.param(None, id="none"),
-        pytest.param(PICTURES[:1], id="too few"),
-        pytest.param([*PICTURES, *PICTURES, PICTURES[0]], id="too many"),
-        pytest.param([PICTURES[:1], [], PICTURES, PICTURES[1:]], id="in another row"),
+        pytest.param(IMAGES[:1], id="too few"),
+        pytest.param([*IMAGES, *IMAGES, IMAGES[0]], id="too many"),
+        pytest.param([IMAGES[:1], [], IMAGES, IMAGES[1:]], id="in another row"),
     ],
 )
-def test_pictures_that_do_not_match_the_text_are_refused(processor, images):
+def test_images_that_do_not_match_the_text_are_refused(processor, images):
     with pytest.raises(ValueError, match=r"the prompts hold \[0, 1, 3, 2\] and"):
         processor(text=TEXTS, images=images)
 
 
-def test_truncation_inside_a_picture_is_refused(processor):
+def test_truncation_inside_a_image_is_refused(processor):
     with pytest.raises(ValueError, match=r"prompt 2 needs \d+ image tokens but \d+ are left of its 64 tokens"):
         processor(text=TEXTS, images=IMAGES, truncation=True, max_length=64)
 
@@ -571,13 +571,13 @@ def test_token_types_mark_the_image_tokens(processor, return_tensors):
     assert isinstance(inputs["mm_token_type_ids"], type(inputs["input_ids"]))
     assert (types.dtype, types.shape) == (np.dtype(np.int64), ids.shape)
     assert np.array_equal(types, (ids == processor.image_token_id).astype(int))
-    assert types.sum(1).tolist() == [sum(run_lengths(processor, pictures)) for pictures in IMAGES]
+    assert types.sum(1).tolist() == [sum(run_lengths(processor, images)) for images in IMAGES]
 
 
 def test_labels_keep_answers_and_their_end_only(processor):
     text = PROMPT.format("<image>\nWhat?") + "A dog.<|end|>\n" + PROMPT.format("Sure?") + "Yes.<|end|>\n"
     shown = PROMPT.format("Show one.") + "See <image> here.<|end|>\n"
-    images = [PICTURES[:1], [], PICTURES[1:2]]
+    images = [IMAGES[:1], [], IMAGES[1:2]]
     batch = processor(
         text=[text, "How many?", shown], images=images, padding=True, return_labels=True, return_tensors="pt"
     )
@@ -603,8 +603,8 @@ LOPSIDED_GRIDS = [[1, 3], [2, 1]]  # the released grids come in pairs, and so ca
 )
 def test_counts_without_pixels_equal_the_real_ones(own_processor, tile_grids, splits, num_tiles):
     own_processor.image_processor.tile_grids = tile_grids or own_processor.image_processor.tile_grids
-    pictures = [[draw_picture(*size)] for size in SIZES]
-    inputs = own_processor(text=["<image>"] * len(SIZES), images=pictures, do_image_splitting=splits)
+    images = [[render_image(*size)] for size in SIZES]
+    inputs = own_processor(text=["<image>"] * len(SIZES), images=images, do_image_splitting=splits)
     counts = own_processor._get_num_multimodal_tokens(image_sizes=SIZES, do_image_splitting=splits)
     assert counts.num_image_tokens == [row.count(own_processor.image_token_id) for row in inputs["input_ids"]]
     used = [NUM_LATENTS * tiles for tiles in count_filled_slots(inputs["pixel_values"])]
@@ -613,26 +613,26 @@ def test_counts_without_pixels_equal_the_real_ones(own_processor, tile_grids, sp
     assert counts.num_image_patches == [1] * len(inputs["pixel_values"])
 
 
-def test_counts_without_pictures_are_absent(processor):
+def test_counts_without_images_are_absent(processor):
     counts = processor._get_num_multimodal_tokens()
     assert counts.num_image_tokens is None
     assert counts.num_image_patches is None
 
 
 @pytest.mark.parametrize("splits", [True, False], ids=["tiles", "global view alone"])
-def test_the_replacement_of_a_picture_is_its_run(processor, splits):
-    image_inputs = processor.image_processor(PICTURES, do_image_splitting=splits)
-    runs = [processor.replace_image_token(image_inputs, index) for index in range(len(PICTURES))]
-    expected = run_lengths(processor, PICTURES) if splits else [NUM_LATENTS] * len(PICTURES)
+def test_the_replacement_of_a_image_is_its_run(processor, splits):
+    image_inputs = processor.image_processor(IMAGES, do_image_splitting=splits)
+    runs = [processor.replace_image_token(image_inputs, index) for index in range(len(IMAGES))]
+    expected = run_lengths(processor, IMAGES) if splits else [NUM_LATENTS] * len(IMAGES)
     assert runs == ["<image>" * length for length in expected]
 
 
-def test_fixed_sampling_spends_num_latents_a_picture(tiny_repo, processor):
+def test_fixed_sampling_spends_num_latents_a_image(tiny_repo, processor):
     fixed = AutoProcessor.from_pretrained(tiny_repo, trust_remote_code=True, token_sampling="fixed")
     assert (processor.token_sampling, fixed.token_sampling) == ("patch", "fixed")
     inputs = fixed(text=TEXTS, images=IMAGES, padding=True, return_tensors="pt")
     slots = (inputs["input_ids"] == fixed.image_token_id).sum(1).tolist()
-    assert slots == [NUM_LATENTS * len(pictures) for pictures in IMAGES]
+    assert slots == [NUM_LATENTS * len(images) for images in IMAGES]
     assert set(fixed._get_num_multimodal_tokens(image_sizes=SIZES).num_image_tokens) == {NUM_LATENTS}
     pixels = processor(text=TEXTS, images=IMAGES, padding=True, return_tensors="pt")["pixel_values"]
     assert torch.equal(inputs["pixel_values"], pixels)
@@ -692,10 +692,10 @@ def test_a_saved_processor_loads_on_the_other_line(processor, tmp_path):
     saved = tmp_path / "saved"
     processor.save_pretrained(saved)
     paths = []
-    for row, pictures in enumerate(IMAGES):
-        paths.append([str(tmp_path / f"{row}-{index}.png") for index in range(len(pictures))])
-        for picture, path in zip(pictures, paths[-1], strict=True):
-            picture.save(path)
+    for row, images in enumerate(IMAGES):
+        paths.append([str(tmp_path / f"{row}-{index}.png") for index in range(len(images))])
+        for image, path in zip(images, paths[-1], strict=True):
+            image.save(path)
     arguments = json.dumps([str(saved), NAMES, TEXTS, paths])
     described = []
     for python in (sys.executable, os.environ["BLIP3_OTHER_PYTHON"]):

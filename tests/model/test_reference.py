@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference's numbers through the public doors: converter -> from_pretrained -> image processor -> model.
+"""The reference's numbers through the public classes: converter -> from_pretrained -> image processor -> model.
 
 Observed worst cases, float32 on two CPU cores, both transformers lines: vision 2e-6, resampler 7e-6, logits 5e-5.
 """
@@ -43,13 +43,13 @@ class Case:
         self.special_ids = json.loads((FIXTURES / "model" / "tiny_meta.json").read_text())["special_ids"]
         window = self.facts.get("text_config_overrides", {}).get("sliding_window")
         self.model = load_model(repo).eval() if window is None else self._model_with_window(repo, window)
-        picture_folder = FIXTURES / "cases" / self.facts.get("images_in_case", name)
-        pictures = [Image.open(path) for path in sorted(picture_folder.glob("image_*.png"))]
+        image_folder = FIXTURES / "cases" / self.facts.get("images_in_case", name)
+        images = [Image.open(path) for path in sorted(image_folder.glob("image_*.png"))]
         self.is_base = self.facts["variant"].startswith("base")
         processor = AutoImageProcessor.from_pretrained(repo, trust_remote_code=True)
         self.images = {}
-        if pictures:
-            self.images = dict(processor(pictures, return_tensors="pt", do_image_splitting=not self.is_base))
+        if images:
+            self.images = dict(processor(images, return_tensors="pt", do_image_splitting=not self.is_base))
         self.num_latents = self.model.config.resampler_config.num_latents
         count = self.model.model.count_image_tokens
         self.image_tokens = [count(tuple(size)) for size in self.images.get("image_sizes", torch.empty(0, 2)).tolist()]
@@ -67,14 +67,14 @@ class Case:
             is_image = token == self.special_ids["image"]
             if token == self.special_ids["placeholder"]:
                 continue
-            length = next(self.picture_lengths) if is_image else 1
+            length = next(self.image_lengths) if is_image else 1
             expanded += [token] * length
             expanded_labels += [-100 if is_image else label] * length
         return expanded, expanded_labels
 
     def inputs(self, side: str = "left") -> dict[str, torch.Tensor]:
         """The batch our processor would hand to the model."""
-        self.picture_lengths = iter(self.image_tokens)
+        self.image_lengths = iter(self.image_tokens)
         labels = self.arrays.get("labels", [None] * len(self.arrays["input_ids"]))
         rows = [
             self.expand(ids[mask == 1], None if row is None else row[mask == 1])
@@ -120,7 +120,7 @@ def test_tiles_are_bit_exact(case):
     reference = torch.from_numpy(case.arrays["tiles_u8"])
     reference = reference.reshape(-1, *reference.shape[-3:])
     counts = [tokens // case.num_latents for tokens in case.image_tokens]
-    ours = torch.cat([picture[:n] for picture, n in zip(case.images["pixel_values"], counts, strict=True)])
+    ours = torch.cat([image[:n] for image, n in zip(case.images["pixel_values"], counts, strict=True)])
     assert torch.equal(ours, (reference.float() / 255 - 0.5) / 0.5)
     if "pixel_values" in case.arrays:
         assert np.array_equal(ours.numpy(), case.arrays["pixel_values"].reshape(ours.shape))
@@ -129,7 +129,7 @@ def test_tiles_are_bit_exact(case):
 @torch.no_grad()
 def test_vision_and_resampler_features(case):
     if not case.images:
-        pytest.skip("this case has no pictures")
+        pytest.skip("this case has no images")
     features = case.model.get_image_features(**case.images)
     if "vision_features" in case.arrays:
         reference = case.arrays["vision_features"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ships is small, loads from the root and its base model as a subfolder, and sees pictures it was never shown."""
+"""What ships is small, loads from the root and its base model as a subfolder, and sees images it was never shown."""
 
 import json
 from collections import Counter
@@ -13,7 +13,7 @@ from blip3.evaluation.answer import Checkpoint
 from blip3.evaluation.tasks import TASKS, make_questions
 from blip3.training.recipe import Recipe, load_recipe
 from blip3.world.settings import COLOURS, load_settings, settings_from
-from blip3.world.tasks import drawn_records
+from blip3.world.tasks import rendered_records
 from support import ROOT
 
 SMALL_MODEL = ROOT
@@ -53,7 +53,7 @@ def test_all_of_it_is_small_and_names_no_machine():
 
 
 @pytest.mark.parametrize("task", [task for task in LEAST if task != "read"])
-def test_it_answers_questions_about_held_out_pictures(instruct, task):
+def test_it_answers_questions_about_held_out_images(instruct, task):
     assert share_right(instruct, task) > LEAST[task]
 
 
@@ -94,14 +94,14 @@ def share_right(checkpoint: Checkpoint, task: str, count: int = 80, shots: int |
     """Share of held-out questions answered right, of a series that the published scores do not use."""
     questions = make_questions(task, count, 7, SCORED_WORLD, shots)
     answers = [answer for first in range(0, count, 20) for answer in checkpoint.answer(questions[first : first + 20])]
-    right = TASKS[task].judge(questions, answers)[TASKS[task].metric]
+    right = TASKS[task].score(questions, answers)[TASKS[task].metric]
     share = sum(map(float, right)) / count
     print(f"{task}: {share:.1%} of {count} right")
     return share
 
 
 def test_the_base_model_binds_colours_to_things_of_held_out_scenes(base):
-    """In "Things: red car, ..." the second word of a pair follows from the first and the picture alone.
+    """In "Things: red car, ..." the second word of a pair follows from the first and the image alone.
 
     Guessing among the things of the scene would be right less than half of the time.
     """
@@ -111,7 +111,7 @@ def test_the_base_model_binds_colours_to_things_of_held_out_scenes(base):
         for names in (COLOURS, THINGS)
     )
     right, asked = Counter[str](), Counter[str]()
-    for record in drawn_records("pairs", "held_out", seed=0, count=300, settings=WORLD):
+    for record in rendered_records("pairs", "held_out", seed=0, count=300, settings=WORLD):
         inputs = processor(
             text=record.turns[0].text,
             images=[record.images[0].open()],
@@ -132,7 +132,7 @@ def test_the_base_model_binds_colours_to_things_of_held_out_scenes(base):
 
 def test_the_base_model_writes_a_caption(base):
     processor, model = base
-    record = next(iter(drawn_records("inventory", "held_out", seed=5, count=1, settings=WORLD)))
+    record = next(iter(rendered_records("inventory", "held_out", seed=5, count=1, settings=WORLD)))
     inputs = processor(
         text="<image>From left to right:",
         images=[record.images[0].open()],

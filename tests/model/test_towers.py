@@ -13,7 +13,7 @@ from transformers import (
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 
 from blip3.hub import model_code
-from support import IS_TRANSFORMERS_5, draw_picture, load_model
+from support import IS_TRANSFORMERS_5, load_model, render_image
 
 Blip3Config = model_code("configuration_blip3.Blip3Config")
 Blip3ForConditionalGeneration = model_code("modeling_blip3.Blip3ForConditionalGeneration")
@@ -89,7 +89,7 @@ def test_a_part_in_another_dtype_than_its_neighbours_runs(tiny_repo, processor, 
     model = load_model(tiny_repo).eval()
     inputs = processor(
         text="<|user|>\n<image>\nWhat?<|end|>\n<|assistant|>\n",
-        images=draw_picture(150, 150),
+        images=render_image(150, 150),
         return_tensors="pt",
     )
     expected = model(**inputs).logits
@@ -111,5 +111,5 @@ def test_a_dtype_for_each_part_is_loaded_and_runs(tiny_repo, processor):
     one_dtype_for_all = IS_TRANSFORMERS_5  # which says so in a warning
     assert model.vision_tower.dtype == (torch.bfloat16 if one_dtype_for_all else torch.float32)
     assert model.language_model.dtype == torch.bfloat16
-    inputs = processor(text="<image> What?", images=draw_picture(150, 150), return_tensors="pt")
+    inputs = processor(text="<image> What?", images=render_image(150, 150), return_tensors="pt")
     assert model(**inputs).logits.isfinite().all()

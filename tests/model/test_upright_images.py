@@ -13,9 +13,9 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoProcessor, pipeline
 
-from blip3.data.records import Picture, Record, Turn, open_images
+from blip3.data.records import ImageSource, Record, Turn, open_images
 from blip3.hub import model_code
-from blip3.serving.pictures import PictureFetcher, PictureLimits
+from blip3.serving.images import ImageFetcher, ImageLimits
 from blip3.training.encode import Encoder
 from blip3.training.train import size_of
 from exif_support import FORMATS, STORED, encode, turned_and_upright, write_both
@@ -67,7 +67,7 @@ def site(tmp_path_factory):
     server.server_close()
 
 
-DOORS = {
+FORMS = {
     "path": lambda path, site: path,
     "path as text": lambda path, site: str(path),
     "bytes": lambda path, site: path.read_bytes(),
@@ -108,11 +108,11 @@ def test_all_eight_orientations(orientation, file_format, image_processor):
     assert_same(got, image_processor(upright, return_tensors="pt"))
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_every_door_of_the_image_processor(door, files, site, image_processor):
+@pytest.mark.parametrize("form", FORMS)
+def test_every_door_of_the_image_processor(form, files, site, image_processor):
     turned, upright = files
-    got = image_processor(DOORS[door](turned, site), return_tensors="pt")
-    assert_same(got, image_processor(DOORS[door](upright, site), return_tensors="pt"))
+    got = image_processor(FORMS[form](turned, site), return_tensors="pt")
+    assert_same(got, image_processor(FORMS[form](upright, site), return_tensors="pt"))
     assert_same(got, image_processor(Image.open(upright), return_tensors="pt"))
 
 
@@ -127,27 +127,27 @@ def test_images_that_a_caller_made_stay_as_given(files, image_processor):
     assert np.array_equal(np.asarray(image), stored), "nor are they changed in place"
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("set_by", ["call", "attribute"])
-def test_false_turns_nothing(set_by, door, files, site):
+def test_false_turns_nothing(set_by, form, files, site):
     turned, _ = files
     wanted = Blip3ImageProcessor(size=SIZE)(np.asarray(Image.open(turned)), return_tensors="pt")
     switch = {"do_exif_transpose": False}
     loaded = Blip3ImageProcessor(size=SIZE, **(switch if set_by == "attribute" else {}))
-    got = loaded(DOORS[door](turned, site), return_tensors="pt", **(switch if set_by == "call" else {}))
+    got = loaded(FORMS[form](turned, site), return_tensors="pt", **(switch if set_by == "call" else {}))
     assert_same(got, wanted)
 
 
-@pytest.mark.parametrize("door", [*DOORS, "PIL"])
+@pytest.mark.parametrize("form", [*FORMS, "PIL"])
 @pytest.mark.parametrize("set_by", ["call", "attribute"])
-def test_true_turns_everything_once(set_by, door, files, site):
+def test_true_turns_everything_once(set_by, form, files, site):
     turned, upright = files
     switch = {"do_exif_transpose": True}
     loaded = Blip3ImageProcessor(size=SIZE, **(switch if set_by == "attribute" else {}))
-    given = Image.open(turned) if door == "PIL" else DOORS[door](turned, site)
+    given = Image.open(turned) if form == "PIL" else FORMS[form](turned, site)
     got = loaded(given, return_tensors="pt", **(switch if set_by == "call" else {}))
     assert_same(got, loaded(Image.open(upright), return_tensors="pt"))
-    if door == "PIL":
+    if form == "PIL":
         assert given.size == Image.open(turned).size, "the caller's image is not changed"
 
 
@@ -199,47 +199,47 @@ def test_damaged_exif_refuses_no_image(name, file_format, image_processor):
     exif, is_turned = DAMAGED[name]
     data = encode(Image.new("RGB", (40, 20), "red"), file_format, exif=exif)
     size = (20, 40) if is_turned else (40, 20)
-    fetcher = PictureFetcher(PictureLimits())
+    fetcher = ImageFetcher(ImageLimits())
     assert image_processor(data)["image_sizes"].tolist() == [list(size[::-1])]
-    assert Picture(data=data).open().size == size
-    assert fetcher.open_pictures([base64.b64encode(data).decode()])[0].size == size
+    assert ImageSource(data=data).open().size == size
+    assert fetcher.fetch_images([base64.b64encode(data).decode()])[0].size == size
 
 
 # -- the processor, the chat template and the pipeline ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_every_door_of_the_processor(door, files, site, processor):
+@pytest.mark.parametrize("form", FORMS)
+def test_every_door_of_the_processor(form, files, site, processor):
     turned, upright = files
     prompt = "<image>\nWhat is it?"
-    got = processor(text=prompt, images=DOORS[door](turned, site), return_tensors="pt")
+    got = processor(text=prompt, images=FORMS[form](turned, site), return_tensors="pt")
     assert_same(got, processor(text=prompt, images=Image.open(upright), return_tensors="pt"))
-    stored = processor(text=prompt, images=DOORS[door](turned, site), return_tensors="pt", do_exif_transpose=False)
+    stored = processor(text=prompt, images=FORMS[form](turned, site), return_tensors="pt", do_exif_transpose=False)
     assert_same(stored, processor(text=prompt, images=Image.open(turned), return_tensors="pt"))
 
 
-@pytest.mark.parametrize("door", ["path as text", "URL", "base64"])
-def test_the_chat_template_counts_tiles_of_the_upright_image(door, files, site, processor):
+@pytest.mark.parametrize("form", ["path as text", "URL", "base64"])
+def test_the_chat_template_counts_tiles_of_the_upright_image(form, files, site, processor):
     turned, upright = files
-    key = {"path as text": "path", "URL": "url", "base64": "base64"}[door]
+    key = {"path as text": "path", "URL": "url", "base64": "base64"}[form]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
 
     def inputs_of(part):
         content = [{"type": "image", **part}, {"type": "text", "text": "What is it?"}]
         return processor.apply_chat_template([{"role": "user", "content": content}], **options)
 
-    got = inputs_of({key: DOORS[door](turned, site)})
+    got = inputs_of({key: FORMS[form](turned, site)})
     assert got["image_sizes"].tolist() == [[60, 200]]
     assert_same(got, inputs_of({"image": Image.open(upright)}))
-    assert_same(got, inputs_of({"image": DOORS[door](turned, site)}))
+    assert_same(got, inputs_of({"image": FORMS[form](turned, site)}))
 
 
-@pytest.mark.parametrize("door", ["path as text", "URL", "base64"])
-def test_the_pipeline(door, files, site, tiny_repo, processor):
+@pytest.mark.parametrize("form", ["path as text", "URL", "base64"])
+def test_the_pipeline(form, files, site, tiny_repo, processor):
     turned, upright = files
     pipe = pipeline("image-text-to-text", model=load_model(tiny_repo), processor=processor)
     prompt = "<image>\nWhat is it?"
-    got = pipe.preprocess({"images": DOORS[door](turned, site), "text": prompt})
+    got = pipe.preprocess({"images": FORMS[form](turned, site), "text": prompt})
     wanted = processor(text=prompt, images=Image.open(upright), return_tensors="pt")
     for name in ("input_ids", "pixel_values", "image_sizes"):
         assert torch.equal(got[name], wanted[name]), name
@@ -253,20 +253,20 @@ def test_the_pipeline(door, files, site, tiny_repo, processor):
 
 def test_records(files, processor, tiny_repo):
     turned, upright = files
-    for picture in (Picture(path=str(turned)), Picture(data=turned.read_bytes())):
-        assert np.array_equal(pixels(picture.open()), pixels(Image.open(upright)))
-        assert np.array_equal(pixels(picture.open(upright=False)), pixels(Image.open(turned)))
-        assert size_of(picture) == (60, 200)
-        assert size_of(picture, upright=False) == (200, 60)
-        assert open_images([picture], processor)[0].size == (200, 60)
+    for image in (ImageSource(path=str(turned)), ImageSource(data=turned.read_bytes())):
+        assert np.array_equal(pixels(image.open()), pixels(Image.open(upright)))
+        assert np.array_equal(pixels(image.open(upright=False)), pixels(Image.open(turned)))
+        assert size_of(image) == (60, 200)
+        assert size_of(image, upright=False) == (200, 60)
+        assert open_images([image], processor)[0].size == (200, 60)
     forbidden = AutoProcessor.from_pretrained(tiny_repo, trust_remote_code=True, do_exif_transpose=False)
-    assert open_images([Picture(path=str(turned))], forbidden)[0].size == (60, 200)
+    assert open_images([ImageSource(path=str(turned))], forbidden)[0].size == (60, 200)
 
 
 def test_tiff_is_not_turned_twice(tmp_path):
     turned, upright = write_both(tmp_path, "TIFF")
-    assert size_of(Picture(path=str(turned))) == (60, 200)
-    assert np.array_equal(pixels(Picture(path=str(turned)).open()), pixels(Image.open(upright)))
+    assert size_of(ImageSource(path=str(turned))) == (60, 200)
+    assert np.array_equal(pixels(ImageSource(path=str(turned)).open()), pixels(Image.open(upright)))
 
 
 def test_training_samples(files, processor):
@@ -274,7 +274,7 @@ def test_training_samples(files, processor):
     samples = []
     for path in (turned, upright):
         turns = (Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A photo."))
-        samples.append(Encoder(processor, 4096)(Record("a", "instruction", (Picture(path=str(path)),), turns)))
+        samples.append(Encoder(processor, 4096)(Record("a", "instruction", (ImageSource(path=str(path)),), turns)))
     assert_same(*samples)
 
 
@@ -284,7 +284,7 @@ def test_evaluation(files, tiny_repo):
 
     checkpoint = Checkpoint(tiny_repo, dtype="float32", device="cpu")
     got, wanted = (
-        checkpoint.prepare([Question("a", "<image>", (Picture(path=str(path)),), "", {}, {})]) for path in files
+        checkpoint.prepare([Question("a", "<image>", (ImageSource(path=str(path)),), "", {}, {})]) for path in files
     )
     assert_same(got, wanted)
 
@@ -293,7 +293,7 @@ def test_the_demo(files):
     from blip3 import demo
 
     turned, upright = files
-    assert np.array_equal(pixels(demo.open_picture(turned)), pixels(Image.open(upright)))
+    assert np.array_equal(pixels(demo.open_image(turned)), pixels(Image.open(upright)))
 
 
 def test_webdataset_and_parquet_shards(files, tmp_path):
@@ -327,19 +327,19 @@ def test_images_in_rows_stay_as_given(files):
 # -- servers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("door", ["base64", "data URL"])
-def test_the_servers_fetcher(door, files):
+@pytest.mark.parametrize("form", ["base64", "data URL"])
+def test_the_servers_fetcher(form, files):
     turned, upright = files
-    fetcher = PictureFetcher(PictureLimits())
-    source = DOORS[door](turned, "")
-    assert np.array_equal(pixels(fetcher.open_pictures([source])[0]), pixels(Image.open(upright)))
-    assert np.array_equal(pixels(fetcher.open_pictures([source], upright=False)[0]), pixels(Image.open(turned)))
+    fetcher = ImageFetcher(ImageLimits())
+    source = FORMS[form](turned, "")
+    assert np.array_equal(pixels(fetcher.fetch_images([source])[0]), pixels(Image.open(upright)))
+    assert np.array_equal(pixels(fetcher.fetch_images([source], upright=False)[0]), pixels(Image.open(turned)))
 
 
 def test_an_image_body_is_a_file_and_an_image_in_memory_is_not(files):
     turned, upright = files
-    fetcher = PictureFetcher(PictureLimits())
+    fetcher = ImageFetcher(ImageLimits())
     body = Image.open(io.BytesIO(turned.read_bytes()))
-    assert np.array_equal(pixels(fetcher.open_pictures([body])[0]), pixels(Image.open(upright)))
+    assert np.array_equal(pixels(fetcher.fetch_images([body])[0]), pixels(Image.open(upright)))
     in_memory = ImageOps.exif_transpose(Image.open(turned)).transpose(STORED[6])
-    assert np.array_equal(pixels(fetcher.open_pictures([in_memory])[0]), pixels(in_memory))
+    assert np.array_equal(pixels(fetcher.fetch_images([in_memory])[0]), pixels(in_memory))

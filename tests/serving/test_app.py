@@ -26,7 +26,7 @@ from blip3.serving import app
 from blip3.serving.app import Chat, Limits, Options, Turn
 from exif_support import turned_and_upright
 from serving_support import silence_bytes
-from support import ROOT, draw_picture
+from support import ROOT, render_image
 
 GREEDY = Options(max_new_tokens=16, temperature=0, splits=True)
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
@@ -54,7 +54,7 @@ def chat(loaded, tmp_path):
 
 def upload(chat: Chat, name: str, height: int, width: int, seed: int = 0) -> Path:
     path = chat.uploads / name
-    draw_picture(height, width, seed).save(path)
+    render_image(height, width, seed).save(path)
     return path
 
 
@@ -68,18 +68,18 @@ def ask(chat: Chat, text: str, files=(), turns=(), splits=True, length=12, tempe
 # -- Conversations ----------------------------------------------------------------------------------------------------
 
 
-def test_messages_keep_each_picture_in_its_turn():
-    pictures = [draw_picture(20, 30, seed) for seed in range(3)]
+def test_messages_keep_each_image_in_its_turn():
+    images = [render_image(20, 30, seed) for seed in range(3)]
     turns = [
         Turn("user", "Compare.", (Path("a"), Path("b"))),
         Turn("assistant", "The <image> differ."),
         Turn("user", "And this?", (Path("c"),)),
     ]
-    messages = app.messages_of(turns, pictures)
+    messages = app.messages_of(turns, images)
     assert [message["role"] for message in messages] == ["user", "assistant", "user"]
-    assert [part.get("image") for part in messages[0]["content"]] == [pictures[0], pictures[1], None]
-    assert messages[1]["content"] == [{"type": "text", "text": "The  differ."}], "no picture belongs to an answer"
-    assert messages[2]["content"][0]["image"] is pictures[2]
+    assert [part.get("image") for part in messages[0]["content"]] == [images[0], images[1], None]
+    assert messages[1]["content"] == [{"type": "text", "text": "The  differ."}], "no image belongs to an answer"
+    assert messages[2]["content"][0]["image"] is images[2]
     assert [part.get("path") for part in app.chat_view(turns)[0]["content"]] == ["a", "b", None]
 
 
@@ -89,22 +89,22 @@ def test_messages_keep_each_picture_in_its_turn():
         (Turn("user", ""), "is empty"),
         (Turn("user", "x" * 41), "41 characters but at most 40"),
         (Turn("user", "What is <image>?"), "holds <image>"),
-        (Turn("user", "x", (Path("b"), Path("c"))), "3 pictures but at most 2"),
+        (Turn("user", "x", (Path("b"), Path("c"))), "3 images but at most 2"),
     ],
 )
 def test_a_question_beyond_the_limits_is_refused(question, message):
     earlier = [Turn("user", "x", (Path("a"),)), Turn("assistant", "y")]
     with pytest.raises(ValueError, match=message):
-        app.check_question(question, earlier, Limits(max_characters=40, max_pictures=2))
+        app.check_question(question, earlier, Limits(max_characters=40, max_images=2))
 
 
 def test_long_messages_are_shortened_between_words():
-    shortened = app.shorten_error(ValueError("picture " * 100))
+    shortened = app.shorten_error(ValueError("image " * 100))
     assert len(shortened) <= 320
-    assert shortened.endswith("picture ...")
+    assert shortened.endswith("image ...")
 
 
-# -- Pictures ---------------------------------------------------------------------------------------------------------
+# -- Images ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("default", [True, False])
@@ -112,74 +112,74 @@ def test_long_messages_are_shortened_between_words():
 def test_the_tiles_shown_are_the_tiles_the_model_gets(chat, monkeypatch, splits, default):
     monkeypatch.setattr(chat.processor.image_processor, "do_image_splitting", default)
     sizes = [(80, 240), (200, 190), (300, 90)]
-    pictures = [draw_picture(height, width, seed) for seed, (height, width) in enumerate(sizes)]
-    views = app.describe_pictures(chat.processor, pictures, splits, chat.limits)
-    inputs = chat.processor(text="<image>" * 3, images=pictures, return_tensors="pt", do_image_splitting=splits)
+    images = [render_image(height, width, seed) for seed, (height, width) in enumerate(sizes)]
+    views = app.describe_images(chat.processor, images, splits, chat.limits)
+    inputs = chat.processor(text="<image>" * 3, images=images, return_tensors="pt", do_image_splitting=splits)
     side = chat.processor.image_processor.tile_size
-    for index, (picture, view) in enumerate(zip(pictures, views, strict=True)):
+    for index, (image, view) in enumerate(zip(images, views, strict=True)):
         rows, columns = view.grid
         assert (view.height, view.width) == sizes[index]
         assert view.grid == ((1, 3), (2, 2), (3, 1))[index] if splits else view.grid == (0, 0)
         assert len(view.tiles) == 1 + rows * columns
-        expected = picture.resize((side, side), Image.Resampling.BICUBIC)
+        expected = image.resize((side, side), Image.Resampling.BICUBIC)
         assert np.array_equal(np.asarray(view.tiles[0]), np.asarray(expected)), "the global view, bit for bit"
         shown = torch.stack([torch.from_numpy(np.array(tile)) for tile in view.tiles]).permute(0, 3, 1, 2)
         assert torch.allclose(shown / 127.5 - 1, inputs["pixel_values"][index, : len(view.tiles)], atol=1e-6)
     num_tokens = int((inputs["input_ids"] == chat.processor.image_token_id).sum())
     assert sum(view.num_tokens for view in views) == num_tokens
     panel = app.panel_html(views)
-    assert f"3 pictures, {num_tokens} image tokens" in panel
+    assert f"3 images, {num_tokens} image tokens" in panel
     assert panel.count("<img") == sum(len(view.tiles) for view in views)
 
 
-def test_turned_pictures_are_shown_upright(chat):
-    picture = draw_picture(100, 300)
-    exif = picture.getexif()
+def test_turned_images_are_shown_upright(chat):
+    image = render_image(100, 300)
+    exif = image.getexif()
     exif[app.EXIF_ORIENTATION] = 6
-    picture.save(chat.uploads / "turned.jpg", exif=exif)
-    opened = app.open_pictures([chat.uploads / "turned.jpg"], chat.uploads)
-    (view,) = app.describe_pictures(chat.processor, opened, True, chat.limits)
+    image.save(chat.uploads / "turned.jpg", exif=exif)
+    opened = app.fetch_images([chat.uploads / "turned.jpg"], chat.uploads)
+    (view,) = app.describe_images(chat.processor, opened, True, chat.limits)
     assert (view.height, view.width, view.grid) == (300, 100, (3, 1))
 
 
 def test_the_processors_switch_holds_on_the_page(chat, monkeypatch):
     monkeypatch.setattr(chat.processor.image_processor, "do_exif_transpose", False)
     (chat.uploads / "stored.png").write_bytes(turned_and_upright()[0])
-    opened = app.open_pictures([chat.uploads / "stored.png"], chat.uploads)
-    (view,) = app.describe_pictures(chat.processor, opened, True, chat.limits)
+    opened = app.fetch_images([chat.uploads / "stored.png"], chat.uploads)
+    (view,) = app.describe_images(chat.processor, opened, True, chat.limits)
     assert (view.height, view.width, view.grid) == (200, 60, (3, 1))
 
 
-def test_damaged_exif_refuses_no_picture(chat):
-    draw_picture(100, 300).save(chat.uploads / "damaged.png", exif=b"Exif\0\0garbage")
-    opened = app.open_pictures([chat.uploads / "damaged.png"], chat.uploads)
-    (view,) = app.describe_pictures(chat.processor, opened, True, chat.limits)
+def test_damaged_exif_refuses_no_image(chat):
+    render_image(100, 300).save(chat.uploads / "damaged.png", exif=b"Exif\0\0garbage")
+    opened = app.fetch_images([chat.uploads / "damaged.png"], chat.uploads)
+    (view,) = app.describe_images(chat.processor, opened, True, chat.limits)
     assert (view.height, view.width, view.grid) == (100, 300, (1, 3))
 
 
 def test_only_uploads_are_opened(chat, tmp_path):
-    draw_picture(20, 20).save(tmp_path / "secret.png")
+    render_image(20, 20).save(tmp_path / "secret.png")
     (chat.uploads / "link.png").symlink_to(tmp_path / "secret.png")
     for path in (tmp_path / "secret.png", chat.uploads / ".." / "secret.png", chat.uploads / "link.png"):
         with pytest.raises(ValueError, match="not uploaded here"):
-            app.open_pictures([path], chat.uploads)
+            app.fetch_images([path], chat.uploads)
 
 
-def test_bad_pictures_get_a_message_without_their_path(chat):
+def test_bad_images_get_a_message_without_their_path(chat):
     (chat.uploads / "page.png").write_text("<html>", encoding="utf-8")
     whole = upload(chat, "whole.png", 60, 60).read_bytes()
     (chat.uploads / "cut.png").write_bytes(whole[: len(whole) // 2])
     for name, message in (("page.png", "not a JPEG"), ("cut.png", "could not be decoded"), ("gone.png", "no longer")):
         (*_, (_, view, turns, status)) = ask(chat, "What?", [chat.uploads / "whole.png", chat.uploads / name])
         assert message in status
-        assert "Picture 2 of 2" in status
+        assert "Image 2 of 2" in status
         assert str(chat.uploads) not in status
         assert view == turns == []
         panel, _ = chat.preview({"text": "", "files": [str(chat.uploads / name)]}, [], True, None)
         assert message in html.unescape(panel)
 
 
-def test_large_pictures_are_refused_before_they_are_decoded(chat, loaded):
+def test_large_images_are_refused_before_they_are_decoded(chat, loaded):
     small = Chat(*loaded, chat.uploads, Limits(max_pixels=1000))
     (*_, (*_, status)) = ask(small, "What?", [upload(chat, "large.png", 40, 40)])
     assert "1600 pixels but at most 1000" in status
@@ -195,7 +195,7 @@ def test_a_conversation_with_two_turns_equals_generate(chat, loaded):
     assert len(steps) > 4, "answers arrive in pieces"
     turns = steps[-1][2]
     (*_, (_, view, turns, status)) = ask(chat, "And here?", [second], turns)
-    assert [turn.pictures for turn in turns] == [(first,), (), (second,), ()]
+    assert [turn.images for turn in turns] == [(first,), (), (second,), ()]
     messages = app.messages_of(turns[:-1], [Image.open(first), Image.open(second)])
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -204,7 +204,7 @@ def test_a_conversation_with_two_turns_equals_generate(chat, loaded):
     assert turns[-1].text == processor.decode(ids, skip_special_tokens=True).strip()
     assert view == app.chat_view(turns)
     num_images = int((inputs["input_ids"] == processor.image_token_id).sum())
-    assert f"prompt: {inputs['input_ids'].shape[1]} tokens, {num_images} from pictures" in status
+    assert f"prompt: {inputs['input_ids'].shape[1]} tokens, {num_images} from images" in status
     assert f"answer: {len(ids)} tokens" in status
 
 
@@ -212,7 +212,7 @@ def test_sampling_and_the_global_view_alone_work(chat):
     torch.manual_seed(0)
     (*_, (*_, turns, status)) = ask(chat, "What?", [upload(chat, "a.png", 90, 200)], splits=False, temperature=1.5)
     assert turns[-1].role == "assistant"
-    assert f"{chat.processor.num_latents} from pictures" in status
+    assert f"{chat.processor.num_latents} from images" in status
 
 
 def test_stop_ends_an_answer_and_keeps_what_was_written(chat):
@@ -302,7 +302,7 @@ def test_without_a_checkpoint_the_page_does_not_start():
 def test_the_page_of_mini_starts_with_its_examples(legible_repo, tmp_path, monkeypatch):
     examples = shutil.copytree(legible_repo, tmp_path / "mini") / "examples" / "images"
     examples.mkdir(parents=True)
-    draw_picture(90, 60).save(examples / "a.png")
+    render_image(90, 60).save(examples / "a.png")
     listed = [
         {"task": "read", "images": ["a.png"], "prompt": "<image>\nWhat is written here?", "truth": "47"},
         {"task": "rule", "images": ["a.png"], "prompt": "<image>one<|endofchunk|>", "truth": "two"},
@@ -369,13 +369,13 @@ def tab(tmp_path):
 
 def test_a_visitor_uploads_asks_and_reads(chat, loaded, address, tab, tmp_path):
     processor, model = loaded
-    scene = draw_picture(960, 1280)
-    pictures = [scene, scene.crop((0, 300, 1280, 700))]
+    scene = render_image(960, 1280)
+    images = [scene, scene.crop((0, 300, 1280, 700))]
     files = [tmp_path / "first.png", tmp_path / "second.png"]
-    for picture, file in zip(pictures, files, strict=True):
-        picture.save(file)
+    for image, file in zip(images, files, strict=True):
+        image.save(file)
     question = "How many dogs are there?"
-    messages = app.messages_of([Turn("user", question, tuple(files))], pictures)
+    messages = app.messages_of([Turn("user", question, tuple(files))], images)
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
@@ -384,14 +384,14 @@ def test_a_visitor_uploads_asks_and_reads(chat, loaded, address, tab, tmp_path):
 
     tab.goto(address)
     tab.set_input_files("#question input[type=file]", files)
-    tab.locator("#seen", has_text=f"2 pictures, {num_images} image tokens").wait_for()
+    tab.locator("#seen", has_text=f"2 images, {num_images} image tokens").wait_for()
     tab.locator("#length input[type=number]").fill("24")
     tab.locator("#length input[type=number]").press("Tab")
     tab.locator("#question textarea").fill(question)
     tab.get_by_role("button", name="Submit").click()
     tab.locator("#status", has_text=re.compile(r"answer: \d+ tokens")).wait_for()
     tab.get_by_role("button", name="Submit").wait_for()
-    tab.wait_for_timeout(500)  # the last piece of text is drawn
+    tab.wait_for_timeout(500)  # the last piece of text is rendered
     tab.screenshot(path=tmp_path / "page.png", full_page=True)
 
     answer = processor.decode(ids, skip_special_tokens=True).strip()
@@ -402,15 +402,15 @@ def test_a_visitor_uploads_asks_and_reads(chat, loaded, address, tab, tmp_path):
     assert tab.locator("#chat .user img").count() == 2
     assert (tmp_path / "page.png").stat().st_size > 20_000
     tab.locator("#splits input").click()
-    tab.locator("#seen", has_text=f"2 pictures, {2 * processor.num_latents} image tokens").wait_for()
+    tab.locator("#seen", has_text=f"2 images, {2 * processor.num_latents} image tokens").wait_for()
     tab.locator("#clear").click()
-    tab.locator("#seen", has_text="Add a picture").wait_for()
+    tab.locator("#seen", has_text="Add an image").wait_for()
     assert tab.get_by_test_id("bot").count() == 0
     assert not [url for url in tab.foreign if not url.startswith((address, "data:", "blob:"))]
 
 
 def test_a_forged_request_opens_no_file_and_fetches_no_url(chat, address, tmp_path):
-    draw_picture(20, 20).save(tmp_path / "secret.png")
+    render_image(20, 20).save(tmp_path / "secret.png")
     config = json.loads(urllib.request.urlopen(f"{address}config").read())
     asking = next(entry for entry in config["dependencies"] if len(entry["inputs"]) == 5)
     fetched = []

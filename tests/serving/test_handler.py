@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from exif_support import FORMATS, turned_and_upright
-from support import ROOT, draw_picture
+from support import ROOT, render_image
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 MODULE = "handler.EndpointHandler"  # the container's name for it
@@ -59,7 +59,7 @@ def folder(tiny_repo, tmp_path_factory):
 @pytest.fixture(scope="module")
 def handler(folder):
     with container(folder) as module:
-        assert sys.modules["blip3.serving.pictures"].__file__ == str(folder / "blip3" / "serving" / "pictures.py")
+        assert sys.modules["blip3.serving.images"].__file__ == str(folder / "blip3" / "serving" / "images.py")
         yield module.EndpointHandler(str(folder))
 
 
@@ -113,7 +113,7 @@ def test_the_processors_switch_holds_in_the_handler(handler, monkeypatch):
         assert say(handler, body) == say(handler, {"image": data_url(stored), "text": "What?"})
 
 
-FIRST, SECOND = (data_url(draw_picture(40 + 30 * seed, 90, seed=seed)) for seed in (1, 2))
+FIRST, SECOND = (data_url(render_image(40 + 30 * seed, 90, seed=seed)) for seed in (1, 2))
 
 
 def post(handler, body):
@@ -202,7 +202,7 @@ def test_every_way_to_say_the_same_gives_the_same_answer(handler):
 def test_answers_equal_those_of_the_model(handler, tiny_model, processor):
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(text=text, images=draw_picture(70, 90, seed=1), return_tensors="pt")
+    inputs = processor(text=text, images=render_image(70, 90, seed=1), return_tensors="pt")
     ids = tiny_model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
     [answer] = say(handler, {"image": FIRST, "text": "What is it?"})
     assert answer["generated_text"] == processor.decode(ids, skip_special_tokens=True).strip()
@@ -219,7 +219,7 @@ ROWS = [
         "messages": [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "image_url", "image_url": FIRST}]},
-            {"role": "assistant", "content": "A picture."},
+            {"role": "assistant", "content": "An image."},
             {"role": "user", "content": "Which?"},
         ]
     },
@@ -260,7 +260,7 @@ def test_threads_that_ask_at_once_share_one_model_thread(handler, monkeypatch):
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_image_bodies(handler, kind):
     """The container opens image/* bodies with PIL; query parameters arrive as parameters, numbers as texts."""
-    body = encode(draw_picture(70, 90, seed=1), kind)
+    body = encode(render_image(70, 90, seed=1), kind)
     [answer] = handler({"inputs": Image.open(io.BytesIO(body)), "parameters": {"max_new_tokens": "4"}})
     assert answer["generated_tokens"] <= 4
     asked = {"max_new_tokens": 4, "do_sample": False}
@@ -322,7 +322,7 @@ def test_limits_come_from_arguments_or_the_environment(folder, monkeypatch):
     monkeypatch.setenv("BLIP3_REQUEST_GENERATE_SECONDS", "0.001")
     with container(folder) as module:
         handler = module.EndpointHandler(str(folder))
-        refused(handler, {"inputs": {"images": [FIRST, FIRST]}}, "2 pictures but at most 1")
+        refused(handler, {"inputs": {"images": [FIRST, FIRST]}}, "2 images but at most 1")
         refused(handler, {"inputs": ["a", "b", "c"]}, "lists 3 prompts")
         [answer] = post(handler, {"inputs": "Hello", "parameters": {"max_new_tokens": 1000, "min_new_tokens": 1000}})
         assert answer["generated_tokens"] < 1000  # time ran out
@@ -373,21 +373,21 @@ INPUTS = {
     "nested-list": ([["a"]], "a list"),
     "empty-object": ({}, r"\(none\)"),
     "unknown-keys": ({"prompt": "a"}, "'prompt'"),
-    "one-unknown-key": ({"text": "a", "picture": FIRST}, "'picture'"),
+    "one-unknown-key": ({"text": "a", "picture": FIRST}, "'image'"),
     "image-and-images": ({"text": "a", "image": FIRST, "images": [FIRST]}, "one of image, images"),
     "image-list": ({"text": "a", "image": [FIRST]}, "rename it"),
-    "image-number": ({"text": "a", "image": 5}, "A picture is 5"),
-    "image-numbers": ({"text": "a", "images": [[0, 1]]}, "A picture is a list"),
-    "image-empty": ({"text": "a", "image": ""}, "A picture is ''"),
+    "image-number": ({"text": "a", "image": 5}, "An image is 5"),
+    "image-numbers": ({"text": "a", "images": [[0, 1]]}, "An image is a list"),
+    "image-empty": ({"text": "a", "image": ""}, "An image is ''"),
     "image-path": ({"text": "a", "image": "/etc/passwd"}, "never opened"),
     "image-file-url": ({"text": "a", "image": "file:///etc/passwd"}, "scheme 'file'"),
     "image-loopback": ({"text": "a", "image": "http://127.0.0.1/"}, "is not public"),
-    "too-many-images": ({"text": "a", "images": [FIRST] * 17}, "17 pictures but at most 16"),
+    "too-many-images": ({"text": "a", "images": [FIRST] * 17}, "17 images but at most 16"),
     "text-missing": ({"images": []}, "A text is None"),
     "text-list": ({"image": FIRST, "text": ["a"]}, "A text is a list"),
-    "too-few-slots": ({"images": [FIRST, FIRST], "text": "<image>"}, "1 <image> and 2 pictures"),
-    "too-many-slots": ({"image": FIRST, "text": "<image><image>"}, "2 <image> and 1 pictures"),
-    "slots-without-image": ("Look at <image>", "1 <image> and 0 pictures"),
+    "too-few-slots": ({"images": [FIRST, FIRST], "text": "<image>"}, "1 <image> and 2 images"),
+    "too-many-slots": ({"image": FIRST, "text": "<image><image>"}, "2 <image> and 1 images"),
+    "slots-without-image": ("Look at <image>", "1 <image> and 0 images"),
     "messages-text": ({"messages": "Hello"}, "messages is 'Hello'"),
     "messages-empty": ({"messages": []}, "a list of 0"),
     "messages-many": ({"messages": [{"role": "user", "content": "a"}] * 65}, "a list of 65"),
@@ -403,10 +403,10 @@ INPUTS = {
     "part-text": (user(["a"]), "A part of a message is 'a'"),
     "part-type": (user([{"type": "input_audio"}]), "'input_audio'"),
     "part-without-text": (user([{"type": "text"}]), "A text is None"),
-    "part-without-url": (user([{"type": "image_url", "image_url": {}}]), "A picture is None"),
+    "part-without-url": (user([{"type": "image_url", "image_url": {}}]), "An image is None"),
     "part-path": (user([{"type": "image", "path": "/etc/passwd"}]), "'path'"),
     "part-file": (user([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]), "scheme 'file'"),
-    "part-slot": (user([{"type": "text", "text": "<image>"}]), "1 <image> and 0 pictures"),
+    "part-slot": (user([{"type": "text", "text": "<image>"}]), "1 <image> and 0 images"),
     "part-split-slot": (user([{"type": "text", "text": "<ima"}, {"type": "text", "text": "ge>"}]), "1 <image>"),
     "assistant-picture": (
         {"messages": [{"role": "assistant", "content": [{"type": "image", "url": FIRST}]}]},
@@ -585,8 +585,8 @@ def fast_handler(handler, monkeypatch):
     """The handler without its model's computation: everything before and after it is real."""
 
     def generate(input_ids, max_new_tokens, num_beams, do_sample, **kwargs):
-        pictures = kwargs.get("pixel_values")
-        assert pictures is None or bool(pictures.isfinite().all())
+        images = kwargs.get("pixel_values")
+        assert images is None or bool(images.isfinite().all())
         tokens = torch.randint(
             0, handler.model.config.text_config.vocab_size, (len(input_ids), min(max_new_tokens, 3))
         )

@@ -16,7 +16,7 @@ from blip3.conversion.quantized import REQUIREMENTS, scales_out_of_order
 from blip3.serving.endpoint import EndpointHandler
 from blip3.serving.memory import needs_of
 from blip3.world.settings import load_settings
-from blip3.world.tasks import drawn_records
+from blip3.world.tasks import rendered_records
 from conversion_support import refused
 from serving_support import SMALL_MODEL, complete_folder
 from support import IS_TRANSFORMERS_5, ROOT, convert
@@ -76,16 +76,16 @@ def quantized(folder, kind):
 
 @pytest.fixture(scope="module")
 def prompts(processor):
-    """Held-out drawn pictures with their questions, ready for the model."""
+    """Held-out rendered images with their questions, ready for the model."""
     settings = load_settings(ROOT / "recipes" / "small" / "world.yaml")
     found = []
     for task in TASKS:
-        for record in drawn_records(task, "held_out", seed=11, count=NUM_RECORDS, settings=settings):
+        for record in rendered_records(task, "held_out", seed=11, count=NUM_RECORDS, settings=settings):
             content = record.turns[0].text
             text = processor.apply_chat_template(
                 [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
             )
-            images = [picture.open() for picture in record.images]
+            images = [image.open() for image in record.images]
             found.append(processor(text=text, images=images, return_tensors="pt"))
     return found
 
@@ -114,7 +114,7 @@ def references(full, prompts):
     return found
 
 
-def test_a_quantized_model_answers_held_out_pictures_like_the_full_one(kind, quantized, references):
+def test_a_quantized_model_answers_held_out_images_like_the_full_one(kind, quantized, references):
     same, error, spread, num_tokens, same_answers = 0, 0.0, 0.0, 0, 0
     for inputs, ids, expected in references:
         logits = answer_logits(quantized, inputs, ids)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch inference on Ray Data: every picture gets one line, whatever happens on the way."""
+"""Batch inference on Ray Data: every image gets one line, whatever happens on the way."""
 
 import io
 import json
@@ -15,44 +15,44 @@ import torch
 
 from blip3.serving import batch
 from exif_support import FORMATS, turned_and_upright
-from support import ROOT, draw_picture
+from support import ROOT, render_image
 
 pytest.importorskip("ray.data", reason="batches run on Ray: pip install 'ray[data]'")
 psutil = pytest.importorskip("psutil", reason="finds the processes of a run: pip install psutil")
 pyarrow = pytest.importorskip("pyarrow", reason="ray[data] brings it")
 parquet = pytest.importorskip("pyarrow.parquet", reason="ray[data] brings it")
 
-QUESTION, NEW_TOKENS = "What is in the picture?", 24
+QUESTION, NEW_TOKENS = "What is in the image?", 24
 SIZES = [(150, 150), (60, 300), (200, 90), (40, 40), (300, 420), (77, 99), (120, 360), (30, 20)]
 BROKEN = {"cut.jpg": "truncated", "empty.jpg": "0 bytes", "words.jpg": "13 bytes"}
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve pictures, three of them broken and one in a folder below, and a file that is none."""
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve images, three of them broken and one in a folder below, and a file that is none."""
     folder = tmp_path_factory.mktemp("pictures")
     (folder / "below").mkdir()
     for index, size in enumerate(SIZES):
-        draw_picture(*size, seed=index).save(folder / f"{index}.{'png' if index % 2 else 'jpg'}")
-    draw_picture(90, 120, seed=50).save(folder / "below" / "nine.webp")
+        render_image(*size, seed=index).save(folder / f"{index}.{'png' if index % 2 else 'jpg'}")
+    render_image(90, 120, seed=50).save(folder / "below" / "nine.webp")
     whole = (folder / "4.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.jpg").write_bytes(b"")
-    (folder / "words.jpg").write_text("not a picture", encoding="utf-8")
+    (folder / "words.jpg").write_text("not an image", encoding="utf-8")
     (folder / "notes.txt").write_text("kept out", encoding="utf-8")
     return folder
 
 
 @pytest.fixture
-def arguments(tiny_repo, pictures, tmp_path) -> dict[str, object]:
+def arguments(tiny_repo, images, tmp_path) -> dict[str, object]:
     """The options of a run on the folder."""
     names = ("--model", "--input", "--output", "--question", "--max-new-tokens", "--batch-size")
-    return dict(zip(names, (tiny_repo, pictures, tmp_path / "out", QUESTION, NEW_TOKENS, 1), strict=True))
+    return dict(zip(names, (tiny_repo, images, tmp_path / "out", QUESTION, NEW_TOKENS, 1), strict=True))
 
 
 @pytest.fixture
-def settings(tiny_repo, pictures, tmp_path) -> batch.BatchSettings:
-    return batch.BatchSettings(tiny_repo, pictures, tmp_path / "out", QUESTION, max_new_tokens=NEW_TOKENS)
+def settings(tiny_repo, images, tmp_path) -> batch.BatchSettings:
+    return batch.BatchSettings(tiny_repo, images, tmp_path / "out", QUESTION, max_new_tokens=NEW_TOKENS)
 
 
 def words(arguments: dict[str, object]) -> list[str]:
@@ -71,9 +71,9 @@ def lines_of(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / batch.ANSWERS).read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def ask(model, processor, picture, question: str) -> str:
-    """One picture on its own, as the README does it."""
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+def ask(model, processor, image, question: str) -> str:
+    """One image on its own, as the README does it."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -116,7 +116,7 @@ def is_alive(process: object) -> bool:
         return False
 
 
-def test_a_killed_run_continues_and_every_picture_gets_one_line(arguments, pictures, tiny_model, processor, tmp_path):
+def test_a_killed_run_continues_and_every_image_gets_one_line(arguments, images, tiny_model, processor, tmp_path):
     kill_after_first_line(arguments, tmp_path)
     output = arguments["--output"]
     with (output / batch.ANSWERS).open("ab") as file:  # a line that was half on the disk
@@ -127,13 +127,13 @@ def test_a_killed_run_continues_and_every_picture_gets_one_line(arguments, pictu
     again = run({**arguments, "--batch-size": 4}, tmp_path)  # batches may differ, answers may not
     assert again.returncode == 0, again.stderr
     assert f"Done: {12 - len(finished)} of 12 rows" in again.stdout
-    assert f"{len(finished)} done earlier; 1 files are no pictures" in again.stdout
+    assert f"{len(finished)} done earlier; 1 files are no images" in again.stdout
     assert "rows/s" in again.stdout
     assert "12/12" in again.stderr  # the progress bar
     rows = lines_of(output)
     assert rows[: len(finished)] == finished
     assert sorted(row["id"] for row in rows) == sorted(
-        path.relative_to(pictures).as_posix() for path in pictures.rglob("*.*") if path.suffix != ".txt"
+        path.relative_to(images).as_posix() for path in images.rglob("*.*") if path.suffix != ".txt"
     )
     for row in rows:
         assert list(row) == ["id", "question", "answer", "error"]
@@ -142,11 +142,11 @@ def test_a_killed_run_continues_and_every_picture_gets_one_line(arguments, pictu
             assert row["answer"] is None
             assert BROKEN[row["id"]] in row["error"]
             assert row["error"].endswith(".")
-            assert str(pictures) not in row["error"]
+            assert str(images) not in row["error"]
             assert "0x" not in row["error"]
         else:
             assert row["error"] is None
-            assert row["answer"] == ask(tiny_model, processor, str(pictures / row["id"]), QUESTION)
+            assert row["answer"] == ask(tiny_model, processor, str(images / row["id"]), QUESTION)
 
     before = (output / batch.ANSWERS).read_bytes()
     third = batch.run_batch(batch.parse_args(words(arguments)))  # nothing is missing: Ray is not started
@@ -154,13 +154,13 @@ def test_a_killed_run_continues_and_every_picture_gets_one_line(arguments, pictu
     assert (output / batch.ANSWERS).read_bytes() == before
 
 
-def write_parquet(folder: Path, pictures: Path) -> list[dict]:
+def write_parquet(folder: Path, images: Path) -> list[dict]:
     """Two parquet files: bytes, a struct as `datasets` writes it; each with row groups of three."""
     names = ["0.jpg", "1.png", "2.jpg", "cut.jpg", "3.png", "4.jpg", "5.png"]
     rows = []
     for index, name in enumerate(names):
         question = None if index == 1 else f"How many are there in number {index}?"
-        rows.append({"key": 100 + index, "image": (pictures / name).read_bytes(), "ask": question})
+        rows.append({"key": 100 + index, "image": (images / name).read_bytes(), "ask": question})
     rows.append({"key": 107, "image": None, "ask": "What is missing?"})
     rows.append({"key": 108, "image": rows[0]["image"], "ask": "Where is <image>?"})
     folder.mkdir()
@@ -171,8 +171,8 @@ def write_parquet(folder: Path, pictures: Path) -> list[dict]:
     return rows
 
 
-def test_parquet_with_a_question_for_each_row(arguments, pictures, tiny_model, processor, tmp_path):
-    expected = write_parquet(tmp_path / "rows", pictures)
+def test_parquet_with_a_question_for_each_row(arguments, images, tiny_model, processor, tmp_path):
+    expected = write_parquet(tmp_path / "rows", images)
     columns = {"--id-column": "key", "--question-column": "ask", "--input": tmp_path / "rows", "--batch-size": 4}
     done = run(arguments | columns, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -183,10 +183,10 @@ def test_parquet_with_a_question_for_each_row(arguments, pictures, tiny_model, p
         answered = rows[row["key"]]
         assert answered["question"] == (row["ask"] or QUESTION)
         if row["key"] not in (103, 107, 108):
-            picture = io.BytesIO(row["image"])
-            assert answered["answer"] == ask(tiny_model, processor, picture, answered["question"])
+            image = io.BytesIO(row["image"])
+            assert answered["answer"] == ask(tiny_model, processor, image, answered["question"])
     assert "truncated" in rows[103]["error"]
-    assert rows[107]["error"] == "The row has no picture."
+    assert rows[107]["error"] == "The row has no image."
     assert "<image>" in rows[108]["error"]
 
 
@@ -220,8 +220,8 @@ def test_answers_that_are_in_use_damaged_or_foreign_are_refused(settings):
         batch.AnswerFile(settings)
 
 
-def test_only_missing_rows_are_read(settings, pictures, tmp_path):
-    expected = write_parquet(tmp_path / "rows", pictures)
+def test_only_missing_rows_are_read(settings, images, tmp_path):
+    expected = write_parquet(tmp_path / "rows", images)
     with_columns = batch.dataclasses.replace(settings, input=tmp_path / "rows", id_column="key", question_column="ask")
     plan = batch.make_plan(with_columns, {"100", "101", "102", "104", "106"})
     assert (plan.num_rows, plan.num_missing) == (9, 4)
@@ -238,19 +238,19 @@ def test_only_missing_rows_are_read(settings, pictures, tmp_path):
     ]
 
 
-def test_paths_in_parquet_are_beside_it(settings, pictures, tmp_path, processor):
+def test_paths_in_parquet_are_beside_it(settings, images, tmp_path, processor):
     table = pyarrow.Table.from_pylist([{"image": "0.jpg"}, {"image": "gone.jpg"}])
-    parquet.write_table(table, pictures / "paths.parquet")
+    parquet.write_table(table, images / "paths.parquet")
     try:
-        plan = batch.make_plan(batch.dataclasses.replace(settings, input=pictures / "paths.parquet"), set())
+        plan = batch.make_plan(batch.dataclasses.replace(settings, input=images / "paths.parquet"), set())
         (rows,) = batch.read_unit(plan.units[0], 8)
     finally:
-        (pictures / "paths.parquet").unlink()
+        (images / "paths.parquet").unlink()
     engine = types.SimpleNamespace(
-        prepare=lambda picture, question: (picture, question), generate=lambda rows: [f"{len(rows[0][0])}"]
+        prepare=lambda image, question: (image, question), generate=lambda rows: [f"{len(rows[0][0])}"]
     )
     first, second = [json.loads(line) for line in batch.Answerer(settings, engine)(rows)["line"].to_pylist()]
-    assert first["answer"] == str((pictures / "0.jpg").stat().st_size)
+    assert first["answer"] == str((images / "0.jpg").stat().st_size)
     assert second["error"] == "The file 'gone.jpg' could not be read (no such file)."
 
 
@@ -269,13 +269,13 @@ def test_parquet_that_cannot_be_resumed_or_read_is_refused(settings, tmp_path, r
         batch.make_plan(batch.dataclasses.replace(settings, input=tmp_path / "rows.parquet", **options), set())
 
 
-def test_inputs_that_are_neither_pictures_nor_parquet_are_refused(settings, tmp_path):
+def test_inputs_that_are_neither_images_nor_parquet_are_refused(settings, tmp_path):
     (tmp_path / "empty").mkdir()
-    cases = {"missing": "no such file", "missing.parquet": "no such file", "empty": "0 pictures and 0 parquet files"}
+    cases = {"missing": "no such file", "missing.parquet": "no such file", "empty": "0 images and 0 parquet files"}
     for name, message in cases.items():
         with pytest.raises(ValueError, match=message):
             batch.make_plan(batch.dataclasses.replace(settings, input=tmp_path / name), set())
-    with pytest.raises(ValueError, match="folder of pictures"):
+    with pytest.raises(ValueError, match="folder of images"):
         batch.make_plan(batch.dataclasses.replace(settings, question_column="ask"), set())
 
 
@@ -310,9 +310,9 @@ def test_names_that_are_no_text_survive(settings):
     assert "Là." in batch._to_line({**row, "id": '"plain"'})
 
 
-def test_a_batch_that_does_not_fit_is_halved(settings, pictures, tiny_repo, monkeypatch):
+def test_a_batch_that_does_not_fit_is_halved(settings, images, tiny_repo, monkeypatch):
     engine = batch.TransformersEngine(batch.dataclasses.replace(settings, dtype="float32"))
-    prepared = [engine.prepare((pictures / name).read_bytes(), QUESTION) for name in ("0.jpg", "1.png", "2.jpg")]
+    prepared = [engine.prepare((images / name).read_bytes(), QUESTION) for name in ("0.jpg", "1.png", "2.jpg")]
     whole, generate, seen = engine.generate(prepared), engine.model.generate, []
 
     def with_little_memory(**inputs: object) -> torch.Tensor:
@@ -326,10 +326,10 @@ def test_a_batch_that_does_not_fit_is_halved(settings, pictures, tiny_repo, monk
     assert seen == [3, 1, 2, 1, 1]
 
 
-def test_a_prompt_longer_than_the_context_is_an_error_of_its_row(settings, pictures):
+def test_a_prompt_longer_than_the_context_is_an_error_of_its_row(settings, images):
     engine = batch.TransformersEngine(settings)
     with pytest.raises(ValueError, match="but the model reads"):
-        engine.prepare((pictures / "0.jpg").read_bytes(), "Why? " * 5000)
+        engine.prepare((images / "0.jpg").read_bytes(), "Why? " * 5000)
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
@@ -348,7 +348,7 @@ def test_an_input_that_does_not_exist_is_named_in_one_line(arguments, tmp_path, 
     assert message.count("\n") == 1
 
 
-def test_requests_to_vllm(settings, pictures, processor, monkeypatch):
+def test_requests_to_vllm(settings, images, processor, monkeypatch):
     made = {}
 
     class FakeLLM:
@@ -366,19 +366,19 @@ def test_requests_to_vllm(settings, pictures, processor, monkeypatch):
     assert made["options"]["trust_remote_code"] is True
     assert made["options"]["limit_mm_per_prompt"] == {"image": 1}
     assert made["options"]["tensor_parallel_size"] == 2
-    request = engine.prepare((pictures / "1.png").read_bytes(), QUESTION)
+    request = engine.prepare((images / "1.png").read_bytes(), QUESTION)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
     assert request["prompt"] == processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert engine.generate([request]) == ["(300, 60)"]
     assert made["sampling"] == {"temperature": 0, "max_tokens": NEW_TOKENS}
     turned, upright = turned_and_upright()
-    images = [engine.prepare(data, QUESTION)["multi_modal_data"]["image"] for data in (turned, upright)]
-    assert images[0].tobytes() == images[1].tobytes()
+    opened = [engine.prepare(data, QUESTION)["multi_modal_data"]["image"] for data in (turned, upright)]
+    assert opened[0].tobytes() == opened[1].tobytes()
     for name in BROKEN:
         with pytest.raises(ValueError, match="could not be"):
-            engine.prepare((pictures / name).read_bytes(), QUESTION)
+            engine.prepare((images / name).read_bytes(), QUESTION)
     with pytest.raises(ValueError, match="but the model reads"):
-        engine.prepare((pictures / "1.png").read_bytes(), "Why? " * 5000)
+        engine.prepare((images / "1.png").read_bytes(), "Why? " * 5000)
 
 
 def test_vllm_that_is_not_installed_is_named(arguments, monkeypatch, capsys):

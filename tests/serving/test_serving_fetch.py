@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attacks on the picture fetcher, by name: forged addresses, redirects, slow servers, bombs; and pictures that pass.
+"""Attacks on the image fetcher, by name: forged addresses, redirects, slow servers, bombs; and images that pass.
 
 Servers run on loopback. The guard takes PUBLIC for a public address; on PRIVATE a trap counts who connects.
 """
@@ -25,18 +25,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from blip3.serving import pictures
-from blip3.serving.pictures import PictureFetcher, PictureLimits, is_public, read_limits, resolve_with_system
-from support import QuietServer, draw_picture
+from blip3.serving import images
+from blip3.serving.images import ImageFetcher, ImageLimits, is_public, read_limits, resolve_with_system
+from support import QuietServer, render_image
 
 PUBLIC, PRIVATE = "127.0.0.5", "127.0.0.1"
-LIMITS = PictureLimits(
+LIMITS = ImageLimits(
     connect_seconds=10.0, total_seconds=20.0, max_bytes=300_000, max_side=2_000, max_pixels=1_000_000,
-    max_total_pixels=1_500_000, max_pictures=4,
+    max_total_pixels=1_500_000, max_images=4,
 )  # fmt: skip
 IMPATIENT = dataclasses.replace(LIMITS, connect_seconds=0.4, total_seconds=0.8)
 NAMES = {
-    "pictures.test": [PUBLIC],
+    "images.test": [PUBLIC],
     "private.test": [PRIVATE],
     "mixed.test": [PUBLIC, PRIVATE],
     "mapped.test": ["::ffff:127.0.0.5"],
@@ -57,15 +57,15 @@ def data_url(data, kind="png"):
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-PICTURE = encode(draw_picture(60, 80))
+IMAGE = encode(render_image(60, 80))
 
 
 TLS = ssl.create_default_context()
-OFFLINE = PictureFetcher(LIMITS, (), lambda host, port: [PRIVATE], TLS)  # knows no public host
+OFFLINE = ImageFetcher(LIMITS, (), lambda host, port: [PRIVATE], TLS)  # knows no public host
 
 
 class Site(BaseHTTPRequestHandler):
-    """A public server with good pictures and bad manners."""
+    """A public server with good images and bad manners."""
 
     def log_message(self, *arguments):
         pass
@@ -86,7 +86,7 @@ class Site(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def get_ok(self, query):
-        self.answer(200, PICTURE, Content_Type="text/plain")  # the decoder decides, not the header
+        self.answer(200, IMAGE, Content_Type="text/plain")  # the decoder decides, not the header
 
     def get_to(self, query):
         self.answer(302, Location=self.server.locations[query])
@@ -99,7 +99,7 @@ class Site(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for part in (PICTURE[:100], PICTURE[100:], b""):
+        for part in (IMAGE[:100], IMAGE[100:], b""):
             self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
 
     def get_endless_chunks(self, query):
@@ -113,7 +113,7 @@ class Site(BaseHTTPRequestHandler):
             self.wfile.write(bytes(65536))
 
     def get_huge(self, query):
-        self.answer(200, PICTURE, Content_Length="1000000000000")
+        self.answer(200, IMAGE, Content_Length="1000000000000")
 
     def get_drip(self, query):
         self.answer(200, Content_Length="1000")
@@ -133,7 +133,7 @@ class Site(BaseHTTPRequestHandler):
         self.server.stopped.wait(10)
 
     def get_gzip(self, query):
-        self.answer(200, zlib.compress(PICTURE), Content_Encoding="gzip")
+        self.answer(200, zlib.compress(IMAGE), Content_Encoding="gzip")
 
     def get_html(self, query):
         self.answer(200, b"<html><body>secret</body></html>", Content_Type="image/png")
@@ -148,7 +148,7 @@ class Site(BaseHTTPRequestHandler):
         self.answer(200)
 
     def get_cut(self, query):
-        self.answer(200, PICTURE[:-200], Content_Length=str(len(PICTURE)))
+        self.answer(200, IMAGE[:-200], Content_Length=str(len(IMAGE)))
 
     def get_garbage(self, query):
         self.wfile.write(b"\x00\xff SSH-2.0 not http\r\n\r\n")
@@ -190,18 +190,18 @@ def resolve(host, port):
 @pytest.fixture(scope="module")
 def fetcher(servers):
     ports = (80, 443, *(server.server_port for server in servers))
-    return PictureFetcher(dataclasses.replace(LIMITS, allowed_ports=ports), [PUBLIC], resolve)
+    return ImageFetcher(dataclasses.replace(LIMITS, allowed_ports=ports), [PUBLIC], resolve)
 
 
 @pytest.fixture(scope="module")
 def impatient(servers):
-    return PictureFetcher(dataclasses.replace(IMPATIENT, allowed_ports=(servers[0].server_port,)), [PUBLIC])
+    return ImageFetcher(dataclasses.replace(IMPATIENT, allowed_ports=(servers[0].server_port,)), [PUBLIC])
 
 
 def refused(fetcher, source, match):
     """Expect one short ValueError that repeats little of what was sent."""
     with pytest.raises(ValueError, match=match) as caught:
-        fetcher.open_pictures(source if isinstance(source, list) else [source])
+        fetcher.fetch_images(source if isinstance(source, list) else [source])
     message = str(caught.value)
     assert caught.type is ValueError
     assert "probably" in message
@@ -211,42 +211,42 @@ def refused(fetcher, source, match):
     return message
 
 
-# -- Pictures that pass -----------------------------------------------------------------------------------------------
+# -- Images that pass -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "MPO"])
 def test_every_format_passes(fetcher, kind):
-    [picture] = fetcher.open_pictures([data_url(encode(draw_picture(60, 80), kind))])
-    assert picture.size == (80, 60)
+    [image] = fetcher.fetch_images([data_url(encode(render_image(60, 80), kind))])
+    assert image.size == (80, 60)
 
 
 @pytest.mark.parametrize("path", ["/ok.png", "/chunked", "/hops?2", "/ok.png?a=b&c=%20#fragment", "/ok.png?ä=[ö]"])
-def test_a_remote_picture_passes(fetcher, site, path):
-    [picture] = fetcher.open_pictures([site + path])
-    assert picture.convert("RGB").tobytes() == draw_picture(60, 80).tobytes()
+def test_a_remote_image_passes(fetcher, site, path):
+    [image] = fetcher.fetch_images([site + path])
+    assert image.convert("RGB").tobytes() == render_image(60, 80).tobytes()
 
 
 def test_order_names_and_headers(fetcher, servers, site):
-    """Several pictures keep their order; the server learns the host asked for and nothing about us."""
+    """Several images keep their order; the server learns the host asked for and nothing about us."""
     port = servers[0].server_port
-    other = draw_picture(30, 40, seed=1)
-    remote, plain = f"http://pictures.test:{port}/ok.png", base64.b64encode(PICTURE).decode()
+    other = render_image(30, 40, seed=1)
+    remote, plain = f"http://images.test:{port}/ok.png", base64.b64encode(IMAGE).decode()
     sources = [data_url(encode(other)), remote, plain, other]
-    assert [picture.size for picture in fetcher.open_pictures(sources)] == [(40, 30), (80, 60), (80, 60), (40, 30)]
+    assert [image.size for image in fetcher.fetch_images(sources)] == [(40, 30), (80, 60), (80, 60), (40, 30)]
     headers = dict(servers[0].requests[-1][1])
-    assert headers.pop("Host") == f"pictures.test:{port}"
+    assert headers.pop("Host") == f"images.test:{port}"
     assert set(headers) == {"User-Agent", "Accept", "Accept-Encoding", "Connection"}
 
 
 def test_proxies_of_the_environment_are_not_used(fetcher, servers, site, monkeypatch):
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "HTTPS_PROXY", "https_proxy"):
         monkeypatch.setenv(name, f"http://{PRIVATE}:{servers[1].server_port}")
-    assert fetcher.open_pictures([site + "/ok.png"])
+    assert fetcher.fetch_images([site + "/ok.png"])
 
 
 def test_urls_are_not_logged(fetcher, site, caplog):
     with caplog.at_level(logging.DEBUG):
-        fetcher.open_pictures([site + "/ok.png?token=secret"])
+        fetcher.fetch_images([site + "/ok.png?token=secret"])
         refused(fetcher, site + "/gone?token=secret", "404")
     assert "fetched url sha256" in caplog.text
     assert "secret" not in caplog.text
@@ -340,15 +340,15 @@ def test_rebinding_changes_nothing_between_check_and_connection(servers, site):
     answers = iter([[PUBLIC], [PRIVATE]])
     ports = (servers[0].server_port, servers[1].server_port)
     limits = dataclasses.replace(LIMITS, allowed_ports=ports)
-    rebinding = PictureFetcher(limits, [PUBLIC], lambda host, port: next(answers))
-    assert rebinding.open_pictures([f"http://rebinding.test:{ports[0]}/ok.png"])  # one lookup, one connection
+    rebinding = ImageFetcher(limits, [PUBLIC], lambda host, port: next(answers))
+    assert rebinding.fetch_images([f"http://rebinding.test:{ports[0]}/ok.png"])  # one lookup, one connection
     refused(rebinding, f"http://rebinding.test:{ports[0]}/ok.png", "is not public")
 
 
 def test_rebinding_across_a_redirect_to_the_same_host(servers, site):
     answers = iter([[PUBLIC], [PRIVATE]])
     limits = dataclasses.replace(LIMITS, allowed_ports=(servers[0].server_port,))
-    rebinding = PictureFetcher(limits, [PUBLIC], lambda host, port: next(answers))
+    rebinding = ImageFetcher(limits, [PUBLIC], lambda host, port: next(answers))
     refused(rebinding, f"http://rebinding.test:{servers[0].server_port}/hops?1", "is not public")
 
 
@@ -361,16 +361,16 @@ def test_the_connection_goes_to_the_checked_address_only(fetcher, servers, site,
             connected.append(address)
             return super().connect(address)
 
-    monkeypatch.setattr(pictures.socket, "socket", Recorder)
-    fetcher.open_pictures([f"http://pictures.test:{servers[0].server_port}/ok.png"])
+    monkeypatch.setattr(images.socket, "socket", Recorder)
+    fetcher.fetch_images([f"http://images.test:{servers[0].server_port}/ok.png"])
     assert connected == [(PUBLIC, servers[0].server_port)]
 
 
 def test_only_loopback_can_be_opened_and_only_by_argument(monkeypatch):
     with pytest.raises(ValueError, match="loopback addresses only"):
-        PictureFetcher(public_loopback=["10.0.0.1"])
+        ImageFetcher(public_loopback=["10.0.0.1"])
     monkeypatch.setenv("BLIP3_PICTURE_PUBLIC_LOOPBACK", PRIVATE)
-    assert not PictureFetcher()._public_loopback
+    assert not ImageFetcher()._public_loopback
 
 
 # -- URLs and redirects -----------------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ URLS = {
     "file": ("file:///etc/passwd", "scheme"),
     "file-capitals": ("FILE:///etc/passwd", "scheme"),
     "file-host": ("file://localhost/etc/passwd", "scheme"),
-    "ftp": ("ftp://pictures.test/a.png", "scheme"),
+    "ftp": ("ftp://images.test/a.png", "scheme"),
     "gopher": ("gopher://127.0.0.1:70/_x", "scheme"),
     "javascript": ("javascript:secret", "scheme"),
     "drive": ("C:\\secret.png", "scheme"),
@@ -389,20 +389,20 @@ URLS = {
     "network-path": ("//127.0.0.1/secret.png", "neither"),
     "device": ("/dev/zero", "neither"),
     "null-byte": ("\0secret", "neither"),
-    "port-ssh": ("http://pictures.test:22/", "port 22"),
-    "port-redis": ("http://pictures.test:6379/", "port 6379"),
-    "port-zero": ("http://pictures.test:0/", "port 0"),
-    "port-too-high": ("http://pictures.test:99999/", "no valid host or port"),
-    "port-word": ("http://pictures.test:secret/", "no valid host or port"),
-    "credentials": ("http://user:secret@pictures.test/", "user name or password"),
-    "user": ("http://secret@pictures.test/", "user name or password"),
-    "empty-user": ("http://@pictures.test/", "user name or password"),
-    "backslash": ("http://pictures.test\\@127.0.0.1/", "backslashes"),
-    "line-break": ("http://pictures.test/\r\nHost: secret", "controls"),
-    "space": ("http://pictures.test/a secret", "spaces"),
-    "long": ("http://pictures.test/" + "a" * 3000, "3021 characters"),
+    "port-ssh": ("http://images.test:22/", "port 22"),
+    "port-redis": ("http://images.test:6379/", "port 6379"),
+    "port-zero": ("http://images.test:0/", "port 0"),
+    "port-too-high": ("http://images.test:99999/", "no valid host or port"),
+    "port-word": ("http://images.test:secret/", "no valid host or port"),
+    "credentials": ("http://user:secret@images.test/", "user name or password"),
+    "user": ("http://secret@images.test/", "user name or password"),
+    "empty-user": ("http://@images.test/", "user name or password"),
+    "backslash": ("http://images.test\\@127.0.0.1/", "backslashes"),
+    "line-break": ("http://images.test/\r\nHost: secret", "controls"),
+    "space": ("http://images.test/a secret", "spaces"),
+    "long": ("http://images.test/" + "a" * 3000, "3021 characters"),
     "no-host": ("http:///a.png", "no valid host"),
-    "no-slashes": ("http:pictures.test", "no valid host"),
+    "no-slashes": ("http:images.test", "no valid host"),
     "only-scheme": ("http://", "no valid host"),
     "percent-host": ("http://%31%32%37.0.0.1/", "no valid host"),
     "broken-brackets": ("http://[::1/", "no valid host"),
@@ -424,10 +424,10 @@ def test_urls_that_are_refused(fetcher, site, monkeypatch, url, match):
 
 LOCATIONS = {
     "to-a-file": ("file:///etc/passwd", "scheme"),
-    "to-data": (data_url(PICTURE), "scheme"),
-    "to-ftp": ("ftp://pictures.test/", "scheme"),
-    "to-another-port": ("http://pictures.test:22/", "port 22"),
-    "to-credentials": ("http://user:secret@pictures.test/", "user name or password"),
+    "to-data": (data_url(IMAGE), "scheme"),
+    "to-ftp": ("ftp://images.test/", "scheme"),
+    "to-another-port": ("http://images.test:22/", "port 22"),
+    "to-credentials": ("http://user:secret@images.test/", "user name or password"),
     "to-localhost-without-scheme": ("//localhost/secret", "is not public"),
     "to-nothing": ("", "no valid URL"),
     "to-itself": ("/to?to-itself", "more than 3 redirects"),
@@ -443,10 +443,10 @@ def test_redirects_that_are_refused(fetcher, servers, site, request, location, m
     refused(fetcher, f"{site}/to?{name}", match)
 
 
-def test_remote_pictures_can_be_switched_off(site):
-    offline = PictureFetcher(dataclasses.replace(LIMITS, allow_remote=False), [PUBLIC])
-    refused(offline, "http://pictures.test/ok.png", "no remote pictures")
-    assert offline.open_pictures([data_url(PICTURE)])
+def test_remote_images_can_be_switched_off(site):
+    offline = ImageFetcher(dataclasses.replace(LIMITS, allow_remote=False), [PUBLIC])
+    refused(offline, "http://images.test/ok.png", "no remote images")
+    assert offline.fetch_images([data_url(IMAGE)])
 
 
 # -- Servers ----------------------------------------------------------------------------------------------------------
@@ -479,16 +479,16 @@ def test_slow_servers_are_given_up(impatient, servers, site, path):
     assert time.monotonic() - begin < 2 * IMPATIENT.total_seconds
 
 
-def test_time_is_shared_by_all_pictures(impatient, site):
+def test_time_is_shared_by_all_images(impatient, site):
     begin = time.monotonic()
-    refused(impatient, [data_url(PICTURE), f"{site}/drip", f"{site}/drip"], "Picture 2 of 3")
+    refused(impatient, [data_url(IMAGE), f"{site}/drip", f"{site}/drip"], "Image 2 of 3")
     assert time.monotonic() - begin < 2 * IMPATIENT.total_seconds
 
 
 def test_a_slow_resolver_is_given_up():
     release = threading.Event()
     limits = dataclasses.replace(LIMITS, connect_seconds=0.1)
-    slow = PictureFetcher(limits, [PUBLIC], lambda host, port: release.wait(20) and [PUBLIC])
+    slow = ImageFetcher(limits, [PUBLIC], lambda host, port: release.wait(20) and [PUBLIC])
     begin = time.monotonic()
     for _ in range(9):  # more than may hang at once
         refused(slow, "http://slow.test/", "in time")
@@ -499,26 +499,26 @@ def test_a_slow_resolver_is_given_up():
 def test_a_server_that_is_down():
     with socket.create_server((PUBLIC, 0)) as free:
         port = free.getsockname()[1]
-    down = PictureFetcher(dataclasses.replace(LIMITS, allowed_ports=(port,)), [PUBLIC])
+    down = ImageFetcher(dataclasses.replace(LIMITS, allowed_ports=(port,)), [PUBLIC])
     refused(down, f"http://{PUBLIC}:{port}/", "ConnectionRefusedError")
 
 
 def test_a_silent_tls_server_is_given_up():
     with socket.create_server((PUBLIC, 0)) as silent:
         port = silent.getsockname()[1]
-        limited = PictureFetcher(dataclasses.replace(IMPATIENT, allowed_ports=(port,)), [PUBLIC])
+        limited = ImageFetcher(dataclasses.replace(IMPATIENT, allowed_ports=(port,)), [PUBLIC])
         refused(limited, f"https://{PUBLIC}:{port}/", "in time")
 
 
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory):
-    """A TLS server that proves to be pictures.test; its port and a context that trusts it."""
+    """A TLS server that proves to be images.test; its port and a context that trusts it."""
     if shutil.which("openssl") is None:
         pytest.skip("the openssl program makes the certificate and is not installed")
     folder = tmp_path_factory.mktemp("tls")
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", folder / "key", "-out",
-         folder / "cert", "-days", "2", "-subj", "/CN=pictures.test", "-addext", "subjectAltName=DNS:pictures.test"],
+         folder / "cert", "-days", "2", "-subj", "/CN=images.test", "-addext", "subjectAltName=DNS:images.test"],
         check=True, capture_output=True,
     )  # fmt: skip
     server = start(PUBLIC)
@@ -533,17 +533,17 @@ def tls(tmp_path_factory):
 def test_tls_verifies_the_name_and_not_the_address(tls):
     port, trusting = tls
     limits = dataclasses.replace(LIMITS, allowed_ports=(port,))
-    fetcher = PictureFetcher(limits, [PUBLIC], lambda host, port: [PUBLIC], trusting)
-    assert fetcher.open_pictures([f"https://pictures.test:{port}/ok.png"])
+    fetcher = ImageFetcher(limits, [PUBLIC], lambda host, port: [PUBLIC], trusting)
+    assert fetcher.fetch_images([f"https://images.test:{port}/ok.png"])
     refused(fetcher, f"https://other.test:{port}/ok.png", "by TLS")
     refused(fetcher, f"https://{PUBLIC}:{port}/ok.png", "by TLS")
-    distrusting = PictureFetcher(limits, [PUBLIC], lambda host, port: [PUBLIC])
-    refused(distrusting, f"https://pictures.test:{port}/ok.png", "by TLS")
-    refused(fetcher, f"http://pictures.test:{port}/ok.png", "could not be read|status 400")
+    distrusting = ImageFetcher(limits, [PUBLIC], lambda host, port: [PUBLIC])
+    refused(distrusting, f"https://images.test:{port}/ok.png", "by TLS")
+    refused(fetcher, f"http://images.test:{port}/ok.png", "could not be read|status 400")
 
 
 def test_doctests():
-    assert doctest.testmod(pictures).failed == 0
+    assert doctest.testmod(images).failed == 0
 
 
 # -- Files ------------------------------------------------------------------------------------------------------------
@@ -572,7 +572,7 @@ def gif_with_large_frame():
 
 
 def jpeg_of_many_scans():
-    data = encode(draw_picture(200, 200), "JPEG", progressive=True)
+    data = encode(render_image(200, 200), "JPEG", progressive=True)
     scan = data[data.rindex(b"\xff\xda") : -2]
     return data[:-2] + scan * 100 + data[-2:]
 
@@ -587,17 +587,17 @@ FILES = {
     "bomb-jpeg-scans": (jpeg_of_many_scans, "more than 32 scans"),
     "too-wide": (lambda: encode(Image.new("1", (2001, 1))), "1 x 2001"),
     "too-high": (lambda: encode(Image.new("1", (1, 2001))), "2001 x 1"),
-    "too-many-bytes": (lambda: PICTURE + bytes(300_000), "300000 bytes"),
+    "too-many-bytes": (lambda: IMAGE + bytes(300_000), "300000 bytes"),
     "claimed-size-cut": (lambda: png_of_claimed_size(900, 900), "could not be decoded"),
-    "cut": (lambda: PICTURE[: len(PICTURE) // 2], "could not be decoded"),
-    "header-only": (lambda: PICTURE[:8], "not the beginning"),
+    "cut": (lambda: IMAGE[: len(IMAGE) // 2], "could not be decoded"),
+    "header-only": (lambda: IMAGE[:8], "not the beginning"),
     "nothing": (lambda: b"", "not the beginning"),
     "noise": (lambda: bytes(range(256)), "not the beginning"),
-    "tiff": (lambda: encode(draw_picture(8, 8), "TIFF"), "not the beginning"),
-    "ico": (lambda: encode(draw_picture(16, 16), "ICO"), "not the beginning"),
-    "ppm": (lambda: encode(draw_picture(8, 8), "PPM"), "not the beginning"),
-    "eps": (lambda: encode(draw_picture(8, 8), "EPS"), "not the beginning"),
-    "pdf": (lambda: encode(draw_picture(8, 8), "PDF"), "not the beginning"),
+    "tiff": (lambda: encode(render_image(8, 8), "TIFF"), "not the beginning"),
+    "ico": (lambda: encode(render_image(16, 16), "ICO"), "not the beginning"),
+    "ppm": (lambda: encode(render_image(8, 8), "PPM"), "not the beginning"),
+    "eps": (lambda: encode(render_image(8, 8), "EPS"), "not the beginning"),
+    "pdf": (lambda: encode(render_image(8, 8), "PDF"), "not the beginning"),
     "svg": (lambda: b"<svg><image href='file:///etc/passwd'/></svg>", "not the beginning"),
 }
 
@@ -617,17 +617,17 @@ def test_bodies_that_a_container_opened_are_checked_again(fetcher, name):
 
 def test_an_opened_file_of_another_kind_is_refused(fetcher, tmp_path):
     for kind, match in (("tiff", "'TIFF'"), ("png", "1400 x 1400")):
-        path = tmp_path / f"picture.{kind}"
+        path = tmp_path / f"image.{kind}"
         Image.new("1", (1400, 1400) if kind == "png" else (4, 4)).save(path)
         with Image.open(path) as image:
             refused(fetcher, image, match)
 
 
-BASE64 = base64.b64encode(PICTURE).decode()
+BASE64 = base64.b64encode(IMAGE).decode()
 TEXTS = {
     "line-breaks": BASE64[:76] + "\n" + BASE64[76:],
     "spaces": BASE64[:76] + " " + BASE64[76:],
-    "no-padding": base64.b64encode(PICTURE[:100]).decode().rstrip("="),
+    "no-padding": base64.b64encode(IMAGE[:100]).decode().rstrip("="),
     "url-safe": "-_" + BASE64[2:],
     "percent": BASE64[:-4] + "%3D%3D",
     "inner-padding": "QQ==" + BASE64,
@@ -648,11 +648,11 @@ def test_too_long_base64_is_not_decoded(fetcher, monkeypatch):
 
 
 def test_counts_of_a_request(fetcher):
-    assert len(fetcher.open_pictures([data_url(PICTURE)] * 4)) == 4
-    refused(fetcher, [data_url(PICTURE)] * 5, "5 pictures but at most 4")
+    assert len(fetcher.fetch_images([data_url(IMAGE)] * 4)) == 4
+    refused(fetcher, [data_url(IMAGE)] * 5, "5 images but at most 4")
     large = data_url(encode(Image.new("1", (900, 900))))
-    assert fetcher.open_pictures([large])
-    refused(fetcher, [large, large], "Picture 2 of 2: .*690000 left")
+    assert fetcher.fetch_images([large])
+    refused(fetcher, [large, large], "Image 2 of 2: .*690000 left")
 
 
 # -- Random ones ------------------------------------------------------------------------------------------------------
@@ -669,7 +669,7 @@ HEADERS = (
 def opened_or_refused(fetcher, source):
     refusal = None
     try:
-        fetcher.open_pictures([source])
+        fetcher.fetch_images([source])
     except ValueError as error:
         refusal = error
     assert type(refusal) in (ValueError, type(None))
@@ -683,7 +683,7 @@ def opened_or_refused(fetcher, source):
 @RANDOM
 @given(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP", "MPO"]), st.data())
 def test_damaged_files_are_opened_or_refused(kind, data):
-    damaged = bytearray(encode(draw_picture(20, 30), kind))
+    damaged = bytearray(encode(render_image(20, 30), kind))
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, len(damaged)))
         damaged[start : start + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=9))
@@ -694,7 +694,7 @@ def test_damaged_files_are_opened_or_refused(kind, data):
 @given(st.sampled_from(["http://", "https://", "HTTP:", "data:image/", "//", ""]), st.text(st.characters()), st.text())
 def test_random_urls_are_refused(scheme, host, path):
     with pytest.raises(ValueError, match="probably"):
-        OFFLINE.open_pictures([f"{scheme}{host}/{path}"])
+        OFFLINE.fetch_images([f"{scheme}{host}/{path}"])
     opened_or_refused(OFFLINE, f"{scheme}{host}/{path}")
 
 
@@ -702,32 +702,32 @@ def test_random_urls_are_refused(scheme, host, path):
 @given(st.lists(st.sampled_from(HEADS + HEADERS) | st.binary(max_size=30), max_size=6).map(b"".join))
 def test_random_answers_are_refused(answer):
     ours, theirs = socket.socketpair()
-    fetcher = PictureFetcher(IMPATIENT, (), lambda host, port: [PRIVATE], TLS)
+    fetcher = ImageFetcher(IMPATIENT, (), lambda host, port: [PRIVATE], TLS)
     fetcher._connect = lambda target, deadline: ours
     with theirs:
         theirs.sendall(answer)
         theirs.shutdown(socket.SHUT_WR)
-        opened_or_refused(fetcher, "http://pictures.test/")
+        opened_or_refused(fetcher, "http://images.test/")
 
 
 # -- Limits -----------------------------------------------------------------------------------------------------------
 
 
 def test_limits_are_frozen_documented_and_read_from_the_environment():
-    for field in dataclasses.fields(PictureLimits):
-        assert f"        {field.name}: " in PictureLimits.__doc__
+    for field in dataclasses.fields(ImageLimits):
+        assert f"        {field.name}: " in ImageLimits.__doc__
     with pytest.raises(dataclasses.FrozenInstanceError):
         LIMITS.max_bytes = 1
     environment = {"MAX_BYTES": "1000", "TOTAL_SECONDS": "2.5", "ALLOWED_PORTS": "80, 8080", "ALLOW_REMOTE": "0"}
-    limits = read_limits(PictureLimits, "P_", {f"P_{name}": value for name, value in environment.items()})
+    limits = read_limits(ImageLimits, "P_", {f"P_{name}": value for name, value in environment.items()})
     expected = {"max_bytes": 1000, "total_seconds": 2.5, "allowed_ports": (80, 8080), "allow_remote": False}
-    assert limits == dataclasses.replace(PictureLimits(), **expected)
+    assert limits == dataclasses.replace(ImageLimits(), **expected)
 
 
 @pytest.mark.parametrize("value", ["10MB", "-1", "0", "nan", "1.5", "1e400", "true", "1,2"])
 def test_limits_that_cannot_be_kept(value):
     with pytest.raises(ValueError, match=r"(?i)max_bytes.*probably"):
-        read_limits(PictureLimits, "P_", {"P_MAX_BYTES": value})
+        read_limits(ImageLimits, "P_", {"P_MAX_BYTES": value})
 
 
 @pytest.mark.parametrize(
@@ -735,4 +735,4 @@ def test_limits_that_cannot_be_kept(value):
 )
 def test_limits_of_a_wrong_type(values):
     with pytest.raises(ValueError, match=next(iter(values))):
-        PictureLimits(**values)
+        ImageLimits(**values)

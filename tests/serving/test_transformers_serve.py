@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoProcessor
 
 from serving_support import Server, local_message, serving, silence_bytes, user_message
-from support import IS_TRANSFORMERS_5, draw_picture, load_model
+from support import IS_TRANSFORMERS_5, load_model, render_image
 
 NEEDED = ("fastapi", "openai", "uvicorn")
 MISSING = [name for name in NEEDED if find_spec(name) is None]
@@ -22,11 +22,11 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"pip install 'transformers[serving]': {', '.join(MISSING)} missing"),
 ]
 
-WIDE, TALL = draw_picture(60, 300, seed=2), draw_picture(200, 90, seed=3)
+WIDE, TALL = render_image(60, 300, seed=2), render_image(200, 90, seed=3)
 CONVERSATIONS = {
     "text only": ("How many dogs are there?",),
-    "one picture": (WIDE, "What is in the picture?"),
-    "two pictures between words": ("Is", WIDE, "above", TALL, "or not?"),
+    "one image": (WIDE, "What is in the image?"),
+    "two images between words": ("Is", WIDE, "above", TALL, "or not?"),
 }
 NUM_TOKENS = 16
 
@@ -81,12 +81,12 @@ def test_a_streamed_answer_is_the_same_in_several_pieces(server, folder, answers
     assert len([piece for piece in pieces if piece]) > 1
 
 
-def test_the_answer_depends_on_the_picture(server, folder):
+def test_the_answer_depends_on_the_image(server, folder):
     replies = {
         server.client()
         .chat.completions.create(
             model=str(folder),
-            messages=user_message(draw_picture(100, 100, seed=seed), "What?"),
+            messages=user_message(render_image(100, 100, seed=seed), "What?"),
             max_tokens=NUM_TOKENS,
         )
         .choices[0]
@@ -96,7 +96,7 @@ def test_the_answer_depends_on_the_picture(server, folder):
     assert len(replies) == 3
 
 
-def test_a_bad_picture_is_refused_and_the_server_lives_on(server, folder, answers):
+def test_a_bad_image_is_refused_and_the_server_lives_on(server, folder, answers):
     from openai import APIStatusError
 
     broken = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
@@ -105,6 +105,6 @@ def test_a_bad_picture_is_refused_and_the_server_lives_on(server, folder, answer
             model=str(folder), messages=[{"role": "user", "content": broken}], max_tokens=2
         )
     reply = server.client().chat.completions.create(
-        model=str(folder), messages=user_message(*CONVERSATIONS["one picture"]), max_tokens=NUM_TOKENS
+        model=str(folder), messages=user_message(*CONVERSATIONS["one image"]), max_tokens=NUM_TOKENS
     )
-    assert reply.choices[0].message.content == answers["one picture"][1]
+    assert reply.choices[0].message.content == answers["one image"][1]

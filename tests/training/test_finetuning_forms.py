@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import AutoProcessor, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
-from support import IS_TRANSFORMERS_5, ROOT, TRL_ARGUMENTS, draw_picture, load_model
+from support import IS_TRANSFORMERS_5, ROOT, TRL_ARGUMENTS, load_model, render_image
 
 trl = pytest.importorskip("trl")
 
@@ -23,8 +23,8 @@ DOCUMENTED = {
     cells[0].strip(): cells[1 if not IS_TRANSFORMERS_5 else 2].strip()
     for cells in (line.strip("| ").split(" | ") for line in TABLE.strip().splitlines()[2:])
 }
-IMAGES = [draw_picture(150, 150, seed=1), draw_picture(60, 300, seed=2), draw_picture(200, 90, seed=3)]
-QUESTION, ANSWERS = "What is in the picture?", ["A red square.", "Two dogs."]
+IMAGES = [render_image(150, 150, seed=1), render_image(60, 300, seed=2), render_image(200, 90, seed=3)]
+QUESTION, ANSWERS = "What is in the image?", ["A red square.", "Two dogs."]
 PROMPT = "<|user|>\n<image>\n{}<|end|>\n<|assistant|>\n"
 ADAPTER = LoraConfig(r=2, target_modules=r".*language_model\..*\.(qkv_proj|o_proj)")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoProcessor
 
 from blip3.data.canvas import Drawing
-from blip3.data.records import DOCUMENT_KINDS, Picture, Record, Turn
+from blip3.data.records import DOCUMENT_KINDS, ImageSource, Record, Turn
 from blip3.training import encode
 from blip3.training.encode import (
     IGNORE_INDEX,
@@ -19,13 +19,13 @@ from blip3.training.encode import (
     Encoder,
     TooLongError,
     first_fit,
-    join_pictures,
+    join_images,
     pack,
     pad,
     shorten,
 )
 from blip3.world.settings import settings_from
-from blip3.world.tasks import drawn_record
+from blip3.world.tasks import rendered_record
 from support import load_model
 from training_support import WORLD
 
@@ -44,29 +44,29 @@ def encoder(small_processor) -> Encoder:
     return Encoder(small_processor, 10_000)
 
 
-def picture(number: int) -> Picture:
-    """A plain picture whose colour tells which it is."""
+def image(number: int) -> ImageSource:
+    """A plain image whose colour tells which it is."""
     colour = f"#{(37 * number + 11) % 256:02x}{(91 * number + 5) % 256:02x}{(53 * number + 200) % 256:02x}"
-    return Picture(drawing=Drawing(SIZES[number % 3], ("plain", colour), ()))
+    return ImageSource(drawing=Drawing(SIZES[number % 3], ("plain", colour), ()))
 
 
 def chat(*turns: str, system: str = "", num_images: int = 0) -> Record:
     roles = [("user", "assistant")[index % 2] for index in range(len(turns))]
     told = [Turn(role, text) for role, text in zip(roles, turns, strict=True)]
     told = [Turn("system", system), *told] if system else told
-    return Record("chat", "instruction", tuple(map(picture, range(num_images))), tuple(told))
+    return Record("chat", "instruction", tuple(map(image, range(num_images))), tuple(told))
 
 
 def document(*chunks: str, kind: str = "interleaved") -> Record:
     num_images = sum(chunk.count("<image>") for chunk in chunks)
     turns = tuple(Turn("document", chunk) for chunk in chunks)
-    return Record("document", kind, tuple(map(picture, range(num_images))), turns)
+    return Record("document", kind, tuple(map(image, range(num_images))), turns)
 
 
 def few_shot(num_shots: int) -> Record:
     turns = [Turn("document", f"<image>Question:Which? Short answer:{WORDS[n % 7]}") for n in range(num_shots)]
     turns += [Turn("user", "<image>Question:Which? Short answer:"), Turn("assistant", "dax")]
-    return Record("shots", "few_shot", tuple(map(picture, range(num_shots + 1))), tuple(turns))
+    return Record("shots", "few_shot", tuple(map(image, range(num_shots + 1))), tuple(turns))
 
 
 def learned(sample: dict, processor: object) -> str:
@@ -94,14 +94,14 @@ def test_chats_learn_answers_alone(encoder, small_processor):
     assert (sample["input_ids"] == small_processor.image_token_id).sum() == 3 * LATENTS
 
 
-def test_chats_without_pictures_have_none(encoder, small_processor):
+def test_chats_without_images_have_none(encoder, small_processor):
     sample = encoder(chat("What is two and two?", "It is four."))
     assert sample.keys() == {"input_ids", "labels"}
     assert learned(sample, small_processor) == "It is four.<|end|>"
 
 
 def test_documents_learn_text_and_its_end(encoder, small_processor):
-    """As in the report's code, pictures, padding and the end of a chunk are left out of the loss."""
+    """As in the report's code, images, padding and the end of a chunk are left out of the loss."""
     sample = encoder(document("A star <image> above", "<image>the cat"))
     assert learned(sample, small_processor) == " star|above|the cat|<|endoftext|>"  # nothing comes before "A"
 
@@ -170,7 +170,7 @@ def records(draw) -> Record:
 
 @settings(max_examples=60, deadline=None)
 @given(record=records(), max_length=st.integers(10, 160))
-def test_long_samples_are_cut_between_turns_and_never_in_a_picture(small_processor, encoder, record, max_length):
+def test_long_samples_are_cut_between_turns_and_never_in_a_image(small_processor, encoder, record, max_length):
     whole = encoder(record)
     try:
         cut = Encoder(small_processor, max_length)(record)
@@ -186,16 +186,16 @@ def test_long_samples_are_cut_between_turns_and_never_in_a_picture(small_process
     if record.kind == "few_shot":  # the question stays
         begins_with_bos = ids[0] == small_processor.tokenizer.bos_token_id
         assert ids[begins_with_bos:] == all_ids[len(all_ids) - len(ids) + begins_with_bos :]
-        pictures = slice(len(record.images) - kept, None)
+        images = slice(len(record.images) - kept, None)
     else:
         is_document = record.kind == "interleaved"
         assert ids[: len(ids) - is_document] == all_ids[: len(ids) - is_document]
         last = ["<|endofchunk|>", "<|endoftext|>"] if is_document else ["<|end|>"]
         assert small_processor.tokenizer.convert_ids_to_tokens(ids[-len(last) :]) == last
         assert not is_document or ids[-1] == end_of_text
-        pictures = slice(0, kept)
+        images = slice(0, kept)
     if kept:
-        assert torch.equal(cut["pixel_values"], whole["pixel_values"][pictures])
+        assert torch.equal(cut["pixel_values"], whole["pixel_values"][images])
 
 
 def test_what_cannot_be_cut_is_named(small_processor):
@@ -316,16 +316,16 @@ def test_packed_samples_do_not_see_each_other(small_model, encoder):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_batches_without_pictures_train(small_model, encoder, packing):
+def test_batches_without_images_train(small_model, encoder, packing):
     batch = Collator(0, packing, 1000)([encoder(record) for record in TEXT_ONLY])
     assert "pixel_values" not in batch
-    assert join_pictures([encoder(record) for record in TEXT_ONLY]) == {}
+    assert join_images([encoder(record) for record in TEXT_ONLY]) == {}
     _, found = gradients(load_model(small_model).train(), batch)
     assert any("resampler" in name for name in found), "every trainable module takes part, with a gradient of zero"
 
 
 @pytest.mark.parametrize("task", ["caption", "ocr", "grounding", "interleaved", "rule", "read", "dialogue", "refusal"])
-def test_drawn_records_encode(encoder, task):
-    sample = encoder(drawn_record(task, settings=settings_from(WORLD)))
+def test_rendered_records_encode(encoder, task):
+    sample = encoder(rendered_record(task, settings=settings_from(WORLD)))
     assert (sample["labels"] != IGNORE_INDEX).any()
     assert sample["input_ids"].dtype == sample["labels"].dtype == torch.long

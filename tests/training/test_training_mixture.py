@@ -9,12 +9,12 @@ from collections import Counter
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from blip3.data.records import Picture, Record, Turn, write_jsonl
+from blip3.data.records import ImageSource, Record, Turn, write_jsonl
 from blip3.training.mixture import REMEMBERED, Mixture
 from blip3.world import build
 from blip3.world.settings import settings_from
 from blip3.world.splits import split_of
-from blip3.world.tasks import TASKS, content_keys, drawn_record
+from blip3.world.tasks import TASKS, content_keys, rendered_record
 from training_support import WORLD
 
 
@@ -42,16 +42,16 @@ def shards(tmp_path_factory):
     from datasets import Dataset as Rows
 
     folder = tmp_path_factory.mktemp("shards")
-    picture = build.encode(drawn_record("caption", settings=settings_from(WORLD)).images[0], "png")
+    image = build.encode(rendered_record("caption", settings=settings_from(WORLD)).images[0], "png")
     for shard in range(3):
         with tarfile.open(folder / f"shard-{shard}.tar", "w") as tar:
             for number in range(4):
-                for suffix, data in (("png", picture), ("txt", f"caption {shard}{number}".encode())):
+                for suffix, data in (("png", image), ("txt", f"caption {shard}{number}".encode())):
                     info = tarfile.TarInfo(f"{shard}{number}.{suffix}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
         captions = json.dumps([["a caption", 0, False]])
-        rows = [{"uid": f"{shard}{number}", "captions": captions, "image": picture} for number in range(4)]
+        rows = [{"uid": f"{shard}{number}", "captions": captions, "image": image} for number in range(4)]
         Rows.from_list(rows).to_parquet(str(folder / f"shard-{shard}.parquet"))
     return folder
 
@@ -68,7 +68,7 @@ def streams(folder) -> list[dict]:
 
 
 def test_weights_are_respected():
-    entries = [{"drawn": "count", "weight": 6}, {"drawn": "name", "weight": 3}, {"drawn": "relation"}]
+    entries = [{"rendered": "count", "weight": 6}, {"rendered": "name", "weight": 3}, {"rendered": "relation"}]
     mixture = mixture_of(*entries, count=20_000)
     shares = Counter(mixture.choice.tolist())
     for source, share in enumerate((0.6, 0.3, 0.1)):
@@ -79,7 +79,9 @@ def test_weights_are_respected():
 
 
 def test_weights_need_no_sum():
-    one, other = (mixture_of({"drawn": "count", "weight": w}, {"drawn": "name", "weight": 2 * w}) for w in (1, 45))
+    one, other = (
+        mixture_of({"rendered": "count", "weight": w}, {"rendered": "name", "weight": 2 * w}) for w in (1, 45)
+    )
     assert ids_of(one) == ids_of(other)
 
 
@@ -87,7 +89,7 @@ def test_weights_need_no_sum():
 
 
 def test_samples_depend_on_seed_and_index_alone(jsonl):
-    entries = ({"drawn": "count"}, {"records": str(jsonl), "weight": 2})
+    entries = ({"rendered": "count"}, {"records": str(jsonl), "weight": 2})
     straight = ids_of(mixture_of(*entries))
     assert ids_of(mixture_of(*entries), range(59, -1, -1)) == straight[::-1]
     assert mixture_of(*entries)[33].id == straight[33]
@@ -95,15 +97,15 @@ def test_samples_depend_on_seed_and_index_alone(jsonl):
     assert ids_of(mixture_of(*entries, seed=1)) != straight
 
 
-def test_drawn_samples_are_those_of_the_world():
-    mixture = mixture_of({"drawn": "read", "world": {"max_characters": 2}})
+def test_rendered_samples_are_those_of_the_world():
+    mixture = mixture_of({"rendered": "read", "world": {"max_characters": 2}})
     settings = settings_from(WORLD | {"max_characters": 2})
-    assert mixture[5] == drawn_record("read", "train", 0, 5, settings)
-    assert all(len(mixture[index].truth["answer"]) <= 2 for index in range(20))
+    assert mixture[5] == rendered_record("read", "train", 0, 5, settings)
+    assert all(len(mixture[index].annotations["answer"]) <= 2 for index in range(20))
 
 
 def test_entries_of_one_task_draw_different_records():
-    mixture = mixture_of({"drawn": "rule", "world": {"num_shots": 2}}, {"drawn": "name"}, {"drawn": "rule"})
+    mixture = mixture_of({"rendered": "rule", "world": {"num_shots": 2}}, {"rendered": "name"}, {"rendered": "rule"})
     ids = ids_of(mixture)
     assert len(set(ids)) == len(ids)
 
@@ -111,7 +113,7 @@ def test_entries_of_one_task_draw_different_records():
 @pytest.mark.parametrize("task", TASKS)
 def test_splits_stay_apart(task):
     for split in ("train", "held_out"):
-        mixture = mixture_of({"drawn": task}, count=8, split=split)
+        mixture = mixture_of({"rendered": task}, count=8, split=split)
         for index in range(8):
             assert {split_of(key) for key in content_keys(mixture[index])} <= {split}
 
@@ -134,7 +136,7 @@ def test_llava_files_and_mixtures_are_lists(tmp_path):
     (tmp_path / "mix.yaml").write_text("five.json: 3\n")
     five = mixture_of({"llava": str(tmp_path / "five.json"), "images": "pictures"}, count=10)
     assert sorted(ids_of(five, range(5))) == sorted(ids_of(five, range(5, 10))) == list("01234")
-    assert five[0].images == (Picture(path=f"pictures/{five[0].id}.png"),)
+    assert five[0].images == (ImageSource(path=f"images/{five[0].id}.png"),)
     assert len(set(ids_of(mixture_of({"llava": str(tmp_path / "mix.yaml")}, count=9)))) == 3
 
 
@@ -178,7 +180,7 @@ class Ids(Dataset):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("num_workers", [1, 2, 4])  # more workers than shards as well
 def test_worker_processes_change_nothing(shards, jsonl, num_workers):
-    entries = [*streams(shards), {"records": str(jsonl)}, {"drawn": "count"}]
+    entries = [*streams(shards), {"records": str(jsonl)}, {"rendered": "count"}]
     loader = DataLoader(Ids(mixture_of(*entries)), batch_size=3, num_workers=num_workers, collate_fn=list)
     assert [each for batch in loader for each in batch] == ids_of(mixture_of(*entries))
 
@@ -189,16 +191,16 @@ def test_worker_processes_change_nothing(shards, jsonl, num_workers):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"weight": 1}, r"mixture\[0\] is .* must name exactly one of drawn, records, llava, stream"),
-        ({"drawn": "count", "records": "a"}, "exactly one of"),
-        ({"drawn": "count", "wieght": 2}, "unknown key 'wieght'.*Did you mean 'weight'"),
-        ({"drawn": "count", "images": "x"}, "unknown key 'images'"),
-        ({"drawn": "count", "weight": 0}, "weight 0 but it must be a positive number"),
-        ({"drawn": "count", "weight": "2"}, "weight '2' but it must be a positive number"),
-        ({"drawn": "count", "weight": True}, "weight True"),
-        ({"drawn": "count", "weight": float("nan")}, "weight nan"),
-        ({"drawn": "cuont"}, "draws 'cuont' but the drawn world has only read, name"),
-        ({"drawn": "count", "world": {"side": [1, 2]}}, r"mixture\[0\].world has the field 'side'.*'sides'"),
+        ({"weight": 1}, r"mixture\[0\] is .* must name exactly one of rendered, records, llava, stream"),
+        ({"rendered": "count", "records": "a"}, "exactly one of"),
+        ({"rendered": "count", "wieght": 2}, "unknown key 'wieght'.*Did you mean 'weight'"),
+        ({"rendered": "count", "images": "x"}, "unknown key 'images'"),
+        ({"rendered": "count", "weight": 0}, "weight 0 but it must be a positive number"),
+        ({"rendered": "count", "weight": "2"}, "weight '2' but it must be a positive number"),
+        ({"rendered": "count", "weight": True}, "weight True"),
+        ({"rendered": "count", "weight": float("nan")}, "weight nan"),
+        ({"rendered": "cuont"}, "draws 'cuont' but the rendered world has only read, name"),
+        ({"rendered": "count", "world": {"side": [1, 2]}}, r"mixture\[0\].world has the field 'side'.*'sides'"),
         ({"stream": "x", "reader": "orc"}, "reader 'orc' but it must be one of captions"),
         ({"stream": "x"}, "reader None"),
         ({"stream": "x", "reader": "captions", "options": {"colum": "a"}}, "unknown key 'colum'.*'column'"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models with fresh weights: sizes from a file and from the command line."""
+"""Small models with newly initialised weights: sizes from a file and from the command line."""
 
 import json
 import sys
@@ -10,10 +10,10 @@ from transformers import AutoProcessor
 
 from blip3.data.yaml_files import read_yaml
 from blip3.training import new_model
-from blip3.training.new_model import drawn_texts, make_model
+from blip3.training.new_model import make_model, rendered_texts
 from blip3.training.tokenizer import train_tokenizer
 from blip3.world.settings import load_settings
-from support import ROOT, draw_picture, load_model
+from support import ROOT, load_model, render_image
 from training_support import SIZES, make_small_model, write_sizes
 
 
@@ -27,9 +27,9 @@ def test_sizes_on_the_command_line_reach_model_and_processor(tmp_path, monkeypat
     resampler = model.config.resampler_config
     assert (resampler.token_sampling, resampler.num_latents) == ("fixed", 3)
     assert resampler.head_dim == SIZES["resampler_config"]["head_dim"]
-    inputs = processor(text="<image>", images=draw_picture(96, 96), return_tensors="pt")
+    inputs = processor(text="<image>", images=render_image(96, 96), return_tensors="pt")
     image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
-    assert (inputs["input_ids"] == image_token).sum() == 3  # once a picture, however many tiles
+    assert (inputs["input_ids"] == image_token).sum() == 3  # once an image, however many tiles
     assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
     stops = processor.tokenizer.convert_tokens_to_ids(["<|end|>", "<|endofchunk|>"])
     assert model.generation_config.eos_token_id == stops, "chats end with one, few-shot answers with the other"
@@ -48,9 +48,9 @@ def test_a_fresh_resampler_for_a_trained_tower_and_language_model(tmp_path, monk
     new_model.main()
     before, after = (load_model(folder).state_dict() for folder in (trained, tmp_path / "other"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    drawn = {name for name in before if name.startswith("model.resampler.") and before[name].ndim == 2}
-    assert drawn, "the test must compare the resampler's matrices"
-    assert changed == drawn, "norms begin at 1 and 0 whatever the seed"
+    rendered = {name for name in before if name.startswith("model.resampler.") and before[name].ndim == 2}
+    assert rendered, "the test must compare the resampler's matrices"
+    assert changed == rendered, "norms begin at 1 and 0 whatever the seed"
     assert after["model.resampler.latents"].shape[0] == 3
 
 
@@ -73,10 +73,10 @@ def test_bytes_are_text_and_no_special_tokens():
 
 
 def test_the_small_model_s_tokenizer_comes_out_of_its_sizes_again():
-    """Tasks that the drawn world learns later must not move the token ids that its weights know."""
+    """Tasks that the rendered world learns later must not move the token ids that its weights know."""
     recipes = ROOT / "recipes" / "small"
     values = read_yaml(recipes / "model.yaml")
-    texts = drawn_texts(load_settings(recipes / values["world"]), 400, values["tokenizer_tasks"])
+    texts = rendered_texts(load_settings(recipes / values["world"]), 400, values["tokenizer_tasks"])
     trained = json.loads(train_tokenizer(texts, values["vocab_size"]).backend_tokenizer.to_str())["model"]
     shipped = json.loads((ROOT / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     assert trained["vocab"] == shipped["vocab"]

@@ -21,7 +21,7 @@ from support import ROOT
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 REAL_SIZE = [path for path in RECIPES if path.parent.name == "4b"]
-LINES = "model: here\noutput: there\nmax_steps: 10\nbatch_size: 2\nlearning_rate: 1e-3\nmixture: [{drawn: count}]\n"
+LINES = "model: here\noutput: there\nmax_steps: 10\nbatch_size: 2\nlearning_rate: 1e-3\nmixture: [{rendered: count}]\n"
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_every_file_loads(path):
         recipe = load_recipe(path, Recipe)
         for index, entry in enumerate(recipe.mixture):
             check_entry(entry, index)
-        without_files = [entry for entry in recipe.mixture if "drawn" in entry or "stream" in entry]
+        without_files = [entry for entry in recipe.mixture if "rendered" in entry or "stream" in entry]
         if without_files:
             assert len(Mixture(without_files, 100, recipe.seed, recipe.world)) == 100
 
@@ -115,7 +115,7 @@ def test_defaults_and_numbers(recipe_file):
     recipe = load_recipe(recipe_file, Recipe)
     assert recipe.learning_rate == 1e-3  # YAML reads 1e-3 as text
     assert recipe.trainable == ("resampler", "language_model")
-    assert recipe.mixture == ({"drawn": "count"},)
+    assert recipe.mixture == ({"rendered": "count"},)
     assert recipe.seed == 0
 
 
@@ -249,7 +249,7 @@ def test_a_folder_of_another_recipe_is_refused(recipe_file, tmp_path):
     assert run.start(recipe) == str(tmp_path / "run" / "checkpoint-5")
     free = ["log_every=1", "save_every=7", "keep_checkpoints=9", "num_workers=2", "notes={seed: ours}"]
     assert run.start(load_recipe(recipe_file, Recipe, [here, *free]))
-    for change in ("learning_rate=1e-4", "max_steps=11", "mixture=[{drawn: name}]", "world={box_decimals: 1}"):
+    for change in ("learning_rate=1e-4", "max_steps=11", "mixture=[{rendered: name}]", "world={box_decimals: 1}"):
         with pytest.raises(
             ValueError, match=f"holds a run whose {change.split('=')[0]} was .* give it another output"
         ):

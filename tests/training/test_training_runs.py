@@ -17,14 +17,14 @@ import torch
 from transformers import AutoProcessor
 
 from blip3.checkpoints import CODE_FILES
-from blip3.data.records import Picture, Record, Turn, write_jsonl
+from blip3.data.records import ImageSource, Record, Turn, write_jsonl
 from blip3.training import train as stage
 from blip3.training.average import average
 from blip3.training.encode import Encoder, TooLongError
 from blip3.training.mixture import Mixture
 from blip3.training.new_model import make_model
 from blip3.training.publish import publish
-from support import draw_picture, load_model
+from support import load_model, render_image
 from training_support import (
     WORLD,
     losses_of,
@@ -67,7 +67,7 @@ def fall_of(losses: list[float]) -> float:
 
 @pytest.fixture(scope="module")
 def text_only(tmp_path_factory) -> str:
-    """A file of conversations without pictures, so that some batches have none."""
+    """A file of conversations without images, so that some batches have none."""
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     turns = [(Turn("user", f"What follows {n}?"), Turn("assistant", f"It is {n + 1}.")) for n in range(8)]
     write_jsonl((Record(f"t{n}", "instruction", (), each) for n, each in enumerate(turns)), path)
@@ -76,8 +76,8 @@ def text_only(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def mixture(text_only) -> list[dict]:
-    """Samples without, with one and with several pictures."""
-    return [{"drawn": "name"}, {"drawn": "compare"}, {"records": text_only, "weight": 2}]
+    """Samples without, with one and with several images."""
+    return [{"rendered": "name"}, {"rendered": "compare"}, {"records": text_only, "weight": 2}]
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +108,12 @@ def stages(tmp_path_factory) -> Path:
     call("train_tower", path)
     kinds = {
         "1_pretrain": {
-            "mixture": [{"drawn": "caption", "weight": 2}, {"drawn": "ocr"}, {"drawn": "interleaved"}],
+            "mixture": [{"rendered": "caption", "weight": 2}, {"rendered": "ocr"}, {"rendered": "interleaved"}],
             "any_resolution": False,
             "packing": True,
         },
-        "2_sft": {"mixture": [{"drawn": "name"}, {"drawn": "count"}], "group_by_length": True},
-        "3_sft_multi_image": {"mixture": [{"drawn": "compare"}, {"drawn": "name"}], "packing": True},
+        "2_sft": {"mixture": [{"rendered": "name"}, {"rendered": "count"}], "group_by_length": True},
+        "3_sft_multi_image": {"mixture": [{"rendered": "compare"}, {"rendered": "name"}], "packing": True},
     }
     model = folder / "0_tower" / "final"
     for name, settings in kinds.items():
@@ -125,7 +125,7 @@ def stages(tmp_path_factory) -> Path:
 def assert_is_complete(final: Path) -> None:
     """Load a folder as a user does, on this line, and see that the other line would find every weight."""
     processor = AutoProcessor.from_pretrained(final, trust_remote_code=True)
-    inputs = processor(text="<image>a", images=draw_picture(60, 40), return_tensors="pt")
+    inputs = processor(text="<image>a", images=render_image(60, 40), return_tensors="pt")
     model, saved = load_model(final).eval(), weights_in(final)
     assert type(model).__name__ == "Blip3ForConditionalGeneration"
     assert len(saved) == len(model.state_dict())
@@ -168,7 +168,7 @@ def test_a_stage_shows_images_by_default_as_it_was_trained(stages, tmp_path, nam
     publish(mean, published)  # a folder of before
     assert json.loads((published / "preprocessor_config.json").read_text())["do_image_splitting"] is splits
     inputs = AutoProcessor.from_pretrained(final, trust_remote_code=True)(
-        text="<image>", images=draw_picture(96, 96), return_tensors="pt"
+        text="<image>", images=render_image(96, 96), return_tensors="pt"
     )
     assert (inputs["image_sizes"].tolist() != [[0, 0]]) is splits
 
@@ -345,14 +345,14 @@ def test_the_tower_may_have_its_own_learning_rate(small_model, mixture, tmp_path
 
 def test_samples_too_long_to_be_cut_give_way_to_the_next(small_model, text_only, caplog):
     processor = AutoProcessor.from_pretrained(small_model, trust_remote_code=True)
-    mixture = Mixture([{"drawn": "name"}, {"records": text_only}], 40, 0, WORLD)
+    mixture = Mixture([{"rendered": "name"}, {"records": text_only}], 40, 0, WORLD)
     longest = max(len(Encoder(processor, 1000)(mixture[i])["input_ids"]) for i in range(40) if not mixture[i].images)
     samples = stage.Samples(mixture, Encoder(processor, longest))
     first = next(index for index in range(40) if mixture[index].images and not mixture[index + 1].images)
     assert torch.equal(samples[first]["input_ids"], samples[first + 1]["input_ids"])
     assert "for its first turn but max_length is" in caplog.text
     with pytest.raises(TooLongError):
-        stage.Samples(Mixture([{"drawn": "name"}], 5, 0, WORLD), Encoder(processor, longest))[0]
+        stage.Samples(Mixture([{"rendered": "name"}], 5, 0, WORLD), Encoder(processor, longest))[0]
 
 
 def test_samples_of_like_length_go_together(small_model, mixture):
@@ -446,9 +446,9 @@ def test_sharded_processes_train_as_one_resume_and_save_a_complete_folder(straig
 def test_a_missing_image_ends_a_run_with_one_line_that_names_file_and_record(changes, small_model, tmp_path):
     (tmp_path / "data").mkdir()
     turns = (Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A photo."))
-    records = [Record(f"r{n}", "instruction", (Picture(path=f"{n}.png"),), turns) for n in range(2)]
+    records = [Record(f"r{n}", "instruction", (ImageSource(path=f"{n}.png"),), turns) for n in range(2)]
     write_jsonl(records, tmp_path / "data" / "photos.jsonl")
-    draw_picture(40, 60).save(tmp_path / "data" / "0.png")
+    render_image(40, 60).save(tmp_path / "data" / "0.png")
     mixture = [{"records": str(tmp_path / "data" / "photos.jsonl")}]
     path = write_recipe(tmp_path / "run.yaml", small_model, mixture=mixture, max_steps=2, **changes)
     process = start("-m", "blip3.training.train", path, modules=tmp_path / "modules")

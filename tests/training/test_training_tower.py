@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 0: labels lie where things are drawn, the loss is SigLIP's, and only tower and asked-for resampler change."""
+"""Stage 0: labels lie where things are rendered, the loss is SigLIP's, only tower and asked-for resampler change."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from blip3.training.new_model import make_model
 from blip3.training.publish import publish_tower
 from blip3.training.recipe import load_recipe
 from blip3.world.settings import settings_from
-from blip3.world.tasks import drawn_record
+from blip3.world.tasks import rendered_record
 from support import load_model
 from training_support import WORLD, losses_of, weights_in, write_sizes
 
@@ -58,7 +58,7 @@ def tower_recipe(small_model, output, **changes: object) -> stage.TowerRecipe:
 
 
 def labelled(regions, image_size, image_processor) -> list[dict[str, set[tuple[int, int]]]]:
-    """For each part of a picture: the (row, column) of the patches under each name."""
+    """For each part of an image: the (row, column) of the patches under each name."""
     found = []
     for place in stage.tile_places(image_size, image_processor):
         labels = stage.label_patches(regions, place, TILE, PER_SIDE).reshape(PER_SIDE, PER_SIDE, -1)
@@ -76,7 +76,7 @@ def square_of(*cells: tuple[range, range]) -> set[tuple[int, int]]:
 # -- geometry, by hand ------------------------------------------------------------------------------------------------
 
 
-def test_a_wide_picture(image_processor):
+def test_a_wide_image(image_processor):
     """48 x 96 pixels fill two tiles side by side at scale 1; the global view halves the width."""
     regions = [(("square", "red"), (12, 12, 36, 36)), (("moon", "blue"), (60, 24, 96, 48))]
     whole, left, right = labelled(regions, (48, 96), image_processor)
@@ -92,7 +92,7 @@ def test_a_wide_picture(image_processor):
         assert not part["row 5"]
 
 
-def test_a_tall_picture_with_padding(image_processor):
+def test_a_tall_image_with_padding(image_processor):
     """60 x 40 pixels become 72 x 48 in two tiles one above the other, 12 pixels of padding above and below."""
     whole, upper, lower = labelled([(("cup", "pink"), (10, 10, 30, 30))], (60, 40), image_processor)
     assert upper["cup"] == square_of((range(2, 4), range(1, 3)))  # 12..36 across, 24..48 down
@@ -131,7 +131,7 @@ def test_labels_are_where_the_ink_is(image_processor, size, corner, side):
                     assert is_labelled == bool(share[row, column] >= stage.MIN_OVERLAP), (row, column)
 
 
-def test_characters_lie_where_they_are_drawn():
+def test_characters_lie_where_they_are_rendered():
     mark = Text("7K-Q", "Aileron", 30, "#000000", (10, 40))
     regions = stage.character_regions(mark)
     assert [names for names, _ in regions] == [("7",), ("K",), ("Q",)]  # the dash is no character to learn
@@ -164,7 +164,7 @@ def test_captions_name_what_a_tile_shows_half_of(image_processor):
 
 
 def test_regions_are_those_of_the_record():
-    record = drawn_record("caption", settings=settings_from(WORLD))
+    record = rendered_record("caption", settings=settings_from(WORLD))
     drawing = record.images[0].drawing
     regions = stage.regions_of(record, drawing)
     shapes = [mark for mark in drawing.marks if isinstance(mark, Shape)]
@@ -173,10 +173,10 @@ def test_regions_are_those_of_the_record():
         assert box == pytest.approx(shape_box(shape), abs=1)
 
 
-def test_pictures_never_change_and_splits_differ(small_model, image_processor, tmp_path):
+def test_images_never_change_and_splits_differ(small_model, image_processor, tmp_path):
     recipe = tower_recipe(small_model, tmp_path / "tower", parts=2)
     train, again, held_out = (
-        stage.TowerPictures(recipe, settings_from(WORLD), image_processor, split)
+        stage.TowerImages(recipe, settings_from(WORLD), image_processor, split)
         for split in ("train", "train", "held_out")
     )
     assert len(train) == 180
@@ -206,18 +206,18 @@ def siglip(small_model, tokenizer, tmp_path):
 
 @pytest.fixture
 def batch(small_model, image_processor, tokenizer, tmp_path):
-    pictures = stage.TowerPictures(
+    images = stage.TowerImages(
         tower_recipe(small_model, tmp_path / "tower"), settings_from(WORLD), image_processor, "train"
     )
-    return stage.TowerCollator(tokenizer, 32)([pictures[index] for index in range(4)])
+    return stage.TowerCollator(tokenizer, 32)([images[index] for index in range(4)])
 
 
-def test_the_picture_level_is_siglips_own_loss(siglip, batch):
+def test_the_image_level_is_siglips_own_loss(siglip, batch):
     """With no two captions alike, what the level adds is what transformers' SiglipModel computes."""
     batch["is_same"] = torch.eye(len(batch["is_same"]))
-    siglip.picture_weight = 0.0
+    siglip.image_weight = 0.0
     without = siglip(**batch)["loss"]
-    siglip.picture_weight = 1.0
+    siglip.image_weight = 1.0
     inputs = {name: batch[name] for name in ("pixel_values", "input_ids")}
     expected = siglip.siglip(**inputs, return_loss=True).loss
     assert (siglip(**batch)["loss"] - without).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -239,7 +239,7 @@ def test_patches_without_things_still_have_a_loss(siglip, batch):
 @pytest.fixture
 def with_resampler(small_model, tokenizer, tmp_path):
     model = load_model(small_model)
-    recipe = tower_recipe(small_model, tmp_path / "tower", resampler=True, picture_weight=0)
+    recipe = tower_recipe(small_model, tmp_path / "tower", resampler=True, image_weight=0)
     return stage.PatchSiglip(model.vision_tower, tokenizer, recipe, model.model.resampler)
 
 
@@ -265,12 +265,12 @@ def test_latents_are_read_as_the_model_makes_them(with_resampler, batch, small_m
     assert torch.equal(with_resampler.read_latents(hidden, is_visible), vectors)
 
 
-def test_visible_patches_are_those_that_show_picture(image_processor, small_model, tmp_path):
-    """Padding is black and drawn pictures are light: hidden patches are mostly black, visible ones mostly not."""
+def test_visible_patches_are_those_that_show_image(image_processor, small_model, tmp_path):
+    """Padding is black and rendered images are light: hidden patches are mostly black, visible ones mostly not."""
     recipe = tower_recipe(small_model, tmp_path / "tower", parts=9)
-    pictures = stage.TowerPictures(recipe, settings_from(WORLD), image_processor, "train")
+    images = stage.TowerImages(recipe, settings_from(WORLD), image_processor, "train")
     black, visible = [], []
-    for sample in (pictures[index] for index in range(12)):
+    for sample in (images[index] for index in range(12)):
         patches = sample["pixel_values"].unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).flatten(2, 3)
         black.append((patches.amax(1) == patches.min()).float().mean((-1, -2)).flatten())
         visible.append(sample["is_visible"].flatten())
@@ -331,7 +331,7 @@ def test_a_resumed_tower_is_the_same(trained, small_model, tmp_path):
 def trained_with_resampler(small_model, tmp_path_factory):
     """The folder of a short run that trains a resampler too."""
     output = tmp_path_factory.mktemp("tower") / "run"
-    changes = {"resampler": True, "picture_weight": 0, "max_steps": 15, "optimizer": "soap"}
+    changes = {"resampler": True, "image_weight": 0, "max_steps": 15, "optimizer": "soap"}
     stage.train_tower(tower_recipe(small_model, output, **changes))
     return output
 

@@ -38,13 +38,13 @@ from pathlib import Path
 
 from PIL import Image
 
-PICTURE = Path(__file__).with_name("picture.png")
-if not PICTURE.exists():
-    Image.radial_gradient("L").resize((64, 48)).convert("RGB").save(PICTURE)
+IMAGE = Path(__file__).with_name("picture.png")
+if not IMAGE.exists():
+    Image.radial_gradient("L").resize((64, 48)).convert("RGB").save(IMAGE)
 
 
 def url_to_local_path(url, *args, **kwargs):
-    return str(PICTURE if url.endswith((".png", ".jpg", ".jpeg")) else PICTURE.with_name("absent"))
+    return str(IMAGE if url.endswith((".png", ".jpg", ".jpeg")) else IMAGE.with_name("absent"))
 ''',
 }
 

@@ -30,7 +30,7 @@ SKIPS: tuple[Skip, ...] = (
     Skip(
         "Blip3ImageProcessingTest::test_call_numpy_4_channels",
         (5,),
-        "normalises four channels with do_convert_rgb=False; the vision tower reads three: every picture becomes RGB",
+        "normalises four channels with do_convert_rgb=False; the vision tower reads three: every image becomes RGB",
     ),
     Skip(
         "Blip3ImageProcessingTest::test_new_models_require_torchvision_backend",

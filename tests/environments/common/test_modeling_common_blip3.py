@@ -51,7 +51,7 @@ TEXT = {
 
 
 class Blip3ModelTester:
-    """A tiny model and a batch of three prompts with one picture each: wide, tall, and wide with padding."""
+    """A tiny model and a batch of three prompts with one image each: wide, tall, and wide with padding."""
 
     __test__ = False
     text: ClassVar[dict[str, Any]] = {"model_type": "phi3", "original_max_position_embeddings": 128}
@@ -97,7 +97,7 @@ class Blip3ModelTester:
 
 
 class Blip3FixedSamplingModelTester(Blip3ModelTester):
-    """A Mistral decoder (separate projections), one resampler call per picture, no bias in the output layer."""
+    """A Mistral decoder (separate projections), one resampler call per image, no bias in the output layer."""
 
     text: ClassVar[dict[str, Any]] = {"model_type": "mistral"}
     resampler: ClassVar[dict[str, Any]] = {"token_sampling": "fixed"}
@@ -130,7 +130,7 @@ class Blip3ModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase)
         """As for a model of transformers' own tree.
 
         In models from elsewhere 5.x passes over modules that own no parameter themselves, such as SigLIP's MLP, so a
-        missing vision tower is initialised in another way than a fresh one.
+        missing vision tower is initialised in another way than a newly initialised one.
         """
         with patch.object(Blip3PreTrainedModel, "is_custom_code", classmethod(lambda cls: False), create=True):
             super().test_can_init_all_missing_weights()

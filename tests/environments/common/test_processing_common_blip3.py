@@ -42,7 +42,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Blip3ProcessorTest(ProcessorTesterMixin, unittest.TestCase):
-    """The common processor tests, with pictures of one to four tiles."""
+    """The common processor tests, with images of one to four tiles."""
 
     processor_class = Blip3Processor
 
@@ -76,7 +76,7 @@ class Blip3ProcessorTest(ProcessorTesterMixin, unittest.TestCase):
 
 
 class Blip3ImageProcessingTester:
-    """Arguments of the image processor and random pictures."""
+    """Arguments of the image processor and random images."""
 
     __test__ = False
     batch_size = 7
@@ -100,11 +100,11 @@ class Blip3ImageProcessingTester:
         }
 
     def expected_output_image_shape(self, images: list) -> tuple[int, ...]:
-        """Tile slots of the largest grid with the global view, whatever the pictures."""
+        """Tile slots of the largest grid with the global view, whatever the images."""
         return 5, 3, TILE_SIZE, TILE_SIZE
 
     def prepare_image_inputs(self, **kwargs: Any) -> list:
-        """Random pictures."""
+        """Random images."""
         return prepare_image_inputs(
             batch_size=self.batch_size,
             num_channels=self.num_channels,

@@ -33,7 +33,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def folders(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Converted folders by name: both text layouts, and settings that change what a picture or a window is."""
+    """Converted folders by name: both text layouts, and settings that change what an image or a window is."""
     root = tmp_path_factory.mktemp("folders")
     for layout in ("phi3", "unfused"):
         vision_config = source / "siglip_vision_config.json"

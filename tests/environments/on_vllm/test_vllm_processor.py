@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's own reading of the processor, without weights or an engine: ids, places and tensors of every picture."""
+"""vLLM's own reading of the processor, without weights or an engine: ids, places and tensors of every image."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from vllm_support import GLOBAL_ROWS, MAX_LENGTH, MOST_PICTURES, PICTURES, ROWS, Row
+from vllm_support import GLOBAL_ROWS, IMAGES, MAX_LENGTH, MOST_IMAGES, ROWS, Row
 
 NUM_TILES = {"square": 5, "wide": 4, "high": 4, "landscape": 3, "portrait": 3, "tiny": 3, "grey": 5}
 NUM_LATENTS = 8
@@ -25,7 +25,7 @@ def config_of(folder: Path, **options: Any) -> Any:
         trust_remote_code=True,
         dtype="float32",
         max_model_len=MAX_LENGTH,
-        limit_mm_per_prompt={"image": MOST_PICTURES},
+        limit_mm_per_prompt={"image": MOST_IMAGES},
         **options,
     )
 
@@ -52,9 +52,9 @@ def read(folder: Path, row: Row) -> Any:
 
 
 def num_image_tokens(name: str, row: Row) -> list[int]:
-    """Image tokens of each picture, from the table above."""
+    """Image tokens of each image, from the table above."""
     is_one_call = name in ("fixed sampling", "no tiles") or not row.splits
-    return [NUM_LATENTS * (1 if is_one_call else NUM_TILES[picture]) for picture in row.pictures]
+    return [NUM_LATENTS * (1 if is_one_call else NUM_TILES[image]) for image in row.names]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,7 +71,7 @@ def test_the_sliding_window_is_that_of_the_configuration(folders, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_memory_is_planned_for_the_largest_picture(folders, name):
+def test_memory_is_planned_for_the_largest_image(folders, name):
     largest = NUM_LATENTS if name in ("fixed sampling", "no tiles") else NUM_LATENTS * TILE_SLOTS
     planned = processor_of(folders[name]).info.get_mm_max_tokens_per_item(MAX_LENGTH, {"image": 1})
     assert planned == {"image": largest}
@@ -85,7 +85,7 @@ def test_memory_is_planned_for_global_views_where_every_request_has_them(folders
     assert info.get_mm_max_tokens_per_item(MAX_LENGTH, {"image": 1}) == {"image": NUM_LATENTS}
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.pictures] + GLOBAL_ROWS)
+@pytest.mark.parametrize("row", [row for row in ROWS if row.names] + GLOBAL_ROWS)
 @pytest.mark.parametrize("name", NAMES)
 def test_ids_places_and_tensors_are_those_of_the_processor(folders, name, row):
     outputs = read(folders[name], row)
@@ -100,20 +100,20 @@ def test_ids_places_and_tensors_are_those_of_the_processor(folders, name, row):
     assert covered == [index for index, token in enumerate(ids) if token == processor.image_token_id]
 
     items = outputs["mm_kwargs"]["image"]
-    assert len(items) == len(row.pictures)
+    assert len(items) == len(row.names)
     for index, item in enumerate(items):
         for key in ("pixel_values", "image_sizes"):
             assert torch.equal(item[key].data[0], expected[key][index]), key
             assert item[key].data.shape[0] == 1
 
 
-def test_the_same_picture_has_one_hash_and_another_option_another(folders):
+def test_the_same_image_has_one_hash_and_another_option_another(folders):
     whole, parts = (Row("<image> and <image>", ("wide", "wide"), splits) for splits in (False, True))
     hashes = [read(folders["phi3"], row)["mm_hashes"]["image"] for row in (whole, parts)]
     assert all(len(set(row)) == 1 for row in hashes)
     assert hashes[0][0] != hashes[1][0]
 
 
-def test_the_pictures_cover_every_number_of_tiles():
-    assert NUM_TILES.keys() == PICTURES.keys()
+def test_the_images_cover_every_number_of_tiles():
+    assert NUM_TILES.keys() == IMAGES.keys()
     assert set(NUM_TILES.values()) == {3, 4, 5}

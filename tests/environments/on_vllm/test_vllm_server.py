@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from serving_support import serving, user_message
-from vllm_support import MAX_LENGTH, MOST_PICTURES, NUM_TOKENS, PICTURES, answer_text_of_transformers
+from vllm_support import IMAGES, MAX_LENGTH, MOST_IMAGES, NUM_TOKENS, answer_text_of_transformers
 
 CONVERSATIONS = {
     "text only": ("How many dogs are there?",),
-    "one picture": (PICTURES["wide"], "What is in the picture?"),
-    "another picture": (PICTURES["square"], "What is in the picture?"),
-    "pictures between words": ("Is", PICTURES["high"], "above", PICTURES["square"], "or not?", PICTURES["tiny"]),
+    "one image": (IMAGES["wide"], "What is in the image?"),
+    "another image": (IMAGES["square"], "What is in the image?"),
+    "images between words": ("Is", IMAGES["high"], "above", IMAGES["square"], "or not?", IMAGES["tiny"]),
 }
 MODEL = "blip3"
 
@@ -28,7 +28,7 @@ def folder(folders, request):
 def server(folder, tmp_path_factory):
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--trust-remote-code", "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", str(MAX_LENGTH), "--limit-mm-per-prompt", f'{{"image": {MOST_PICTURES}}}']
+    command += ["--max-model-len", str(MAX_LENGTH), "--limit-mm-per-prompt", f'{{"image": {MOST_IMAGES}}}']
     command += ["--trust-request-mm-kwargs"]  # for the test that sends some
     with serving(command, tmp_path_factory.mktemp("log"), seconds=300) as running:
         yield running
@@ -82,7 +82,7 @@ def test_eight_requests_at_once(server, expected):
 
 
 def test_one_request_asks_for_the_global_view_alone(server, expected):
-    name = "one picture"
+    name = "one image"
     reply = ask(server, name, extra_body={"mm_processor_kwargs": {"do_image_splitting": False}})
     assert reply.usage.prompt_tokens == expected[name][0] - 3 * 8  # 3 tiles of 8 latents
     assert ask(server, name).usage.prompt_tokens == expected[name][0]
@@ -94,4 +94,4 @@ def test_a_bad_request_is_refused_and_the_server_lives_on(server, expected):
     broken = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
     with pytest.raises(BadRequestError):
         server.client().chat.completions.create(model=MODEL, messages=[{"role": "user", "content": broken}])
-    assert ask(server, "one picture").choices[0].message.content == expected["one picture"][1]
+    assert ask(server, "one image").choices[0].message.content == expected["one image"][1]

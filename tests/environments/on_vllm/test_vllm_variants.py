@@ -30,19 +30,19 @@ def test_the_other_configurations_answer_differently(expected):
     assert expected["phi3"] == expected["unfused"]
 
 
-def test_no_cache_of_pictures(folders, expected):
+def test_no_cache_of_images(folders, expected):
     with engine(folders["phi3"], mm_processor_cache_gb=0, enable_prefix_caching=False) as llm:
         for _ in range(2):
             assert answers_of_vllm(llm, ROWS) == expected["phi3"]
 
 
-def test_prompts_read_in_pieces_shorter_than_their_pictures(folders, expected):
+def test_prompts_read_in_pieces_shorter_than_their_images(folders, expected):
     with engine(folders["phi3"], max_num_batched_tokens=64, enable_prefix_caching=False) as llm:
         assert answers_of_vllm(llm, ROWS) == expected["phi3"]
 
 
 def test_global_views_alone_for_every_request(folders, elsewhere):
-    rows = [Row(row.prompt, row.pictures) for row in GLOBAL_ROWS]
+    rows = [Row(row.prompt, row.names) for row in GLOBAL_ROWS]
     with engine(folders["phi3"], mm_processor_kwargs={"do_image_splitting": False}) as llm:
         answers = answers_of_vllm(llm, rows)
     assert answers == elsewhere(answers_of_transformers, folders["phi3"], GLOBAL_ROWS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the vLLM tests share: prompts with pictures, transformers' answers to them, and engines.
+"""What the vLLM tests share: prompts with images, transformers' answers to them, and engines.
 
 vLLM changes transformers' classes in its process for good, so `generate` runs in another one: what it needs is at the
 top of this file, and vLLM is imported inside functions only.
@@ -16,35 +16,35 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from serving_support import local_message
-from support import draw_picture, load_model
+from support import load_model, render_image
 
 MAX_LENGTH = 512
 NUM_TOKENS = 12
-MOST_PICTURES = 4
+MOST_IMAGES = 4
 
 # By name, so that rows can travel between processes.
-PICTURES = {
-    "square": draw_picture(150, 150, seed=1),
-    "wide": draw_picture(60, 300, seed=2),
-    "high": draw_picture(300, 70, seed=3),
-    "landscape": draw_picture(76, 150, seed=4),
-    "portrait": draw_picture(150, 60, seed=5),
-    "tiny": draw_picture(9, 7, seed=6),
-    "grey": draw_picture(140, 155, seed=7).convert("L"),
+IMAGES = {
+    "square": render_image(150, 150, seed=1),
+    "wide": render_image(60, 300, seed=2),
+    "high": render_image(300, 70, seed=3),
+    "landscape": render_image(76, 150, seed=4),
+    "portrait": render_image(150, 60, seed=5),
+    "tiny": render_image(9, 7, seed=6),
+    "grey": render_image(140, 155, seed=7).convert("L"),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and the names of its pictures."""
+    """A prompt and the names of its images."""
 
     prompt: str
-    pictures: tuple[str, ...] = ()
-    splits: bool = True  # False: every picture as its global view alone
+    names: tuple[str, ...] = ()
+    splits: bool = True  # False: every image as its global view alone
 
     @property
     def images(self) -> list[Image.Image]:
-        return [PICTURES[name] for name in self.pictures]
+        return [IMAGES[name] for name in self.names]
 
     @property
     def image_options(self) -> dict[str, bool]:
@@ -52,8 +52,8 @@ class Row:
 
     def for_vllm(self) -> dict[str, Any]:
         """The row as `LLM.generate` takes it."""
-        pictures = {"multi_modal_data": {"image": self.images}} if self.pictures else {}
-        return {"prompt": self.prompt, "mm_processor_kwargs": self.image_options, **pictures}
+        images = {"multi_modal_data": {"image": self.images}} if self.names else {}
+        return {"prompt": self.prompt, "mm_processor_kwargs": self.image_options, **images}
 
 
 def turn(text: str) -> str:
@@ -62,15 +62,15 @@ def turn(text: str) -> str:
 
 ROWS = [
     Row(turn("How many dogs are there?")),
-    Row(turn("<image>\nWhat is in the picture?"), ("square",)),
-    Row(turn("<image>\nWhat is in the picture?"), ("tiny",)),
-    Row(turn("<image>\nWhat is in the picture?"), ("grey",)),
+    Row(turn("<image>\nWhat is in the image?"), ("square",)),
+    Row(turn("<image>\nWhat is in the image?"), ("tiny",)),
+    Row(turn("<image>\nWhat is in the image?"), ("grey",)),
     Row(turn("Is <image> above <image>?"), ("wide", "high")),
     Row(turn("Is <image> above <image>?"), ("high", "wide")),
     Row(turn("<image>\n<image>Read <image>, please."), ("landscape", "portrait", "square")),
     Row(turn("<image>\n<image>Read <image>, please."), ("portrait", "portrait", "wide")),
 ]
-GLOBAL_ROWS = [Row(row.prompt, row.pictures, splits=False) for row in ROWS if row.pictures]
+GLOBAL_ROWS = [Row(row.prompt, row.names, splits=False) for row in ROWS if row.names]
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
         "dtype": "float32",
         "max_model_len": MAX_LENGTH,
         "max_num_seqs": len(ROWS),
-        "limit_mm_per_prompt": {"image": MOST_PICTURES},
+        "limit_mm_per_prompt": {"image": MOST_IMAGES},
         "enforce_eager": True,
     }
     llm = LLM(str(folder), **defaults | options)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from serving_support import silence_bytes
+from soak_backends import Reply
 from soak_cases import Case
-from soak_doors import Reply
 from soak_report import MIB, Sample, describe_latency, failures, growth_percent
 from support import IS_TRANSFORMERS_5, ROOT
 
@@ -38,7 +38,7 @@ def soak(folder, model, *arguments):
     return json.loads(output.read_text(encoding="utf-8"))
 
 
-def check(report):
+def expect_no_fault(report):
     assert report["failures"] == report["faults"] == report["before_and_after"] == []
     assert set(report["outcomes"]) == {"right", "refused"}
     assert report["requests"] == sum(report["outcomes"].values()) > 60
@@ -47,7 +47,7 @@ def check(report):
 
 def test_the_handler_stays_right_under_eight_clients(tmp_path, legible):
     report = soak(tmp_path, legible, "--door", "handler")
-    check(report)
+    expect_no_fault(report)
     assert len(report["requests_by_case"]) > 30
     assert report["private_connections"] == 0
 
@@ -60,7 +60,7 @@ needs_serve = pytest.mark.skipif(
 
 @needs_serve
 def test_transformers_serve_stays_right_under_eight_clients(tmp_path, legible):
-    check(soak(tmp_path, legible, "--door", "http"))
+    expect_no_fault(soak(tmp_path, legible, "--door", "http"))
 
 
 # -- Checks that must be able to fail ---------------------------------------------------------------------------------
@@ -115,10 +115,10 @@ def test_each_check_can_fail(change, message):
 
 
 @pytest.fixture(scope="module")
-def judge():
+def check():
     import run_soak
 
-    return run_soak.judge
+    return run_soak.check
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,8 @@ def judge():
         (Case("bad", {}, refusal="too large"), Reply(200, "a"), "wrong"),
     ],
 )
-def test_replies_are_judged_by_status_and_answer(judge, case, reply, outcome):
-    found, fault = judge(case, reply, "a")
+def test_replies_are_scored_by_status_and_answer(check, case, reply, outcome):
+    found, fault = check(case, reply, "a")
     assert found == outcome
     assert bool(fault) == (outcome in ("wrong", "errors"))
 

@@ -26,13 +26,13 @@ from ..hub import RELEASE, ROOT
 from .machine import DTYPES
 
 OURS, LLAVA, IDEFICS, BARE = "ours", "LLaVA-NeXT", "Idefics3", "language model"
-SQUARE = (2, 2)  # the grid of the pictures measured, 5 parts with the global view; `GLOBAL` is that view alone
+SQUARE = (2, 2)  # the grid of the images measured, 5 parts with the global view; `GLOBAL` is that view alone
 GLOBAL = (0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Sizes of every contestant. Tiles, patches and latents are the release's except in `QUICK`."""
+    """Sizes of every candidate. Tiles, patches and latents are the release's except in `QUICK`."""
 
     name: str
     tile_size: int
@@ -109,7 +109,7 @@ SIZES = {sizes.name: sizes for sizes in (TRUE, QUARTER, QUICK)}
 
 
 def build(kind: str, sizes: Sizes, dtype: str, device: str, **kwargs: Any) -> Any:
-    """Build a contestant with random weights, in evaluation mode.
+    """Build a candidate with random weights, in evaluation mode.
 
     Args:
         kind: `OURS`, `LLAVA`, `IDEFICS` or `BARE`.
@@ -178,7 +178,7 @@ def _idefics_config(sizes: Sizes) -> Any:
 
 
 def count_image_tokens(kind: str, sizes: Sizes, grid: tuple[int, int]) -> int:
-    """Image tokens of a picture that fills a grid of (rows, columns); (0, 0) is its global view alone.
+    """Image tokens of an image that fills a grid of (rows, columns); (0, 0) is its global view alone.
 
     >>> [count_image_tokens(kind, TRUE, (2, 2)) for kind in (OURS, LLAVA, IDEFICS)]
     [640, 3699, 405]
@@ -204,13 +204,13 @@ def make_inputs(
     """Make the inputs of one forward, padded on the left.
 
     Args:
-        kind: of the contestant.
+        kind: of the candidate.
         sizes: of all.
-        rows: number of pictures in each row.
+        rows: number of images in each row.
         device: where.
         dtype: of the pixels.
-        grid: of every picture, filled without padding.
-        text_tokens: around the pictures; 0 takes those of `sizes`.
+        grid: of every image, filled without padding.
+        text_tokens: around the images; 0 takes those of `sizes`.
     """
     generator = torch.Generator().manual_seed(len(rows))
     text_tokens = text_tokens or sizes.text_tokens
@@ -229,7 +229,7 @@ def make_inputs(
         ),
     }
     if sum(rows) and kind != BARE:
-        inputs |= _make_pictures(kind, sizes, rows, grid, generator, dtype)
+        inputs |= _make_images(kind, sizes, rows, grid, generator, dtype)
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
@@ -245,18 +245,18 @@ def label(inputs: Mapping[str, torch.Tensor], sizes: Sizes) -> dict[str, torch.T
     return {**inputs, "labels": ids.masked_fill(ids == sizes.image_token_id, -100)}
 
 
-def _make_pictures(
+def _make_images(
     kind: str, sizes: Sizes, rows: Sequence[int], grid: tuple[int, int], generator: torch.Generator, dtype: str
 ) -> dict[str, torch.Tensor]:
     side, num_parts = sizes.tile_size, 1 + grid[0] * grid[1]
-    if kind == IDEFICS:  # (B, parts of the row with most pictures, 3, S, S); parts of zeros are padding
+    if kind == IDEFICS:  # (B, parts of the row with most images, 3, S, S); parts of zeros are padding
         pixels = torch.zeros(len(rows), max(rows) * num_parts, 3, side, side, dtype=DTYPES[dtype])
         for row, count in enumerate(rows):
             pixels[row, : count * num_parts] = torch.rand(count * num_parts, 3, side, side, generator=generator) + 0.1
         return {"pixel_values": pixels}
     pixels = torch.rand(sum(rows), num_parts, 3, side, side, generator=generator) - 0.5
-    sizes_of_pictures = torch.tensor([[grid[0] * side, grid[1] * side]] * sum(rows))
-    return {"pixel_values": pixels.to(DTYPES[dtype]), "image_sizes": sizes_of_pictures}
+    sizes_of_images = torch.tensor([[grid[0] * side, grid[1] * side]] * sum(rows))
+    return {"pixel_values": pixels.to(DTYPES[dtype]), "image_sizes": sizes_of_images}
 
 
 def predict_flops(kind: str, sizes: Sizes, rows: Sequence[int], grid: tuple[int, int] = SQUARE) -> float:

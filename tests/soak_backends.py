@@ -16,7 +16,7 @@ from typing import Any
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from serving_support import Server, local_message, serving
-from soak_cases import NUM_TOKENS, PUBLIC, Case, PictureServer, handler_cases, openai_cases
+from soak_cases import NUM_TOKENS, PUBLIC, Case, ImageServer, handler_cases, openai_cases
 from support import ROOT
 
 HERE = Path(__file__).resolve().parent
@@ -26,16 +26,16 @@ REQUEST_SECONDS = 120
 
 # What each server answers to a bad request; those it accepts are not asked.
 SERVE_REFUSALS = {
-    "not a picture": (500, "Internal Server Error"),
-    "cut picture": (500, "Internal Server Error"),
+    "not an image": (500, "Internal Server Error"),
+    "cut image": (500, "Internal Server Error"),
     "missing page": (500, "Internal Server Error"),
     "a web page": (500, "Internal Server Error"),
     "unknown parameter": (422, "best_off"),
     "another model": (400, "pinned"),
 }
 VLLM_REFUSALS = {
-    "not a picture": (400, ""),
-    "cut picture": (400, ""),
+    "not an image": (400, ""),
+    "cut image": (400, ""),
     "missing page": (422, "404"),
     "a web page": (400, ""),
     "another model": (404, "another"),
@@ -69,12 +69,12 @@ def generate_texts(folder: Path, cases: list[Case], dtype: str) -> dict[str, str
     return texts
 
 
-class HandlerDoor:
+class HandlerBackend:
     """`EndpointHandler` in a process of its own, behind a stand-in for the container."""
 
     dtype = "auto"
 
-    def __init__(self, folder: Path, site: PictureServer):
+    def __init__(self, folder: Path, site: ImageServer):
         ports = ",".join(map(str, (80, 443, *site.ports)))
         self.command = [
             sys.executable,
@@ -92,9 +92,9 @@ class HandlerDoor:
         """Post one body over this thread's connection."""
         if not hasattr(self._local, "connection"):
             self._local.connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=REQUEST_SECONDS)
-        is_picture = case.is_raw and not case.body.startswith(b"{")
+        is_image = case.is_raw and not case.body.startswith(b"{")
         data = case.body if case.is_raw else json.dumps(case.body).encode()
-        headers = {"Content-Type": "image/jpeg" if is_picture else "application/json"}
+        headers = {"Content-Type": "image/jpeg" if is_image else "application/json"}
         try:
             self._local.connection.request("POST", "/", data, headers)
             response = self._local.connection.getresponse()
@@ -109,7 +109,7 @@ class HandlerDoor:
         return answer[0]["generated_text"]
 
 
-class OpenAIDoor:
+class OpenAIBackend:
     """A server that speaks OpenAI's protocol, asked by OpenAI's own client."""
 
     environment: dict[str, str] = {}
@@ -140,38 +140,38 @@ class OpenAIDoor:
         return answer.strip()  # vLLM keeps the space before the first word
 
 
-def transformers_door(folder: Path, site: PictureServer) -> OpenAIDoor:
+def transformers_backend(folder: Path, site: ImageServer) -> OpenAIBackend:
     """`transformers serve`: one request after the other, in the order they come."""
     program = str(Path(sys.executable).with_name("transformers"))
     command = [program, "serve", str(folder), "--trust-remote-code", "--device", "cpu"]
-    return OpenAIDoor(command, str(folder), "auto", openai_cases(site, SERVE_REFUSALS))
+    return OpenAIBackend(command, str(folder), "auto", openai_cases(site, SERVE_REFUSALS))
 
 
-def vllm_door(folder: Path, site: PictureServer) -> OpenAIDoor:
+def vllm_backend(folder: Path, site: ImageServer) -> OpenAIBackend:
     """The server of vLLM from the environment of `make test-vllm`, batching what comes together."""
     command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--trust-remote-code", "--served-model-name", "blip3", "--dtype", "float32", "--enforce-eager"]
     command += ["--max-num-seqs", "8", "--limit-mm-per-prompt", '{"image": 4}']
-    door = OpenAIDoor(command, "blip3", "float32", openai_cases(site, VLLM_REFUSALS))
-    door.environment = {
+    backend = OpenAIBackend(command, "blip3", "float32", openai_cases(site, VLLM_REFUSALS))
+    backend.environment = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    return door
+    return backend
 
 
-DOORS = {"handler": HandlerDoor, "http": transformers_door, "vllm": vllm_door}
+BACKENDS = {"handler": HandlerBackend, "http": transformers_backend, "vllm": vllm_backend}
 
 
 @contextmanager
-def running(door: HandlerDoor | OpenAIDoor) -> Iterator[Server]:
+def running(backend: HandlerBackend | OpenAIBackend) -> Iterator[Server]:
     """Run a door's server until the block ends."""
     with tempfile.TemporaryDirectory(prefix="blip3-soak-") as scratch:
-        environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")} | door.environment
+        environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")} | backend.environment
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-        with serving(door.command, Path(scratch), SERVER_SECONDS, environment) as server:
+        with serving(backend.command, Path(scratch), SERVER_SECONDS, environment) as server:
             try:
                 yield server
             except Exception:

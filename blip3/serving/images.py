@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one safe way to open a picture that a stranger names, for every API; the page opens only its own uploads.
+"""The one safe way to open an image that a stranger names, for every API; the page opens only its own uploads.
 
     http(s) URL --- check the URL --- resolve --- check every address --- connect to a checked address --- read --+
          ^                                                                                              |         |
@@ -9,7 +9,7 @@
                                                               check format and size by the header, then decode <--+
 
 Nothing is opened by a path, environment proxies are not consulted, and no message or log line repeats a URL. On a
-network that reaches IPv4 through NAT64 only, remote pictures are refused: the embedded address is not looked at.
+network that reaches IPv4 through NAT64 only, remote images are refused: the embedded address is not looked at.
 """
 
 import base64
@@ -39,7 +39,7 @@ logger = logging.getLogger("blip3.serving")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_URL_CHARACTERS = 2048
 MAX_ADDRESSES = 4  # tried one after the other
-MAX_JPEG_SCANS = 32  # encoders write about ten; each scan costs a pass over the whole picture
+MAX_JPEG_SCANS = 32  # encoders write about ten; each scan costs a pass over the whole image
 REDIRECTS = (301, 302, 303, 307, 308)
 READ_BYTES = 65536
 
@@ -87,20 +87,20 @@ Resolver = Callable[[str, int], Sequence[str]]
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureLimits:
+class ImageLimits:
     """What one request may make a server fetch and decode.
 
     Attributes:
         allow_remote: False refuses every URL but data URLs.
         connect_seconds: for resolving a name, and again for connecting with the TLS handshake.
-        total_seconds: for all remote pictures of one request, from the first name to the last byte.
-        max_redirects: per picture; 0 refuses redirects.
+        total_seconds: for all remote images of one request, from the first name to the last byte.
+        max_redirects: per image; 0 refuses redirects.
         allowed_ports: of http and https URLs.
-        max_bytes: of one picture's file, downloaded or decoded from base64.
-        max_side: height and width of one picture, in pixels.
-        max_pixels: height x width of one picture.
-        max_total_pixels: of all pictures of one request.
-        max_pictures: of one request; 0 refuses pictures.
+        max_bytes: of one image's file, downloaded or decoded from base64.
+        max_side: height and width of one image, in pixels.
+        max_pixels: height x width of one image.
+        max_total_pixels: of all images of one request.
+        max_images: of one request; 0 refuses images.
 
     Raises:
         ValueError: if a limit is not a number that can be kept.
@@ -115,10 +115,10 @@ class PictureLimits:
     max_side: int = 16_384
     max_pixels: int = 50_000_000
     max_total_pixels: int = 200_000_000
-    max_pictures: int = 16
+    max_images: int = 16
 
     def __post_init__(self) -> None:
-        check_limits(self, may_be_zero=("max_redirects", "max_pictures"))
+        check_limits(self, may_be_zero=("max_redirects", "max_images"))
 
 
 def check_limits(limits: Any, may_be_zero: Collection[str] = ()) -> None:
@@ -239,7 +239,7 @@ def _check_url(url: str, allowed_ports: Collection[int]) -> _Target:
     if scheme not in ("http", "https"):
         raise ValueError(
             f"it has the scheme {shorten(scheme)} but only http, https and data URLs are read. It is probably a path "
-            "on your side: send the picture itself as a data URL."
+            "on your side: send the image itself as a data URL."
         )
     if len(url) > MAX_URL_CHARACTERS or re.search(r"[\x00-\x20\x7f\\]", url):
         raise ValueError(
@@ -259,12 +259,12 @@ def _check_url(url: str, allowed_ports: Collection[int]) -> _Target:
     if "@" in parts.netloc:
         raise ValueError(
             "its URL carries a user name or password, which are never sent. It was probably copied from a private "
-            "service: send the picture itself as a data URL."
+            "service: send the image itself as a data URL."
         )
     if port not in allowed_ports:
         raise ValueError(
             f"its URL names port {port} but only {', '.join(map(str, allowed_ports))} may be read. It is probably an "
-            "internal service: send the picture itself as a data URL."
+            "internal service: send the image itself as a data URL."
         )
     return _Target(scheme == "https", host, port, f"{path}?{query}" if query else path)
 
@@ -344,8 +344,8 @@ class _TimedSocket:
 # -- The fetcher ------------------------------------------------------------------------------------------------------
 
 
-class PictureFetcher:
-    """Opens the pictures of requests within limits, and nothing else.
+class ImageFetcher:
+    """Opens the images of requests within limits, and nothing else.
 
     Args:
         limits: from the environment (`BLIP3_PICTURE_...`) by default.
@@ -359,12 +359,12 @@ class PictureFetcher:
 
     def __init__(
         self,
-        limits: PictureLimits | None = None,
+        limits: ImageLimits | None = None,
         public_loopback: Collection[str] = (),
         resolve: Resolver = resolve_with_system,
         tls_context: ssl.SSLContext | None = None,
     ):
-        self.limits = read_limits(PictureLimits, "BLIP3_PICTURE_") if limits is None else limits
+        self.limits = read_limits(ImageLimits, "BLIP3_PICTURE_") if limits is None else limits
         self._public_loopback = frozenset(ipaddress.ip_address(address) for address in public_loopback)
         if not all(address.is_loopback for address in self._public_loopback):
             raise ValueError(
@@ -375,46 +375,46 @@ class PictureFetcher:
         self._lookups = threading.BoundedSemaphore(8)  # a lookup cannot be stopped, so only so many may hang
         self._tls_context = ssl.create_default_context() if tls_context is None else tls_context
 
-    def open_pictures(self, sources: Sequence[str | Image.Image], upright: bool = True) -> list[Image.Image]:
-        """Open the pictures of one request, in order, completely decoded.
+    def fetch_images(self, sources: Sequence[str | Image.Image], upright: bool = True) -> list[Image.Image]:
+        """Open the images of one request, in order, completely decoded.
 
         Args:
             sources: http(s) URLs, data URLs, base64 texts or PIL images.
             upright: turn files as their EXIF tag says; False gives them as stored.
 
         Raises:
-            ValueError: naming the picture, if one is refused or the request asks for too much.
+            ValueError: naming the image, if one is refused or the request asks for too much.
         """
         limits, deadline = self.limits, _Deadline(self.limits.total_seconds)
-        if len(sources) > limits.max_pictures:
+        if len(sources) > limits.max_images:
             raise ValueError(
-                f"The request has {len(sources)} pictures but at most {limits.max_pictures} are read. It is probably "
+                f"The request has {len(sources)} images but at most {limits.max_images} are read. It is probably "
                 "a batch: split it into several requests."
             )
-        pictures: list[Image.Image] = []
+        images: list[Image.Image] = []
         num_pixels = 0
         for index, source in enumerate(sources):
             try:
-                picture = self._open(source, deadline, limits.max_total_pixels - num_pixels, upright)
+                image = self._open(source, deadline, limits.max_total_pixels - num_pixels, upright)
             except ValueError as error:
-                raise ValueError(f"Picture {index + 1} of {len(sources)}: {error}") from None
-            num_pixels += picture.height * picture.width
-            pictures.append(picture)
-        return pictures
+                raise ValueError(f"Image {index + 1} of {len(sources)}: {error}") from None
+            num_pixels += image.height * image.width
+            images.append(image)
+        return images
 
     def _open(self, source: str | Image.Image, deadline: _Deadline, max_pixels: int, upright: bool) -> Image.Image:
         if isinstance(source, Image.Image):
-            return check_picture(source, self.limits, max_pixels, upright)
+            return check_image(source, self.limits, max_pixels, upright)
         if re.match(r"data:", source, re.IGNORECASE):
             data = decode_base64(_strip_data_header(source), self.limits.max_bytes)
         elif re.match(r"[a-z][a-z0-9+.-]*:", source[:64], re.IGNORECASE):
             data = self._fetch(source, deadline)
         else:
             data = decode_base64(source, self.limits.max_bytes)
-        return decode_picture(data, self.limits, max_pixels, upright)
+        return decode_image(data, self.limits, max_pixels, upright)
 
     def _fetch(self, url: str, deadline: _Deadline) -> bytes:
-        """Download one picture's file.
+        """Download one image's file.
 
         Raises:
             ValueError: if the URL, an address, a redirect or the answer is refused, or time runs out.
@@ -424,8 +424,8 @@ class PictureFetcher:
             target = _check_url(url, self.limits.allowed_ports)
             if not self.limits.allow_remote:
                 raise ValueError(
-                    "it is remote and this server reads no remote pictures. It was probably started with "
-                    "allow_remote off: send the picture itself as a data URL."
+                    "it is remote and this server reads no remote images. It was probably started with "
+                    "allow_remote off: send the image itself as a data URL."
                 )
             data, location = self._get(target, deadline)
             if location is None:
@@ -445,7 +445,7 @@ class PictureFetcher:
         except TimeoutError:
             raise ValueError(
                 f"its server did not deliver it in time ({self.limits.connect_seconds:g} s to connect, "
-                f"{self.limits.total_seconds:g} s for all pictures of a request). It is probably slow or down: try "
+                f"{self.limits.total_seconds:g} s for all images of a request). It is probably slow or down: try "
                 "again, or send a data URL."
             ) from None
         except ssl.SSLError:
@@ -482,7 +482,7 @@ class PictureFetcher:
         if not is_allowed:
             raise ValueError(
                 "its host has no address, or one that is not public, and only public ones are read. It is probably "
-                "misspelt or inside a private network: send the picture itself as a data URL."
+                "misspelt or inside a private network: send the image itself as a data URL."
             )
         return list(dict.fromkeys(addresses))[:MAX_ADDRESSES]
 
@@ -541,7 +541,7 @@ class PictureFetcher:
         if response.status != 200 or encoding != "identity":
             raise ValueError(
                 f"its server answered with status {response.status} and encoding {shorten(encoding)} but 200 and "
-                "'identity' are expected. The picture has probably moved or needs a login: check the URL, or send a "
+                "'identity' are expected. The image has probably moved or needs a login: check the URL, or send a "
                 "data URL."
             )
         return self._read(response), None
@@ -612,10 +612,8 @@ def decode_base64(text: str, max_bytes: int) -> bytes:
         ) from None
 
 
-def decode_picture(
-    data: bytes, limits: PictureLimits, max_pixels: int | None = None, upright: bool = True
-) -> Image.Image:
-    """Decode a picture's file; the first frame of animations.
+def decode_image(data: bytes, limits: ImageLimits, max_pixels: int | None = None, upright: bool = True) -> Image.Image:
+    """Decode an image's file; the first frame of animations.
 
     Args:
         data: the file.
@@ -624,7 +622,7 @@ def decode_picture(
         upright: turn the image as its EXIF tag says.
 
     Raises:
-        ValueError: if it is no complete picture of an accepted format and size.
+        ValueError: if it is no complete image of an accepted format and size.
     """
     if len(data) > limits.max_bytes:
         raise ValueError(_too_many_bytes("more", limits.max_bytes))
@@ -655,19 +653,19 @@ def turn_upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def check_picture(
-    image: Image.Image, limits: PictureLimits, max_pixels: int | None = None, upright: bool = True
+def check_image(
+    image: Image.Image, limits: ImageLimits, max_pixels: int | None = None, upright: bool = True
 ) -> Image.Image:
-    """Check a picture that a server has already opened from a body, and decode it by our own rules where it can.
+    """Check an image that a server has already opened from a body, and decode it by our own rules where it can.
 
     An image that is no longer a file is left as it is, not turned.
 
     Raises:
-        ValueError: as `decode_picture` does.
+        ValueError: as `decode_image` does.
     """
     file = getattr(image, "fp", None)
     if isinstance(file, io.BytesIO) and not file.closed:
-        return decode_picture(file.getvalue(), limits, max_pixels, upright)
+        return decode_image(file.getvalue(), limits, max_pixels, upright)
     if image.format not in (None, "MPO", *FORMATS):
         raise ValueError(
             f"it is a {shorten(image.format)} but {', '.join(FORMATS)} are read. It is probably an original from a "
@@ -676,7 +674,7 @@ def check_picture(
     return _load(image, limits, max_pixels)
 
 
-def _load(image: Image.Image, limits: PictureLimits, max_pixels: int | None) -> Image.Image:
+def _load(image: Image.Image, limits: ImageLimits, max_pixels: int | None) -> Image.Image:
     height, width, left = image.height, image.width, limits.max_pixels if max_pixels is None else max_pixels
     if max(height, width) > limits.max_side or height * width > min(limits.max_pixels, left):
         raise ValueError(

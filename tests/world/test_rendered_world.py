@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The drawn world: truth, splits that share nothing, determinism, the recipe's exact texts, the command line."""
+"""The rendered world: truth, splits that share nothing, determinism, the recipe's exact texts, the command line."""
 
 import doctest
 import hashlib
@@ -19,11 +19,11 @@ from blip3.data.canvas import Drawing, Shape
 from blip3.data.fonts import load_font, shorten, wrap
 from blip3.data.formats import OCR_GRANULARITIES, ground, ocr_item, parse_boxes, write_box, write_ocr
 from blip3.data.records import KINDS, read_jsonl
-from blip3.data.things import THINGS, draw_mask, plural
+from blip3.data.things import THINGS, plural, render_mask
 from blip3.world import build
 from blip3.world.settings import CHARACTERS, COLOURS, FURNITURE, RULE_FORMS, WORDS, WorldSettings
 from blip3.world.splits import SPLITS, scene_key, split_of, string_key
-from blip3.world.tasks import TASKS, content_keys, drawn_record, drawn_records
+from blip3.world.tasks import TASKS, content_keys, rendered_record, rendered_records
 from support import ROOT
 
 SHAPES_ONLY = WorldSettings(fonts=("Aileron",))
@@ -32,7 +32,7 @@ SHAPES_ONLY = WorldSettings(fonts=("Aileron",))
 @pytest.fixture(scope="module")
 def series():
     """100 records of each task and split, seed 1."""
-    return {(task, split): list(drawn_records(task, split, 1, 100)) for task in TASKS for split in SPLITS}
+    return {(task, split): list(rendered_records(task, split, 1, 100)) for task in TASKS for split in SPLITS}
 
 
 @pytest.mark.parametrize("module", ["data.formats", "world.scenes", "world.splits", "data.things"])
@@ -65,11 +65,11 @@ def test_train_and_held_out_share_nothing(series):
     keys = {split: set() for split in SPLITS}
     for (_, split), records in series.items():
         for record in records:
-            assert record.truth["split"] == split
+            assert record.annotations["split"] == split
             for key in content_keys(record):
                 assert split_of(key) == split, (record.id, key)
                 keys[split].add(key)
-            assert all(picture["keys"] for picture in record.truth["pictures"]), record.id
+            assert all(image["keys"] for image in record.annotations["pictures"]), record.id
     assert len(keys["train"]) > 1500
     assert len(keys["held_out"]) > 1500
     assert keys["train"].isdisjoint(keys["held_out"])
@@ -97,17 +97,17 @@ def test_the_hash_divides_every_possible_content():
 
 def test_both_splits_cover_colours_things_counts_and_characters(series):
     for split in SPLITS:
-        pictures = [
-            picture for task in TASKS for record in series[task, split] for picture in record.truth["pictures"]
+        images = [
+            image for task in TASKS for record in series[task, split] for image in record.annotations["pictures"]
         ]
-        objects = [thing for picture in pictures for thing in picture["objects"]]
+        objects = [thing for image in images for thing in image["objects"]]
         assert {thing["colour"] for thing in objects} == set(COLOURS)
         assert {thing["thing"] for thing in objects} == set(THINGS)
-        texts = [string["text"] for picture in pictures for string in picture["strings"]]
+        texts = [string["text"] for image in images for string in image["strings"]]
         shown = set("".join(texts).upper())
         assert shown >= set(CHARACTERS)
-        assert {record.truth["answer"] for record in series["count", split]} == set("123456")
-        lengths = {len(record.truth["answer"]) for record in series["read", split]}
+        assert {record.annotations["answer"] for record in series["count", split]} == set("123456")
+        lengths = {len(record.annotations["answer"]) for record in series["read", split]}
         assert lengths == {1, 2, 3, 4, 5, 6}
 
 
@@ -115,9 +115,9 @@ def test_printed_words_are_furniture_or_content(series):
     """Every text mark of a document is listed in truth, where its split is checked, or is furniture."""
     for (task, split), records in series.items():
         for record in records:
-            for picture, truth in zip(record.images, record.truth["pictures"], strict=True):
-                known = [string["text"] for string in truth["strings"]]
-                texts = [mark.text for mark in picture.drawing.marks if mark.name == "text"]
+            for image, annotations in zip(record.images, record.annotations["pictures"], strict=True):
+                known = [string["text"] for string in annotations["strings"]]
+                texts = [mark.text for mark in image.drawing.marks if mark.name == "text"]
                 for text in texts:
                     assert text in known or set(text.lower().split()) <= FURNITURE, (task, split, text)
 
@@ -132,11 +132,11 @@ def test_contents_do_not_depend_on_case():
 def test_answers_agree_with_the_truth(series):
     for split in SPLITS:
         for record in series["count", split]:
-            objects, target = record.truth["pictures"][0]["objects"], record.truth["target"]
+            objects, target = record.annotations["pictures"][0]["objects"], record.annotations["target"]
             fitting = [thing for thing in objects if target.items() <= thing.items()]
-            assert str(len(fitting)) == record.truth["answer"]
+            assert str(len(fitting)) == record.annotations["answer"]
         for record in series["relation", split]:
-            objects = {f"{o['colour']} {o['thing']}": o["box"] for o in record.truth["pictures"][0]["objects"]}
+            objects = {f"{o['colour']} {o['thing']}": o["box"] for o in record.annotations["pictures"][0]["objects"]}
             one, other = re.search(r"Is the (\w+ \w+) .* the (\w+ \w+)\?", record.turns[0].text).groups()
             first, second = objects[one], objects[other]
             is_true = {
@@ -145,11 +145,15 @@ def test_answers_agree_with_the_truth(series):
                 "above": first[3] < second[1],
                 "below": first[1] > second[3],
             }
-            assert is_true[record.truth["answer"]]
+            assert is_true[record.annotations["answer"]]
         for record in series["read", split]:
-            assert record.truth["answer"] == record.truth["pictures"][0]["strings"][0]["text"] == record.turns[1].text
+            assert (
+                record.annotations["answer"]
+                == record.annotations["pictures"][0]["strings"][0]["text"]
+                == record.turns[1].text
+            )
         for record in series["box", split]:
-            assert np.allclose(parse_boxes(record.truth["answer"])[0], record.truth["box"], atol=6e-4)
+            assert np.allclose(parse_boxes(record.annotations["answer"])[0], record.annotations["box"], atol=6e-4)
 
 
 def test_an_inventory_lists_things_in_the_order_in_which_they_stand(series):
@@ -157,7 +161,7 @@ def test_an_inventory_lists_things_in_the_order_in_which_they_stand(series):
     for record in series["inventory", "train"] + series["inventory", "held_out"]:
         order, listed = re.fullmatch(r"<image>From (\w+ to \w+): (.+)\.", record.turns[0].text).groups()
         axis = ("left to right", "top to bottom").index(order)
-        objects = record.truth["pictures"][0]["objects"]
+        objects = record.annotations["pictures"][0]["objects"]
         boxes = {f"{each['colour']} {each['thing']}": each["box"] for each in objects}
         names = listed.split(", ")
         assert sorted(names) == sorted(boxes), "everything is listed once"
@@ -175,7 +179,7 @@ def test_pairs_list_every_thing_both_ways_in_orders_of_their_own(series):
     for record in records:
         found = re.fullmatch(r"<image>Things: (.+)\. Colours: (.+)\.", record.turns[0].text)
         things, colours = ([tuple(pair.split()) for pair in listed.split(", ")] for listed in found.groups())
-        objects = record.truth["pictures"][0]["objects"]
+        objects = record.annotations["pictures"][0]["objects"]
         assert sorted(things) == sorted((each["colour"], each["thing"]) for each in objects)
         assert sorted(colours) == sorted((each["thing"], each["colour"]) for each in objects)
         assert len({each["colour"] for each in objects}) == len({each["thing"] for each in objects}) == len(objects)
@@ -193,13 +197,13 @@ def test_every_answer_of_a_quiz_follows_from_the_truth(series, split):
     """Read each question back and answer it from the objects alone; no question may have two answers."""
     kinds = Counter()
     for record in series["quiz", split]:
-        objects = record.truth["pictures"][0]["objects"]
+        objects = record.annotations["pictures"][0]["objects"]
         asked = [turn.text.removeprefix("<image>\n") for turn in record.turns[::2]]
         assert len(set(asked)) == len(asked)
         assert 1 <= len(asked) <= 9
         for question, answer in zip(asked, (turn.text for turn in record.turns[1::2]), strict=True):
-            kind, truths = answer_from_objects(question, objects)
-            assert truths == {answer}, (record.id, question)
+            kind, annotations = answer_from_objects(question, objects)
+            assert annotations == {answer}, (record.id, question)
             kinds[kind] += 1
     assert all(kinds[kind] > 10 for kind in ("colour", "thing", "count", "relation", "box")), kinds
 
@@ -235,15 +239,15 @@ def test_every_answer_of_a_pair_quiz_follows_from_the_truth(series, split):
     answers = defaultdict(Counter)
     for record in series["pair_quiz", split]:
         scenes = [
-            Counter((each["colour"], each["thing"]) for each in picture["objects"])
-            for picture in record.truth["pictures"]
+            Counter((each["colour"], each["thing"]) for each in image["objects"])
+            for image in record.annotations["pictures"]
         ]
         assert record.turns[0].text.startswith("Image 1: <image> Image 2: <image> ")
         asked = [turn.text.rpartition("<image> ")[2] for turn in record.turns[::2]]
         assert len(set(asked)) == len(asked)
         for question, answer in zip(asked, (turn.text for turn in record.turns[1::2]), strict=True):
-            kind, truth = answer_from_scenes(question, scenes)
-            assert answer == truth, (record.id, question)
+            kind, annotations = answer_from_scenes(question, scenes)
+            assert answer == annotations, (record.id, question)
             answers[kind][answer] += 1
     assert set(answers.pop("many")) >= set("123")
     assert {kind: set(counts) for kind, counts in answers.items()} == {
@@ -274,12 +278,12 @@ def answer_from_scenes(question: str, scenes: list[Counter]) -> tuple[str, str]:
 
 
 def test_boxes_are_where_the_ink_is(series):
-    """Each thing's box holds ink to its edges: compare with the picture without that thing."""
+    """Each thing's box holds ink to its edges: compare with the image without that thing."""
     for record in series["box", "train"][:40]:
-        drawing, truth = record.images[0].drawing, record.truth["pictures"][0]
+        drawing, annotations = record.images[0].drawing, record.annotations["pictures"][0]
         height, width = drawing.size
         full = np.asarray(drawing.paint(), dtype=int)
-        for index, thing in enumerate(truth["objects"]):
+        for index, thing in enumerate(annotations["objects"]):
             rest = tuple(mark for place, mark in enumerate(drawing.marks) if place != index)
             without = np.asarray(Drawing(drawing.size, drawing.background, rest).paint(), dtype=int)
             rows, columns = np.nonzero(np.abs(full - without).sum(axis=2) > 30)
@@ -290,25 +294,25 @@ def test_boxes_are_where_the_ink_is(series):
 
 def test_text_boxes_are_where_the_ink_is(series):
     for record in series["read", "train"][:60]:
-        drawing, truth = record.images[0].drawing, record.truth["pictures"][0]
+        drawing, annotations = record.images[0].drawing, record.annotations["pictures"][0]
         height, width = drawing.size
         full = np.asarray(drawing.paint(), dtype=int)
         without = np.asarray(Drawing(drawing.size, drawing.background, drawing.marks[:-1]).paint(), dtype=int)
         rows, columns = np.nonzero(np.abs(full - without).sum(axis=2) > 30)
         ink = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-        claimed = np.array(truth["strings"][0]["box"]) * (width, height, width, height)
+        claimed = np.array(annotations["strings"][0]["box"]) * (width, height, width, height)
         assert np.abs(claimed - ink).max() <= 2.5, (record.id, claimed, ink)
 
 
 def test_things_do_not_overlap_and_stay_inside(series):
     for (_, _), records in series.items():
         for record in records:
-            for picture in record.truth["pictures"]:
-                for part in (*picture["objects"], *picture["strings"]):
+            for image in record.annotations["pictures"]:
+                for part in (*image["objects"], *image["strings"]):
                     x1, y1, x2, y2 = part["box"]
                     assert -0.01 <= x1 < x2 <= 1.01, (record.id, part)
                     assert -0.01 <= y1 < y2 <= 1.01, (record.id, part)
-                for one, other in itertools.combinations([thing["box"] for thing in picture["objects"]], 2):
+                for one, other in itertools.combinations([thing["box"] for thing in image["objects"]], 2):
                     apart = one[2] <= other[0] + 0.01 or other[2] <= one[0] + 0.01
                     apart = apart or one[3] <= other[1] + 0.01 or other[3] <= one[1] + 0.01
                     assert apart, record.id
@@ -317,13 +321,15 @@ def test_things_do_not_overlap_and_stay_inside(series):
 def test_rules_can_be_learned_only_from_the_shots(series):
     words = Counter()
     for record in (record for split in SPLITS for record in series["rule", split]):
-        labels, attribute = record.truth["rule"]["labels"], record.truth["rule"]["attribute"]
+        labels, attribute = record.annotations["rule"]["labels"], record.annotations["rule"]["attribute"]
         answers = [turn.text.rsplit(":", 1)[1] for turn in record.turns[:8]]
         assert sorted(Counter(answers).values()) == [4, 4]
-        assert record.truth["answer"] in answers
-        for answer, picture in zip([*answers, record.truth["answer"]], record.truth["pictures"], strict=True):
+        assert record.annotations["answer"] in answers
+        for answer, image in zip(
+            [*answers, record.annotations["answer"]], record.annotations["pictures"], strict=True
+        ):
             (value,) = (value for value, label in labels.items() if label == answer)
-            objects = picture["objects"]
+            objects = image["objects"]
             if attribute in ("colour", "thing"):
                 assert {thing[attribute] for thing in objects} == {value}
             elif attribute == "count":
@@ -332,20 +338,20 @@ def test_rules_can_be_learned_only_from_the_shots(series):
                 x1, y1, x2, y2 = objects[0]["box"]
                 is_there = {"left": x2 <= 0.5, "right": x1 > 0.5, "top": y2 <= 0.5, "bottom": y1 > 0.5}
                 assert is_there[value]
-        words[record.truth["answer"]] += 1
+        words[record.annotations["answer"]] += 1
     assert len(words) == 16
     assert max(words.values()) < 60  # no word is right by itself
 
 
 def test_a_share_of_questions_says_what_the_rule_looks_at():
     named = Counter()
-    for record in drawn_records("rule", "train", 0, 60, WorldSettings(rule_named=0.5, rule_attributes=("thing",))):
-        labels = record.truth["rule"]["labels"]
-        assert record.truth["rule"]["attribute"] == "thing"
+    for record in rendered_records("rule", "train", 0, 60, WorldSettings(rule_named=0.5, rule_attributes=("thing",))):
+        labels = record.annotations["rule"]["labels"]
+        assert record.annotations["rule"]["attribute"] == "thing"
         *shots, question, answer = (turn.text for turn in record.turns)
         ways = set()
-        for chunk, picture in zip([*shots, question + answer], record.truth["pictures"], strict=True):
-            (value,) = {each["thing"] for each in picture["objects"]}
+        for chunk, image in zip([*shots, question + answer], record.annotations["pictures"], strict=True):
+            (value,) = {each["thing"] for each in image["objects"]}
             assert chunk.endswith(f" Short answer:{labels[value]}")
             question = chunk.removesuffix(labels[value])
             assert (value in question) == (question != "<image>Question:Which word? Short answer:")
@@ -365,8 +371,8 @@ def test_show_and_say_asks_for_what_rules_give_words_for(series):
         (asked,) = {shot.partition(" Short answer:")[0] for shot in [*shots, question]}
         said = [text.partition("Short answer:")[2] for text in [*shots, question + answer]]
         answers.setdefault(asked.removeprefix("<image>Question:"), set()).update(said)
-        for value, picture in zip(said, record.truth["pictures"], strict=True):
-            objects = picture["objects"]
+        for value, image in zip(said, record.annotations["pictures"], strict=True):
+            objects = image["objects"]
             x1, y1, x2, y2 = objects[0]["box"]
             is_there = {"left": x2 <= 0.5, "right": x1 > 0.5, "top": y2 <= 0.5, "bottom": y1 > 0.5}
             seen = [{thing["colour"] for thing in objects}, {thing["thing"] for thing in objects}, {str(len(objects))}]
@@ -381,7 +387,7 @@ def test_word_rules_follow_from_the_text_before(series):
     for record in (record for split in SPLITS for record in series["word_rule", split]):
         assert not record.images
         *shots, question, answer = (turn.text for turn in record.turns)
-        labels = record.truth["rule"]["labels"]
+        labels = record.annotations["rule"]["labels"]
         assert len(shots) == 8
         assert len(set(labels.values())) == len(labels)
         (form,) = {
@@ -395,14 +401,14 @@ def test_word_rules_follow_from_the_text_before(series):
     assert set(counts) == {2, 3, 4}
     assert min(*forms.values(), *counts.values(), *known.values()) > 10
     settings = WorldSettings(word_rule_forms=(0,), num_shots=2)
-    for record in drawn_records("word_rule", "train", 0, 5, settings):
+    for record in rendered_records("word_rule", "train", 0, 5, settings):
         assert all(turn.text.count(":") == 1 and " " not in turn.text for turn in record.turns[:2])
 
 
 def test_a_share_of_strings_are_made_up_words():
     settings = WorldSettings(made_up_words=0.5)
     for split in SPLITS:
-        answers = [record.truth["answer"] for record in drawn_records("read", split, 0, 300, settings)]
+        answers = [record.annotations["answer"] for record in rendered_records("read", split, 0, 300, settings)]
         assert all(split_of(string_key(answer)) == split for answer in answers)
         assert {len(answer) for answer in answers} == {1, 2, 3, 4, 5, 6}
         lower = [text for text in answers if text.isalpha() and text[1:].islower()]  # only words have small letters
@@ -436,11 +442,11 @@ def test_repetitions_can_be_copied_from_the_text_before(series):
 def test_answers_are_balanced(series, task):
     records = [record for split in SPLITS for record in series[task, split]]
     if task == "refusal":
-        share = sum(record.truth["is_unsafe"] for record in records) / len(records)
+        share = sum(record.annotations["is_unsafe"] for record in records) / len(records)
         assert 0.4 < share < 0.6
         return
-    for choices in {tuple(record.truth["choices"]) for record in records}:
-        answers = Counter(r.truth["answer"] for r in records if tuple(r.truth["choices"]) == choices)
+    for choices in {tuple(record.annotations["choices"]) for record in records}:
+        answers = Counter(r.annotations["answer"] for r in records if tuple(r.annotations["choices"]) == choices)
         assert min(answers[choice] for choice in choices) > 0.6 * sum(answers.values()) / len(choices), answers
 
 
@@ -448,9 +454,11 @@ def test_every_kind_of_record_is_written(series):
     kinds = {task: {record.kind for split in SPLITS for record in series[task, split]} for task in TASKS}
     assert all(kinds[task] == {TASKS[task].kind} for task in TASKS)
     assert {task.kind for task in TASKS.values()} == set(KINDS)
-    levels = {(r.truth["granularity"], r.truth["include_datacomp_raw_cap"]) for r in series["ocr", "train"]}
+    levels = {
+        (r.annotations["granularity"], r.annotations["include_datacomp_raw_cap"]) for r in series["ocr", "train"]
+    }
     assert len(levels) == 12
-    assert {record.truth["granularity"] for record in series["grounding", "train"]} == {0, 1, 2}
+    assert {record.annotations["granularity"] for record in series["grounding", "train"]} == {0, 1, 2}
 
 
 # ----------------------------------------------------------------------------------------- the recipe's own texts
@@ -488,26 +496,26 @@ def test_grounding_granularities_are_those_of_the_report():
 
 def test_a_record_depends_on_its_numbers_alone():
     for task in TASKS:
-        one, other = drawn_record(task, "train", 5, 7), list(drawn_records(task, "train", 5, 8))[-1]
+        one, other = rendered_record(task, "train", 5, 7), list(rendered_records(task, "train", 5, 8))[-1]
         assert one == other
         assert [p.open().tobytes() for p in one.images] == [p.open().tobytes() for p in other.images]
-        assert one.to_json() != drawn_record(task, "train", 6, 7).to_json()
-    assert drawn_record("name", "train", 0, 3, SHAPES_ONLY) == drawn_record("name", "train", 0, 3)
+        assert one.to_json() != rendered_record(task, "train", 6, 7).to_json()
+    assert rendered_record("name", "train", 0, 3, SHAPES_ONLY) == rendered_record("name", "train", 0, 3)
 
 
 def test_plans_are_the_same_everywhere_and_pixels_within_an_environment():
-    """Scenes use no font, so their plans have one hash; whoever changes it changes every drawn data set."""
-    records = [drawn_record(task, "train", 0, 0) for task in ("name", "count", "relation", "caption")]
+    """Scenes use no font, so their plans have one hash; whoever changes it changes every rendered data set."""
+    records = [rendered_record(task, "train", 0, 0) for task in ("name", "count", "relation", "caption")]
     plans = json.dumps([record.to_json() for record in records])
     assert hashlib.sha256(plans.encode()).hexdigest()[:16] == "143e4f63d317d6cf"
-    pixels = [picture.open().tobytes() for record in records for picture in record.images]
+    pixels = [image.open().tobytes() for record in records for image in record.images]
     for cached in (canvas._mask, canvas._turned_mask, canvas._scaled_mask, canvas._tiled_grain, canvas._grain):
         cached.cache_clear()
-    assert pixels == [picture.open().tobytes() for record in records for picture in record.images]
+    assert pixels == [image.open().tobytes() for record in records for image in record.images]
 
 
 def test_every_thing_is_its_own_shape():
-    masks = {thing: np.asarray(draw_mask(thing, 48), dtype=float) / 255 for thing in THINGS}
+    masks = {thing: np.asarray(render_mask(thing, 48), dtype=float) / 255 for thing in THINGS}
     assert all(mask.mean() > 0.08 for mask in masks.values())
     for one, other in itertools.combinations(masks, 2):
         assert np.abs(masks[one] - masks[other]).mean() > 0.04, (one, other)
@@ -515,11 +523,11 @@ def test_every_thing_is_its_own_shape():
 
 def test_a_sample_takes_milliseconds():
     """Generous bounds, so that a busy machine passes; docs/data.md has measured numbers."""
-    list(drawn_records("count", "train", 0, 50))
+    list(rendered_records("count", "train", 0, 50))
     for task, milliseconds in {"count": 15, "read": 15, "box": 15, "compare": 25}.items():
         start = time.process_time()
-        for record in drawn_records(task, "train", 9, 60):
-            _ = [picture.open() for picture in record.images]
+        for record in rendered_records(task, "train", 9, 60):
+            _ = [image.open() for image in record.images]
         assert (time.process_time() - start) / 60 * 1000 < milliseconds, task
 
 
@@ -535,12 +543,12 @@ def test_settings_are_followed():
         num_shots=4,
     )
     for task in ("count", "ocr", "rule"):
-        for record in drawn_records(task, "train", 0, 10, settings):
-            for picture, drawn in zip(record.truth["pictures"], record.images, strict=True):
-                assert all(499 <= side <= 700 for side in picture["size"])
-                assert {thing["colour"] for thing in picture["objects"]} <= {"red", "blue", "green", "pink"}
-                assert {mark.font for mark in drawn.drawing.marks if mark.name == "text"} <= {"Aileron"}
-            assert record.truth.get("granularity", 0) == 0
+        for record in rendered_records(task, "train", 0, 10, settings):
+            for image, rendered in zip(record.annotations["pictures"], record.images, strict=True):
+                assert all(499 <= side <= 700 for side in image["size"])
+                assert {thing["colour"] for thing in image["objects"]} <= {"red", "blue", "green", "pink"}
+                assert {mark.font for mark in rendered.drawing.marks if mark.name == "text"} <= {"Aileron"}
+            assert record.annotations.get("granularity", 0) == 0
             assert record.kind != "few_shot" or len(record.images) == 5
 
 
@@ -566,7 +574,7 @@ def test_wrong_settings_are_refused(wrong):
 @pytest.mark.parametrize("wrong", [{"task": "cuont"}, {"split": "test"}, {"seed": -1}])
 def test_wrong_requests_are_refused(wrong):
     with pytest.raises(ValueError, match=r"but .* probably"):
-        drawn_record(**{"task": "count", **wrong})
+        rendered_record(**{"task": "count", **wrong})
 
 
 def test_a_missing_font_names_the_extra(monkeypatch):
@@ -584,18 +592,18 @@ def test_a_missing_font_names_the_extra(monkeypatch):
 # -------------------------------------------------------------------------------------------------- command line
 
 
-@pytest.mark.parametrize("pictures", ["png", "webp", "drawing"])
-def test_build_writes_shards_that_read_back(tmp_path, pictures):
-    arguments = ["--task", "count", "compare", "--count", "5", "--shard-size", "3", "--pictures", pictures]
+@pytest.mark.parametrize("images", ["png", "webp", "drawing"])
+def test_build_writes_shards_that_read_back(tmp_path, images):
+    arguments = ["--task", "count", "compare", "--count", "5", "--shard-size", "3", "--pictures", images]
     assert build.main([*arguments, "--output", str(tmp_path)]) == 0
     shards = sorted(path.name for path in tmp_path.glob("*.jsonl"))
     assert shards == [f"{task}-train-0000{part}.jsonl" for task in ("compare", "count") for part in (0, 1)]
     records = [record for shard in shards for record in read_jsonl(tmp_path / shard)]
-    drawn = [record for task in ("compare", "count") for record in drawn_records(task, "train", 0, 5)]
-    assert [record.id for record in records] == [record.id for record in drawn]
-    for one, other in zip(records, drawn, strict=True):
+    rendered = [record for task in ("compare", "count") for record in rendered_records(task, "train", 0, 5)]
+    assert [record.id for record in records] == [record.id for record in rendered]
+    for one, other in zip(records, rendered, strict=True):
         assert [p.open().tobytes() for p in one.images] == [p.open().tobytes() for p in other.images]
-    assert (tmp_path / "images").exists() == (pictures != "drawing")
+    assert (tmp_path / "images").exists() == (images != "drawing")
 
 
 def test_build_resumes_and_refuses_another_request(tmp_path, capsys):
@@ -626,7 +634,7 @@ def test_preview_draws_a_sheet_of_every_task(tmp_path):
 @pytest.mark.parametrize("task", ["repetition", "word_rule"])
 def test_a_sample_without_images_is_shown_as_text(task):
     """From the top of the cell, where others show their images."""
-    cell = np.asarray(build.draw_sheet([task], columns=1).convert("L"))[12:318, 12:300]
+    cell = np.asarray(build.render_contact_sheet([task], columns=1).convert("L"))[12:318, 12:300]
     rows = (cell < 128).any(axis=1).nonzero()[0]
     assert rows.min() < 30
     assert rows.max() > 100

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Test the page in the browser, batches on Ray Data and quantization, with everything they need.
 
-    python tests/environments/run_doors.py                  all of it
-    python tests/environments/run_doors.py -k browser       the tests whose name matches
+    python tests/environments/run_backends.py                  all of it
+    python tests/environments/run_backends.py -k browser       the tests whose name matches
 
-`make test` skips what is not installed; here a test that is skipped fails the run. The environment, `.venv-doors` at
-the root of the repository, is made on the first run and again when constraints/serving.txt changes: 2 GB. Chromium is
-taken from PATH; where it is missing and this runs as root on Debian, it is installed from Debian's packages. The exit
-status is pytest's; 1 when a test was skipped, 2 when something could not be installed.
+`make test` skips what is not installed; here a test that is skipped fails the run. The environment, `.venv-backends`
+at the root of the repository, is made on the first run and again when constraints/serving.txt changes: 2 GB. Chromium
+is taken from PATH; where it is missing and this runs as root on Debian, it is installed from Debian's packages. The
+exit status is pytest's; 1 when a test was skipped, 2 when something could not be installed.
 """
 
 import os
@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 
 from own_environment import ROOT, make_environment, parse_expression, run_pytest
 
-ENVIRONMENT = ROOT / ".venv-doors"
+ENVIRONMENT = ROOT / ".venv-backends"
 CONSTRAINTS = ROOT / "constraints" / "serving.txt"
 PACKAGES = ["pytest", "psutil", "--editable", f"{ROOT}[app,batch,data,quantize]"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # as tests/serving/test_app.py looks for them
