@@ -7,8 +7,8 @@
          v
     cache -- grow_in_place --> one more token a step, written behind those that are there
 
-Letters: B rows, L tokens, H key-value heads, C channels per head, E text width. Nothing here knows about pixels: it asks
-the model where image tokens stand and how many of them an image takes.
+Letters: B rows, L tokens, H key-value heads, C channels per head, E text width. Nothing here knows about pixels: the
+model is asked where image tokens stand and how many of them an image takes.
 """
 
 import warnings

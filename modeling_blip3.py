@@ -2,20 +2,21 @@
 """BLIP-3 (xGen-MM, arXiv:2408.08872): vision tower -> Perceiver resampler -> language model.
 
     pixel_values (I, T, 3, S, S)                                     input_ids (B, L)
-         | drop the slots a picture does not use                          |
-    tiles (N, 3, S, S)                                                    | embed
+         | drop the slots an image does not use                           |
+    views (N, 3, S, S)                                                    | embed
          | vision_tower                                                   |
     patch tokens (N, P, D)                                                |
          | gather the visible ones, group by group                        |
     patches (V, D)                                                        |
          | resampler, Q latents a group                                   |
-    image_features, per picture (n * Q, E) -----> scatter onto <image> -> inputs_embeds (B, L, E)
+    image_features, per image (n * Q, E) -----> scatter onto <image> -> inputs_embeds (B, L, E)
                                                                           | language_model, lm_head
                                                                      logits (B, K, vocab_size)
 
-Letters: B rows, L tokens, K tokens with logits asked for, I pictures in reading order, T tile slots, N tiles that show
-something, S tile side in pixels, P = p * p patches per tile, D vision width, G groups (resampler calls), V visible
-patches of all groups, Q latents, E text width. Sizes are (height, width), grids (rows, columns).
+A view is an image's global view or one of its tiles. Letters: B rows, L tokens, K tokens with logits asked for, I images
+in reading order, T view slots, N views in use, S side of a view in pixels, P = p * p patches per view, D vision width, G
+groups (resampler calls), V visible patches of all groups, Q latents, E text width. Sizes are (height, width), grids
+(rows, columns). Which patches are visible is in tiling_blip3.py, how `generate` reads prompts in generation_blip3.py.
 """
 
 from collections.abc import Callable
@@ -26,12 +27,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModel, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -383,22 +379,22 @@ class Blip3Model(Blip3PreTrainedModel):
     def get_image_features(
         self, pixel_values: torch.Tensor, image_sizes: torch.Tensor, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Encode pictures.
+        """Encode images.
 
         Args:
-            pixel_values: (I, T, 3, S, S), or the used tiles alone, (N, 3, S, S).
+            pixel_values: (I, T, 3, S, S), or the views in use alone, (N, 3, S, S).
             image_sizes: (I, 2) original (height, width); (0, 0) marks a global view alone.
             **kwargs: `output_hidden_states` and `output_attentions` of the vision tower.
 
         Returns:
-            `pooler_output`: one tensor (n * Q, E) per picture; `last_hidden_state`: patch tokens (N, P, D).
+            `pooler_output`: one tensor (n * Q, E) per image; `last_hidden_state`: patch tokens (N, P, D).
 
         Raises:
-            ValueError: if the tiles do not fit the sizes.
+            ValueError: if the views do not fit the sizes.
         """
         if image_sizes.ndim != 2 or image_sizes.shape[1] != 2:
             raise ValueError(
-                f"image_sizes is {tuple(image_sizes.shape)} but must be (I, 2), one (height, width) per picture. The "
+                f"image_sizes is {tuple(image_sizes.shape)} but must be (I, 2), one (height, width) per image. The "
                 "batch dimension was probably dropped or a collator stacked it: pass what the processor returns."
             )
         sizes = [tuple(size) for size in image_sizes.tolist()]
@@ -530,7 +526,7 @@ class Blip3Model(Blip3PreTrainedModel):
             raise ValueError(
                 f"Image features and image tokens do not match: tokens: {num_slots}, features: {num_features}. The "
                 f"prompt must hold one image token ({self.config.image_token_id}) per feature. It was probably "
-                "truncated inside a picture, or its processor has other tile_grids, num_latents or token_sampling "
+                "truncated inside an image, or its processor has other tile_grids, num_latents or token_sampling "
                 f"than the model: raise max_length (now {image_token_mask.shape[-1]}) and load both from one folder."
             )
         return image_token_mask
@@ -618,7 +614,7 @@ class Blip3Model(Blip3PreTrainedModel):
         if image_sizes is None:
             raise ValueError(
                 f"pixel_values {tuple(pixel_values.shape)} came without image_sizes, the original (height, width) of "
-                f"each of the {pixel_values.shape[0]} pictures, from which the model derives grids and padding. It "
+                f"each of the {pixel_values.shape[0]} images, from which the model derives grids and padding. It "
                 "was probably dropped by a collator: pass everything the processor returns."
             )
         return self.get_image_features(pixel_values, image_sizes, return_dict=True)
@@ -629,7 +625,7 @@ class Blip3Model(Blip3PreTrainedModel):
         return type(self.resampler.layers[0]).__name__.startswith("FSDP")
 
     def _must_run_dummy_vision_pass(self, cache: Any) -> bool:
-        """Whether a batch without pictures must pass through the vision modules all the same.
+        """Whether a batch without images must pass through the vision modules all the same.
 
         In training every trainable parameter needs a gradient. Under FSDP2 a rank that skips the vision modules leaves
         the others waiting, in evaluation too.
@@ -654,7 +650,7 @@ class Blip3Model(Blip3PreTrainedModel):
 
 
 class Blip3ForConditionalGeneration(Blip3PreTrainedModel, Blip3GenerationMixin):
-    """BLIP-3 with its output layer: pictures and text in, text out."""
+    """BLIP-3 with its output layer: images and text in, text out."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output" if IS_TRANSFORMERS_5 else "colwise_rep"}
