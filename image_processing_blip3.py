@@ -7,8 +7,8 @@
 
 A view is the global view or a tile. Letters: I images of the whole batch in reading order, T the constant number of
 view slots (1 + the largest grid), S the side of a view in pixels, R x C the grid chosen for one image. `pixel_values`
-is (I, T, 3, S, S), slots an image does not use are zero; `image_sizes` is (I, 2), original (height, width). Which slots
-are used is never stored: tiling_blip3.py derives it from the size wherever it is needed.
+is (I, T, 3, S, S), slots an image does not use are zero; `image_sizes` is (I, 2), original (height, width). Which
+slots are used is never stored: tiling_blip3.py derives it from the size wherever it is needed.
 """
 
 import base64

@@ -13,10 +13,11 @@
                                                                           | language_model, lm_head
                                                                      logits (B, K, vocab_size)
 
-A view is an image's global view or one of its tiles. Letters: B rows, L tokens, K tokens with logits asked for, I images
-in reading order, T view slots, N views in use, S side of a view in pixels, P = p * p patches per view, D vision width, G
-groups (resampler calls), V visible patches of all groups, Q latents, E text width. Sizes are (height, width), grids
-(rows, columns). Which patches are visible is in tiling_blip3.py, how `generate` reads prompts in generation_blip3.py.
+A view is an image's global view or one of its tiles. Letters: B rows, L tokens, K tokens with logits asked for, I
+images in reading order, T view slots, N views in use, S side of a view in pixels, P = p * p patches per view, D vision
+width, G groups (resampler calls), V visible patches of all groups, Q latents, E text width. Sizes are (height, width),
+grids (rows, columns). Which patches are visible is in tiling_blip3.py, how `generate` reads prompts in
+generation_blip3.py.
 """
 
 from collections.abc import Callable

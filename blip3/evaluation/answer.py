@@ -68,9 +68,9 @@ class Checkpoint:
     def length(self, question: Question) -> int:
         """Count the tokens of the prompt and of its images, without painting them."""
         sizes = [image.drawing.size for image in question.images if image.drawing is not None]
-        counted = self.processor._get_num_multimodal_tokens(image_sizes=sizes, **self.image_options)
+        shown = [self.processor.image_processor.image_size_for_model(*size, **self.image_options) for size in sizes]
         num_tokens = len(self.processor.tokenizer(self.render(question))["input_ids"])  # with one `<image>` an image
-        return num_tokens - len(sizes) + sum(counted["num_image_tokens"])
+        return num_tokens - len(sizes) + sum(map(self.processor.count_image_tokens, shown))
 
     def render(self, question: Question) -> str:
         """Write the prompt of a question, with `<image>` where images stand.

@@ -421,8 +421,8 @@ class VllmEngine:
         """Return one request: the prompt as the chat template writes it, and the decoded image."""
         prompt = render(self.processor, question)
         opened = self.processor.image_processor.open_image(image)
-        num_image_tokens = self.processor._get_num_multimodal_tokens([(opened.height, opened.width)]).num_image_tokens
-        num_tokens = len(self.processor.tokenizer(prompt)["input_ids"]) - 1 + num_image_tokens[0]
+        shown = self.processor.image_processor.image_size_for_model(opened.height, opened.width)
+        num_tokens = len(self.processor.tokenizer(prompt)["input_ids"]) - 1 + self.processor.count_image_tokens(shown)
         check_length(num_tokens, self.max_new_tokens, self.config)
         return {"prompt": prompt, "multi_modal_data": {"image": opened}}
 

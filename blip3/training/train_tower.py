@@ -47,7 +47,8 @@ from .recipe import RunRecipe, load_recipe, plain_errors, recipe_arguments, save
 from .run import SAVED_RECIPE, RecipeTrainer, copy_processor, log_metrics, match_names, start, training_arguments
 
 Blip3Resampler = model_code("modeling_blip3.Blip3Resampler")
-visible_patches = model_code("modeling_blip3.visible_patches")
+view_places = model_code("tiling_blip3.view_places")
+visible_patches = model_code("tiling_blip3.visible_patches")
 
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 MIN_OVERLAP = 0.35
@@ -146,11 +147,10 @@ class TowerImages(Dataset):
         tiles = self.image_processor(record.images[0].open(), return_tensors="pt")["pixel_values"][0]
         regions = regions_of(record, drawing)
         rng = np.random.default_rng([self.recipe.seed, index])
-        places = tile_places(drawing.size, self.image_processor)
+        grid = self.image_processor.grid_of(*drawing.size)
+        places = view_places(drawing.size, grid, self.image_processor.tile_size)
         order = richest_parts(regions, places, self.image_processor.tile_size, rng)[: self.recipe.parts]
-        shown = visible_patches(
-            drawing.size, self.image_processor.grid_of(*drawing.size), self.patches_per_side, "patch", "tiles"
-        )
+        shown = visible_patches(drawing.size, grid, self.patches_per_side, "patch", "tiles")
         pixels, names, captions, visible = [], [], [], []
         for part in order:
             pixels.append(tiles[part])
@@ -199,29 +199,6 @@ def character_regions(mark: Text) -> list[Region]:
         for character, start_x, end_x in zip(mark.text, starts, ends, strict=True)
         if character in CHARACTERS
     ]
-
-
-def tile_places(image_size: tuple[int, int], image_processor: Any) -> list[tuple[float, float, float, float]]:
-    """Give, for the global view and each tile, how an image's pixels map to it.
-
-    Args:
-        image_size: (height, width) of the image.
-        image_processor: the model's.
-
-    Returns:
-        (scale x, scale y, offset x, offset y) each: tile pixel = scale * image pixel + offset.
-    """
-    height, width = image_size
-    side = image_processor.tile_size
-    rows, columns = image_processor.grid_of(height, width)
-    places = [(side / width, side / height, 0.0, 0.0)]
-    if rows * columns:
-        scale = min(rows * side / height, columns * side / width)
-        left, top = (columns * side - width * scale) / 2, (rows * side - height * scale) / 2
-        places += [
-            (scale, scale, left - column * side, top - row * side) for row in range(rows) for column in range(columns)
-        ]
-    return places
 
 
 def _boxes_in(regions: Sequence[Region], place: tuple[float, float, float, float]) -> np.ndarray:
