@@ -5,9 +5,9 @@ import re
 import shlex
 
 import pytest
+from blip3.training.train_tower import TowerRecipe
 
 from blip3.training.recipe import Recipe, load_recipe
-from blip3.training.train_tower import TowerRecipe
 from support import ROOT
 
 PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
