@@ -35,9 +35,9 @@ BLOCK_BYTES, STRIDE_BYTES = 2**16, 2**22  # of a larger one: what counts, and ho
 _FINGERPRINTED = (".jinja", ".json", ".model", ".py", ".safetensors")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _OUTPUT_OF = {  # place of the output among a command's arguments
-    "blip3.training.new_model": 1,
+    "blip3.training.small.new_model": 1,
     "blip3.training.average": 0,
-    "blip3.training.publish": 0,
+    "blip3.training.small.publish": 0,
     "convert_weights.py": -1,
 }
 _code_in_use: dict[str, tuple[Path, str]] = {}  # name of a folder -> the folder, and a digest of its code
@@ -206,9 +206,12 @@ def _commands() -> Iterator[tuple[Path, str, str]]:
         for command in commands:
             words = shlex.split(command, comments=True)
             program = next((word for word in words if word in _OUTPUT_OF), None)
+            overrides = [word.removeprefix("output=") for word in words if word.startswith("output=")]
             if program:
                 given = words[words.index(program) + 1 :]
                 yield Path(os.path.abspath(given[_OUTPUT_OF[program]])), program, command
+            elif overrides:
+                yield Path(os.path.abspath(overrides[-1])), f"the recipe {name}", command
         output = re.search(r"^output: (\S+)", text, flags=re.MULTILINE)
         if output:
             own = [command for command in commands if command.endswith(f" {name}")]

@@ -42,10 +42,12 @@ from .names import (
     HEAD_BIAS,
     HEAD_WEIGHT,
     IMAGE_TOKENS,
+    INNER,
     KNOWN_RELEASES,
     POOLING_HEAD,
     PREFIXES,
     TIMM_NAMES,
+    TOWER,
     check_shapes,
     expected_shapes,
     swap_prefix,
@@ -306,7 +308,7 @@ def vision_views(reader: Reader, description: str) -> Views:
     """
     views = views_of(reader)
     kept = ("embeddings.", "encoder.", "post_layernorm.", "head.")
-    prefixes = ("vlm.vision_encoder.", "vision_encoder.", PREFIXES[0][1], "model.vision_tower.", "vision_model.", "")
+    prefixes = ("vlm.vision_encoder.", "vision_encoder.", TOWER + INNER, TOWER, INNER, "")
     for prefix in prefixes:
         if prefix + "embeddings.patch_embedding.weight" in views:
             tower = {name.removeprefix(prefix): view for name, view in views.items() if name.startswith(prefix)}

@@ -102,16 +102,25 @@ def build_tokenizer(tokenizer: dict, settings: dict, num_ids: int, variant: str)
         special |= {f"{role}_token": token} if token in ids else {}
     if variant == "instruct":
         _slow_pipeline(tokenizer, {*special.values(), *IMAGE_TOKENS})
-    written = {
+    return tokenizer, tokenizer_settings(special, settings.get("model_max_length", 4096))
+
+
+def tokenizer_settings(special: dict[str, str], max_length: int) -> dict:
+    """Return a tokenizer_config.json in words that both transformers lines know.
+
+    Args:
+        special: the token of each role: `bos_token`, `eos_token`, `pad_token` and, where there is one, `unk_token`.
+        max_length: the most tokens the model takes.
+    """
+    return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         **special,
-        "model_max_length": settings.get("model_max_length", 4096),
-        "extra_special_tokens": {"image_token": "<image>"},
+        "model_max_length": max_length,
+        "extra_special_tokens": {"image_token": IMAGE_TOKENS[0]},
     }
-    return tokenizer, written
 
 
 def _slow_pipeline(tokenizer: dict, without_space: set[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 from transformers import BatchFeature
 
 from ..answering import Answerer, count_tokens, render
-from ..data.records import open_images
+from ..data.images import open_images
 from .tasks import Question
 
 STOPS = ("<|end|>", "<|endofchunk|>")

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..data.formats import parse_boxes
-from ..data.records import IMAGE_TOKEN, ImageSource, Record, to_few_shot_prompt, to_messages
+from ..data.images import ImageSource
+from ..data.records import IMAGE_TOKEN, Record, to_few_shot_prompt, to_messages
 from ..refusals import check_choice
 from ..world.settings import WorldSettings
 from ..world.tasks import rendered_records

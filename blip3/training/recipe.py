@@ -138,6 +138,26 @@ class Recipe(RunRecipe):
             )
 
 
+@dataclass(frozen=True)
+class TowerRecipe(RunRecipe):
+    """Stage 0: a vision tower and, if asked for, a first resampler."""
+
+    tasks: Sequence[str] = ("caption", "ocr")
+    """Rendered tasks whose images are shown, in turn."""
+    parts: int = 3
+    """Views kept of each image, those that show most; the rest is left out for variety."""
+    text_width: int = 128
+    """Of the text tower, which is thrown away afterwards."""
+    text_layers: int = 2
+    """Of the text tower."""
+    caption_length: int = 32
+    """Tokens of a caption; longer ones are cut."""
+    image_weight: float = 0.1
+    """Weight of the image level against the patch level; at 0 it is left out."""
+    resampler: bool = False
+    """Train the resampler beside the tower, on the latents' level."""
+
+
 SomeRecipe = TypeVar("SomeRecipe", bound=RunRecipe)
 
 

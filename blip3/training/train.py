@@ -22,17 +22,18 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from .. import images
 from ..checkpoints import locate
-from ..data.records import ImageSource, Record
+from ..data.images import ImageSource
+from ..data.records import Record
 from .encode import Collator, Encoder, TooLongError
 from .mixture import Mixture
 from .recipe import MODULES, Recipe, load_recipe, plain_errors, recipe_arguments, save_recipe
-from .run import (
+from .trainer import (
     SAVED_RECIPE,
     RecipeTrainer,
     copy_processor,
     num_processes,
+    resume_or_refuse,
     save_image_splitting,
-    start,
     training_arguments,
 )
 
@@ -66,7 +67,7 @@ def train(recipe: Recipe) -> Path:
     """
     arguments = training_arguments(recipe)  # starts the process group
     source = locate(recipe.model)
-    checkpoint = start(recipe)
+    checkpoint = resume_or_refuse(recipe)
     with arguments.main_process_first(desc="copying the model's code into the cache"):
         processor = AutoProcessor.from_pretrained(**source)
         model = AutoModelForImageTextToText.from_pretrained(**source, dtype=torch.float32)
@@ -138,7 +139,7 @@ class Samples(Dataset):
             except (OSError, ValueError) as error:
                 raise self._name_record(index, record, error) from error
             shown = processor.image_processor.image_size_for_model(*size, self.encoder.any_resolution)
-            length += processor._count_image_tokens(shown)
+            length += processor.count_image_tokens(shown)
         return length
 
     def _name_record(self, index: int, record: Record, error: Exception) -> SampleError:

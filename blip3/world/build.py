@@ -25,7 +25,8 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from ..data.fonts import load_font, shorten, wrap
-from ..data.records import IMAGE_TOKEN, ImageSource, Record, write_jsonl
+from ..data.images import ImageSource
+from ..data.records import IMAGE_TOKEN, Record, write_jsonl
 from ..files import write_text, writing
 from ..refusals import check_positive
 from .settings import WorldSettings

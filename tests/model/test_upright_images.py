@@ -13,7 +13,8 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoProcessor, pipeline
 
-from blip3.data.records import ImageSource, Record, Turn, open_images
+from blip3.data.images import ImageSource, open_images
+from blip3.data.records import Record, Turn
 from blip3.hub import model_code
 from blip3.serving.fetch import ImageFetcher
 from blip3.serving.limits import ImageLimits
