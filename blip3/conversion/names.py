@@ -6,7 +6,8 @@ Released names are written without their outermost `vlm.` everywhere.
 """
 
 import re
-from collections.abc import Iterable
+
+from ..refusals import list_names
 
 Pairs = tuple[tuple[str, str], ...]
 Shapes = dict[str, tuple[int, ...]]
@@ -107,12 +108,6 @@ def _back(pairs: Pairs) -> Pairs:
     return tuple((new, old) for old, new in pairs)
 
 
-def some(names: Iterable[str]) -> str:
-    """Return up to eight of the names, sorted, for a message."""
-    names = sorted(names)
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
 def expected_shapes(config: dict) -> Shapes:
     """Return every tensor of a folded checkpoint by its released name.
 
@@ -206,8 +201,8 @@ def check_shapes(shapes: Shapes, config: dict, description: str) -> None:
     expected = expected_shapes(config)
     missing, unexpected = set(expected) - set(shapes), set(shapes) - set(expected)
     if missing or unexpected:
-        lists = [f"{len(missing)} are missing: {some(missing)}"] if missing else []
-        lists += [f"{len(unexpected)} are unexpected: {some(unexpected)}"] if unexpected else []
+        lists = [f"{len(missing)} are missing: {list_names(missing)}"] if missing else []
+        lists += [f"{len(unexpected)} are unexpected: {list_names(unexpected)}"] if unexpected else []
         raise ValueError(
             f"{description} should hold {len(expected)} tensors (after folding); {'; '.join(lists)}. The file is "
             "probably incomplete or its config belongs to another checkpoint: check both, or pass --source-config."

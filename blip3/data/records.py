@@ -21,8 +21,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from ..files import write_json_lines
+from ..images import turn_upright, turns_upright
 from .canvas import Drawing
 
 IMAGE_TOKEN = "<image>"
@@ -45,16 +47,6 @@ class RecordError(ValueError):
         """File and line, or the record's id."""
         self.field = name
         """Path of the field inside the record, such as `turns[1].role`."""
-
-
-def turn_upright(image: Image.Image) -> Image.Image:
-    """Turn an image that was just opened as its EXIF tag says, in place; returns it."""
-    image.load()
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # damaged tags; Pillow writes them anew after it has turned the pixels
-        image.info.pop("exif", None)
-    return image
 
 
 def _explain_undecoded(source: io.BytesIO | Path, error: Exception) -> str:
@@ -141,7 +133,7 @@ def open_images(images: Iterable[ImageSource], processor: Any) -> list[Image.Ima
         FileNotFoundError: if a file is missing.
         ValueError: if a file is no image.
     """
-    upright = processor.image_processor.do_exif_transpose is not False
+    upright = turns_upright(processor)
     return [image.open(upright=upright) for image in images]
 
 
@@ -395,14 +387,7 @@ def read_jsonl(path: str | Path) -> Iterator[Record]:
 
 def write_jsonl(records: Iterable[Record], path: str | Path) -> int:
     """Write records as JSON lines and return how many; the file appears complete or not at all."""
-    path, count = Path(path), 0
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as lines:
-        for record in records:
-            lines.write(json.dumps(record.to_json(), ensure_ascii=False) + "\n")
-            count += 1
-    unfinished.replace(path)
-    return count
+    return write_json_lines(path, (record.to_json() for record in records))
 
 
 # ------------------------------------------------------------------------------------------------ conversions

@@ -24,7 +24,7 @@ from blip3.conversion import card
 from blip3.hub import files_behind
 from blip3.serving import memory
 from blip3.serving.bodies import DEFAULT_NEW_TOKENS, PARAMETERS, SAMPLING, RequestLimits, parse_body
-from blip3.serving.images import ImageLimits
+from blip3.serving.limits import ImageLimits, variable_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHING = (ROOT / "docs" / "publishing.md").read_text(encoding="utf-8")
@@ -48,7 +48,7 @@ def variables_table() -> str:
             plain = (
                 ",".join(map(str, value)) if isinstance(value, tuple) else str(int(value) if value is True else value)
             )
-            rows.append(f"| `{prefix}{field.name.upper()}` | `{plain}` | {meanings[field.name].rstrip('.')} |")
+            rows.append(f"| `{variable_of(field, prefix)}` | `{plain}` | {meanings[field.name].rstrip('.')} |")
     return "\n".join(rows)
 
 

@@ -21,7 +21,7 @@ from blip3.training.recipe import load_recipe
 from blip3.world.settings import settings_from
 from blip3.world.tasks import rendered_record
 from support import load_model
-from training_support import WORLD, losses_of, weights_in, write_sizes
+from support.training import WORLD, losses_of, weights_in, write_sizes
 
 TILE, PER_SIDE = 48, 4
 PATCH = TILE // PER_SIDE
