@@ -13,8 +13,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..files import write_text
 from ..hub import model_code
-from .configs import TEMPLATES, Checkpoint, write_text
+from .configs import TEMPLATES, Checkpoint
 from .tensors import Views, total_bytes
 
 MARK = "Written by `convert_weights.py`"

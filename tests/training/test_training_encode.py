@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoProcessor
 
 from blip3.data.canvas import Drawing
-from blip3.data.records import DOCUMENT_KINDS, ImageSource, Record, Turn
+from blip3.data.images import ImageSource
+from blip3.data.records import DOCUMENT_KINDS, Record, Turn
 from blip3.training import encode
 from blip3.training.encode import (
     IGNORE_INDEX,
@@ -27,7 +28,7 @@ from blip3.training.encode import (
 from blip3.world.settings import settings_from
 from blip3.world.tasks import rendered_record
 from support import load_model
-from training_support import WORLD
+from support.training import WORLD
 
 LATENTS = 4
 SIZES = ((48, 48), (60, 40), (40, 90))  # all get two tiles beside the global view

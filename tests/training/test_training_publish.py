@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from blip3.checkpoints import CODE_FILES
-from blip3.training.publish import publish
-from training_support import write_recipe
+from blip3.training.small.publish import publish
+from support.training import write_recipe
 
 
 @pytest.fixture

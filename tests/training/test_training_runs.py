@@ -17,15 +17,16 @@ import torch
 from transformers import AutoProcessor
 
 from blip3.checkpoints import CODE_FILES
-from blip3.data.records import ImageSource, Record, Turn, write_jsonl
+from blip3.data.images import ImageSource
+from blip3.data.records import Record, Turn, write_jsonl
 from blip3.training import train as stage
 from blip3.training.average import average
 from blip3.training.encode import Encoder, TooLongError
 from blip3.training.mixture import Mixture
-from blip3.training.new_model import make_model
-from blip3.training.publish import publish
+from blip3.training.small.new_model import make_model
+from blip3.training.small.publish import publish
 from support import load_model, render_image
-from training_support import (
+from support.training import (
     WORLD,
     losses_of,
     newest_checkpoint,
@@ -100,12 +101,12 @@ def stages(tmp_path_factory) -> Path:
     def call(module: str, *arguments: object) -> None:
         expect_success(start("-m", f"blip3.training.{module}", *arguments, modules=folder / "modules"))
 
-    call("new_model", write_sizes(folder), folder / "new", "--samples", 20)
+    call("small.new_model", write_sizes(folder), folder / "new", "--samples", 20)
     common = {"max_steps": 30, "save_every": 30, "batch_size": 8}
     tower = {"mixture": None, "max_length": None, "tasks": ["ocr"], "text_width": 32, "text_layers": 1}
     path = write_recipe(folder / "0_tower.yaml", folder / "new", **common, **tower)
     path.write_text("".join(line for line in path.read_text().splitlines(True) if "null" not in line))
-    call("train_tower", path)
+    call("tower.train", path)
     kinds = {
         "1_pretrain": {
             "mixture": [{"rendered": "caption", "weight": 2}, {"rendered": "ocr"}, {"rendered": "interleaved"}],

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Make a small BLIP-3 with newly initialised weights: sizes from YAML, a tokenizer trained on rendered texts.
+
+    python -m blip3.training.small.new_model recipes/small/model.yaml outputs/small/new
+    python -m blip3.training.small.new_model recipes/small/model.yaml OUTPUT --tower outputs/small/04/tower \
+        --resampler outputs/small/04/tower/resampler.safetensors
+    python -m blip3.training.small.new_model recipes/small/model.yaml OUTPUT resampler_config.num_latents=8
+    python -m blip3.training.small.new_model recipes/small/model.yaml OUTPUT resampler_config.num_latents=8 \
+        --around base
+
+The second starts with what stage 0 has trained and `publish --tower` has written, the third changes a size, the fourth
+initialises a resampler of another size for a trained tower and language model. The 4B model starts from published
+parts instead: `convert_weights.py --vision SIGLIP --text PHI3`.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
+
+from ...checkpoints import CODE_FILES, folder_of, locate
+from ...conversion.names import tower_weights_for
+from ...data.records import Record
+from ...data.yaml_files import read_yaml
+from ...hub import RELEASE, ROOT
+from ...refusals import check_keys
+from ...world.settings import WorldSettings, load_settings
+from ...world.tasks import TASKS, rendered_records
+from ..recipe import parse_override, plain_errors
+from ..trainer import name_tower_for_both_lines
+from .tokenizer import save_tokenizer, train_tokenizer
+
+KEYS = (
+    "vision_config",
+    "resampler_config",
+    "text_config",
+    "tile_grids",
+    "vocab_size",
+    "tokenizer_tasks",
+    "system_prompt",
+    "world",
+)
+
+
+def main() -> None:
+    """Read the command line and make the model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", type=Path, help="YAML file of sizes")
+    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="in place of the file's values")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=400, help="rendered records a task for the tokenizer")
+    parser.add_argument(
+        "--tower", type=Path, help="folder of a trained vision tower (default: newly initialised weights)"
+    )
+    parser.add_argument(
+        "--resampler", type=Path, help="file of a trained resampler (default: newly initialised weights)"
+    )
+    parser.add_argument("--around", type=Path, help="trained model, all of which is taken but its resampler")
+    args = parser.parse_intermixed_args()
+    trained = (args.resampler, args.around)
+    with plain_errors():
+        make_model(args.sizes, args.output, args.seed, args.samples, args.tower, args.overrides, *trained)
+
+
+def make_model(
+    sizes: Path,
+    output: Path,
+    seed: int = 0,
+    samples: int = 400,
+    tower: Path | None = None,
+    overrides: Sequence[str] = (),
+    resampler: Path | None = None,
+    around: Path | None = None,
+) -> None:
+    """Write a complete model folder: configuration, code, tokenizer, processor files, newly initialised weights.
+
+    Args:
+        sizes: YAML with `vision_config`, `resampler_config`, `text_config`, `tile_grids`, `vocab_size`, optionally
+            `system_prompt` (empty by default: a small model has no tokens to spare), `tokenizer_tasks`, whose rendered
+            texts the tokenizer is trained on (every task by default), and `world`, a YAML file of `WorldSettings`
+            beside it.
+        output: created if missing.
+        seed: of the weights.
+        samples: rendered records per task that the tokenizer is trained on.
+        tower: folder of a trained vision tower of the same sizes.
+        overrides: `key=value` or `section.key=value` each, in place of the file's values.
+        resampler: safetensors file of a trained resampler of the same sizes.
+        around: folder of a trained model of the same tower, language model and tokenizer, which are taken.
+
+    Raises:
+        ValueError: for unknown keys, sizes that contradict each other, or a trained model with another tokenizer.
+        FileNotFoundError: if a trained part is not there.
+    """
+    _check_trained(tower, resampler, around)
+    values = read_yaml(sizes)
+    for path, value in map(parse_override, overrides):
+        section, _, key = path.rpartition(".")
+        (values.setdefault(section, {}) if section else values)[key] = value
+    check_keys(str(sizes), values, KEYS)
+    world = load_settings(sizes.parent / values["world"]) if "world" in values else WorldSettings()
+    output.mkdir(parents=True, exist_ok=True)
+    for name in CODE_FILES:
+        shutil.copyfile(ROOT / name, output / name)
+    texts = rendered_texts(world, samples, values.get("tokenizer_tasks", tuple(TASKS)))
+    tokenizer = train_tokenizer(texts, values["vocab_size"])
+    save_tokenizer(tokenizer, output)
+    _write_template(output, values.get("system_prompt", ""))
+    _write_configs(output, values, tokenizer)
+    config = AutoConfig.from_pretrained(output, trust_remote_code=True)
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
+    scale_new_weights(model)
+    if around:
+        take_all_but_resampler(model, around, tokenizer)
+    if tower:
+        trained = AutoModel.from_pretrained(folder_of(tower), dtype=torch.float32).state_dict()
+        model.vision_tower.load_state_dict(tower_weights_for(model.vision_tower.state_dict(), trained))
+    if resampler:
+        model.model.resampler.load_state_dict(load_file(resampler))
+    model.generation_config = GenerationConfig.from_pretrained(output)  # or its own would replace the file
+    model.save_pretrained(output)
+    name_tower_for_both_lines(output)
+
+
+def _check_trained(tower: Path | None, resampler: Path | None, around: Path | None) -> None:
+    """Refuse trained parts that are not there, before the tokenizer takes its time."""
+    if around:
+        locate(around)
+    if tower:
+        folder_of(tower)
+    if resampler and not resampler.is_file():
+        folder_of(resampler.parent)
+        raise FileNotFoundError(
+            f"The resampler {str(resampler)!r} is not there, but {resampler.parent} is. A safetensors file of a "
+            "resampler is expected. The tower was probably trained alone: train both (`resampler: true` in the "
+            "recipe of the tower) and publish them again, or leave --resampler out."
+        )
+
+
+@torch.no_grad()
+def scale_new_weights(model: Any) -> None:
+    """Draw some newly initialised weights at the scale that a narrow model learns from.
+
+    The usual 0.02 is right for thousands of channels. At 192, positions rendered so take hundreds of steps to be heard
+    beside pixels, and a resampler learns more slowly (docs/training.md, "The small model").
+    """
+    for name, weight in model.vision_tower.named_parameters():
+        if "position_embedding" in name:
+            weight.normal_(std=0.5)
+    for weight in model.model.resampler.parameters():
+        if weight.ndim == 2:
+            weight.normal_(std=weight.shape[-1] ** -0.5)
+    model.model.resampler.latents.normal_(std=1.0)
+
+
+def take_all_but_resampler(model: Any, source: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Load a trained model's tower and language model, so that only the resampler is newly initialised.
+
+    Args:
+        model: to be changed.
+        source: the trained model, as `checkpoints.locate` takes it.
+        tokenizer: of `model`.
+
+    Raises:
+        ValueError: if the trained model reads other tokens.
+    """
+    located = locate(source)
+    if AutoTokenizer.from_pretrained(**located).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"{source} has another vocabulary than the tokenizer just trained, so its language model would read other "
+            "words. It was probably made from other sizes or with another number of samples: repeat those here."
+        )
+    trained = AutoModelForImageTextToText.from_pretrained(**located, dtype=torch.float32)
+    for part in ("vision_tower", "language_model", "lm_head"):
+        getattr(model, part).load_state_dict(getattr(trained, part).state_dict())
+
+
+def rendered_texts(world: WorldSettings, samples: int, tasks: Sequence[str]) -> Iterator[str]:
+    """Give the texts of rendered training records, task by task.
+
+    Raises:
+        ValueError: for an unknown task.
+    """
+    for task in tasks:
+        for record in rendered_records(task, "train", seed=0, count=samples, settings=world):
+            yield from _texts(record)
+
+
+def _texts(record: Record) -> Iterator[str]:
+    for turn in record.turns:
+        yield turn.text.replace("<image>", "")
+    for answer in (record.chosen, record.rejected):
+        if answer:
+            yield answer
+
+
+def _write_template(output: Path, system_prompt: str) -> None:
+    """Write the repository's chat template with another default system prompt, or none."""
+    template = (ROOT / RELEASE / "chat_template.jinja").read_text(encoding="utf-8")
+    first, rest = template.split("{%- endif -%}", 1)
+    if system_prompt:
+        before, after = first.split("<|system|>\\n", 1)
+        _, after = after.split("<|end|>", 1)
+        rest = f"{before}<|system|>\\n{system_prompt}<|end|>{after}{{%- endif -%}}{rest}"
+    (output / "chat_template.jinja").write_text(rest.lstrip("\n"), encoding="utf-8")
+
+
+def _write_configs(output: Path, values: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the JSON configurations: the repository's own with other sizes and ids."""
+    tokens = ("<s>", "<|end|>", "<pad>", "<image>", "<|endofchunk|>")
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
+    stops = {"bos_token_id": ids["<s>"], "pad_token_id": ids["<pad>"]}
+    vision, grids = values["vision_config"], values["tile_grids"]
+    side = {"height": vision["image_size"], "width": vision["image_size"]}
+    text = {**values["text_config"], "vocab_size": len(tokenizer), **stops, "eos_token_id": ids["<|end|>"]}
+    new = {
+        "config.json": {
+            "vision_config": vision,
+            "resampler_config": {**values["resampler_config"], "hidden_size": vision["hidden_size"]},
+            "text_config": text,
+            "tile_grids": grids,
+            "dtype": "float32",
+            "image_token_id": ids["<image>"],
+        },
+        "preprocessor_config.json": {"size": side, "tile_grids": grids},
+        "processor_config.json": {
+            key: values["resampler_config"][key]
+            for key in ("num_latents", "token_sampling")
+            if key in values["resampler_config"]
+        },
+        "generation_config.json": {**stops, "eos_token_id": [ids["<|end|>"], ids["<|endofchunk|>"]]},
+    }
+    for name, changes in new.items():
+        settings = json.loads((ROOT / RELEASE / name).read_text(encoding="utf-8")) | changes
+        (output / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
