@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from blip3.benchmarks import (
     report,
     run,
     targets,
+    tokens,
 )
 from blip3.benchmarks.candidates import BARE, IDEFICS, LLAVA, OURS, QUARTER, QUICK, TRUE
 from blip3.benchmarks.clock import Comparison, Effort
@@ -189,9 +191,12 @@ def test_a_quarter_keeps_tokens_and_heads():
     }
 
 
-@pytest.mark.parametrize("kind", [OURS, LLAVA, IDEFICS])
-def test_inputs_hold_as_many_image_tokens_as_the_model_gives(kind):
+@pytest.mark.parametrize(
+    ("kind", "sampling"), [(OURS, "patch"), (OURS, "fixed"), (LLAVA, "patch"), (IDEFICS, "patch")]
+)
+def test_inputs_hold_as_many_image_tokens_as_the_model_gives(kind, sampling, monkeypatch):
     """A model refuses any other number."""
+    monkeypatch.setattr(candidates, "SAMPLING", sampling)
     model = candidates.build(kind, QUICK, "float32", "cpu")
     for grid in ((2, 1), (1, 3), (2, 2)):
         inputs = candidates.make_inputs(kind, QUICK, [1, 0, 2], "cpu", "float32", grid=grid)
@@ -200,6 +205,13 @@ def test_inputs_hold_as_many_image_tokens_as_the_model_gives(kind):
         assert logits.shape == (3, 1, QUICK.vocab_size)
         count = int((inputs["input_ids"] == QUICK.image_token_id).sum())
         assert count == 3 * candidates.count_image_tokens(kind, QUICK, grid)
+
+
+@pytest.mark.parametrize("sampling", ["patch", "fixed"])
+def test_our_tokens_are_counted_as_the_configuration_samples(sampling, monkeypatch):
+    monkeypatch.setattr(candidates, "SAMPLING", sampling)
+    counted = {each.values[OURS][0] for each in tokens.measure_tokens(SimpleNamespace(say=lambda _: None))}
+    assert counted == ({640} if sampling == "patch" else {128})
 
 
 # -- statistics -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The card, NOTICE and .gitattributes of a converted folder: valid, true to the source, and without local paths."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -65,6 +66,31 @@ def test_an_unknown_source_says_so_and_takes_what_is_given(tiny_source, tiny_rep
     assert header(tmp_path / "out")["base_model"] == ["someone/first", "someone/second"]
     assert header(tmp_path / "out")["license"] == "mit"
     assert "from a checkpoint based on [someone/first]" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "grids", "line"),
+    [
+        ("patch", [[2, 1], [2, 2]], "24, 40, 8 with `do_image_splitting=False`"),
+        ("patch", [], "8 with `do_image_splitting=False`"),
+        ("fixed", [[2, 1], [2, 2]], "8"),
+    ],
+)
+def test_the_card_names_the_tokens_an_image_takes(tiny_repo, tmp_path, sampling, grids, line):
+    """With `token_sampling: fixed` an image takes the latents once, however it is cut."""
+    folder = shutil.copytree(tiny_repo, tmp_path / "folder")
+    for name, section, key, value in (
+        ("config.json", "resampler_config", "token_sampling", sampling),
+        ("processor_config.json", "", "token_sampling", sampling),
+        ("config.json", "", "tile_grids", grids),
+        ("preprocessor_config.json", "", "tile_grids", grids),
+    ):
+        values = json.loads((folder / name).read_text())
+        (values[section] if section else values)[key] = value
+        (folder / name).write_text(json.dumps(values))
+    convert(folder, tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"| image tokens an image takes | {line} |" in text
 
 
 def test_a_release_is_recognised_by_checksum_name_and_cache(tmp_path):

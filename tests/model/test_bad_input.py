@@ -210,7 +210,7 @@ def test_missing_paths_and_folders_are_refused_by_name(image_processor, tmp_path
 NOT_IMAGES = {
     "missing name": (lambda folder: "no-such-picture.jpg", "'no-such-picture.jpg' could not be .* .no such file"),
     "missing path": (lambda folder: folder / "no.jpg", r"no\.jpg' could not be .* .no such file"),
-    "name without an ending": (lambda folder: "picture", "'image' could not be .* .no such file"),
+    "name without an ending": (lambda folder: "image", "'image' could not be .* .no such file"),
     "long name": (lambda folder: "x" * 300 + ".jpg", r"x'\.\.\. .304 characters. could not be .* .no such file"),
     "longer than any path": (lambda folder: "x" * 5000 + ".jpg", "5004 characters. could not be .* .no such file"),
     "long path": (lambda folder: folder / ("x" * 300), "characters. could not be .*File name too long"),
@@ -735,7 +735,7 @@ def test_sizes_that_do_not_fit_the_pixels_are_refused(image_sizes, match, model,
     ids=str,
 )
 def test_pixels_of_another_shape_are_refused(shape, model, inputs):
-    with refused(r"pixel_values is .* but the 2 rows of image_sizes call for \[5, 4\] tiles", shape):
+    with refused(r"pixel_values is .* but the 2 rows of image_sizes call for \[5, 4\] views", shape):
         run(model, inputs, pixel_values=torch.zeros(shape))
 
 

@@ -318,7 +318,7 @@ def reference() -> dict:
 
 
 REFERENCE_MESSAGES = [
-    [message("user", IMAGE, part("How many dogs are in the image?"))],
+    [message("user", IMAGE, part("How many dogs are in the picture?"))],
     [
         message(
             "user",
