@@ -51,7 +51,7 @@ QUICK_EFFORT = {"rounds": 2, "seconds": 1.0, "longest_run_seconds": 60.0}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line, measure and report."""
-    options = _parse(arguments)
+    options = parse_arguments(arguments)
     try:
         folder = _output_of(options)
         if not options.only_report:
@@ -74,7 +74,8 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; `make_bench` takes what this returns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     effort = Effort()
     parser.add_argument("--part", action="append", choices=PARTS, help="may be repeated (default: all)")

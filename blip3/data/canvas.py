@@ -181,6 +181,12 @@ def shape_box(shape: Shape) -> PixelBox:
     return x + left * shape.side, y + top * shape.side, x + right * shape.side, y + bottom * shape.side
 
 
+def forget_masks() -> None:
+    """Empty the caches of masks and backgrounds, so that what is painted next is computed anew."""
+    for cached in (_mask, _turned_mask, _scaled_mask, _tiled_grain, _grain):
+        cached.cache_clear()
+
+
 @cache
 def _mask(thing: str) -> Image.Image:
     return render_mask(thing, _MASK_SIDE)

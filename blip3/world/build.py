@@ -14,6 +14,7 @@ Run the same command again after an interruption: complete shards are kept.
 
 import argparse
 import io
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -72,16 +73,15 @@ def build(
     _check_request(output, {"seed": seed, "shard_size": shard_size, "pictures": images, "settings": settings.__dict__})
     shards = []
     with tqdm(total=count * len(tasks), unit="record", disable=None) as bar:
-        for task in tasks:
-            for number, start in enumerate(range(0, count, shard_size)):
-                size = min(shard_size, count - start)
-                shard = output / f"{task}-{split}-{number:05d}.{format}"
-                bar.set_description(shard.stem)
-                if not _is_complete(shard, size):
-                    records = rendered_records(task, split, seed, size, settings, start)
-                    _write_shard(records, shard, images)
-                shards.append(shard)
-                bar.update(size)
+        for task, start in itertools.product(tasks, range(0, count, shard_size)):
+            size = min(shard_size, count - start)
+            shard = output / f"{task}-{split}-{start // shard_size:05d}.{format}"
+            bar.set_description(shard.stem)
+            if not _is_complete(shard, size):
+                records = rendered_records(task, split, seed, size, settings, start)
+                _write_shard(records, shard, images)
+            shards.append(shard)
+            bar.update(size)
     return shards
 
 

@@ -365,6 +365,6 @@ def test_an_unknown_part_is_refused(capsys):
 
 
 def test_a_child_that_fails_is_quoted():
-    bench = run.make_bench(run._parse(["--quick", "--threads", "1"]))
+    bench = run.make_bench(run.parse_arguments(["--quick", "--threads", "1"]))
     with pytest.raises(RuntimeError, match=r"(?s)'task': 'load'.*nowhere"):
         RUN_CHILD(bench, "load", folder="nowhere", kind=OURS, dtype="float32")

@@ -4,7 +4,6 @@
 import io
 import json
 import random
-import tarfile
 
 import pytest
 from PIL import Image
@@ -24,6 +23,7 @@ from blip3.data.readers import (
 from blip3.data.records import RecordError, to_preference, to_pretraining_text
 from blip3.world import build
 from blip3.world.tasks import rendered_records
+from support import write_tar
 
 
 def encoded(colour: str = "red", format: str = "PNG") -> bytes:
@@ -152,12 +152,11 @@ def test_built_parquet_reads_back(tmp_path):
 
 def test_webdataset_captions_stream(tmp_path):
     for shard in range(2):
-        with tarfile.open(tmp_path / f"shard-{shard}.tar", "w") as tar:
-            for number in range(3):
-                for suffix, data in (("jpg", encoded("blue", "JPEG")), ("txt", f"Blue {shard}{number}".encode())):
-                    info = tarfile.TarInfo(f"{shard}{number}.{suffix}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+        pairs = {
+            f"{shard}{number}": {"jpg": encoded("blue", "JPEG"), "txt": f"Blue {shard}{number}".encode()}
+            for number in range(3)
+        }
+        write_tar(tmp_path / f"shard-{shard}.tar", pairs)
     records = list(read_captions(stream_rows(str(tmp_path / "*.tar")), "txt"))
     assert [to_pretraining_text(record) for record in records[:1]] == ["<image>Blue 00<|endofchunk|>"]
     assert len({record.id for record in records}) == 6
