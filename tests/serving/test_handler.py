@@ -609,9 +609,10 @@ def fuzz(handler, num_bodies):
     return outcomes
 
 
-def test_random_bodies(fast_handler):
-    outcomes = fuzz(fast_handler, 5000)
-    assert sum(outcomes) > 500  # the generator is not so wild that nothing is ever answered
+@pytest.mark.parametrize("num_bodies", [1000, pytest.param(5000, marks=pytest.mark.slow)])
+def test_random_bodies(fast_handler, num_bodies):
+    outcomes = fuzz(fast_handler, num_bodies)
+    assert sum(outcomes) > 0.1 * num_bodies  # the generator is not so wild that nothing is ever answered
 
 
 def test_random_bodies_with_the_real_model(handler, monkeypatch):
