@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
 
+from .bench import Bench
 from .candidates import BARE, IDEFICS, LLAVA, OURS, SQUARE, count_image_tokens
 from .clock import Candidate, Comparison, synchronize
 from .machine import copy_candidate
-from .parts import Bench
 
 EAGER, STATIC, COMPILED = "eager", "static cache", "compiled"
 COPY = "memory copy"

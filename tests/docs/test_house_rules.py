@@ -42,6 +42,7 @@ CONTRACT = {
 }
 OLD_OPTIONS = {
     "--pictures": "command lines written before the option was called --images",
+    "--part": "command lines written before the option was called --suite",
     "--flavour": "command lines written before the option was called --variant",
 }
 # What tests watch or stop where nothing public would show it.
