@@ -202,7 +202,7 @@ def _ink_box(thing: str, angle: int) -> tuple[float, float, float, float]:
     box = _turned_mask(thing, angle).point(lambda value: 255 * (value > 127)).getbbox()
     if box is None:
         raise ValueError(
-            f"The thing {thing!r} draws nothing, but every thing must leave ink. Correct blip3/data/things.py."
+            f"The thing {thing!r} leaves nothing, but every thing must leave ink. Correct blip3/data/things.py."
         )
     return tuple(edge / _MASK_SIDE for edge in box)  # type: ignore[return-value]
 

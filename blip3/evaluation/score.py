@@ -82,7 +82,7 @@ class ScoreSettings:
                 raise ValueError(f"The task is {task!r} but must be one of {', '.join(TASKS)}. Correct it.")
         if "rule" in self.tasks and not all(0 <= shots <= self.world.num_shots for shots in self.shots):
             raise ValueError(
-                f"Shots {list(self.shots)} were asked for but this world draws {self.world.num_shots} of them. "
+                f"Shots {list(self.shots)} were asked for but this world samples {self.world.num_shots} of them. "
                 "num_shots is probably smaller in the world's file: ask for fewer, or change the file."
             )
         unknown = [name for name in self.base_resolution if name not in self.models]

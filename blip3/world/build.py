@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Write rendered records to disk, or draw a sheet of samples to look at.
+r"""Write rendered records to disk, or render a sheet of samples to look at.
 
     python -m blip3.world.build --task count relation --count 10000 --output rendered
     python -m blip3.world.build --preview sheet.png
@@ -181,7 +181,7 @@ _LINE, _FONT_SIZE = 15, 12
 def render_contact_sheet(
     tasks: Sequence[str], split: str = "train", seed: int = 0, settings: WorldSettings | None = None, columns: int = 6
 ) -> Image.Image:
-    """Draw a grid of samples, a row of `columns` samples for each task, with their questions and answers.
+    """Render a grid of samples, a row of `columns` samples for each task, with their questions and answers.
 
     Samples without images show their text from the top of the cell.
     """
@@ -210,7 +210,7 @@ def _render_cell(
 def _render_images(
     sheet: Image.Image, pen: ImageDraw.ImageDraw, images: Sequence[ImageSource], corner: tuple[int, int]
 ) -> None:
-    """Draw up to six images of a sample side by side, in the upper part of its cell."""
+    """Paste up to six images of a sample side by side, in the upper part of its cell."""
     x, y = corner
     shown = images[:4] if len(images) < 5 else (*images[:5], images[-1])
     columns = min(len(shown), 2) if len(shown) < 5 else 3

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that `Trainer`, TRL and PEFT save become complete with one command, and answer from a fresh process."""
+"""Folders that `Trainer`, TRL and PEFT save become complete with one command, and answer from a new process."""
 
 import itertools
 import json

@@ -201,7 +201,7 @@ def test_images_open_from_each_source_and_fail_clearly(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"b\.png.*probably"):
         ImageSource("b.png").open(tmp_path)
     with pytest.raises(ValueError, match="cannot be decoded"):
-        ImageSource(data=b"no picture").open()
+        ImageSource(data=b"no image").open()
     with pytest.raises(RecordError, match="0 sources"):
         ImageSource()
     with pytest.raises(ValueError, match="no JSON form"):

@@ -196,8 +196,8 @@ def test_missing_paths_and_folders_are_refused_by_name(image_processor, tmp_path
     for missing in (tmp_path / "no.jpg", tmp_path):
         with refused("could not be opened as an image", missing.name):
             image_processor(missing)
-    with refused(r"'no-such-picture\.jpg' could not be opened as an image"):
-        image_processor("no-such-picture.jpg")
+    with refused(r"'no-such-image\.jpg' could not be opened as an image"):
+        image_processor("no-such-image.jpg")
     with refused("'' could not be opened as an image"):
         image_processor("")
     with refused("could not be opened as an image"):
@@ -207,9 +207,9 @@ def test_missing_paths_and_folders_are_refused_by_name(image_processor, tmp_path
 
 
 NOT_IMAGES = {
-    "missing name": (lambda folder: "no-such-picture.jpg", "'no-such-picture.jpg' could not be .* .no such file"),
+    "missing name": (lambda folder: "no-such-image.jpg", "'no-such-image.jpg' could not be .* .no such file"),
     "missing path": (lambda folder: folder / "no.jpg", r"no\.jpg' could not be .* .no such file"),
-    "name without an ending": (lambda folder: "picture", "'image' could not be .* .no such file"),
+    "name without an ending": (lambda folder: "image", "'image' could not be .* .no such file"),
     "long name": (lambda folder: "x" * 300 + ".jpg", r"x'\.\.\. .304 characters. could not be .* .no such file"),
     "longer than any path": (lambda folder: "x" * 5000 + ".jpg", "5004 characters. could not be .* .no such file"),
     "long path": (lambda folder: folder / ("x" * 300), "characters. could not be .*File name too long"),

@@ -194,7 +194,7 @@ def test_worker_processes_change_nothing(shards, jsonl, num_workers):
         ({"rendered": "count", "weight": "2"}, "weight '2' but it must be a positive number"),
         ({"rendered": "count", "weight": True}, "weight True"),
         ({"rendered": "count", "weight": float("nan")}, "weight nan"),
-        ({"rendered": "cuont"}, "draws 'cuont' but the rendered world has only read, name"),
+        ({"rendered": "cuont"}, "names the task 'cuont' but the rendered world has only read, name"),
         ({"rendered": "count", "world": {"side": [1, 2]}}, r"mixture\[0\].world has the field 'side'.*'sides'"),
         ({"stream": "x", "reader": "orc"}, "reader 'orc' but it must be one of captions"),
         ({"stream": "x"}, "reader None"),

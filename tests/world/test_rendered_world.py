@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rendered world: truth, splits that share nothing, determinism, the recipe's exact texts, the command line."""
+"""The rendered world: annotations, splits that share nothing, determinism, the recipe's exact texts, the command line."""
 
 import doctest
 import hashlib
@@ -617,7 +617,7 @@ def test_build_resumes_and_refuses_another_request(tmp_path, capsys):
     assert build.main([*arguments, "--count", "0"]) == 1
 
 
-def test_preview_draws_a_sheet_of_every_task(tmp_path):
+def test_preview_renders_a_sheet_of_every_task(tmp_path):
     """As README has it, without a choice of tasks: some have no images."""
     assert build.main(["--preview", str(tmp_path / "sheet.png")]) == 0
     with Image.open(tmp_path / "sheet.png") as sheet:
