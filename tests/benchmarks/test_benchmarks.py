@@ -282,7 +282,7 @@ def test_aims_are_scored_by_median_and_say_by_how_much_they_are_missed():
     ]
 
 
-def test_every_aim_finds_what_it_judges_in_the_results(results):
+def test_every_target_finds_what_it_measures_in_the_results(results):
     """A renamed comparison would silently be "not measured"."""
     scored = json.loads((results / "cpu_targets.json").read_text())
     not_measured = {target["what"] for target in scored if target["result"] is None}
@@ -319,7 +319,7 @@ def test_the_documentation_says_what_the_results_say():
 
 
 def test_the_documentation_names_every_suite_and_only_real_options(capsys):
-    table = DOCUMENT.split("## Parts")[1].split("## Aims")[0]
+    table = DOCUMENT.split("## Suites")[1].split("## Targets")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == set(run.SUITES)
     with pytest.raises(SystemExit):
         run.main(["--help"])

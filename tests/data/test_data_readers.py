@@ -68,13 +68,13 @@ def test_llava_repairs_and_roles(tmp_path):
                                                 {"role": "assistant", "content": "a"}]},
     ]  # fmt: skip
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, entries)))
-    records = list(read_llava_json(tmp_path / "a.jsonl", "pictures"))
+    records = list(read_llava_json(tmp_path / "a.jsonl", "photos"))
     assert [record.turns[0].text for record in records[:3]] == [
         "<image>\nWhat?",
         "<image>\nWhat?",
         "Here <image> what?",
     ]
-    assert records[0].images[0].path == "pictures/0.jpg"
+    assert records[0].images[0].path == "photos/0.jpg"
     assert [turn.role for turn in records[3].turns] == ["system", "user", "assistant"]
     assert not records[3].images
     assert len(records[4].images) == 2

@@ -97,7 +97,7 @@ FAULTS = [
     ({**DOCUMENT, "images": [{"drawing": {"size": [9, 9], "background": ["sky"], "marks": []}}]}, "drawing"),
     (
         {**DOCUMENT, "images": [{"drawing": {"size": [9, 9], "background": ["plain", "#fff"], "marks": [["x"]]}}]},
-        "draw",
+        "drawing",
     ),
     (["a"], "whole record"),
 ]

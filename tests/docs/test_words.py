@@ -12,6 +12,7 @@ from support.words import ALLOWED, FORBIDDEN, forbidden_words
 TRACKED = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
 ENDINGS = (".py", ".yaml", ".yml", ".toml", ".md", ".txt", ".css", ".jinja", ".sh", ".cff", ".ipynb", "Makefile")
 NOT_SEARCHED = {
+    "blip3/benchmarks/results/": "written from results, whose rows keep their names",
     "CHANGELOG.md": "tells what had other names before",
     "CONTRIBUTING.md": "says which words are not used",
     "tests/support/words.py": "lists them",
@@ -20,7 +21,7 @@ NOT_SEARCHED = {
 TEXTS = {
     name: (ROOT / name).read_text(encoding="utf-8")
     for name in TRACKED
-    if name.endswith(ENDINGS) and name not in NOT_SEARCHED
+    if name.endswith(ENDINGS) and not name.startswith(tuple(NOT_SEARCHED))
 }
 
 

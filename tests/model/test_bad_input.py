@@ -179,7 +179,7 @@ def test_a_half_file_is_named_by_its_place_and_probable_cause(name, image_proces
     [b"", b"\x00", bytes(range(256)), b"This is not an image.\n" * 9, b"<svg xmlns='http://www.w3.org/2000/svg'/>"],
     ids=["empty", "zero byte", "random bytes", "text", "svg"],
 )
-def test_other_content_is_refused_from_every_door(content, image_processor, tmp_path):
+def test_other_content_is_refused_by_every_reader(content, image_processor, tmp_path):
     path = tmp_path / "image.jpg"
     path.write_bytes(content)
     for image in (content, bytearray(content)):

@@ -34,14 +34,15 @@ ALLOWED = {
     r"colour is the door|A red door": "a thing in an example",
     r"cream creek .*|jazz jewel .*|.* doll door .*": "English words that the rendered world prints",
     # names of libraries
-    r"ImageDraw\.Draw|(?:data\.|= |, |\[|for question, )?draw\((?:st\.|texts)|records\(draw\)": "Pillow's and Hypothesis's names",
+    r"ImageDraw\.Draw": "Pillow's name",
+    r"draw\((?:st\.|texts)|records\(draw\)": "Hypothesis's name",
 }
 
 
 def forbidden_words(text: str) -> list[str]:
     """Lines that use a forbidden word, each with the word and what to say instead."""
     allowed, found = re.compile("|".join(ALLOWED)), []
-    patterns = {re.compile(rf"(?<![a-zA-Z]){word}", re.IGNORECASE): instead for word, instead in FORBIDDEN.items()}
+    patterns = {re.compile(rf"(?<![a-zA-Z])(?:{word})", re.IGNORECASE): instead for word, instead in FORBIDDEN.items()}
     for row, line in enumerate(text.splitlines(), 1):
         rest = allowed.sub("", line)
         matches = ((pattern.search(rest), instead) for pattern, instead in patterns.items())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rendered world: annotations, splits that share nothing, determinism, the recipe's exact texts, the command line."""
+"""The rendered world: annotations, splits that share nothing, determinism, the recipe's texts, the command line."""
 
 import doctest
 import hashlib
@@ -192,7 +192,7 @@ def test_pairs_list_every_thing_both_ways_in_orders_of_their_own(series):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_answer_of_a_quiz_follows_from_the_truth(series, split):
+def test_every_answer_of_a_quiz_follows_from_the_annotations(series, split):
     """Read each question back and answer it from the objects alone; no question may have two answers."""
     kinds = Counter()
     for record in series["quiz", split]:
@@ -234,7 +234,7 @@ def answer_from_objects(question: str, objects: list[dict]) -> tuple[str, set[st
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_answer_of_a_pair_quiz_follows_from_the_truth(series, split):
+def test_every_answer_of_a_pair_quiz_follows_from_the_annotations(series, split):
     answers = defaultdict(Counter)
     for record in series["pair_quiz", split]:
         scenes = [
