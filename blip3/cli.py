@@ -5,12 +5,13 @@ A subcommand is imported when it is asked for, so that each needs only its own e
 """
 
 import ast
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from .refusals import did_you_mean
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -30,15 +31,15 @@ class Command:
 COMMANDS = {
     "demo": Command("demo", "ask the small model, or another, about example images or your own", "demo"),
     "convert": Command("conversion.cli", "convert released weights, and back", "demo"),
-    "page": Command("serving.app", "serve a page to talk about images in the browser", "app"),
+    "page": Command("serving.page.app", "serve a page to talk about images in the browser", "app"),
     "batch": Command("serving.batch", "ask about many images with Ray Data, resumably", "batch"),
     "memory": Command("serving.memory", "compute or measure what a checkpoint needs in memory"),
     "build": Command("world.build", "write rendered records to disk, or preview every rendered task", "data"),
     "train": Command("training.train", "train a stage of the recipe", "train"),
-    "train-tower": Command("training.train_tower", "train the small model's vision tower (stage 0)", "train"),
-    "new-model": Command("training.new_model", "make a small model with newly initialised weights", "train"),
+    "train-tower": Command("training.tower.train", "train the small model's vision tower (stage 0)", "train"),
+    "new-model": Command("training.small.new_model", "make a small model with newly initialised weights", "train"),
     "average": Command("training.average", "average the weights of models trained from one another", "train"),
-    "publish": Command("training.publish", "write trained models as shipped, with example images", "train"),
+    "publish": Command("training.small.publish", "write trained models as shipped, with example images", "train"),
     "packing": Command("training.measure_packing", "measure tokens a second, padded and packed", "train"),
     "score": Command("evaluation.score", "score checkpoints on the held-out rendered world", "evaluation"),
     "bench": Command("benchmarks.run", "measure speed and memory beside the peers", "benchmarks"),
@@ -67,8 +68,7 @@ def usage() -> str:
 
 def unknown(name: str) -> str:
     """Say that there is no such subcommand, and which is near."""
-    close = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f"Did you mean {close[0]!r}?" if close else "`blip3 --help` lists them."
+    hint = did_you_mean(name, COMMANDS, "`blip3 --help` lists them.")
     return f"The command is {name!r} but must be one of {', '.join(COMMANDS)}. It is probably misspelt. {hint}"
 
 

@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
+from transformers import TextStreamer
 
+from .answering import Answerer, render
 from .checkpoints import folder_of, locate
 from .data.fonts import wrap
 from .data.formats import parse_boxes
-from .data.records import ImageSource, Turn, to_message
+from .data.images import ImageSource
+from .data.records import Turn, to_message
 from .evaluation.metrics import box_iou
 from .hub import ROOT
 
@@ -86,12 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         wanted = folder / "base" if exchange.is_few_shot and (folder / "base").is_dir() else folder
         if wanted not in models:
             models[wanted] = load(wanted)
-        processor, model = models[wanted]
         print(f"\n{exchange.question}\n  -> ", end="", flush=True)
-        exchange.answer = ask(model, processor, exchange, args.max_new_tokens)
+        exchange.answer = ask(models[wanted], exchange, args.max_new_tokens)
         if exchange.reference:
             print(f"     ({'right' if is_right(exchange) else f'it is {exchange.reference}'})")
-    figure = render_figure(exchanges, models[folder][0])
+    figure = render_figure(exchanges, models[folder].processor)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.save(args.output)
     print(f"\nFigure: {args.output}   ({time.perf_counter() - start:.0f} s in all)")
@@ -156,26 +157,23 @@ def load_examples(model: Path) -> list[Exchange]:
     ]
 
 
-def load(folder: Path) -> tuple[Any, Any]:
-    """Load processor and model."""
-    source = locate(folder)
-    processor = AutoProcessor.from_pretrained(**source)
-    model = AutoModelForImageTextToText.from_pretrained(**source, dtype=torch.float32)
-    print(f"{folder.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters")
-    return processor, model.eval()
+def load(folder: Path) -> Answerer:
+    """Load processor and model, on a GPU if there is one."""
+    answerer = Answerer.load(folder, dtype="float32")
+    print(f"{folder.name}: {sum(p.numel() for p in answerer.model.parameters()) / 1e6:.1f} million parameters")
+    return answerer
 
 
-@torch.no_grad()
-def ask(model: Any, processor: Any, exchange: Exchange, max_new_tokens: int) -> str:
+def ask(answerer: Answerer, exchange: Exchange, max_new_tokens: int) -> str:
     """Generate and stream the answer."""
-    text = exchange.prompt
-    if not exchange.is_few_shot:
-        messages = [to_message(Turn("user", text))]
-        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    inputs = processor(text=text, images=exchange.images, return_tensors="pt").to(model.dtype)
+    processor, prompt = answerer.processor, exchange.prompt
+    continues = exchange.is_few_shot or not processor.chat_template
+    text = render(processor, prompt if continues else [to_message(Turn("user", prompt))])
+    inputs = answerer.prepare([text], [exchange.images])
+    answerer.check_context(inputs["input_ids"].shape[1], max_new_tokens)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
-    return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    (answer,) = answerer.generate(inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    return answer.text
 
 
 def is_right(exchange: Exchange) -> bool:

@@ -124,7 +124,9 @@ def test_a_missing_stage_names_the_command_that_makes_it(recipe, model, output, 
     assert str(tmp_path / model) in str(caught.value)
     command = re.findall(r"`([^`]+)`", str(caught.value))[0]
     named = [word for word in command.split() if word.endswith(".yaml")]
-    if "training.train" in command:  # also train_tower
+    if f"output={output}" in command.split():  # the same recipe with other values
+        assert "model=" in command
+    elif re.search(r"training\.(tower\.)?train ", command):
         assert f"output: {output}\n" in (ROOT / named[0]).read_text(encoding="utf-8")
         assert named[0] != recipe
     else:
@@ -196,6 +198,34 @@ def test_why_namesakes_are_refused(namesakes):
     assert ("OTHER" in first) == (not IS_TRANSFORMERS_5)
 
 
+# ----------------------------------------------------------------------------------------------------- fingerprints
+
+
+@pytest.mark.parametrize(("place", "is_read"), [(0, True), (30, False), (105, True), (150, False), (-1, True)])
+def test_a_fingerprint_knows_small_files_whole_and_large_ones_by_blocks(place, is_read, tmp_path, monkeypatch):
+    for name, value in {"WHOLE_BYTES": 1000, "BLOCK_BYTES": 20, "STRIDE_BYTES": 100}.items():
+        monkeypatch.setattr(checkpoints, name, value)
+    (tmp_path / "config.json").write_text("{}")
+    shard = tmp_path / "model-00001-of-00001.safetensors"
+    for size in (1000, 1001):
+        data = bytearray(size)
+        shard.write_bytes(data)
+        before = fingerprint(tmp_path)
+        data[place] = 1
+        shard.write_bytes(data)
+        assert (fingerprint(tmp_path) != before) == (is_read or size == 1000)
+    shard.write_bytes(bytes(1002))
+    assert fingerprint(tmp_path) != before
+
+
+def test_a_fingerprint_of_small_files_is_that_of_earlier_versions(tmp_path):
+    """Manifests of runs that are continued hold it."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "notes.txt").write_text("not counted")
+    assert fingerprint(tmp_path) == "sha256:a15eecc12dba289ba3ca14aad2412f73"
+
+
 # ------------------------------------------------------------------------------------------------- every command
 
 
@@ -231,11 +261,11 @@ def commands(checkpoint: str) -> list[list]:
     size = [f"model={checkpoint}", "output=run", "max_steps=1", "batch_size=1", "accumulation=1", "num_workers=0"]
     return [
         [*module, f"{training}train", recipes / "provenance" / "08_sft.yaml", *size],
-        [*module, f"{training}train_tower", recipes / "provenance" / "01_tower.yaml", *size],
+        [*module, f"{training}tower.train", recipes / "provenance" / "01_tower.yaml", *size],
         [*module, f"{training}measure_packing", recipes / "provenance" / "08_sft.yaml", *size, "--batches", 1],
-        [*module, f"{training}publish", "published", "--base", checkpoint],
+        [*module, f"{training}small.publish", "published", "--base", checkpoint],
         [*module, f"{training}average", "mean", checkpoint, checkpoint],
-        [*module, f"{training}new_model", recipes / "model.yaml", "new", "--around", checkpoint, "--samples", 2],
+        [*module, f"{training}small.new_model", recipes / "model.yaml", "new", "--around", checkpoint, "--samples", 2],
         [*module, "blip3.evaluation.score", "--model", checkpoint, *score],
         [*module, "blip3.serving.memory", "--model", checkpoint],
         [*module, "blip3.serving.memory", "--model", checkpoint, "--measure", "float32", "--tokens", 0],
@@ -269,7 +299,7 @@ def test_every_command_takes_a_checkpoint_inside_the_repository(number, run, tmp
     checkpoint = str(SMALL_MODEL if number in (0, 2, NUM_COMMANDS - 1) else SMALL_MODEL / "base")  # those three chat
     command = commands(checkpoint)[number]
     status, error = run(command)
-    if "blip3.training.new_model" in command:  # two samples a task make another tokenizer than mini's
+    if "blip3.training.small.new_model" in command:  # two samples a task make another tokenizer than mini's
         assert "has another vocabulary" in error
         return
     assert not status, error

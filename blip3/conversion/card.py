@@ -13,7 +13,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .configs import TEMPLATES, Checkpoint, write_text
+from ..files import write_text
+from .configs import TEMPLATES, Checkpoint
 from .tensors import Views, total_bytes
 
 MARK = "Written by `convert_weights.py`"

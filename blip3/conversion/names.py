@@ -6,13 +6,20 @@ Released names are written without their outermost `vlm.` everywhere.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from ..refusals import list_names
 
 Pairs = tuple[tuple[str, str], ...]
 Shapes = dict[str, tuple[int, ...]]
+Weight = TypeVar("Weight")
+
+TOWER = "model.vision_tower."
+INNER = "vision_model."  # before each name inside a tower: always in files, in memory on transformers 4.57 alone
 
 PREFIXES: Pairs = (
-    ("vision_encoder.", "model.vision_tower.vision_model."),
+    ("vision_encoder.", TOWER + INNER),
     ("vision_tokenizer.", "model.resampler."),
     ("lang_model.model.", "model.language_model."),
     ("lang_model.lm_head.", "lm_head."),
@@ -86,13 +93,41 @@ def to_released(name: str) -> str:
     >>> to_released("model.resampler.layers.2.fc2.weight")
     'vision_tokenizer.layers.2.1.3.weight'
     """
-    tower = "model.vision_tower."
-    if name.startswith(tower) and not name.startswith(tower + "vision_model."):
-        name = tower + "vision_model." + name.removeprefix(tower)
+    name = name_for_both_lines(name)
     layer = RESAMPLER_LAYER.fullmatch(name)
     if layer:
         name = layer[1] + swap_prefix(layer[2], _back(RESAMPLER_PARTS))
     return swap_prefix(name, _back(PREFIXES))
+
+
+def name_for_both_lines(name: str) -> str:
+    """Return the name under which both transformers lines read one of our tensors: 4.57's, for the tower.
+
+    >>> name_for_both_lines("model.vision_tower.embeddings.patch_embedding.bias")
+    'model.vision_tower.vision_model.embeddings.patch_embedding.bias'
+    """
+    return TOWER + with_inner(name.removeprefix(TOWER)) if name.startswith(TOWER) else name
+
+
+def with_inner(name: str) -> str:
+    """Return the name inside a tower that transformers 4.57 has, and files on both lines."""
+    return INNER + without_inner(name)
+
+
+def without_inner(name: str) -> str:
+    """Return the name inside a tower that transformers 5.x has."""
+    return name.removeprefix(INNER)
+
+
+def tower_weights_for(own_names: Iterable[str], weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Give a tower's weights the names that another tower has, on either line, and drop a pooling head.
+
+    Args:
+        own_names: of the tower that shall take the weights.
+        weights: by name, inside the tower they come from.
+    """
+    rename = with_inner if any(name.startswith(INNER) for name in own_names) else without_inner
+    return {rename(name): weight for name, weight in weights.items() if not without_inner(name).startswith("head.")}
 
 
 def swap_prefix(name: str, pairs: Pairs) -> str:
@@ -105,12 +140,6 @@ def swap_prefix(name: str, pairs: Pairs) -> str:
 
 def _back(pairs: Pairs) -> Pairs:
     return tuple((new, old) for old, new in pairs)
-
-
-def some(names: Iterable[str]) -> str:
-    """Return up to eight of the names, sorted, for a message."""
-    names = sorted(names)
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def expected_shapes(config: dict) -> Shapes:
@@ -206,8 +235,8 @@ def check_shapes(shapes: Shapes, config: dict, description: str) -> None:
     expected = expected_shapes(config)
     missing, unexpected = set(expected) - set(shapes), set(shapes) - set(expected)
     if missing or unexpected:
-        lists = [f"{len(missing)} are missing: {some(missing)}"] if missing else []
-        lists += [f"{len(unexpected)} are unexpected: {some(unexpected)}"] if unexpected else []
+        lists = [f"{len(missing)} are missing: {list_names(missing)}"] if missing else []
+        lists += [f"{len(unexpected)} are unexpected: {list_names(unexpected)}"] if unexpected else []
         raise ValueError(
             f"{description} should hold {len(expected)} tensors (after folding); {'; '.join(lists)}. The file is "
             "probably incomplete or its config belongs to another checkpoint: check both, or pass --source-config."

@@ -12,7 +12,9 @@ import torch
 from tqdm import tqdm
 
 from ..checkpoints import CODE_FILES
+from ..files import write_json
 from ..hub import RELEASE, ROOT, files_behind, source_of
+from ..refusals import list_names
 from .card import has_path, without_paths, write_attributes, write_card
 from .configs import (
     TEMPLATES,
@@ -21,9 +23,8 @@ from .configs import (
     read_json,
     template,
     unfused_text_config,
-    write_json,
 )
-from .names import Shapes, some, to_ours, to_released
+from .names import Shapes, to_ours, to_released
 from .sources import open_reader
 from .tensors import (
     View,
@@ -105,7 +106,7 @@ def write_small_files(
     missing = [name for name in (*CODE_FILES, *ENDPOINT_FILES) if not source_of(name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{ROOT} lacks {some(missing)}, which every OUTPUT carries. The clone is probably incomplete: "
+            f"{ROOT} lacks {list_names(missing)}, which every OUTPUT carries. The clone is probably incomplete: "
             "restore the files from version control."
         )
     for name in ENDPOINT_FILES:
@@ -167,8 +168,9 @@ def verify_bits(folder: Path, views: Views) -> None:
     written = views_of(open_reader(folder))
     if set(written) != set(views):
         raise ValueError(
-            f"{folder} holds {len(written)} tensors and {len(views)} were planned ({some(set(written) ^ set(views))} "
-            "differ). The disk is probably failing: convert again onto another one."
+            f"{folder} holds {len(written)} tensors and {len(views)} were planned "
+            f"({list_names(set(written) ^ set(views))} differ). The disk is probably failing: "
+            "convert again onto another one."
         )
     with progress_bar(total_bytes(views), "verify") as progress:
         for name, view in views.items():
@@ -217,7 +219,7 @@ def verify_model(config: dict, views: Views) -> None:
     if wrong:
         raise ValueError(
             f"{len(wrong)} tensors differ between the plan ({len(views)}) and the model of the written config "
-            f"({len(expected)}): {some(wrong)}. convert_weights.py and modeling_blip3.py are probably of two "
+            f"({len(expected)}): {list_names(wrong)}. convert_weights.py and modeling_blip3.py are probably of two "
             "versions: update both."
         )
     print(f"verified names and shapes of {len(expected)} tensors against the model")

@@ -11,8 +11,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from .configs import Checkpoint, optional_json, write_json, write_text
-from .names import IMAGE_TOKENS, some
+from ..files import write_json, write_text
+from ..refusals import list_names
+from .configs import Checkpoint, optional_json
+from .names import IMAGE_TOKENS
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # What `save_pretrained` adds to tokenizer_config.json: said already in other files, or known to one line only.
@@ -89,8 +91,8 @@ def build_tokenizer(tokenizer: dict, settings: dict, num_ids: int, variant: str)
     if max(token_id for token, token_id in ids.items() if token not in IMAGE_TOKENS) + 1 != num_ids or present:
         raise ValueError(
             f"The tokenizer has {len(ids)} tokens up to id {max(ids.values())}{' with ' if present else ''}"
-            f"{some(present)}, but the checkpoint has {num_ids} ids before <image>. It probably belongs to another "
-            "model: pass the right one with --tokenizer DIR."
+            f"{list_names(present)}, but the checkpoint has {num_ids} ids before <image>. It probably belongs to "
+            "another model: pass the right one with --tokenizer DIR."
         )
     tokenizer["added_tokens"] += [added_token(token, num_ids + index) for index, token in enumerate(IMAGE_TOKENS)]
     special: dict[str, str] = {}
@@ -100,16 +102,25 @@ def build_tokenizer(tokenizer: dict, settings: dict, num_ids: int, variant: str)
         special |= {f"{role}_token": token} if token in ids else {}
     if variant == "instruct":
         _slow_pipeline(tokenizer, {*special.values(), *IMAGE_TOKENS})
-    written = {
+    return tokenizer, tokenizer_settings(special, settings.get("model_max_length", 4096))
+
+
+def tokenizer_settings(special: dict[str, str], max_length: int) -> dict:
+    """Return a tokenizer_config.json in words that both transformers lines know.
+
+    Args:
+        special: the token of each role: `bos_token`, `eos_token`, `pad_token` and, where there is one, `unk_token`.
+        max_length: the most tokens the model takes.
+    """
+    return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         **special,
-        "model_max_length": settings.get("model_max_length", 4096),
-        "extra_special_tokens": {"image_token": "<image>"},
+        "model_max_length": max_length,
+        "extra_special_tokens": {"image_token": IMAGE_TOKENS[0]},
     }
-    return tokenizer, written
 
 
 def _slow_pipeline(tokenizer: dict, without_space: set[str]) -> None:

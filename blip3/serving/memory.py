@@ -170,7 +170,8 @@ def write_zeros(source: str | Path, output: Path) -> None:
     Raises:
         FileExistsError: if it exists.
     """
-    located, folder = (find(source, only_small_files=True) for find in (locate, folder_of))
+    located = locate(source, only_small_files=True)
+    folder = folder_of(source, only_small_files=True)
     output.mkdir(parents=True)
     for file in folder.iterdir():
         if file.suffix in (".json", ".jinja") and "index" not in file.name:
@@ -185,9 +186,9 @@ def write_zeros(source: str | Path, output: Path) -> None:
         header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with (output / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
+    with (output / "model.safetensors").open("wb") as weights:
+        weights.write(struct.pack("<Q", len(text)) + text)
+        weights.truncate(8 + len(text) + end)
 
 
 def measure(folder: str | Path, dtype: str, num_tokens: int = 16) -> dict[str, list[int]]:

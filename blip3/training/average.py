@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 
 from ..checkpoints import folder_of, locate
 from .recipe import plain_errors
-from .run import SAVED_RECIPE, copy_present, copy_processor
+from .trainer import SAVED_RECIPE, copy_present, copy_processor
 
 
 def main() -> None:

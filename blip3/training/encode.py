@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ..data.records import CHAT_KINDS, END_OF_CHUNK, Record, open_images, to_messages, to_pretraining_text
+from ..data.images import open_images
+from ..data.records import CHAT_KINDS, END_OF_CHUNK, Record, to_messages, to_pretraining_text
 
 IGNORE_INDEX = -100
 

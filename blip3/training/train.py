@@ -16,28 +16,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from .. import images
 from ..checkpoints import locate
-from ..data.records import ImageSource, Record
+from ..data.images import ImageSource
+from ..data.records import Record
 from .encode import Collator, Encoder, TooLongError
 from .mixture import Mixture
 from .recipe import MODULES, Recipe, load_recipe, plain_errors, recipe_arguments, save_recipe
-from .run import (
+from .trainer import (
     SAVED_RECIPE,
     RecipeTrainer,
     copy_processor,
     num_processes,
+    resume_or_refuse,
     save_image_splitting,
-    start,
     training_arguments,
 )
 
 WINDOW = 64  # batches within which samples are sorted by length
 MAX_TOO_LONG = 100  # samples in a row
-ORIENTATION, SIDEWAYS = ExifTags.Base.Orientation, (5, 6, 7, 8)  # swap height and width; Pillow turns TIFF by itself
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def train(recipe: Recipe) -> Path:
     """
     arguments = training_arguments(recipe)  # starts the process group
     source = locate(recipe.model)
-    checkpoint = start(recipe)
+    checkpoint = resume_or_refuse(recipe)
     with arguments.main_process_first(desc="copying the model's code into the cache"):
         processor = AutoProcessor.from_pretrained(**source)
         model = AutoModelForImageTextToText.from_pretrained(**source, dtype=torch.float32)
@@ -131,7 +132,7 @@ class Samples(Dataset):
         """Guess a sample's length from its record and the sizes of its images, which are not decoded."""
         record, processor = self.mixture[index], self.encoder.processor
         length = sum(len(turn.text) for turn in record.turns) // 4
-        upright = processor.image_processor.do_exif_transpose is not False
+        upright = images.turns_upright(processor)
         for image in record.images:
             try:
                 size = size_of(image, upright)
@@ -151,8 +152,7 @@ def size_of(image: ImageSource, upright: bool = True) -> tuple[int, int]:
         return image.drawing.size
     try:
         with Image.open(io.BytesIO(image.data) if image.data else image.path or "") as opened:
-            is_turned = upright and opened.format != "TIFF" and opened.getexif().get(ORIENTATION) in SIDEWAYS
-            return (opened.width, opened.height) if is_turned else (opened.height, opened.width)
+            return images.size_of(opened, upright)
     except Exception:  # decoders raise whatever a broken file makes them meet
         width, height = image.open(upright=upright).size  # says what is wrong
         return height, width

@@ -11,7 +11,8 @@ import numpy as np
 
 from ..data.canvas import Drawing, Shape, shape_box
 from ..data.formats import Box, ground, write_box
-from ..data.records import ImageSource, Record, Turn
+from ..data.images import ImageSource
+from ..data.records import Record, Turn
 from ..data.things import plural
 from .settings import COLOURS, WorldSettings
 from .splits import sample_until, scene_key

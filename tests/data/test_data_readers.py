@@ -8,6 +8,7 @@ import random
 import pytest
 from PIL import Image
 
+from blip3.data.images import RecordError
 from blip3.data.readers import (
     read_captions,
     read_grounding,
@@ -20,7 +21,7 @@ from blip3.data.readers import (
     read_safety,
     stream_rows,
 )
-from blip3.data.records import RecordError, to_preference, to_pretraining_text
+from blip3.data.records import to_preference, to_pretraining_text
 from blip3.world import build
 from blip3.world.tasks import rendered_records
 from support import write_tar

@@ -9,11 +9,10 @@ import pytest
 from PIL import Image
 
 from blip3.data.canvas import Box, Drawing, Line, Shape
+from blip3.data.images import ImageSource, RecordError
 from blip3.data.records import (
     KINDS,
-    ImageSource,
     Record,
-    RecordError,
     Turn,
     read_jsonl,
     record_from_json,

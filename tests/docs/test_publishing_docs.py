@@ -23,7 +23,7 @@ from transformers import AutoConfig
 from blip3.conversion import card
 from blip3.serving import memory
 from blip3.serving.bodies import DEFAULT_NEW_TOKENS, PARAMETERS, SAMPLING, RequestLimits, parse_body
-from blip3.serving.images import ImageLimits
+from blip3.serving.limits import ImageLimits, variable_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHING = (ROOT / "docs" / "publishing.md").read_text(encoding="utf-8")
@@ -47,7 +47,7 @@ def variables_table() -> str:
             plain = (
                 ",".join(map(str, value)) if isinstance(value, tuple) else str(int(value) if value is True else value)
             )
-            rows.append(f"| `{prefix}{field.name.upper()}` | `{plain}` | {meanings[field.name].rstrip('.')} |")
+            rows.append(f"| `{variable_of(field, prefix)}` | `{plain}` | {meanings[field.name].rstrip('.')} |")
     return "\n".join(rows)
 
 
@@ -195,12 +195,11 @@ def test_both_versions_have_a_command_to_create():
 
 def test_the_files_of_the_space_are_copied(tmp_path, tiny_repo):
     (line,) = re.findall(r"^mkdir space .*$", PUBLISHING, flags=re.MULTILINE)
-    (tmp_path / "serving").symlink_to(ROOT / "blip3" / "serving")
-    (tmp_path / "checkpoints.py").symlink_to(ROOT / "checkpoints.py")
-    (tmp_path / "blip3-4b").symlink_to(ROOT)
+    (tmp_path / "blip3").symlink_to(ROOT / "blip3")
+    (tmp_path / "blip3-4b").symlink_to(tiny_repo)
     subprocess.run(line, shell=True, check=True, cwd=tmp_path)
     named = re.findall(r"^\| `([\w./]+)`", (tmp_path / "space" / "README.md").read_text(), flags=re.MULTILINE)
-    assert named == ["README.md", "app.py", "checkpoints.py", "requirements.txt", "mini/"]
+    assert named == ["README.md", "app.py", "blip3/serving/page/", "requirements.txt"]
     assert all((tmp_path / "space" / name).exists() for name in named)
 
 

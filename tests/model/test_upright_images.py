@@ -13,9 +13,11 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoProcessor, pipeline
 
-from blip3.data.records import ImageSource, Record, Turn, open_images
+from blip3.data.images import ImageSource, open_images
+from blip3.data.records import Record, Turn
 from blip3.hub import model_code
-from blip3.serving.images import ImageFetcher, ImageLimits
+from blip3.serving.fetch import ImageFetcher
+from blip3.serving.limits import ImageLimits
 from blip3.training.encode import Encoder
 from blip3.training.train import size_of
 from support import QuietServer, load_model

@@ -7,8 +7,8 @@ from pathlib import Path
 import yaml
 from safetensors.torch import load_file
 
-from blip3.training.new_model import make_model
 from blip3.training.recipe import Recipe, load_recipe
+from blip3.training.small.new_model import make_model
 
 WORLD = {"sides": [48, 96], "document_sides": [160, 200], "fonts": ["Aileron"], "ocr_strings": [1, 2]}
 SIZES = {

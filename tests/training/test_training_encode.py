@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoProcessor
 
 from blip3.data.canvas import Drawing
-from blip3.data.records import DOCUMENT_KINDS, ImageSource, Record, Turn
+from blip3.data.images import ImageSource
+from blip3.data.records import DOCUMENT_KINDS, Record, Turn
 from blip3.training import encode
 from blip3.training.encode import (
     IGNORE_INDEX,

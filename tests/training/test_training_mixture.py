@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from blip3.data.records import ImageSource, Record, Turn, write_jsonl
+from blip3.data.images import ImageSource
+from blip3.data.records import Record, Turn, write_jsonl
 from blip3.training.mixture import REMEMBERED, Mixture
 from blip3.world import build
 from blip3.world.settings import settings_from
@@ -129,7 +130,7 @@ def test_llava_files_and_mixtures_are_lists(tmp_path):
     entries = [{"id": str(n), "image": f"{n}.png", "conversations": turns} for n in range(5)]
     (tmp_path / "five.json").write_text(json.dumps(entries))
     (tmp_path / "mix.yaml").write_text("five.json: 3\n")
-    five = mixture_of({"llava": str(tmp_path / "five.json"), "images": "pictures"}, count=10)
+    five = mixture_of({"llava": str(tmp_path / "five.json"), "images": "images"}, count=10)
     assert sorted(ids_of(five, range(5))) == sorted(ids_of(five, range(5, 10))) == list("01234")
     assert five[0].images == (ImageSource(path=f"images/{five[0].id}.png"),)
     assert len(set(ids_of(mixture_of({"llava": str(tmp_path / "mix.yaml")}, count=9)))) == 3
@@ -194,8 +195,11 @@ def test_worker_processes_change_nothing(shards, jsonl, num_workers):
         ({"rendered": "count", "weight": "2"}, "weight '2' but it must be a positive number"),
         ({"rendered": "count", "weight": True}, "weight True"),
         ({"rendered": "count", "weight": float("nan")}, "weight nan"),
-        ({"rendered": "cuont"}, "names the task 'cuont' but the rendered world has only read, name"),
-        ({"rendered": "count", "world": {"side": [1, 2]}}, r"mixture\[0\].world has the field 'side'.*'sides'"),
+        ({"rendered": "cuont"}, "names the task 'cuont' but it must be one of read, name.*Did you mean 'count'"),
+        (
+            {"rendered": "count", "world": {"side": [1, 2]}},
+            r"mixture\[0\].world has the unknown field 'side'.*sides",
+        ),
         ({"stream": "x", "reader": "orc"}, "reader 'orc' but it must be one of captions"),
         ({"stream": "x"}, "reader None"),
         ({"stream": "x", "reader": "captions", "options": {"colum": "a"}}, "unknown key 'colum'.*'column'"),

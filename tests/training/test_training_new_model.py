@@ -9,9 +9,9 @@ import torch
 from transformers import AutoProcessor
 
 from blip3.data.yaml_files import read_yaml
-from blip3.training import new_model
-from blip3.training.new_model import make_model, rendered_texts
-from blip3.training.tokenizer import train_tokenizer
+from blip3.training.small import new_model
+from blip3.training.small.new_model import make_model, rendered_texts
+from blip3.training.small.tokenizer import train_tokenizer
 from blip3.world.settings import load_settings
 from support import ROOT, load_model, render_image
 from support.training import SIZES, make_small_model, write_sizes

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from blip3.checkpoints import CODE_FILES
-from blip3.training.publish import publish
+from blip3.training.small.publish import publish
 from support.training import write_recipe
 
 

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from blip3.training import run
+from blip3.training import trainer
 from blip3.training.mixture import Mixture, check_entry
-from blip3.training.new_model import KEYS
-from blip3.training.recipe import Recipe, check_keys, load_recipe, save_recipe
-from blip3.training.train_tower import TowerRecipe
+from blip3.training.recipe import Recipe, TowerRecipe, check_keys, load_recipe, save_recipe
+from blip3.training.small.new_model import KEYS
 from blip3.world.settings import load_settings, settings_from
 from support import ROOT
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-REAL_SIZE = [path for path in RECIPES if path.parent.name == "4b"]
+STAGES = ["1_pretrain.yaml", "1b_pretrain_high_resolution.yaml", "2_sft.yaml", "3_sft_multi_image.yaml"]
+REAL_SIZE = [path for path in RECIPES if path.parent.name in ("4b", "14b")]
 LINES = "model: here\noutput: there\nmax_steps: 10\nbatch_size: 2\nlearning_rate: 1e-3\nmixture: [{rendered: count}]\n"
 
 
@@ -52,22 +52,36 @@ def test_every_file_loads(path):
             assert len(Mixture(without_files, 100, recipe.seed, recipe.world)) == 100
 
 
-def test_the_stages_of_the_report_are_there():
-    names = [path.name for path in REAL_SIZE]
-    assert names == [
-        "1_pretrain.yaml",
-        "1b_pretrain_high_resolution.yaml",
-        "2_sft.yaml",
-        "3_sft_multi_image.yaml",
-    ]
+@pytest.mark.parametrize("size", ["4b", "14b"])
+def test_the_stages_of_the_report_are_there(size):
+    assert [path.name for path in REAL_SIZE if path.parent.name == size] == STAGES
 
 
-@pytest.mark.parametrize("path", REAL_SIZE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", STAGES)
+def test_the_larger_model_is_trained_alike_in_smaller_batches(name):
+    small, large = (vars(load_recipe(ROOT / "recipes" / size / name, Recipe)) for size in ("4b", "14b"))
+    differing = {key for key in small if small[key] != large[key]}
+    assert differing == {"model", "output", "batch_size", "accumulation", "notes"}
+    assert large["batch_size"] * large["accumulation"] == small["batch_size"] * small["accumulation"]
+    assert large["model"].replace("14b", "4b") == small["model"]
+
+
+@pytest.mark.parametrize("name", ["0_tower.yaml", *STAGES[:1], *STAGES[2:]])
+def test_recipes_of_the_small_model_say_what_to_expect(name):
+    text = (ROOT / "recipes" / "small" / name).read_text()
+    assert re.search(
+        rf"^#   python -m blip3\.training\.(tower\.)?train recipes/small/{name}$", text, flags=re.MULTILINE
+    )
+    for words in ("# Hardware: ", "Computed from", "# Expected", "provenance/", "ot been run|Not run as one chain"):
+        assert re.search(words, text), words
+
+
+@pytest.mark.parametrize("path", REAL_SIZE, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_real_size_recipes_give_a_source_for_each_value(path):
     text, values = path.read_text(), yaml.safe_load(path.read_text())
     assert text.startswith("# ")
-    assert f"-m blip3.training.train recipes/4b/{path.name}" in text
-    for word in ("Hardware", "Download", "Expected", "reported"):
+    assert f"-m blip3.training.train recipes/{path.parent.name}/{path.name}" in text
+    for word in ("Hardware", "Download", "Expected", "reported", "ot run"):
         assert word in text, word
     sourced = set(values) - {"model", "output", "notes", "world", "log_every", "save_every", "num_workers"}
     assert set(values["notes"]) == sourced
@@ -87,8 +101,8 @@ def test_pretraining_weights_are_the_reports():
 
 def test_the_page_names_every_file_and_only_keys_that_exist():
     page = (ROOT / "docs" / "training.md").read_text()
-    for path in (ROOT / "blip3" / "training").glob("*.py"):
-        assert path.name == "__init__.py" or f"training/{path.name}" in page, path.name
+    for path in (ROOT / "blip3" / "training").rglob("*.py"):
+        assert path.name == "__init__.py" or path.relative_to(ROOT).as_posix() in page, path.name
     for name in re.findall(r"(?:recipes/)?((?:(?:small|4b|14b|provenance|base)/)*[\w]+\.yaml)", page):
         assert name in ("recipe.yaml", "mix.yaml") or any(
             (ROOT / "recipes" / folder / name).is_file() for folder in ("", "4b")
@@ -101,11 +115,11 @@ def test_the_page_names_every_file_and_only_keys_that_exist():
 
 @pytest.mark.parametrize("is_there", [True, False])
 def test_tf32_is_asked_for_only_where_there_is_some(recipe_file, monkeypatch, is_there):
-    monkeypatch.setattr(run, "is_torch_tf32_available", lambda: is_there)
-    monkeypatch.setattr(run, "TrainingArguments", lambda **given: given)
-    given = run.training_arguments(load_recipe(recipe_file, Recipe, ["tf32=true"]))
+    monkeypatch.setattr(trainer, "is_torch_tf32_available", lambda: is_there)
+    monkeypatch.setattr(trainer, "TrainingArguments", lambda **given: given)
+    given = trainer.training_arguments(load_recipe(recipe_file, Recipe, ["tf32=true"]))
     assert given.get("tf32", False) == is_there
-    assert "tf32" not in run.training_arguments(load_recipe(recipe_file, Recipe))
+    assert "tf32" not in trainer.training_arguments(load_recipe(recipe_file, Recipe))
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -241,26 +255,26 @@ def write_checkpoint(output: Path, step: int, state: str | None = None) -> None:
 def test_a_folder_of_another_recipe_is_refused(recipe_file, tmp_path):
     here = f"output={tmp_path / 'run'}"
     recipe = load_recipe(recipe_file, Recipe, [here])
-    assert run.start(recipe) is None
+    assert trainer.resume_or_refuse(recipe) is None
     assert load_recipe(tmp_path / "run" / "recipe.yaml", Recipe) == recipe
-    run.start(load_recipe(recipe_file, Recipe, [here, "max_steps=20"]))  # nothing was trained yet
-    run.start(recipe)
+    trainer.resume_or_refuse(load_recipe(recipe_file, Recipe, [here, "max_steps=20"]))  # nothing was trained yet
+    trainer.resume_or_refuse(recipe)
     write_checkpoint(tmp_path / "run", 5, json.dumps({"global_step": 5}))
-    assert run.start(recipe) == str(tmp_path / "run" / "checkpoint-5")
+    assert trainer.resume_or_refuse(recipe) == str(tmp_path / "run" / "checkpoint-5")
     free = ["log_every=1", "save_every=7", "keep_checkpoints=9", "num_workers=2", "notes={seed: ours}"]
-    assert run.start(load_recipe(recipe_file, Recipe, [here, *free]))
+    assert trainer.resume_or_refuse(load_recipe(recipe_file, Recipe, [here, *free]))
     for change in ("learning_rate=1e-4", "max_steps=11", "mixture=[{rendered: name}]", "world={box_decimals: 1}"):
         with pytest.raises(
             ValueError, match=f"holds a run whose {change.split('=')[0]} was .* give it another output"
         ):
-            run.start(load_recipe(recipe_file, Recipe, [here, change]))
+            trainer.resume_or_refuse(load_recipe(recipe_file, Recipe, [here, change]))
 
 
 def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path):
-    assert run.find_checkpoint(tmp_path / "nowhere") is None
+    assert trainer.find_checkpoint(tmp_path / "nowhere") is None
     write_checkpoint(tmp_path, 9, json.dumps({"global_step": 9}))
     write_checkpoint(tmp_path, 10, json.dumps({"global_step": 10}))
     write_checkpoint(tmp_path, 11)  # killed before the state was written
     write_checkpoint(tmp_path, 12, '{"global_st')  # or in the middle of it
     (tmp_path / "checkpoint-best").mkdir()
-    assert run.find_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert trainer.find_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")

@@ -17,13 +17,14 @@ import torch
 from transformers import AutoProcessor
 
 from blip3.checkpoints import CODE_FILES
-from blip3.data.records import ImageSource, Record, Turn, write_jsonl
+from blip3.data.images import ImageSource
+from blip3.data.records import Record, Turn, write_jsonl
 from blip3.training import train as stage
 from blip3.training.average import average
 from blip3.training.encode import Encoder, TooLongError
 from blip3.training.mixture import Mixture
-from blip3.training.new_model import make_model
-from blip3.training.publish import publish
+from blip3.training.small.new_model import make_model
+from blip3.training.small.publish import publish
 from support import load_model, render_image
 from support.training import (
     WORLD,

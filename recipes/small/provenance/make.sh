@@ -15,14 +15,14 @@ SMALL=recipes/small RUNS=recipes/small/provenance OUT=outputs/small
 run() { python -m "blip3.training.$1" "${@:2}"; }
 run_on_two() { torchrun --nproc_per_node 2 -m "blip3.training.$1" "${@:2}"; }
 
-run new_model $SMALL/model.yaml $OUT/new
-run train_tower $RUNS/01_tower.yaml
-run train_tower $RUNS/02_tower.yaml
-run_on_two train_tower $RUNS/03_tower.yaml
-run publish $OUT/03 --tower $OUT/03_tower/final
-run new_model $SMALL/model.yaml $OUT/new --tower $OUT/03/tower
-run_on_two train_tower $RUNS/04_resampler.yaml
-run train_tower $RUNS/05_resampler.yaml
+run small.new_model $SMALL/model.yaml $OUT/new
+run tower.train $RUNS/01_tower.yaml
+run tower.train $RUNS/02_tower.yaml
+run_on_two tower.train $RUNS/03_tower.yaml
+run small.publish $OUT/03 --tower $OUT/03_tower/final
+run small.new_model $SMALL/model.yaml $OUT/new --tower $OUT/03/tower
+run_on_two tower.train $RUNS/04_resampler.yaml
+run tower.train $RUNS/05_resampler.yaml
 for stage in 06_pairs 07_pretrain 08_sft 09_sft_multi_image 10_sft_multi_image 11_sft_multi_image; do
     run train $RUNS/$stage.yaml
 done
@@ -33,5 +33,5 @@ run average $OUT/15_average $OUT/13_average $OUT/14_sft_multi_image/final
 for stage in 08_repetition 09_words 10_rules 11_rules; do
     run_on_two train $RUNS/base/$stage.yaml
 done
-run publish . --instruct $OUT/15_average --base $OUT/base_11_rules/final
+run small.publish . --instruct $OUT/15_average --base $OUT/base_11_rules/final
 mv recipe.yaml $RUNS/published.yaml && mv base/recipe.yaml $RUNS/base/published.yaml

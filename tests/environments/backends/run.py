@@ -23,8 +23,14 @@ from ..own_environment import ROOT, make_environment, parse_expression, run_pyte
 ENVIRONMENT = ROOT / ".venv-backends"
 CONSTRAINTS = ROOT / "constraints" / "serving.txt"
 PACKAGES = ["pytest", "psutil", "--editable", f"{ROOT}[app,batch,data,quantize]"]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # as tests/serving/test_app.py looks for them
-FILES = ["test_app.py", "test_serving_batch.py", "test_quantization.py"]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # as tests/serving/test_page_app.py looks for them
+FILES = [
+    "test_page_app.py",
+    "test_page_chat.py",
+    "test_page_panel.py",
+    "test_serving_batch.py",
+    "test_quantization.py",
+]
 
 
 def find_browser() -> None:

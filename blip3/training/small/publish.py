@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Write trained models as this repository ships them at its root, with example images never trained on.
 
-    python -m blip3.training.publish . --instruct FOLDER --base FOLDER
-    python -m blip3.training.publish outputs/small/04 --tower FOLDER
+    python -m blip3.training.small.publish . --instruct FOLDER --base FOLDER
+    python -m blip3.training.small.publish outputs/small/04 --tower FOLDER
 
     ./                   configuration, tokenizer, processor files, weights in shards
     base/                the same after pre-training, for few-shot prompts
@@ -23,13 +23,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from ..checkpoints import folder_of, locate
-from ..data.records import Record, to_few_shot_prompt
-from ..hub import ROOT
-from ..world.settings import WorldSettings, load_settings
-from ..world.tasks import rendered_record
-from .recipe import Recipe, load_recipe, plain_errors
-from .run import (
+from ...checkpoints import folder_of, locate
+from ...conversion.names import with_inner
+from ...data.records import Record, to_few_shot_prompt
+from ...hub import ROOT
+from ...world.settings import WorldSettings, load_settings
+from ...world.tasks import rendered_record
+from ..recipe import Recipe, TowerRecipe, load_recipe, plain_errors
+from ..trainer import (
     PROCESSOR_FILES,
     RESAMPLER_FILE,
     SAVED_RECIPE,
@@ -37,7 +38,6 @@ from .run import (
     name_tower_for_both_lines,
     save_image_splitting,
 )
-from .train_tower import TowerRecipe
 
 WORLD = ROOT / "recipes" / "small" / "world.yaml"
 IMAGES = Path("examples", "images")
@@ -126,7 +126,7 @@ def publish_tower(source: Path, output: Path, dtype: str = "bfloat16") -> None:
     if load_recipe(folder_of(source) / SAVED_RECIPE, TowerRecipe).resampler:
         save_file(model.model.resampler.state_dict(), output / RESAMPLER_FILE, metadata={"format": "pt"})
     path = output / "model.safetensors"
-    weights = {f"vision_model.{name.removeprefix('vision_model.')}": value for name, value in load_file(path).items()}
+    weights = {with_inner(name): weight for name, weight in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
     copy_present(folder_of(source), output, [SAVED_RECIPE])
 

@@ -8,13 +8,18 @@ task and a string never seen before costs no more than a known one.
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ...conversion.names import IMAGE_TOKENS
+from ...conversion.tokenizer_files import tokenizer_settings
+
 SPACE = "\u2581"
+SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<pad>", "unk_token": "<unk>"}
+MAX_LENGTH = 2048
 TURN_MARKERS = ("<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
-IMAGE_TOKENS = ("<image>", "<image placeholder>", "<|endofchunk|>")
 _UNITS = rf"{SPACE}[a-z]+|[A-Z][a-z]+(?=[{SPACE}:])|</?[a-z]+>|\]?\[0\.|,{SPACE}0\.|[\s\S]"
 
 
@@ -47,17 +52,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     trained.add_special_tokens([AddedToken("<|endoftext|>", normalized=False), AddedToken("<pad>", normalized=False)])
     trained.add_special_tokens([AddedToken(token, rstrip=True, normalized=False) for token in TURN_MARKERS])
     trained.add_special_tokens([AddedToken(token, normalized=False) for token in IMAGE_TOKENS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=trained,
-        bos_token="<s>",
-        eos_token="<|endoftext|>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-        extra_special_tokens={"image_token": "<image>"},
-    )
+    settings = tokenizer_settings(SPECIAL_TOKENS, MAX_LENGTH)
+    return PreTrainedTokenizerFast(tokenizer_object=trained, **settings)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json with names that both transformers lines know."""
+    tokenizer.backend_tokenizer.save(str(output / "tokenizer.json"))
+    settings = tokenizer_settings(SPECIAL_TOKENS, MAX_LENGTH)
+    (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _without_added(tokenizer: Tokenizer, contents: set[str]) -> Tokenizer:

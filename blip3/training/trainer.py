@@ -15,6 +15,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.utils import is_torch_tf32_available
 
 from ..checkpoints import CODE_FILES, code_folder, folder_of
+from ..conversion.names import name_for_both_lines
 from .recipe import Recipe, RunRecipe, load_recipe, save_recipe
 
 SAVED_RECIPE = "recipe.yaml"
@@ -30,8 +31,8 @@ PROCESSOR_FILES = (
 _MAY_CHANGE = ("log_every", "save_every", "keep_checkpoints", "num_workers", "notes")
 
 
-def start(recipe: RunRecipe) -> str | None:
-    """Seed everything, save the resolved recipe, and find the checkpoint to resume from.
+def resume_or_refuse(recipe: RunRecipe) -> str | None:
+    """Find the checkpoint to resume from; save the resolved recipe and seed everything.
 
     Returns:
         the newest complete checkpoint in `recipe.output`, or None.
@@ -47,7 +48,7 @@ def start(recipe: RunRecipe) -> str | None:
         changed = [
             name
             for name in vars(recipe)
-            if name not in _MAY_CHANGE and _plain(getattr(before, name)) != _plain(getattr(recipe, name))
+            if name not in _MAY_CHANGE and _as_json(getattr(before, name)) != _as_json(getattr(recipe, name))
         ]
         if changed:
             raise ValueError(
@@ -77,7 +78,7 @@ def find_checkpoint(output: Path) -> str | None:
     return None
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
@@ -204,7 +205,7 @@ def save_image_splitting(folder: str | Path, splits: bool) -> None:
     path.write_text(json.dumps(values | {"do_image_splitting": splits}, indent=2) + "\n", encoding="utf-8")
 
 
-def log_metrics(recipe: RunRecipe, metrics: dict[str, Any]) -> None:
+def write_metrics(recipe: RunRecipe, metrics: dict[str, Any]) -> None:
     """Write final figures beside the checkpoints."""
     path = Path(recipe.output) / "metrics.json"
     path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
@@ -213,23 +214,10 @@ def log_metrics(recipe: RunRecipe, metrics: dict[str, Any]) -> None:
 def name_tower_for_both_lines(folder: str | Path) -> None:
     """Name a folder's tower weights as transformers 4.57 does; 5.x reads these names too and keeps them on saving."""
     for path in Path(folder).glob("model*.safetensors"):
-        save_file(
-            {_old_name(name): tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"}
-        )
+        weights = {name_for_both_lines(name): weight for name, weight in load_file(path).items()}
+        save_file(weights, path, metadata={"format": "pt"})
     index = Path(folder) / "model.safetensors.index.json"
     if index.is_file():
         values = json.loads(index.read_text(encoding="utf-8"))
-        values["weight_map"] = {_old_name(name): file for name, file in values["weight_map"].items()}
+        values["weight_map"] = {name_for_both_lines(name): file for name, file in values["weight_map"].items()}
         index.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _old_name(name: str) -> str:
-    tower, inner = "model.vision_tower.", "model.vision_tower.vision_model."
-    return inner + name.removeprefix(inner).removeprefix(tower) if name.startswith(tower) else name
-
-
-def match_names(weights: dict[str, torch.Tensor], tower: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Give a tower's weights the names it has (4.57 puts `vision_model.` before them) and drop a pooling head."""
-    prefix = "vision_model." if any(name.startswith("vision_model.") for name in tower.state_dict()) else ""
-    bare = {name.removeprefix("vision_model."): weight for name, weight in weights.items()}
-    return {f"{prefix}{name}": weight for name, weight in bare.items() if not name.startswith("head.")}

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Make a small BLIP-3 with newly initialised weights: sizes from YAML, a tokenizer trained on rendered texts.
 
-    python -m blip3.training.new_model recipes/small/model.yaml outputs/small/new
-    python -m blip3.training.new_model recipes/small/model.yaml OUTPUT --tower outputs/small/04/tower \
+    python -m blip3.training.small.new_model recipes/small/model.yaml outputs/small/new
+    python -m blip3.training.small.new_model recipes/small/model.yaml OUTPUT --tower outputs/small/04/tower \
         --resampler outputs/small/04/tower/resampler.safetensors
-    python -m blip3.training.new_model recipes/small/model.yaml OUTPUT resampler_config.num_latents=8
-    python -m blip3.training.new_model recipes/small/model.yaml OUTPUT resampler_config.num_latents=8 \
+    python -m blip3.training.small.new_model recipes/small/model.yaml OUTPUT resampler_config.num_latents=8
+    python -m blip3.training.small.new_model recipes/small/model.yaml OUTPUT resampler_config.num_latents=8 \
         --around base
 
 The second starts with what stage 0 has trained and `publish --tower` has written, the third changes a size, the fourth
@@ -31,15 +31,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ..checkpoints import CODE_FILES, folder_of, locate
-from ..data.records import Record
-from ..data.yaml_files import read_yaml
-from ..hub import RELEASE, ROOT
-from ..world.settings import WorldSettings, load_settings
-from ..world.tasks import TASKS, rendered_records
-from .recipe import check_keys, parse_override, plain_errors
-from .run import match_names, name_tower_for_both_lines
-from .tokenizer import train_tokenizer
+from ...checkpoints import CODE_FILES, folder_of, locate
+from ...conversion.names import tower_weights_for
+from ...data.records import Record
+from ...data.yaml_files import read_yaml
+from ...hub import RELEASE, ROOT
+from ...refusals import check_keys
+from ...world.settings import WorldSettings, load_settings
+from ...world.tasks import TASKS, rendered_records
+from ..recipe import parse_override, plain_errors
+from ..trainer import name_tower_for_both_lines
+from .tokenizer import save_tokenizer, train_tokenizer
 
 KEYS = (
     "vision_config",
@@ -126,7 +128,7 @@ def make_model(
         take_all_but_resampler(model, around, tokenizer)
     if tower:
         trained = AutoModel.from_pretrained(folder_of(tower), dtype=torch.float32).state_dict()
-        model.vision_tower.load_state_dict(match_names(trained, model.vision_tower))
+        model.vision_tower.load_state_dict(tower_weights_for(model.vision_tower.state_dict(), trained))
     if resampler:
         model.model.resampler.load_state_dict(load_file(resampler))
     model.generation_config = GenerationConfig.from_pretrained(output)  # or its own would replace the file
@@ -204,24 +206,6 @@ def _texts(record: Record) -> Iterator[str]:
     for answer in (record.chosen, record.rejected):
         if answer:
             yield answer
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json with names that both transformers lines know."""
-    tokenizer.backend_tokenizer.save(str(output / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_input_names": ["input_ids", "attention_mask"],
-        "padding_side": "left",
-        "clean_up_tokenization_spaces": False,
-        "bos_token": tokenizer.bos_token,
-        "eos_token": tokenizer.eos_token,
-        "pad_token": tokenizer.pad_token,
-        "unk_token": tokenizer.unk_token,
-        "model_max_length": 2048,
-        "extra_special_tokens": {"image_token": "<image>"},
-    }
-    (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_template(output: Path, system_prompt: str) -> None:

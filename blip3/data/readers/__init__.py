@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real data of the recipe's forms -> records: LLaVA JSON and mixtures, parquet and webdataset shards.
+
+llava         read_mixture("mix.yaml"), read_llava_json          {file: num_samples} of LLaVA JSON
+captions      read_captions(...)                                 KALE, Datacomp, CC, SBU, VG
+              read_ocr(stream_rows("ocr/*.parquet"))             BLIP3-OCR
+              read_grounding(...)                                BLIP3-GROUNDING
+interleaved   read_interleaved(...)                              OBELICS, MINT-1T, MMC4
+preference    read_preferences(...)                              VLFeedback
+safety        read_safety(...)                                   VLGuard
+rows          read_parquet("rendered/*.parquet"), read_rows      what world.build writes
+              stream_rows(...)                                   rows of shards, for the readers above
+
+Readers are generators: nothing is held but one row (a LLaVA list, which is one JSON value, is held whole). Every
+message names the file or row and the field at fault; `skip_faulty=True` logs and counts faulty rows instead.
+"""
+
+from .captions import read_captions, read_grounding, read_ocr
+from .interleaved import read_interleaved
+from .llava import read_llava_json, read_mixture
+from .preference import read_preferences
+from .rows import read_parquet, read_rows, stream_rows
+from .safety import read_safety
+
+__all__ = [
+    "read_captions",
+    "read_grounding",
+    "read_interleaved",
+    "read_llava_json",
+    "read_mixture",
+    "read_ocr",
+    "read_parquet",
+    "read_preferences",
+    "read_rows",
+    "read_safety",
+    "stream_rows",
+]

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA JSON, and YAML mixtures of it: {file: num_samples}."""
+
+import json
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..images import ImageSource
+from ..records import IMAGE_TOKEN, Record, Turn, read_jsonl
+from ..yaml_files import read_yaml
+from .rows import convert_rows, fault, finish_record, image_from, need
+
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def read_llava_json(
+    path: str | Path,
+    image_folder: str | dict[str, str] = "",
+    num_samples: int | None = None,
+    seed: int = 42,
+    skip_faulty: bool = False,
+) -> Iterator[Record]:
+    """Read instruction data `{id, image: str | [str], conversations: [{from, value}]}`.
+
+    Also takes Mantis's names (`images`, `conversation`, `role`, `content`), one JSON list or JSON lines.
+
+    As in the reference code: with one image, a first question that does not hold exactly one `<image>` gets it in
+    front; with several, the number must fit.
+
+    Args:
+        path: the file.
+        image_folder: where image paths start, or {part of a path: what replaces it}, the first that fits.
+        num_samples: draw so many: without repetition if the file has enough, else with; None takes all in order.
+        seed: of that draw.
+        skip_faulty: log and count faulty entries instead of raising.
+
+    Raises:
+        RecordError: naming file, entry and field.
+    """
+    entries = _load_entries(Path(path))
+    numbered = _sample(enumerate(entries, start=1), num_samples, seed)
+
+    def convert(numbered_entry: Any, _: str) -> Iterator[Record]:
+        number, entry = numbered_entry
+        yield _llava_record(entry, f"{path} entry {number}", image_folder)
+
+    yield from convert_rows(numbered, str(path), convert, skip_faulty)
+
+
+def _load_entries(path: Path) -> list[Any]:
+    text = path.read_text(encoding="utf-8")
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        lines = [line for line in text.splitlines() if line.strip()]
+        try:
+            entries = [json.loads(line) for line in lines]
+        except json.JSONDecodeError:
+            raise fault(
+                f"{path} line {error.lineno}",
+                "(whole file)",
+                f"it is no JSON: {error.msg} at column {error.colno}",
+                "it must be a JSON list or JSON lines",
+                "It was probably cut off.",
+                "Fetch it again.",
+            ) from error
+    return entries if isinstance(entries, list) else [entries]
+
+
+def _llava_record(entry: Any, place: str, image_folder: str | dict[str, str]) -> Record:
+    if not isinstance(entry, dict):
+        raise fault(place, "(entry)", entry, "it must be an object", "The list is probably nested.", "Flatten it.")
+    paths = entry.get("image") or entry.get("images") or []
+    paths = paths if isinstance(paths, list) else [paths]
+    images = tuple(_locate(value, place, image_folder) for value in paths)
+    turns = []
+    for index, turn in enumerate(need(entry, place, "conversations", "conversation")):
+        field = f"conversations[{index}]"
+        role, text = (turn.get(a, turn.get(b)) for a, b in (("from", "role"), ("value", "content")))
+        if role not in _ROLES or not isinstance(text, str):
+            raise fault(
+                place,
+                field,
+                turn,
+                f"it needs from (one of {', '.join(_ROLES)}) and value (text)",
+                "The conversation is probably of another format.",
+                "Rename the keys.",
+            )
+        turns.append(Turn(_ROLES[role], text))
+    if len(images) == 1:
+        turns = _repair_single(turns)
+    identity = str(entry.get("id") or place)
+    return finish_record(place, identity, "instruction", images, tuple(turns))
+
+
+def _locate(value: Any, place: str, image_folder: str | dict[str, str]) -> ImageSource:
+    if not isinstance(image_folder, dict):
+        return image_from(value, place, "image", image_folder)
+    if isinstance(value, str):
+        part = next((part for part in image_folder if part in value), "")
+        value = value.replace(part, image_folder[part]) if part else value
+    return image_from(value, place, "image")
+
+
+def _repair_single(turns: list[Turn]) -> list[Turn]:
+    """Put the one `<image>` of single-image data before the first question, unless it is there already."""
+    first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
+    if first is None or turns[first].text.count(IMAGE_TOKEN) == 1:
+        return turns
+    bare = turns[first].text.replace(IMAGE_TOKEN, "").strip()
+    return [*turns[:first], Turn("user", f"{IMAGE_TOKEN}\n{bare}"), *turns[first + 1 :]]
+
+
+def read_mixture(
+    path: str | Path, image_folder: str | dict[str, str] = "", seed: int = 42, skip_faulty: bool = False
+) -> Iterator[Record]:
+    """Read a YAML mixture `{file: num_samples}`, alone or under the reference's key `data_path`, file by file.
+
+    Files are LLaVA JSON, or our own records if they end in `.jsonl`; relative names start at the YAML's folder. A
+    number below the size under-samples, one above it over-samples, `all` or nothing takes every entry once.
+
+    Raises:
+        ValueError: if the YAML has another form, or a file twice.
+        RecordError: naming file, entry and field.
+    """
+    mixture = read_yaml(path)
+    mixture = mixture.get("data_path", mixture) if isinstance(mixture, dict) else mixture
+    counts = list(mixture.values()) if isinstance(mixture, dict) else []
+    is_right = [count in (None, "all") or (type(count) is int and count > 0) for count in counts]
+    if not counts or not all(is_right):
+        raise ValueError(
+            f"The mixture {path} holds {str(mixture)[:80]!r} but must map each file to a number of samples above 0, "
+            "or to all. A colon or a number is probably missing: write `file.json: 1000` on each line."
+        )
+    for name, count in mixture.items():
+        file = Path(path).parent / name
+        wanted = None if count in (None, "all") else count
+        if file.suffix == ".jsonl":
+            yield from _sample(read_jsonl(file), wanted, seed)
+        else:
+            yield from read_llava_json(file, image_folder, wanted, seed, skip_faulty)
+
+
+def _sample(records: Iterable[Any], count: int | None, seed: int) -> Iterable[Any]:
+    """Draw `count` as the reference does: without repetition if there are enough, else with; None takes all."""
+    if count is None:
+        return records
+    known, generator = list(records), random.Random(seed)
+    return generator.sample(known, count) if count <= len(known) else generator.choices(known, k=count)
