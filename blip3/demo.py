@@ -74,7 +74,7 @@ class Line:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Load, ask, print and draw."""
+    """Load, ask, print and make the figure."""
     args = parse_arguments(arguments)
     try:
         folder = folder_of(args.model)
@@ -188,7 +188,7 @@ def is_right(exchange: Exchange) -> bool:
 
 
 def render_figure(exchanges: list[Exchange], processor: Any) -> Image.Image:
-    """Draw what the model saw of the first image, and every exchange below, up to three side by side."""
+    """Show what the model saw of the first image, and every exchange below, up to three side by side."""
     top = render_views(exchanges[0], processor)
     columns = min(CARDS_IN_A_ROW, len(exchanges))
     width = (WIDTH - MARGIN * (columns + 1)) // columns
@@ -206,7 +206,7 @@ def render_figure(exchanges: list[Exchange], processor: Any) -> Image.Image:
 
 
 def render_views(exchange: Exchange, processor: Any) -> Image.Image:
-    """Draw the first image with its grid, the global view and the tiles, each with its tokens."""
+    """Show the first image with its grid, the global view and the tiles, each with its tokens."""
     image, image_processor = exchange.images[0], processor.image_processor
     rows, columns = image_processor.grid_of(image.height, image.width)
     views = views_of(image, image_processor)
@@ -269,7 +269,7 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def outline_tiles(image: Image.Image, rows: int, columns: int) -> None:
-    """Draw the tiles over the image, as far as they show it."""
+    """Outline the tiles over the image, as far as they show it."""
     if not rows * columns:
         return
     scale = max(image.height / rows, image.width / columns)  # side of a tile in pixels of this image
@@ -284,7 +284,7 @@ def outline_tiles(image: Image.Image, rows: int, columns: int) -> None:
 
 
 def render_card(exchange: Exchange, width: int) -> Image.Image:
-    """Draw the images of an exchange with question and answer, both whole: the card is as high as they need."""
+    """Show the images of an exchange with question and answer, both whole: the card is as high as they need."""
     images, room = place_images(exchange.images, width)
     lines = card_lines(exchange, width - 2 * GAP)
     text_top = room + 4
@@ -331,7 +331,7 @@ def card_lines(exchange: Exchange, width: int) -> list[Line]:
 
 
 def outline_box(card: Image.Image, image: Image.Image, answer: str) -> None:
-    """Draw the box of an answer over the image in the card's corner."""
+    """Outline the box of an answer over the image in the card's corner."""
     boxes = parse_boxes(answer)
     if not boxes:
         return

@@ -52,8 +52,8 @@ REACHED = {
         "_extend": "counted: copies of the cache show nowhere else",
     },
     "tests/model/test_modeling_blip3.py": {"_CACHED_VALUES": "set to the cache of a tiny machine"},
-    "tests/serving/test_app.py": {"_running": "must be empty once an answer has ended"},
-    "tests/serving/test_serving_fetch.py": {"_connect": "given a socket pair in place of a server"},
+    "tests/serving/test_page_chat.py": {"_running": "must be empty once an answer has ended"},
+    "tests/serving/test_fetch.py": {"_connect": "given a socket pair in place of a server"},
     "tests/test_checkpoints.py": {"_code_in_use": "state of the process, emptied between tests"},
 }
 PATH_EDITORS = {
