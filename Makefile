@@ -10,7 +10,7 @@ OTHER := $(abspath $(wildcard $(if $(filter 4,$(LINE)),$(VENV_5),$(VENV_4))/bin/
 RUN := HF_HUB_OFFLINE=1 BLIP3_OTHER_PYTHON=$(OTHER) $(VENV)/bin/python
 ENVIRONMENT = $(PYTHON) .ci/environment.py $(VENV) --constraints $(CONSTRAINTS)
 # What a new transformers breaks first; the pinned lines run everything.
-TESTS_latest := tests/model/test_modeling_blip3.py tests/model/test_conversations.py tests/model/test_generation.py tests/model/test_engines.py tests/model/test_labels_and_adapters.py tests/training/test_training_runs.py tests/model/test_small_model.py tests/serving/test_transformers_serve.py
+TESTS_latest := tests/model/test_modeling_blip3.py tests/model/test_conversations.py tests/model/test_generation_blip3.py tests/model/test_engines.py tests/model/test_labels_and_adapters.py tests/training/test_training_runs.py tests/model/test_small_model.py tests/serving/test_transformers_serve.py
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16

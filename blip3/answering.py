@@ -224,10 +224,9 @@ def count_tokens(processor: Any, text: str, sizes: Sequence[tuple[int, int]], **
         **image_options: as `Answerer.prepare` takes them.
     """
     num_text_tokens = len(processor.tokenizer(text)["input_ids"]) - len(sizes)
-    if not sizes:
-        return num_text_tokens
-    counted = processor._get_num_multimodal_tokens(image_sizes=list(sizes), **image_options)
-    return num_text_tokens + sum(counted["num_image_tokens"])
+    splits = image_options.get("do_image_splitting")
+    shown = [processor.image_processor.image_size_for_model(*size, splits) for size in sizes]
+    return num_text_tokens + sum(map(processor.count_image_tokens, shown))
 
 
 def check_context(num_tokens: int, max_new_tokens: int, config: Any) -> None:

@@ -139,7 +139,7 @@ class Samples(Dataset):
             except (OSError, ValueError) as error:
                 raise self._name_record(index, record, error) from error
             shown = processor.image_processor.image_size_for_model(*size, self.encoder.any_resolution)
-            length += processor._count_image_tokens(shown)
+            length += processor.count_image_tokens(shown)
         return length
 
     def _name_record(self, index: int, record: Record, error: Exception) -> SampleError:

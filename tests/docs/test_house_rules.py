@@ -6,10 +6,12 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 
 import pytest
 
+from blip3.hub import CODE_FILES
 from support import ROOT
 from support.house_rules import (
     absolute_paths,
@@ -25,7 +27,6 @@ from support.house_rules import (
     undocumented,
 )
 
-MODEL_FILES = sorted(path.name for path in ROOT.glob("*_blip3.py"))
 TRACKED = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
 PYTHON = [name for name in TRACKED if name.endswith(".py")]
 SOURCES = [name for name in PYTHON if not name.startswith("tests/")]
@@ -107,6 +108,17 @@ def test_no_exception_has_outlived_its_reason():
     assert [name for name in OLD_OPTIONS if not any(f'"{name}"' in TEXTS[source] for source in PACKAGE)] == []
 
 
+@pytest.mark.parametrize("name", CODE_FILES)
+def test_the_model_reads_easily(name):
+    assert deep_functions(TEXTS[name], 3) == []
+    for node in parse(TEXTS[name]).body:
+        if isinstance(node, ast.ClassDef) and node.name == "Blip3Model":
+            (forward,) = (each for each in functions(node) if each.name == "forward")
+            forward = textwrap.dedent(ast.get_source_segment(TEXTS[name], forward, padded=True))
+            assert long_functions(forward, 35) == []
+            assert deep_functions(forward, 1) == []
+
+
 PATH = "sys." + "path"  # in two, so that this file keeps the rule itself
 NESTED = """
 def outer():
@@ -161,7 +173,7 @@ def test_every_file_names_its_licence_first():
     assert [name for name, text in TEXTS.items() if not text.startswith(first)] == []
 
 
-@pytest.mark.parametrize("name", MODEL_FILES)
+@pytest.mark.parametrize("name", CODE_FILES)
 def test_model_files_import_only_what_the_loader_allows(name):
     allowed = {"torch", "transformers", "numpy", "PIL"} | set(sys.stdlib_module_names)
     for node in ast.walk(parse(TEXTS[name])):
@@ -177,7 +189,7 @@ def test_model_files_import_only_what_the_loader_allows(name):
         assert {module.split(".")[0] for module in modules} <= allowed, f"{name} line {node.lineno}"
 
 
-@pytest.mark.parametrize("name", MODEL_FILES)
+@pytest.mark.parametrize("name", CODE_FILES)
 def test_model_files_name_every_file_they_need(name):
     """Transformers 4.57 copies the files a module imports itself, and not what those import in turn."""
 
@@ -189,7 +201,7 @@ def test_model_files_name_every_file_they_need(name):
     assert all(imported(needed) <= direct for needed in direct)
 
 
-@pytest.mark.parametrize("name", MODEL_FILES)
+@pytest.mark.parametrize("name", CODE_FILES)
 def test_model_files_do_not_print_or_assert(name):
     for node in ast.walk(parse(TEXTS[name])):
         assert not isinstance(node, ast.Assert), f"{name} line {node.lineno}"
@@ -198,7 +210,7 @@ def test_model_files_do_not_print_or_assert(name):
 
 
 def test_public_functions_of_the_model_files_have_docstrings_and_types():
-    for name in MODEL_FILES:
+    for name in CODE_FILES:
         for function in functions(parse(TEXTS[name])):
             if function.name.startswith("_"):
                 continue

@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from transformers import AutoConfig
 
 from blip3.conversion import card
+from blip3.hub import files_behind
 from blip3.serving import memory
 from blip3.serving.bodies import DEFAULT_NEW_TOKENS, PARAMETERS, SAMPLING, RequestLimits, parse_body
 from blip3.serving.limits import ImageLimits, variable_of
@@ -199,8 +200,13 @@ def test_the_files_of_the_space_are_copied(tmp_path, tiny_repo):
     (tmp_path / "blip3-4b").symlink_to(tiny_repo)
     subprocess.run(line, shell=True, check=True, cwd=tmp_path)
     named = re.findall(r"^\| `([\w./]+)`", (tmp_path / "space" / "README.md").read_text(), flags=re.MULTILINE)
-    assert named == ["README.md", "app.py", "blip3/serving/page/", "requirements.txt"]
-    assert all((tmp_path / "space" / name).exists() for name in named)
+    assert {"README.md", "app.py", "requirements.txt"} < set(named)
+    _, *imported = files_behind("blip3/serving/space/app.py")
+    for name in (*named, *imported, "config.json"):
+        assert (tmp_path / "space" / name).exists(), name
+    for name in ("README.md", "app.py", "requirements.txt"):
+        written = (tmp_path / "space" / name).read_text(encoding="utf-8")
+        assert written == (ROOT / "blip3" / "serving" / "space" / name).read_text(encoding="utf-8"), name
 
 
 # -- Pinned revisions -------------------------------------------------------------------------------------------------
@@ -209,7 +215,7 @@ def test_the_files_of_the_space_are_copied(tmp_path, tiny_repo):
 def hub_calls() -> list[tuple[str, str]]:
     """Calls and commands that load from the Hub: its id is a literal, or the name `repository`."""
     texts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
-    texts |= {str(path): path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "README.md")}
+    texts |= {str(path): path.read_text(encoding="utf-8") for path in (ROOT / "README.md",)}
     texts["the card"] = card.LOADING
     calls = []
     for name, text in texts.items():

@@ -32,7 +32,8 @@ def read_llava_json(
     Args:
         path: the file.
         image_folder: where image paths start, or {part of a path: what replaces it}, the first that fits.
-        num_samples: take so many at random: without repetition if the file has enough, else with; None takes all in order.
+        num_samples: take so many at random, without repetition if the file has enough, else with;
+            None takes all in order.
         seed: of that choice.
         skip_faulty: log and count faulty entries instead of raising.
 

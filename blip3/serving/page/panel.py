@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
-from ...answering import IMAGE_TOKEN
+from ...hub import model_code
 from ...images import size_of, turns_upright
 from ..decode import FORMATS
 
@@ -79,18 +78,16 @@ def describe_images(processor: Any, images: Sequence[Image.Image], splits: bool,
     """
     if not images:
         return []
-    tiler = processor.image_processor
+    tiler, count_views = processor.image_processor, model_code("tiling_blip3.count_views")
     arguments = image_arguments(processor, splits, max_pixels)
     inputs = tiler(list(images), return_tensors="pt", **arguments)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (tiler.image_mean, tiler.image_std))
     views = []
     for index, image in enumerate(images):
         height, width = size_of(image, arguments["do_exif_transpose"])
-        rows, columns = tiler.grid_of(height, width, splits)
-        values = inputs["pixel_values"][index, : 1 + rows * columns] * std + mean  # (1 + R * C, 3, S, S)
-        pixels = (values * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-        num_tokens = processor.replace_image_token(inputs, index).count(IMAGE_TOKEN)
-        views.append(ImageView(height, width, (rows, columns), num_tokens, tuple(map(Image.fromarray, pixels))))
+        grid = tiler.grid_of(height, width, splits)
+        shown = tiler.tiles_to_images(inputs["pixel_values"][index, : count_views(grid)])
+        num_tokens = processor.count_image_tokens(tuple(inputs["image_sizes"][index].tolist()))
+        views.append(ImageView(height, width, grid, num_tokens, tuple(shown)))
     return views
 
 
