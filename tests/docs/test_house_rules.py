@@ -36,7 +36,10 @@ PRIVATE = {name: private_definitions(text) for name, text in TEXTS.items()}
 
 MOST_NESTED, MOST_LINES, MOST_CODE, MOST_TEST_CODE = 3, 60, 500, 600
 LONG_TABLES = {"write_release_layout"}  # one literal per file it writes
-LONG_FILES: dict[str, int] = {}  # with their own limits
+LONG_FILES = {  # with their own limits
+    "modeling_blip3.py": 530,  # the Hub's reader opens one file
+    "tests/model/test_bad_input.py": 720,  # to be cut by model file
+}
 CONTRACT = {
     "_no_split_modules": "transformers and accelerate read it to place layers on devices",
     "_get_num_multimodal_tokens": "vLLM and transformers' own servers call the processor by this name",
@@ -48,11 +51,7 @@ OLD_OPTIONS = {
 }
 # What tests watch or stop where nothing public would show it.
 REACHED = {
-    "tests/model/test_generation.py": {
-        "_rows_to_prefill_apart": "switched off, to compare with what the model does without it",
-        "_extend": "counted: copies of the cache show nowhere else",
-    },
-    "tests/model/test_modeling_blip3.py": {"_CACHED_VALUES": "set to the cache of a tiny machine"},
+    "tests/model/test_generation_blip3.py": {"_extend": "counted: copies of the cache show nowhere else"},
     "tests/serving/test_page_chat.py": {"_running": "must be empty once an answer has ended"},
     "tests/serving/test_fetch.py": {"_connect": "given a socket pair in place of a server"},
     "tests/test_checkpoints.py": {"_code_in_use": "state of the process, emptied between tests"},
@@ -103,7 +102,7 @@ def test_no_file_edits_the_import_path():
 def test_no_exception_has_outlived_its_reason():
     for name, allowed in REACHED.items():
         assert [private for private in allowed if private not in TEXTS[name]] == [], name
-    assert [name for name, most in LONG_FILES.items() if lines_of_code(TEXTS[name]) <= MOST_CODE] == []
+    assert [name for name, most in LONG_FILES.items() if lines_of_code(TEXTS[name]) <= most - 50] == []
     assert [name for name in CONTRACT if name not in set().union(*PRIVATE.values())] == []
     assert [name for name in OLD_OPTIONS if not any(f'"{name}"' in TEXTS[source] for source in PACKAGE)] == []
 

@@ -64,6 +64,14 @@ def refuse_urls(box: gr.MultimodalTextbox) -> None:
     box.async_move_resource_to_block_cache = move_files_only
 
 
+def status_row() -> tuple[gr.HTML, gr.Button]:
+    """What happens, and the button that begins anew."""
+    with gr.Row():
+        status = gr.HTML(elem_id="status")
+        clear = gr.Button("New conversation", size="sm", scale=0, min_width=160, elem_id="clear")
+    return status, clear
+
+
 def settings_row(chat: Chat) -> tuple[gr.Checkbox, gr.Slider, gr.Slider]:
     """What a visitor can set: tiles or not, the number of tokens, the temperature."""
     splits = gr.Checkbox(
@@ -97,9 +105,7 @@ def build_page(chat: Chat, name: str, examples: Sequence[dict] = ()) -> gr.Block
             with gr.Column(scale=3, min_width=420):
                 shown_chat = chat_log(examples)
                 box = input_box(limits)
-                with gr.Row():
-                    status = gr.HTML(elem_id="status")
-                    clear = gr.Button("New conversation", size="sm", scale=0, min_width=160, elem_id="clear")
+                status, clear = status_row()
             with gr.Column(scale=2, min_width=340):
                 splits, length, temperature = settings_row(chat)
                 panel = gr.HTML(panel_html([]), elem_id="seen")
