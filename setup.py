@@ -22,6 +22,7 @@ class BuildWithRoot(build_py):
     """Copies the files to blip3/_root of the wheel; an editable installation reads them where they are."""
 
     def run(self) -> None:
+        """Build as setuptools does, then copy."""
         super().run()
         if self.editable_mode:
             return

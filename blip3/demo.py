@@ -73,7 +73,7 @@ class Line:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Load, ask, print and draw."""
+    """Load, ask, print and make the figure."""
     args = parse_arguments(arguments)
     try:
         folder = folder_of(args.model)
@@ -187,7 +187,7 @@ def is_right(exchange: Exchange) -> bool:
 
 
 def render_figure(exchanges: list[Exchange], processor: Any) -> Image.Image:
-    """Draw what the model saw of the first image, and every exchange below, up to three side by side."""
+    """Show what the model saw of the first image, and every exchange below, up to three side by side."""
     top = render_views(exchanges[0], processor)
     columns = min(CARDS_IN_A_ROW, len(exchanges))
     width = (WIDTH - MARGIN * (columns + 1)) // columns
@@ -205,7 +205,7 @@ def render_figure(exchanges: list[Exchange], processor: Any) -> Image.Image:
 
 
 def render_views(exchange: Exchange, processor: Any) -> Image.Image:
-    """Draw the first image with its grid, the global view and the tiles, each with its tokens."""
+    """Show the first image with its grid, the global view and the tiles, each with its tokens."""
     image, image_processor = exchange.images[0], processor.image_processor
     rows, columns = image_processor.grid_of(image.height, image.width)
     views = views_of(image, image_processor)
@@ -265,7 +265,7 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def outline_tiles(image: Image.Image, rows: int, columns: int) -> None:
-    """Draw the tiles over the image, as far as they show it."""
+    """Outline the tiles over the image, as far as they show it."""
     if not rows * columns:
         return
     places = model_code("tiling_blip3.view_places")((image.height, image.width), (rows, columns), 1)
@@ -278,7 +278,7 @@ def outline_tiles(image: Image.Image, rows: int, columns: int) -> None:
 
 
 def render_card(exchange: Exchange, width: int) -> Image.Image:
-    """Draw the images of an exchange with question and answer, both whole: the card is as high as they need."""
+    """Show the images of an exchange with question and answer, both whole: the card is as high as they need."""
     images, room = place_images(exchange.images, width)
     lines = card_lines(exchange, width - 2 * GAP)
     text_top = room + 4
@@ -325,7 +325,7 @@ def card_lines(exchange: Exchange, width: int) -> list[Line]:
 
 
 def outline_box(card: Image.Image, image: Image.Image, answer: str) -> None:
-    """Draw the box of an answer over the image in the card's corner."""
+    """Outline the box of an answer over the image in the card's corner."""
     boxes = parse_boxes(answer)
     if not boxes:
         return

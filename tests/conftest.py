@@ -80,3 +80,25 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support.training import make_small_model  # imports what only training needs
 
     return make_small_model(tmp_path_factory.mktemp("small"))
+
+
+# With two processes that take files whole, the suite ends when the last file does: the longest go first.
+LONGEST_FILES = (
+    "test_training_runs.py",
+    "test_examples.py",
+    "test_handler.py",
+    "test_small_model.py",
+    "test_serving_docs.py",
+    "test_conversion_trained.py",
+    "test_benchmarks.py",
+    "test_modeling_blip3.py",
+    "test_rendered_world.py",
+    "test_finetuning_forms.py",
+    "test_pickling.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; the rest keeps its order."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))

@@ -86,7 +86,7 @@ def test_an_image_of_ones_own_is_rendered_whole(size, grid, question, answer, mi
 
 def test_many_exchanges_and_many_images_are_rendered_whole(mini_processor, rendered):
     several = [
-        exchange(90, 300, QUESTION, ANSWER, "the truth"),
+        exchange(90, 300, QUESTION, ANSWER, "the reference"),
         exchange(300, 90, "Which?", "this", "this", count=9),
         exchange(50, 50, "Which?", ANSWER, count=31),
         exchange(50, 50, "And?", "so"),

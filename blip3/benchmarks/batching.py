@@ -9,11 +9,11 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..hub import model_code
+from .bench import Bench
 from .candidates import OURS, SQUARE, count_image_tokens
 from .clock import Candidate, Comparison, timed
 from .generation import STATIC, cache_options, time_generation
 from .overhead import profile
-from .parts import Bench
 
 MIXED = (0,) * 6 + (1,) * 6 + (3,) * 4  # images of each row
 ONE_BATCH, ONE_BY_ONE, BY_LENGTH = "one batch", "one by one", "batches by length"

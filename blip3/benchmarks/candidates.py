@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models that are measured: BLIP-3, two peers of transformers at equal sizes, and the parts of BLIP-3 run bare.
 
-    ours             this repository's code, loaded as a user does; 128 image tokens a part, 640 for 2 x 2 tiles
+    ours             this repository's code, loaded as a user does; 128 image tokens a view, 640 for 2 x 2 tiles
     LLaVA-NeXT       the same tower, language model and grids; every patch is an image token, 3,699 for 2 x 2 tiles
     Idefics3         the same tower and language model; nine patches make a token (SmolVLM's layout), 405
     language model   the decoder of ours alone, at the same length
@@ -28,9 +28,9 @@ from .machine import DTYPES
 tiling = model_code("tiling_blip3")
 
 OURS, LLAVA, IDEFICS, BARE = "ours", "LLaVA-NeXT", "Idefics3", "language model"
-SQUARE = (2, 2)  # the grid of the images measured, 5 parts with the global view; `GLOBAL` is that view alone
+SQUARE = (2, 2)  # the grid of the images measured, 5 views with the global one; `GLOBAL` is that view alone
 GLOBAL = (0, 0)
-SAMPLING = "patch"  # of ours: a resampler call for each part
+SAMPLING = "patch"  # of ours: a resampler call for each view
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,23 +252,23 @@ def label(inputs: Mapping[str, torch.Tensor], sizes: Sizes) -> dict[str, torch.T
 def _make_images(
     kind: str, sizes: Sizes, rows: Sequence[int], grid: tuple[int, int], generator: torch.Generator, dtype: str
 ) -> dict[str, torch.Tensor]:
-    side, num_parts = sizes.tile_size, tiling.count_views(grid)
-    if kind == IDEFICS:  # (B, parts of the row with most images, 3, S, S); parts of zeros are padding
-        pixels = torch.zeros(len(rows), max(rows) * num_parts, 3, side, side, dtype=DTYPES[dtype])
+    side, num_views = sizes.tile_size, tiling.count_views(grid)
+    if kind == IDEFICS:  # (B, views of the row with most images, 3, S, S); views of zeros are padding
+        pixels = torch.zeros(len(rows), max(rows) * num_views, 3, side, side, dtype=DTYPES[dtype])
         for row, count in enumerate(rows):
-            pixels[row, : count * num_parts] = torch.rand(count * num_parts, 3, side, side, generator=generator) + 0.1
+            pixels[row, : count * num_views] = torch.rand(count * num_views, 3, side, side, generator=generator) + 0.1
         return {"pixel_values": pixels}
-    pixels = torch.rand(sum(rows), num_parts, 3, side, side, generator=generator) - 0.5
+    pixels = torch.rand(sum(rows), num_views, 3, side, side, generator=generator) - 0.5
     sizes_of_images = torch.tensor([[grid[0] * side, grid[1] * side]] * sum(rows))
     return {"pixel_values": pixels.to(DTYPES[dtype]), "image_sizes": sizes_of_images}
 
 
 def predict_flops(kind: str, sizes: Sizes, rows: Sequence[int], grid: tuple[int, int] = SQUARE) -> float:
     """Multiplications and additions of one forward over a padded batch, roughly: to leave out what takes too long."""
-    parts = 0 if kind == BARE else sum(rows) * tiling.count_views(grid)
+    num_views = 0 if kind == BARE else sum(rows) * tiling.count_views(grid)
     patches = sizes.patches_per_side**2
     tower_layer = 4 * sizes.vision_width**2 + 2 * sizes.vision_width * sizes.vision_mlp
-    tower = parts * patches * sizes.vision_layers * (2 * tower_layer + 4 * patches * sizes.vision_width)
+    tower = num_views * patches * sizes.vision_layers * (2 * tower_layer + 4 * patches * sizes.vision_width)
     length = sizes.text_tokens + max(rows) * count_image_tokens(kind, sizes, grid)
     layer = 4 * sizes.text_width**2 + 3 * sizes.text_width * sizes.text_mlp
     text = len(rows) * length * sizes.text_layers * (2 * layer + 2 * length * sizes.text_width)

@@ -47,7 +47,7 @@ class Comparison:
     """One row of the results: the same work done by several candidates."""
 
     name: str
-    """Unique within its part."""
+    """Unique within its suite."""
     unit: str
     """Of the values: s, ms, tokens/s, tokens, MiB."""
     values: dict[str, list[float]]

@@ -5,6 +5,7 @@ The clock is a stopping criterion, which `generate` asks after every token: what
 bookkeeping included, image processing not.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,10 @@ from typing import Any
 import torch
 from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
 
+from .bench import Bench
 from .candidates import BARE, IDEFICS, LLAVA, OURS, SQUARE, count_image_tokens
 from .clock import Candidate, Comparison, synchronize
 from .machine import copy_candidate
-from .parts import Bench
 
 EAGER, STATIC, COMPILED = "eager", "static cache", "compiled"
 COPY = "memory copy"
@@ -81,10 +82,10 @@ def measure_generation(bench: Bench) -> list[Comparison]:
         models = {kind: bench.build(kind, dtype) for kind in kinds}
         for mode in (EAGER, STATIC, COMPILED) if bench.compiles else (EAGER, STATIC):
             found += _measure_one(bench, models, dtype, [1], mode)
-        for batch in (1, 4) if bench.is_quick else (1, 4, 16):
-            for images in (1, 3):
-                if batch > 1 or images > 1:
-                    found += _measure_one(bench, models, dtype, [images] * batch, EAGER)
+        batches = (1, 4) if bench.is_quick else (1, 4, 16)
+        for batch, images in itertools.product(batches, (1, 3)):
+            if batch > 1 or images > 1:  # a batch of 1 with one image is measured above
+                found += _measure_one(bench, models, dtype, [images] * batch, EAGER)
     return found
 
 

@@ -17,9 +17,9 @@ from transformers import AutoImageProcessor
 
 from ..hub import RELEASE, ROOT, model_code
 from . import HAS_TORCHVISION
+from .bench import Bench
 from .candidates import OURS
 from .clock import Candidate, Comparison, geometric_mean_rounds, timed
-from .parts import Bench
 
 IMAGE_SIZES = ((480, 640), (768, 1024), (1080, 1920), (1536, 2048), (2448, 3264), (3024, 4032))  # (height, width)
 PIL, TORCH = f"{OURS}, pil", f"{OURS}, torch"
@@ -46,9 +46,9 @@ def measure_images(bench: Bench) -> list[Comparison]:
     return found
 
 
-@functools.cache  # a large one takes longer to draw than to measure
+@functools.cache  # a large one takes longer to render than to measure
 def render_image(image_size: tuple[int, int]) -> Image.Image:
-    """Draw colours that change at several scales, like a photograph for codec and filter: (height, width) pixels."""
+    """Render colours that change at several scales, like a photograph for codec and filter: (height, width) pixels."""
     generator = np.random.default_rng(0)
     height, width = image_size
     canvas = np.zeros((height, width, 3), dtype=np.float32)

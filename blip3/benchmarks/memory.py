@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from . import candidates
+from .bench import Bench, describe_comparison
 from .candidates import LLAVA, OURS, SQUARE, count_image_tokens, prefill
 from .clock import Comparison
-from .parts import Bench, describe_comparison
 from .products import record_products
 
 MIB = 2**20
@@ -51,7 +51,7 @@ def run_child(bench: Bench, task: str, **arguments: Any) -> dict[str, Any]:
     if run.returncode:
         raise RuntimeError(
             f"Measuring the memory of {request} failed with status {run.returncode}. It probably needs more memory "
-            f"than there is: free some, or leave the part out. Its last words:\n{run.stderr[-1500:]}"
+            f"than there is: free some, or leave the suite out. Its last words:\n{run.stderr[-1500:]}"
         )
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -121,13 +121,13 @@ def count_largest_tensor(bench: Bench, dtype: str) -> Comparison:
     model = bench.build(OURS, dtype)
     inputs = bench.inputs(OURS, dtype, [1])
     record = record_products(lambda: prefill(model, inputs))
-    sizes, parts = bench.sizes, 1 + SQUARE[0] * SQUARE[1]
+    sizes, num_views = bench.sizes, 1 + SQUARE[0] * SQUARE[1]
     queries, keys = sizes.num_latents, sizes.patches_per_side**2 + sizes.num_latents
     values = {
         "largest tensor": [max(record.elements)],
         "logits of every token": [inputs["input_ids"].numel() * sizes.vocab_size],
-        "scores of a resampler layer": [parts * sizes.resampler_heads * queries * keys],
-        "scores of a tower layer": [parts * sizes.vision_heads * sizes.patches_per_side**4],
+        "scores of a resampler layer": [num_views * sizes.resampler_heads * queries * keys],
+        "scores of a tower layer": [num_views * sizes.vision_heads * sizes.patches_per_side**4],
     }
     comparison = Comparison(
         f"elements of a prefill, 1 image, {dtype}",

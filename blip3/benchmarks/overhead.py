@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from .bench import Bench
 from .candidates import BARE, OURS, SQUARE, count_image_tokens, prefill
 from .clock import Candidate, Comparison, timed
-from .parts import Bench
 from .products import bare_products, count_flops, record_products
 
 PARTS, ARITHMETIC = "parts", "arithmetic"

@@ -27,7 +27,7 @@ COLORS |= {LLAVA_TORCHVISION: "#eba28f", IDEFICS: "#7a9e4b"}
 
 
 def read_results(folder: Path, device: str) -> dict[str, dict[str, Any]]:
-    """Read the results of one kind of device, by part.
+    """Read the results of one kind of device, by suite.
 
     Raises:
         FileNotFoundError: if there are none.
@@ -57,7 +57,7 @@ def write_report(folder: Path, device: str) -> list[dict[str, Any]]:
 
 def compare(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Compare every target with the results."""
-    rows = {f"{part}: {row['name']}": row for part, result in results.items() for row in result["comparisons"]}
+    rows = {f"{suite}: {row['name']}": row for suite, result in results.items() for row in result["comparisons"]}
     dtypes = next(iter(results.values()))["benchmark"]["dtypes"]
     return [target.compare(rows) for target in make_targets(dtypes)]
 
@@ -109,7 +109,7 @@ def fill_blocks(text: str, blocks: dict[str, list[str]]) -> str:
 
 
 def _head(results: dict[str, dict[str, Any]], device: str) -> list[str]:
-    """Title, and the machine in a sentence; one for each machine if parts were measured on several."""
+    """Title, and the machine in a sentence; one for each machine if suites were measured on several."""
     lines = []
     for result in results.values():
         machine, benchmark = result["machine"], result["benchmark"]
@@ -124,8 +124,8 @@ def _head(results: dict[str, dict[str, Any]], device: str) -> list[str]:
 
 def _tables(results: dict[str, dict[str, Any]]) -> list[str]:
     lines = []
-    for part, result in results.items():
-        lines += ["", f"## {part}", "", f"{result['description']} ({result['seconds']:.0f} s)"]
+    for suite, result in results.items():
+        lines += ["", f"## {suite}", "", f"{result['description']} ({result['seconds']:.0f} s)"]
         groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for row in result["comparisons"]:
             groups.setdefault((*row["values"], *row["left_out"]), []).append(row)
@@ -172,7 +172,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def make_plot(results: dict[str, dict[str, Any]]) -> Any:
-    """Draw image processing, first token and cost against images, as far as they were measured.
+    """Plot image processing, first token and cost against images, as far as they were measured.
 
     Returns:
         A matplotlib `Figure`.
@@ -180,7 +180,7 @@ def make_plot(results: dict[str, dict[str, Any]]) -> Any:
     Raises:
         ImportError: without matplotlib.
     """
-    rows = {part: {row["name"]: row for row in result["comparisons"]} for part, result in results.items()}
+    rows = {suite: {row["name"]: row for row in result["comparisons"]} for suite, result in results.items()}
     figure = new_figure((13, 3.8), "benchmarks")
     processing, first, counts = figure.subplots(1, 3)
     _plot_images(processing, rows.get("images", {}))
@@ -217,7 +217,7 @@ def _plot_first_tokens(axes: Any, rows: dict[str, Any]) -> None:
             places = [place for place, _ in bars]
             axes.bar(places, heights, width=0.25, yerr=spread, label=name, color=COLORS[name], capsize=3)
     axes.set_xticks(range(len(chosen)), [row["facts"]["dtype"] for row in chosen])
-    axes.set(title="Time to first token, one image of 5 parts", ylabel="ms")
+    axes.set(title="Time to first token, one image of 5 views", ylabel="ms")
     _finish(axes)
 
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Measure speed and memory beside the peers and the machine's limits, and write the results down.
 
-    python -m blip3.benchmarks.run                               every part
-    python -m blip3.benchmarks.run --part images --part memory   some
+    python -m blip3.benchmarks.run                               every suite
+    python -m blip3.benchmarks.run --suite images --suite memory   some
     python -m blip3.benchmarks.run --device cuda                 the 4B sizes in bfloat16, on a GPU
     python -m blip3.benchmarks.run --quick                       tries the code; its times mean nothing
     python -m blip3.benchmarks.run --only-report --update-docs   tables, plot and documentation from what is there
 
-docs/speed.md says what each part measures. Results of a part replace those of the same part and device.
+docs/speed.md says what each suite measures. Results of a suite replace those of the same suite and device.
 """
 
 import argparse
@@ -23,19 +23,19 @@ from ..answering import pick_device
 from ..hub import PACKAGE, ROOT
 from . import machine
 from .batching import measure_batching, measure_questions
+from .bench import Bench
 from .candidates import QUARTER, QUICK, TRUE
 from .clock import Comparison, Effort
 from .generation import measure_generation
 from .images import measure_images
 from .memory import measure_memory
 from .overhead import measure_overhead
-from .parts import Bench
 from .report import update_documents, write_report
 from .scaling import measure_scaling
 from .tokens import measure_tokens
 from .training_step import measure_training
 
-PARTS: dict[str, tuple[Callable[[Bench], list[Comparison]], str]] = {
+SUITES: dict[str, tuple[Callable[[Bench], list[Comparison]], str]] = {
     "tokens": (measure_tokens, "Image tokens an image takes, by its size."),
     "images": (measure_images, "Image processing: an image in, tensors out, one image a call."),
     "overhead": (measure_overhead, "A prefill against its bare parts and its matrix products alone."),
@@ -44,7 +44,7 @@ PARTS: dict[str, tuple[Callable[[Bench], list[Comparison]], str]] = {
     "questions": (measure_questions, "A second question about the same images."),
     "memory": (measure_memory, "Peak memory of loading, of a prefill and of a training step."),
     "training": (measure_training, "A training step with a frozen vision tower."),
-    "scaling": (measure_scaling, "Cost of a prefill against images, parts and rows."),
+    "scaling": (measure_scaling, "Cost of a prefill against images, views and rows."),
 }
 RESULTS, QUICK_RESULTS = PACKAGE / "benchmarks" / "results", Path("outputs", "benchmarks")
 QUICK_EFFORT = {"rounds": 2, "seconds": 1.0, "longest_run_seconds": 60.0}
@@ -52,7 +52,7 @@ QUICK_EFFORT = {"rounds": 2, "seconds": 1.0, "longest_run_seconds": 60.0}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line, measure and report."""
-    options = _parse(arguments)
+    options = parse_arguments(arguments)
     try:
         folder = _output_of(options)
         if not options.only_report:
@@ -75,10 +75,11 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; `make_bench` takes what this returns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     effort = Effort()
-    parser.add_argument("--part", action="append", choices=PARTS, help="may be repeated (default: all)")
+    parser.add_argument("--suite", "--part", action="append", choices=SUITES, help="may be repeated (default: all)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the code")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of torch (default: all cores this process may use)")
@@ -136,13 +137,13 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
     bench = make_bench(options)
     folder.mkdir(parents=True, exist_ok=True)
     say(", ".join(f"{name} {rate:.3g}" for name, rate in bench.rates.items()))
-    for part in options.part or PARTS:
-        measure, description = PARTS[part]
-        say(f"{part}: {description}")
+    for suite in options.suite or SUITES:
+        measure, description = SUITES[suite]
+        say(f"{suite}: {description}")
         started = time.perf_counter()
         comparisons = measure(bench)
         result = {
-            "part": part,
+            "part": suite,
             "description": description,
             "seconds": round(time.perf_counter() - started, 1),
             "machine": machine.describe(bench.device),
@@ -154,7 +155,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
             },
             "comparisons": [comparison.to_json() for comparison in comparisons],
         }
-        path = folder / f"{bench.device.split(':')[0]}_{part}.json"
+        path = folder / f"{bench.device.split(':')[0]}_{suite}.json"
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

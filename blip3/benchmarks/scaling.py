@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cost against number of images, parts an image and rows: a line through the medians, and its slope."""
+"""Cost against number of images, views an image and rows: a line through the medians, and its slope."""
 
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from .bench import Bench
 from .candidates import GLOBAL, IDEFICS, LLAVA, OURS, SQUARE, prefill, tiling
 from .clock import Candidate, Comparison, slope, summarize, timed
-from .parts import Bench
 
 KINDS = (OURS, LLAVA, IDEFICS)
-GRIDS = (GLOBAL, (2, 1), (1, 3), SQUARE)  # 1, 3, 4 and 5 parts with the global view
+GRIDS = (GLOBAL, (2, 1), (1, 3), SQUARE)  # 1, 3, 4 and 5 views with the global one
 SLOPE = "a further"
 
 
@@ -21,8 +21,8 @@ def measure_scaling(bench: Bench) -> list[Comparison]:
     most = 4 if bench.is_quick else 16
     images = [count for count in (1, 2, 4, 8, 16) if count <= most]
     found = _line(bench, models, dtype, "image", [([count], SQUARE, count) for count in images])
-    parts = [([1], grid, tiling.count_views(grid)) for grid in GRIDS]
-    found += _line(bench, models, dtype, "part", parts)
+    views = [([1], grid, tiling.count_views(grid)) for grid in GRIDS]
+    found += _line(bench, models, dtype, "part", views)  # the name that results have
     batches = [count for count in (1, 2, 4, 8) if count <= most]
     found += _line(bench, models, dtype, "row", [([1] * count, SQUARE, count) for count in batches])
     return found

@@ -15,7 +15,7 @@ from .overhead import ARITHMETIC, PARTS
 from .overhead import name_of as overhead_name
 from .training_step import PACKED, PADDED
 
-Rows = Mapping[str, Mapping[str, Any]]  # "part: name of the comparison" -> the comparison as JSON
+Rows = Mapping[str, Mapping[str, Any]]  # "suite: name of the comparison" -> the comparison as JSON
 Measure = Callable[[Rows], Sequence[float] | None]
 
 
@@ -56,26 +56,26 @@ class Target:
         return found | {"result": result, "reached": is_reached, "missed_by": round(missed, 4)}
 
 
-def ratio(part: str, name: str, above: str, below: str) -> Measure:
+def ratio(suite: str, name: str, above: str, below: str) -> Measure:
     """Ratio of two candidates of one comparison, round by round."""
 
     def measure(rows: Rows) -> Sequence[float] | None:
-        values = rows.get(f"{part}: {name}", {}).get("values", {})
+        values = rows.get(f"{suite}: {name}", {}).get("values", {})
         return ratios(values[above], values[below]) if above in values and below in values else None
 
     return measure
 
 
-def value(part: str, name: str, candidate: str) -> Measure:
+def value(suite: str, name: str, candidate: str) -> Measure:
     """Values of one candidate."""
-    return lambda rows: rows.get(f"{part}: {name}", {}).get("values", {}).get(candidate)
+    return lambda rows: rows.get(f"{suite}: {name}", {}).get("values", {}).get(candidate)
 
 
-def fact(part: str, name: str, read: Callable[[Mapping[str, Any]], float]) -> Measure:
+def fact(suite: str, name: str, read: Callable[[Mapping[str, Any]], float]) -> Measure:
     """A number from the facts of a comparison."""
 
     def measure(rows: Rows) -> Sequence[float] | None:
-        row = rows.get(f"{part}: {name}")
+        row = rows.get(f"{suite}: {name}")
         try:
             return [read(row["facts"])] if row else None
         except (KeyError, ZeroDivisionError):
@@ -122,7 +122,7 @@ def _model_targets(dtype: str) -> list[Target]:
     prefill = overhead_name(dtype)
     targets = [
         Target(
-            f"time to first token, one image of 5 parts, LLaVA-NeXT takes, {dtype}",
+            f"time to first token, one image of 5 views, LLaVA-NeXT takes, {dtype}",
             3.0,
             True,
             ratio("generation", f"{name}, first token", LLAVA, OURS),

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoImageProcessor
 
 from ..hub import RELEASE, ROOT, model_code
+from .bench import Bench
 from .candidates import IDEFICS, LLAVA, OURS, TRUE, our_config
 from .clock import Comparison
 from .images import IMAGE_SIZES
-from .parts import Bench
 
 tiling = model_code("tiling_blip3")
 
@@ -57,5 +57,5 @@ def _count_idefics(height: int, width: int) -> int:
     processor_class = idefics3.Idefics3ImageProcessorPil if is_transformers_5 else idefics3.Idefics3ImageProcessor
     side = TRUE.tile_size
     processor = processor_class(size={"longest_edge": 4 * side}, max_image_size={"longest_edge": side})
-    num_parts = processor.get_number_of_image_patches(height, width, {})[0]
-    return num_parts * (TRUE.patches_per_side // TRUE.patches_per_token) ** 2
+    num_views = processor.get_number_of_image_patches(height, width, {})[0]
+    return num_views * (TRUE.patches_per_side // TRUE.patches_per_token) ** 2

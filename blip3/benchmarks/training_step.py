@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from ..training.encode import Collator
+from .bench import Bench
 from .candidates import LLAVA, OURS, count_image_tokens, label
 from .clock import Candidate, Comparison, timed
 from .machine import DTYPES
-from .parts import Bench
 
 PACKED, PADDED = "packed", "padded"
 PACKED_LENGTH = 1024  # attention computes a whole row and masks most of it, so rows are little longer than samples
@@ -43,7 +43,7 @@ def measure_training(bench: Bench) -> list[Comparison]:
 
 
 def make_samples(bench: Bench, dtype: str) -> list[dict[str, torch.Tensor]]:
-    """Eight samples: four of text, four with one or two images of 1, 3 or 5 parts."""
+    """Eight samples: four of text, four with one or two images of 1, 3 or 5 views."""
     samples = []
     for index, (grids, text) in enumerate(zip(GRIDS_OF_SAMPLES, TEXTS_OF_SAMPLES, strict=True)):
         text = 2 + index if bench.is_quick else text

@@ -181,6 +181,12 @@ def shape_box(shape: Shape) -> PixelBox:
     return x + left * shape.side, y + top * shape.side, x + right * shape.side, y + bottom * shape.side
 
 
+def forget_masks() -> None:
+    """Empty the caches of masks and backgrounds, so that what is painted next is computed anew."""
+    for cached in (_mask, _turned_mask, _scaled_mask, _tiled_grain, _grain):
+        cached.cache_clear()
+
+
 @cache
 def _mask(thing: str) -> Image.Image:
     return render_mask(thing, _MASK_SIDE)
@@ -196,7 +202,7 @@ def _ink_box(thing: str, angle: int) -> tuple[float, float, float, float]:
     box = _turned_mask(thing, angle).point(lambda value: 255 * (value > 127)).getbbox()
     if box is None:
         raise ValueError(
-            f"The thing {thing!r} draws nothing, but every thing must leave ink. Correct blip3/data/things.py."
+            f"The thing {thing!r} leaves nothing, but every thing must leave ink. Correct blip3/data/things.py."
         )
     return tuple(edge / _MASK_SIDE for edge in box)  # type: ignore[return-value]
 

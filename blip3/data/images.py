@@ -46,7 +46,7 @@ class ImageSource:
     data: bytes | None = field(default=None, repr=False)
     """Encoded file, such as PNG or JPEG."""
     drawing: Drawing | None = field(default=None, repr=False)
-    """What our code draws: complete, so the same drawing gives the same pixels."""
+    """What our code renders: complete, so the same drawing gives the same pixels."""
 
     def __post_init__(self) -> None:
         sources = [name for name in ("path", "data", "drawing") if getattr(self, name)]

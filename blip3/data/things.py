@@ -167,7 +167,7 @@ def plural(thing: str) -> str:
 
 
 def render_mask(thing: str, side: int) -> Image.Image:
-    """Draw the silhouette of a thing: an L image of `side` x `side` pixels, 255 where there is ink."""
+    """Render the silhouette of a thing: an L image of `side` x `side` pixels, 255 where there is ink."""
     large = side * _OVERSAMPLING
     mask = Image.new("L", (large, large))
     pen = ImageDraw.Draw(mask)

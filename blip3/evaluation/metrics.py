@@ -247,8 +247,8 @@ def bootstrap_interval(
     Args:
         values: one number for each item.
         confidence: share of resampled means inside.
-        resamples: how many draws with repetition.
-        seed: of the draws.
+        resamples: how many samples with repetition.
+        seed: of the samples.
 
     Raises:
         ValueError: without values.

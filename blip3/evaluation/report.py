@@ -244,7 +244,7 @@ def _samples(results: Sequence[Result]) -> str:
 
 
 def make_plot(results: Sequence[Result], summaries: Sequence[Numbers]) -> Any:
-    """Draw bars with intervals, a colour for each model; captions, whose score is no share, beside.
+    """Plot bars with intervals, a colour for each model; captions, whose score is no share, beside.
 
     Returns:
         A matplotlib `Figure`.

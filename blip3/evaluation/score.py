@@ -80,7 +80,7 @@ class ScoreSettings:
             check_choice("The task is", task, TASKS)
         if "rule" in self.tasks and not all(0 <= shots <= self.world.num_shots for shots in self.shots):
             raise ValueError(
-                f"Shots {list(self.shots)} were asked for but this world draws {self.world.num_shots} of them. "
+                f"Shots {list(self.shots)} were asked for but this world samples {self.world.num_shots} of them. "
                 "num_shots is probably smaller in the world's file: ask for fewer, or change the file."
             )
         unknown = [name for name in self.base_resolution if name not in self.models]
@@ -164,14 +164,15 @@ def _ask(respondent: Respondent, path: Path, questions: Sequence[Question], batc
     batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
     with JsonLines(path.with_name(f"{path.name}{UNFINISHED}"), ("id", "answer"), "an answer", _REMEDY) as lines:
         answers: dict[str, str] = {line["id"]: line["answer"] for line in lines}
-        with tqdm(total=len(questions), desc=description, unit="question", disable=None) as bar:
-            for batch in batches:
-                # A batch counts as a whole: asked in other company, a question could get another answer by rounding.
-                if not all(question.id in answers for question in batch):
-                    new = dict(zip([question.id for question in batch], respondent.answer(batch), strict=True))
-                    lines.append(to_json({"id": name, "answer": answer}) for name, answer in new.items())
-                    answers |= new
-                bar.update(len(batch))
+        bar = tqdm(total=len(questions), desc=description, unit="question", disable=None)
+        for batch in batches:
+            # A batch counts as a whole: asked in other company, a question could get another answer by rounding.
+            if not all(question.id in answers for question in batch):
+                new = dict(zip([question.id for question in batch], respondent.answer(batch), strict=True))
+                lines.append(to_json({"id": name, "answer": answer}) for name, answer in new.items())
+                answers |= new
+            bar.update(len(batch))
+        bar.close()
         write_json_lines(path, (_line(question) | {"answer": answers[question.id]} for question in questions))
         lines.remove()
 

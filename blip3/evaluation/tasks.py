@@ -73,7 +73,7 @@ class Task:
 def make_questions(
     name: str, count: int, seed: int, settings: WorldSettings, num_shots: int | None = None
 ) -> list[Question]:
-    """Draw the questions of a task from the held-out world.
+    """Sample the questions of a task from the held-out world.
 
     Args:
         name: a key of `TASKS`.
@@ -83,7 +83,7 @@ def make_questions(
         num_shots: for tasks with shots, how many to keep.
 
     Raises:
-        ValueError: for an unknown task or more shots than the settings draw.
+        ValueError: for an unknown task or more shots than the settings sample.
     """
     check_choice("The task is", name, TASKS)
     return [_question(name, record, num_shots) for record in rendered_records(name, SPLIT, seed, count, settings)]
@@ -227,7 +227,7 @@ def _group_box(record: Record) -> dict[str, str]:
     share = (x2 - x1) * (y2 - y1)
     edge = next((edge for edge in (2, 5, 10, 20) if share <= edge / 100), None)
     size = f"up to {edge} %" if edge else "over 20 %"
-    return {"things": _num_objects(record), "share of the picture": size}
+    return {"things": _num_objects(record), "share of the image": size}
 
 
 def _group_compare(record: Record) -> dict[str, str]:

@@ -41,7 +41,7 @@ An engine that measures the images of each parquet file of a folder:
         return (folder / line["id"]).is_file()
 
     with output.Output(folder, "shards.jsonl", {"input": "shards"}, is_there=is_there) as out:
-        plan = inputs.plan_shards(Path("shards"), out.done, inputs.Columns(image="picture"))
+        plan = inputs.plan_shards(Path("shards"), out.done, inputs.Columns(image="photo"))
         print(ray_run.run(plan, out, Measure, (str(folder),), workers=4))
 
 Everything here takes plain values and callables; nothing knows of models or of questions.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ask many images with Ray Data: a folder or parquet files in, one line of JSON per image out.
 
-    python -m blip3.serving.batch --model FOLDER --input PICTURES --output ANSWERS --question "What does the sign say?"
+    python -m blip3.serving.batch --model FOLDER --input IMAGES --output ANSWERS --question "What does the sign say?"
 
     plan: what is not answered yet --> read (tasks) --> batches --> answer (actors, each with a model) --+
                                                                                                          |

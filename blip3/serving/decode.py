@@ -17,6 +17,7 @@ MAX_JPEG_SCANS = 32  # encoders write about ten; each scan costs a pass over the
 
 
 def too_many_bytes(given: str, max_bytes: int) -> str:
+    """Say that a file is too large; `given` is its size in words, such as `more`."""
     return (
         f"its file has {given} than {max_bytes} bytes, the limit. It is probably an original from a camera: scale it "
         "down or save it as JPEG."
@@ -24,6 +25,11 @@ def too_many_bytes(given: str, max_bytes: int) -> str:
 
 
 def strip_data_header(url: str) -> str:
+    """Give the base64 text of a data URL.
+
+    Raises:
+        ValueError: if it is not an image in base64.
+    """
     header, _, encoded = url.partition(",")
     if not re.fullmatch(r"data:image/[\w.+-]{1,40}(;[\w.+-]{1,40}=[\w.+-]{1,40}){0,4};base64", header[:400], re.I):
         raise ValueError(

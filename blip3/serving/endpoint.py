@@ -71,7 +71,7 @@ class EndpointHandler:
         """
         start = time.perf_counter()
         request = parse_body(data, self.limits)
-        texts = [self._render(prompt) for prompt in request.prompts]
+        texts = [self.render(prompt) for prompt in request.prompts]
         rows = self._fetch_images(request.prompts)
         answers = self._model_thread.submit(self._answer, texts, rows, request.options).result()
         digest = hashlib.sha256("\0".join(texts).encode("utf-8")).hexdigest()[:12]
@@ -82,7 +82,7 @@ class EndpointHandler:
         )  # fmt: skip
         return answers
 
-    def _render(self, prompt: Prompt) -> str:
+    def render(self, prompt: Prompt) -> str:
         """Write a prompt as the model reads it, one `<image>` for each image."""
         processor = self.answerer.processor
         if prompt.messages is not None:

@@ -62,7 +62,7 @@ class RunRecipe:
     keep_checkpoints: int = 2
     """Older checkpoints are removed."""
     num_workers: int = 0
-    """Processes that draw and tile images beside the training process."""
+    """Processes that render and tile images beside the training process."""
     world: dict[str, Any] = field(default_factory=dict)
     """Settings of the rendered world (`world/settings.py`), or `file` with the name of a YAML file of them beside the
     recipe."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Write rendered records to disk, or draw a sheet of samples to look at.
+r"""Write rendered records to disk, or render a sheet of samples to look at.
 
     python -m blip3.world.build --task count relation --count 10000 --output rendered
     python -m blip3.world.build --preview sheet.png
@@ -14,6 +14,7 @@ Run the same command again after an interruption: complete shards are kept.
 
 import argparse
 import io
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -77,16 +78,15 @@ def build(
     _check_request(output, {"seed": seed, "shard_size": shard_size, "pictures": images, "settings": settings.__dict__})
     shards = []
     with tqdm(total=count * len(tasks), unit="record", disable=None) as bar:
-        for task in tasks:
-            for number, start in enumerate(range(0, count, shard_size)):
-                size = min(shard_size, count - start)
-                shard = output / f"{task}-{split}-{number:05d}.{format}"
-                bar.set_description(shard.stem)
-                if not _is_complete(shard, size):
-                    records = rendered_records(task, split, seed, size, settings, start)
-                    _write_shard(records, shard, images)
-                shards.append(shard)
-                bar.update(size)
+        for task, start in itertools.product(tasks, range(0, count, shard_size)):
+            size = min(shard_size, count - start)
+            shard = output / f"{task}-{split}-{start // shard_size:05d}.{format}"
+            bar.set_description(shard.stem)
+            if not _is_complete(shard, size):
+                records = rendered_records(task, split, seed, size, settings, start)
+                _write_shard(records, shard, images)
+            shards.append(shard)
+            bar.update(size)
     return shards
 
 
@@ -185,7 +185,7 @@ _LINE, _FONT_SIZE = 15, 12
 def render_contact_sheet(
     tasks: Sequence[str], split: str = "train", seed: int = 0, settings: WorldSettings | None = None, columns: int = 6
 ) -> Image.Image:
-    """Draw a grid of samples, a row of `columns` samples for each task, with their questions and answers.
+    """Render a grid of samples, a row of `columns` samples for each task, with their questions and answers.
 
     Samples without images show their text from the top of the cell.
     """
@@ -214,7 +214,7 @@ def _render_cell(
 def _render_images(
     sheet: Image.Image, pen: ImageDraw.ImageDraw, images: Sequence[ImageSource], corner: tuple[int, int]
 ) -> None:
-    """Draw up to six images of a sample side by side, in the upper part of its cell."""
+    """Paste up to six images of a sample side by side, in the upper part of its cell."""
     x, y = corner
     shown = images[:4] if len(images) < 5 else (*images[:5], images[-1])
     columns = min(len(shown), 2) if len(shown) < 5 else 3

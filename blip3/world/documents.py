@@ -71,7 +71,7 @@ class Sheet:
 
 
 def sample_form(rng: Rng, settings: WorldSettings, title: str, fields: list[tuple[str, str]]) -> Page:
-    """Draw a form: a title and lines of label and value."""
+    """Render a form: a title and lines of label and value."""
     sheet = Sheet(rng, settings, pick(rng, ("#ffffff", "#fbf7ea", "#f0f5fa")))
     height, width = sheet.size
     margin, row = width * 0.07, height / (len(fields) + 2.2)

@@ -59,7 +59,7 @@ def pick_many(rng: Rng, items: Sequence[Item], count: int) -> list[Item]:
 
 
 def pick_size(rng: Rng, sides: tuple[int, int], max_aspect: float) -> tuple[int, int]:
-    """Draw a (height, width) in pixels: both sides in range, every aspect and size about as likely."""
+    """Sample a (height, width) in pixels: both sides in range, every aspect and size about as likely."""
     low, high = math.log(sides[0]), math.log(sides[1])
     area, aspect = rng.uniform(low, high), rng.uniform(-1, 1) * math.log(max_aspect) / 2
     height, width = (round(math.exp(min(max(side, low), high))) for side in (area + aspect, area - aspect))
@@ -67,7 +67,7 @@ def pick_size(rng: Rng, sides: tuple[int, int], max_aspect: float) -> tuple[int,
 
 
 def pick_background(rng: Rng) -> tuple[str, ...]:
-    """Draw a light background."""
+    """Sample a light background."""
     kind = pick(rng, ("plain", "plain", "grain", "across", "down"))
     return (kind, *pick_many(rng, _BACKGROUNDS, 1 if kind in ("plain", "grain") else 2))
 
@@ -120,7 +120,7 @@ def sample_scene(
 
     Args:
         rng: decides everything that the composition leaves open.
-        composition: what to draw.
+        composition: what to render.
         settings: sizes.
         size: (height, width) in pixels; rendered from the settings if None.
     """
@@ -178,7 +178,7 @@ def ask(name: str, question: str, answer: str, images: Sequence[Any], **extra: A
 
 
 def scattered(rng: Rng, split: str, settings: WorldSettings, least: int, most: int) -> Scene:
-    """Draw a scene of `least` to `most` things, no two of one colour or kind."""
+    """Sample a scene of `least` to `most` things, no two of one colour or kind."""
     count = int(rng.integers(least, most + 1))
     return sample_scene(rng, compose(rng, split, lambda: distinct(rng, settings, count)), settings)
 
@@ -275,7 +275,7 @@ def _crowd(rng: Rng, settings: WorldSettings) -> Composition:
 
 
 def crowd(rng: Rng, split: str, settings: WorldSettings, size: tuple[int, int] | None = None) -> Scene:
-    """Draw a scene of one to nine things."""
+    """Sample a scene of one to nine things."""
     return sample_scene(rng, sample_until(split, lambda: _crowd(rng, settings), scene_key), settings, size)
 
 

@@ -55,7 +55,7 @@ def _compare_same(rng: Rng, split: str, settings: WorldSettings) -> Record:
 
 
 def _same_or_changed(rng: Rng, split: str, settings: WorldSettings) -> list[Scene]:
-    """Draw one to three things twice, every second time with one of them changed."""
+    """Render one to three things twice, every second time with one of them changed."""
     first = scattered(rng, split, settings, 1, 3)
     is_same = bool(rng.integers(2))
     composition = first.composition
@@ -83,7 +83,7 @@ def _compare_more(rng: Rng, split: str, settings: WorldSettings) -> Record:
 
 
 def _with_more(rng: Rng, split: str, settings: WorldSettings) -> tuple[list[Scene], str, str]:
-    """Draw two images of a thing, as many in each as a rendered answer says; gives images, thing and answer."""
+    """Render two images of a thing, as many in each as a rendered answer says; gives images, thing and answer."""
     thing, answer = pick(rng, settings.things), pick(rng, ("the first", "the second", "the same"))
     counts = sorted(pick_many(rng, range(1, settings.max_count + 1), 2), reverse=answer == "the first")
     counts = [counts[0]] * 2 if answer == "the same" else counts
@@ -285,7 +285,7 @@ def _show_count(rng: Rng, split: str, settings: WorldSettings, value: str) -> Sc
 
 
 def _show_place(rng: Rng, split: str, settings: WorldSettings, value: str) -> Scene:
-    """Draw one thing in the named half of the image."""
+    """Render one thing in the named half of the image."""
     composition = compose(rng, split, lambda: distinct(rng, settings, 1))
     edge, past = {"left": (2, 0), "right": (0, 1), "top": (3, 0), "bottom": (1, 1)}[value]
     while True:

@@ -74,7 +74,7 @@ FURNITURE = frozenset(_FURNITURE.split())
 
 @dataclass(frozen=True)
 class WorldSettings:
-    """What the rendered world may draw; the defaults suit a model with tiles of about 96 to 384 pixels."""
+    """What the rendered world may render; the defaults suit a model with tiles of about 96 to 384 pixels."""
 
     sides: tuple[int, int] = (96, 384)
     """Shortest and longest side of scenes and pages, in pixels."""
@@ -107,13 +107,13 @@ class WorldSettings:
     rule_named: float = 0.0
     """Share of a rule's questions that say what it looks at, "Which word for red?": then the text tells the answer."""
     word_rule_forms: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
-    """Forms (`RULE_FORMS`) that the `word_rule` task draws, from `red:wug` to a whole question between."""
+    """Forms (`RULE_FORMS`) that the `word_rule` task samples, from `red:wug` to a whole question between."""
     box_decimals: int = 3
     """Digits after the point in boxes that are asked for; the report's finest level has 3."""
     ocr_granularities: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
-    """Levels that the `ocr` task draws."""
+    """Levels that the `ocr` task samples."""
     grounding_granularities: tuple[int, ...] = (0, 1, 2)
-    """Levels that the `grounding` task draws."""
+    """Levels that the `grounding` task samples."""
     colours: tuple[str, ...] = tuple(COLOURS)
     """Names from `COLOURS`."""
     things: tuple[str, ...] = tuple(THINGS)

@@ -24,7 +24,7 @@ from .splits import SPLITS
 class Task:
     """A kind of sample that the rendered world can make."""
 
-    draw: Callable[[np.random.Generator, str, WorldSettings], Record]
+    sample: Callable[[np.random.Generator, str, WorldSettings], Record]
     """(generator, split, settings) -> record."""
     kind: str
     """Of its records."""
@@ -85,7 +85,7 @@ def rendered_record(
         )
     task_number = int.from_bytes(hashlib.sha256(task.encode()).digest()[:4], "big")
     rng = np.random.Generator(np.random.PCG64([seed, index, SPLITS.index(split), task_number]))
-    record = TASKS[task].draw(rng, split, settings or WorldSettings())
+    record = TASKS[task].sample(rng, split, settings or WorldSettings())
     annotations = {"task": task, "split": split, **record.annotations}
     return replace(record, id=f"{task}-{split}-{seed}-{index}", annotations=annotations)
 

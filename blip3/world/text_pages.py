@@ -50,28 +50,28 @@ def sample_string(rng: Rng, split: str, propose: Callable[[], str]) -> str:
 
 
 def code(rng: Rng, split: str, length: int, characters: str = CHARACTERS) -> str:
-    """Draw a random string of a given length."""
+    """Sample a random string of a given length."""
     return sample_string(rng, split, lambda: "".join(characters[i] for i in rng.integers(0, len(characters), length)))
 
 
 def word(rng: Rng, split: str, longest: int = 99) -> str:
-    """Draw an English word, in small letters, capitals or with a capital first."""
+    """Sample an English word, in small letters, capitals or with a capital first."""
     known = [candidate for candidate in WORDS if len(candidate) <= longest] if longest < 8 else WORDS
     return pick(rng, _CASES)(sample_string(rng, split, lambda: pick(rng, known)))
 
 
 def made_up_word(rng: Rng, split: str, length: int) -> str:
-    """Draw random letters, each as frequent as in the English words, cased like `word`."""
+    """Sample random letters, each as frequent as in the English words, cased like `word`."""
     return pick(rng, _CASES)(code(rng, split, length, _LETTERS))
 
 
 def number(rng: Rng, split: str, below: int = 1000) -> str:
-    """Draw a number of at least two digits."""
+    """Sample a number of at least two digits."""
     return sample_string(rng, split, lambda: str(rng.integers(10, below)))
 
 
 def any_string(rng: Rng, split: str, settings: WorldSettings) -> str:
-    """Draw a string to read: a code (mostly), a number or a word of 1 to `max_characters` characters."""
+    """Sample a string to read: a code (mostly), a number or a word of 1 to `max_characters` characters."""
     kind, longest = rng.random(), settings.max_characters
     length = int(rng.integers(1, longest + 1))
     if settings.made_up_words and rng.random() < settings.made_up_words:

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark runs, part by part, at sizes whose times mean nothing; its arithmetic and its report are right."""
+"""The benchmark runs, suite by suite, at sizes whose times mean nothing; its arithmetic and its report are right."""
 
 import doctest
 import importlib
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -53,27 +51,27 @@ def one_child_only():
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, one_child_only):
-    """A folder with the results of every part of a quick run."""
+    """A folder with the results of every suite of a quick run."""
     folder = tmp_path_factory.mktemp("results")
     arguments = ["--quick", "--threads", "1", "--rounds", "1", "--seconds", "0.5", "--output", str(folder)]
     assert run.main(arguments) == 0
     return folder
 
 
-def rows_of(folder, part):
-    return {row["name"]: row for row in json.loads((folder / f"cpu_{part}.json").read_text())["comparisons"]}
+def rows_of(folder, suite):
+    return {row["name"]: row for row in json.loads((folder / f"cpu_{suite}.json").read_text())["comparisons"]}
 
 
-def test_every_part_leaves_results_with_machine_and_versions(results):
-    for part in run.PARTS:
-        result = json.loads((results / f"cpu_{part}.json").read_text())
-        assert result["part"] == part
+def test_every_suite_leaves_results_with_machine_and_versions(results):
+    for suite in run.SUITES:
+        result = json.loads((results / f"cpu_{suite}.json").read_text())
+        assert result["part"] == suite
         assert result["machine"]["threads"] == 1
         assert {"torch", "transformers", "Pillow"} <= result["machine"]["packages"].keys()
         assert result["rates"]["float32_flops_per_second"] > 0
         assert result["benchmark"]["sizes"]["name"] == "quick"
         measured = [row for row in result["comparisons"] if row["values"]]
-        assert measured, part
+        assert measured, suite
         for row in measured:
             is_slope = "lines" in row["facts"]  # of tiny models, it is noise
             assert is_slope or all(value >= 0 for values in row["values"].values() for value in values), row["name"]
@@ -170,10 +168,10 @@ def test_the_true_sizes_are_the_releases():
     )
     assert ours["tile_grids"] == released["tile_grids"]
     assert ours["resampler_config"]["num_latents"] == released["resampler_config"]["num_latents"]
-    for part in ("vision_config", "text_config"):
+    for section in ("vision_config", "text_config"):
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            assert ours[part][name] == getattr(candidates.our_config(TRUE), part).to_dict()[name]
-            assert ours[part][name] == released[part].get(name, ours[part][name]), (part, name)
+            assert ours[section][name] == getattr(candidates.our_config(TRUE), section).to_dict()[name]
+            assert ours[section][name] == released[section].get(name, ours[section][name]), (section, name)
     assert ours["text_config"]["vocab_size"] == 32015
 
 
@@ -296,7 +294,7 @@ def test_aims_are_scored_by_median_and_say_by_how_much_they_are_missed():
     ]
 
 
-def test_every_aim_finds_what_it_judges_in_the_results(results):
+def test_every_target_finds_what_it_measures_in_the_results(results):
     """A renamed comparison would silently be "not measured"."""
     scored = json.loads((results / "cpu_targets.json").read_text())
     not_measured = {target["what"] for target in scored if target["result"] is None}
@@ -307,8 +305,8 @@ def test_every_aim_finds_what_it_judges_in_the_results(results):
 
 def test_tables_and_plot_are_written(results):
     text = (results / "cpu.md").read_text()
-    for part in run.PARTS:
-        assert f"## {part}\n" in text
+    for suite in run.SUITES:
+        assert f"## {suite}\n" in text
     assert (results / "cpu.png").stat().st_size > 10_000
     tables = re.findall(r"(?:\|.*\n)+", text)
     widths = [{line.count("|") for line in table.splitlines()} for table in tables]
@@ -332,12 +330,12 @@ def test_the_documentation_says_what_the_results_say():
     assert "\n".join(report.targets_table(report.compare(results))) in DOCUMENT
 
 
-def test_the_documentation_names_every_part_and_only_real_options():
-    table = DOCUMENT.split("## Parts")[1].split("## Aims")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == set(run.PARTS)
-    usage = subprocess.run(
-        [sys.executable, "-m", "blip3.benchmarks.run", "--help"], capture_output=True, text=True, check=True
-    ).stdout
+def test_the_documentation_names_every_suite_and_only_real_options(capsys):
+    table = DOCUMENT.split("## Suites")[1].split("## Targets")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == set(run.SUITES)
+    with pytest.raises(SystemExit):
+        run.main(["--help"])
+    usage = capsys.readouterr().out
     options = set(re.findall(r"--[a-z][a-z-]+", DOCUMENT))
     assert options
     assert options <= set(re.findall(r"--[a-z][a-z-]+", usage))
@@ -370,13 +368,13 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path, capsys):
     assert "CUDA build" in capsys.readouterr().err
 
 
-def test_an_unknown_part_is_refused(capsys):
+def test_an_unknown_suite_is_refused(capsys):
     with pytest.raises(SystemExit):
-        run.main(["--part", "speed"])
+        run.main(["--suite", "speed"])
     assert "invalid choice" in capsys.readouterr().err
 
 
 def test_a_child_that_fails_is_quoted():
-    bench = run.make_bench(run._parse(["--quick", "--threads", "1"]))
+    bench = run.make_bench(run.parse_arguments(["--quick", "--threads", "1"]))
     with pytest.raises(RuntimeError, match=r"(?s)'task': 'load'.*nowhere"):
         RUN_CHILD(bench, "load", folder="nowhere", kind=OURS, dtype="float32")

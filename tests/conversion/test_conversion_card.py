@@ -164,7 +164,7 @@ def test_the_code_on_the_card_runs(tiny_source, tiny_repo, tmp_path, variant, mo
     folder = tiny_repo
     if variant == "base":
         folder = tmp_path / "base"
-        convert(tiny_source, folder, *vision_config(tiny_source), "--flavour", "base")
+        convert(tiny_source, folder, *vision_config(tiny_source), "--variant", "base")
         assert not (folder / "chat_template.jinja").exists()
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert ("<|endofchunk|>" in text) == (variant == "base")

@@ -65,11 +65,11 @@ def test_the_users_files_stay_and_stale_shards_go(tmp_path, ours, output, capsys
     assert (output / "latest").is_symlink()
     assert not (output / "blip3" / "serving" / "__pycache__").exists()
     assert {path.name for path in output.glob("*.safetensors*")} == {"model.safetensors"}
-    fresh = tmp_path / "fresh"
-    convert(ours, fresh)
+    again = tmp_path / "again"
+    convert(ours, again)
     mine = {"notes.txt", "logs/july/loss.csv", "blip3/serving/mine.py", "latest/july/loss.csv"}
     found = {name: data for name, data in contents(output).items() if name not in mine}
-    assert found == contents(fresh)
+    assert found == contents(again)
     convert(ours, output)  # and again: what was kept is not ours after a run either
     assert (output / "notes.txt").read_text() == "mine"
 

@@ -42,7 +42,7 @@ def released_folders(tmp_path_factory, tiny) -> dict[str, Path]:
         (RELEASE / "preprocessor_config.json").read_text().replace("384", "76")
     )
     for variant in ("instruct", "base"):
-        convert(source, folder / variant, "--vision-config", TINY_VISION, "--flavour", variant)
+        convert(source, folder / variant, "--vision-config", TINY_VISION, "--variant", variant)
     return {"source": source, "instruct": folder / "instruct", "base": folder / "base"}
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that `Trainer`, TRL and PEFT save become complete with one command, and answer from a fresh process."""
+"""Folders that `Trainer`, TRL and PEFT save become complete with one command, and answer from a new process."""
 
+import itertools
 import json
 import re
 import shutil
@@ -33,6 +34,25 @@ inputs = {"text": sys.argv[2]} if len(sys.argv) > 2 else {"image": white, "text"
 (answer,) = handler({"inputs": inputs, "parameters": {"max_new_tokens": 4, "do_sample": False}})
 print(json.dumps({"answer": answer, "bias": model.lm_head.bias.sum().item(), "grids": processor.image_processor.tile_grids}))
 """  # noqa: E501
+
+
+FORK = """
+import json, os, sys
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+program = sys.argv[1]
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        folder, *sys.argv[1:] = json.loads(line)
+        os.chdir(folder)
+        exec(program)
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+    print("end", flush=True)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +95,25 @@ def save_merged_lora(base, output):
 SAVED = (save_model, save_model_and_processor, save_trainer, save_merged_lora)
 
 
-def answer(folder, *text):
-    """Load and ask a folder in a process that sees nothing else of this repository."""
-    command = [sys.executable, "-I", "-c", ANSWER, str(folder), *text]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def answer():
+    """Load and ask a folder, each in a process of its own that sees nothing else of this repository."""
+    command = [sys.executable, "-I", "-c", FORK, ANSWER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def answer(folder, *text):
+            process.stdin.write(json.dumps([str(folder.parent), str(folder), *text]) + "\n")
+            process.stdin.flush()
+            lines = list(itertools.takewhile(lambda line: line != "end\n", process.stdout))
+            assert lines, "no answer: standard error says why"
+            return json.loads(lines[-1])
+
+        yield answer
+        process.stdin.close()
 
 
 @pytest.mark.parametrize("save", SAVED, ids=lambda save: save.__name__)
-def test_a_saved_folder_becomes_complete(base, tmp_path, save):
+def test_a_saved_folder_becomes_complete(base, answer, tmp_path, save):
     save(base, tmp_path / "trained")
     convert(tmp_path / "trained", tmp_path / "out", "--base", base, "--verify")
     out = tmp_path / "out"
@@ -127,14 +156,14 @@ def test_a_base_with_another_tokenizer_is_refused(base, tmp_path, tiny_repo, cap
     )
 
 
-def test_a_base_model_without_a_chat_template_stays_one(tmp_path):
+def test_a_base_model_without_a_chat_template_stays_one(answer, tmp_path):
     source = complete_folder(SMALL_MODEL / "base", tmp_path / "source")
     convert(source, tmp_path / "ours")
     assert not (tmp_path / "ours" / "chat_template.jinja").exists()
     assert answer(tmp_path / "ours", "A red")["answer"]["generated_tokens"] > 0
 
 
-def test_an_adapter_is_refused_with_the_line_that_merges_it(base, tmp_path, capsys):
+def test_an_adapter_is_refused_with_the_line_that_merges_it(base, answer, tmp_path, capsys):
     config = LoraConfig(target_modules=r".*language_model.*\.o_proj", init_lora_weights=False)
     model = get_peft_model(load(base), config)
     model.save_pretrained(tmp_path / "adapter")

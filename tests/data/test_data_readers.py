@@ -4,7 +4,6 @@
 import io
 import json
 import random
-import tarfile
 
 import pytest
 from PIL import Image
@@ -25,6 +24,7 @@ from blip3.data.readers import (
 from blip3.data.records import to_preference, to_pretraining_text
 from blip3.world import build
 from blip3.world.tasks import rendered_records
+from support import write_tar
 
 
 def encoded(colour: str = "red", format: str = "PNG") -> bytes:
@@ -69,13 +69,13 @@ def test_llava_repairs_and_roles(tmp_path):
                                                 {"role": "assistant", "content": "a"}]},
     ]  # fmt: skip
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, entries)))
-    records = list(read_llava_json(tmp_path / "a.jsonl", "pictures"))
+    records = list(read_llava_json(tmp_path / "a.jsonl", "photos"))
     assert [record.turns[0].text for record in records[:3]] == [
         "<image>\nWhat?",
         "<image>\nWhat?",
         "Here <image> what?",
     ]
-    assert records[0].images[0].path == "pictures/0.jpg"
+    assert records[0].images[0].path == "photos/0.jpg"
     assert [turn.role for turn in records[3].turns] == ["system", "user", "assistant"]
     assert not records[3].images
     assert len(records[4].images) == 2
@@ -153,12 +153,11 @@ def test_built_parquet_reads_back(tmp_path):
 
 def test_webdataset_captions_stream(tmp_path):
     for shard in range(2):
-        with tarfile.open(tmp_path / f"shard-{shard}.tar", "w") as tar:
-            for number in range(3):
-                for suffix, data in (("jpg", encoded("blue", "JPEG")), ("txt", f"Blue {shard}{number}".encode())):
-                    info = tarfile.TarInfo(f"{shard}{number}.{suffix}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+        pairs = {
+            f"{shard}{number}": {"jpg": encoded("blue", "JPEG"), "txt": f"Blue {shard}{number}".encode()}
+            for number in range(3)
+        }
+        write_tar(tmp_path / f"shard-{shard}.tar", pairs)
     records = list(read_captions(stream_rows(str(tmp_path / "*.tar")), "txt"))
     assert [to_pretraining_text(record) for record in records[:1]] == ["<image>Blue 00<|endofchunk|>"]
     assert len({record.id for record in records}) == 6

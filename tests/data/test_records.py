@@ -96,7 +96,7 @@ FAULTS = [
     ({**DOCUMENT, "images": [{"drawing": {"size": [9, 9], "background": ["sky"], "marks": []}}]}, "drawing"),
     (
         {**DOCUMENT, "images": [{"drawing": {"size": [9, 9], "background": ["plain", "#fff"], "marks": [["x"]]}}]},
-        "draw",
+        "drawing",
     ),
     (["a"], "whole record"),
 ]
@@ -200,7 +200,7 @@ def test_images_open_from_each_source_and_fail_clearly(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"b\.png.*probably"):
         ImageSource("b.png").open(tmp_path)
     with pytest.raises(ValueError, match="cannot be decoded"):
-        ImageSource(data=b"no picture").open()
+        ImageSource(data=b"no image").open()
     with pytest.raises(RecordError, match="0 sources"):
         ImageSource()
     with pytest.raises(ValueError, match="no JSON form"):

@@ -124,7 +124,7 @@ def test_anls(answer, references, expected):
     assert anls(answer, references) == pytest.approx(expected)
 
 
-def test_anls_needs_a_truth():
+def test_anls_needs_a_reference():
     with pytest.raises(ValueError, match="no reference"):
         anls("a", [])
 

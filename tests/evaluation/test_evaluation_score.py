@@ -23,7 +23,7 @@ from blip3.world.settings import WorldSettings
 from blip3.world.tasks import TASKS as RENDERED
 from support import ROOT
 
-pytest.importorskip("matplotlib", reason="draws the plot: pip install matplotlib")
+pytest.importorskip("matplotlib", reason="plots the scores: pip install matplotlib")
 pytest.importorskip("pycocoevalcap.cider.cider_scorer", reason="computes CIDEr: pip install pycocoevalcap")
 
 WORLD = WorldSettings(sides=(60, 160), document_sides=(160, 200), fonts=("Aileron",), num_shots=4)
@@ -108,7 +108,7 @@ def test_the_truth_scores_everything(settings):
 
 
 def test_answers_of_other_questions_score_about_chance(settings):
-    """Each question gets the truth of the next one: 1 in 4 for a relation, 1 in 6 for a count, none for a text."""
+    """Each question gets the reference of the next one: 1 in 4 for a relation, 1 in 6 for a count, none for a text."""
     chances = {"relation": 1 / 4, "count": 1 / 6, "read": 0.0}
     for task, chance in chances.items():
         references = [question.reference for question in make_questions(task, 120, 0, WORLD)]
@@ -559,7 +559,7 @@ def test_errors_of_a_run_are_one_line(command, tmp_path, capsys):
     [
         (["--count", "0"], "count is 0"),
         (["--task", "caption", "--count", "1"], "1 caption"),
-        (["--task", "rule", "--shots", "9"], "this world draws 4"),
+        (["--task", "rule", "--shots", "9"], "this world samples 4"),
         (["--base-resolution", "other"], "asked for ['other']"),
         (["--model", "a=x", "a=y"], "each once"),
         (["--model", "a b=x"], "named 'a b'"),

@@ -122,7 +122,7 @@ def test_images_that_are_too_large_or_no_files_are_refused(tmp_path, monkeypatch
     [
         ([{"id": 1, "image": b""}, {"id": 1, "image": b""}], Columns(), "for the second time"),
         ([{"id": 1.5, "image": b""}], Columns(), "of the type float"),
-        ([{"id": 1, "picture": b""}], Columns(), "image_column is 'image'"),
+        ([{"id": 1, "photo": b""}], Columns(), "image_column is 'image'"),
         ([{"id": 1, "image": b""}], Columns(values={"question": "ask"}), "question_column is 'ask'"),
     ],
 )

@@ -59,9 +59,9 @@ def shards(tmp_path) -> Path:
         for index in range(10):
             buffer = io.BytesIO()
             render_image(20 + shard, 30 + index, seed=index).save(buffer, "PNG")
-            rows.append({"id": 100 * shard + index, "picture": buffer.getvalue()})
-        rows[3]["picture"] = rows[3]["picture"][:10]
-        rows[7]["picture"] = None
+            rows.append({"id": 100 * shard + index, "photo": buffer.getvalue()})
+        rows[3]["photo"] = rows[3]["photo"][:10]
+        rows[7]["photo"] = None
         parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name)
     return tmp_path
 
@@ -126,7 +126,7 @@ def test_where_nothing_is_missing_ray_is_not_started(shards, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with Output(shards / "out", "shards.jsonl", {}) as output:
         done = {f'"{name}"' for name in NAMES}
-        plan = plan_shards(shards / "shards", done, Columns("picture"))
+        plan = plan_shards(shards / "shards", done, Columns("photo"))
         summary = run(plan, output, object, workers=2)
     assert (summary.rows, summary.done, summary.earlier) == (6, 0, 6)
 

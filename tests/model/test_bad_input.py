@@ -180,7 +180,7 @@ def test_a_half_file_is_named_by_its_place_and_probable_cause(name, image_proces
     [b"", b"\x00", bytes(range(256)), b"This is not an image.\n" * 9, b"<svg xmlns='http://www.w3.org/2000/svg'/>"],
     ids=["empty", "zero byte", "random bytes", "text", "svg"],
 )
-def test_other_content_is_refused_from_every_door(content, image_processor, tmp_path):
+def test_other_content_is_refused_by_every_reader(content, image_processor, tmp_path):
     path = tmp_path / "image.jpg"
     path.write_bytes(content)
     for image in (content, bytearray(content)):
@@ -197,8 +197,8 @@ def test_missing_paths_and_folders_are_refused_by_name(image_processor, tmp_path
     for missing in (tmp_path / "no.jpg", tmp_path):
         with refused("could not be opened as an image", missing.name):
             image_processor(missing)
-    with refused(r"'no-such-picture\.jpg' could not be opened as an image"):
-        image_processor("no-such-picture.jpg")
+    with refused(r"'no-such-image\.jpg' could not be opened as an image"):
+        image_processor("no-such-image.jpg")
     with refused("'' could not be opened as an image"):
         image_processor("")
     with refused("could not be opened as an image"):
@@ -208,7 +208,7 @@ def test_missing_paths_and_folders_are_refused_by_name(image_processor, tmp_path
 
 
 NOT_IMAGES = {
-    "missing name": (lambda folder: "no-such-picture.jpg", "'no-such-picture.jpg' could not be .* .no such file"),
+    "missing name": (lambda folder: "no-such-image.jpg", "'no-such-image.jpg' could not be .* .no such file"),
     "missing path": (lambda folder: folder / "no.jpg", r"no\.jpg' could not be .* .no such file"),
     "name without an ending": (lambda folder: "image", "'image' could not be .* .no such file"),
     "long name": (lambda folder: "x" * 300 + ".jpg", r"x'\.\.\. .304 characters. could not be .* .no such file"),

@@ -42,18 +42,18 @@ def generate(model, processor, rows, **kwargs) -> list[list[int]]:
 
 @pytest.fixture
 def rowwise_sampling(monkeypatch):
-    """Draw each row's token from a stream of its own, so that sampling does not depend on its neighbours."""
+    """Sample each row's token from a stream of its own, so that sampling does not depend on its neighbours."""
     state = {}
 
     def multinomial(probabilities: torch.Tensor, num_samples: int) -> torch.Tensor:
         step = state["step"] = state.get("step", -1) + 1
         rows = state["rows"]
-        draws = []
+        sampled = []
         for row, p in zip(rows, probabilities, strict=True):
             uniform = torch.rand(1, generator=torch.Generator().manual_seed(1000 * row + step), dtype=torch.float64)
-            draws.append(torch.searchsorted(p.double().cumsum(0), uniform * p.double().sum()).clamp(max=len(p) - 1))
+            sampled.append(torch.searchsorted(p.double().cumsum(0), uniform * p.double().sum()).clamp(max=len(p) - 1))
         assert num_samples == 1
-        return torch.stack(draws)
+        return torch.stack(sampled)
 
     def start(rows: list[int]) -> None:
         state.clear()

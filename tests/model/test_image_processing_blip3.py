@@ -383,7 +383,7 @@ def test_nested_lists_are_read_in_order(processor):
 
 @pytest.fixture
 def encoded():
-    """A PNG with transparency: each door must lay it on white."""
+    """A PNG with transparency: each reader must lay it on white."""
     buffer = io.BytesIO()
     Image.fromarray(make_rgba()).save(buffer, "png")
     return buffer.getvalue()

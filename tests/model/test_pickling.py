@@ -30,7 +30,7 @@ SCRIPT = textwrap.dedent(
     TEXTS = ["<image>a", "a <image>b", "<image>", "<image>c"]
 
 
-    def picture(row):
+    def image_of(row):
         return Image.new("RGB", (60 + 90 * row, 70), "teal")
 
 
@@ -39,7 +39,7 @@ SCRIPT = textwrap.dedent(
             self.processor = processor
 
         def __call__(self, rows):
-            return self.processor(text=[TEXTS[row] for row in rows], images=[[picture(row)] for row in rows],
+            return self.processor(text=[TEXTS[row] for row in rows], images=[[image_of(row)] for row in rows],
                                   padding=True, return_tensors="pt", return_labels=True)
 
 
@@ -50,7 +50,7 @@ SCRIPT = textwrap.dedent(
         processor = loaded["processor"]
 
         def encode(row):
-            return {"ids": processor(text=row["text"], images=picture(row["row"]))["input_ids"][0]}
+            return {"ids": processor(text=row["text"], images=image_of(row["row"]))["input_ids"][0]}
 
         found = {"hashes": {name: Hasher.hash(value) for name, value in loaded.items()}}
         found["hashes"]["closure"] = Hasher.hash(encode)

@@ -296,7 +296,7 @@ def load_released(released_source, tmp_path_factory):
     def load(variant: str):
         output = tmp_path_factory.mktemp("released") / variant
         vision_config = released_source / "siglip_vision_config.json"
-        convert(released_source, output, "--vision-config", vision_config, "--flavour", variant)
+        convert(released_source, output, "--vision-config", vision_config, "--variant", variant)
         return AutoProcessor.from_pretrained(output, trust_remote_code=True)
 
     return load

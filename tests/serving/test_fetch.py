@@ -114,7 +114,8 @@ def test_only_loopback_can_be_opened_and_only_by_argument(monkeypatch):
     with pytest.raises(ValueError, match="loopback addresses only"):
         ImageFetcher(public_loopback=["10.0.0.1"])
     monkeypatch.setenv("BLIP3_PICTURE_PUBLIC_LOOPBACK", PRIVATE)
-    assert not ImageFetcher()._public_loopback
+    monkeypatch.setenv("BLIP3_PICTURE_ALLOWED_PORTS", "80")
+    refused(ImageFetcher(), f"http://{PRIVATE}/ok.png", "is not public")
 
 
 def test_remote_images_can_be_switched_off(site):

@@ -297,8 +297,8 @@ def test_base_checkpoints_continue_text(base_handler):
     few_shot = {"images": [FIRST, SECOND], "text": "<image>one<|endofchunk|><image>"}
     [answer] = say(base_handler, few_shot)
     assert answer["generated_tokens"] >= 1
-    assert base_handler._render(parse(base_handler, {"image": FIRST})) == "<image>"
-    assert base_handler._render(parse(base_handler, {"image": FIRST, "text": "A"})) == "<image>A"
+    assert base_handler.render(parse(base_handler, {"image": FIRST})) == "<image>"
+    assert base_handler.render(parse(base_handler, {"image": FIRST, "text": "A"})) == "<image>A"
     message = {"messages": [{"role": "user", "content": "Hello"}]}
     refused(base_handler, {"inputs": message}, "no chat template")
 
@@ -373,7 +373,7 @@ INPUTS = {
     "nested-list": ([["a"]], "a list"),
     "empty-object": ({}, r"\(none\)"),
     "unknown-keys": ({"prompt": "a"}, "'prompt'"),
-    "one-unknown-key": ({"text": "a", "picture": FIRST}, "'picture'"),
+    "one-unknown-key": ({"text": "a", "photo": FIRST}, "'photo'"),
     "image-and-images": ({"text": "a", "image": FIRST, "images": [FIRST]}, "one of image, images"),
     "image-list": ({"text": "a", "image": [FIRST]}, "rename it"),
     "image-number": ({"text": "a", "image": 5}, "An image is 5"),
@@ -408,7 +408,7 @@ INPUTS = {
     "part-file": (user([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]), "scheme 'file'"),
     "part-slot": (user([{"type": "text", "text": "<image>"}]), "1 <image> and 0 images"),
     "part-split-slot": (user([{"type": "text", "text": "<ima"}, {"type": "text", "text": "ge>"}]), "1 <image>"),
-    "assistant-picture": (
+    "assistant-image": (
         {"messages": [{"role": "assistant", "content": [{"type": "image", "url": FIRST}]}]},
         "answers in text only",
     ),
@@ -609,9 +609,10 @@ def fuzz(handler, num_bodies):
     return outcomes
 
 
-def test_random_bodies(fast_handler):
-    outcomes = fuzz(fast_handler, 5000)
-    assert sum(outcomes) > 500  # the generator is not so wild that nothing is ever answered
+@pytest.mark.parametrize("num_bodies", [1000, pytest.param(5000, marks=pytest.mark.slow)])
+def test_random_bodies(fast_handler, num_bodies):
+    outcomes = fuzz(fast_handler, num_bodies)
+    assert sum(outcomes) > 0.1 * num_bodies  # the generator is not so wild that nothing is ever answered
 
 
 def test_random_bodies_with_the_real_model(handler, monkeypatch):

@@ -194,8 +194,8 @@ def test_a_quantized_model_is_saved_read_back_and_served(kind, quantized, folder
         with pytest.raises(ValueError, match="not serializable"):
             quantized.save_pretrained(tmp_path / "saved")
         return
-    fresh = load(folder, quantization_config=KINDS[kind]())  # not the one that answered: see the tests of nf4 below
-    saved = save(fresh, folder, tmp_path / "saved")
+    loaded = load(folder, quantization_config=KINDS[kind]())  # not the one that answered: see the tests of nf4 below
+    saved = save(loaded, folder, tmp_path / "saved")
     again = load(saved)
     for inputs in prompts[:3]:
         assert torch.equal(answer_logits(again, inputs, inputs["input_ids"][:, -4:]), answer_logits(

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions several test files use; fixtures are in conftest.py."""
 
+import io
 import sys
+import tarfile
+from collections.abc import Mapping
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
@@ -43,15 +46,24 @@ def convert(*arguments: object) -> None:
 
 
 def load_model(folder: Path, **kwargs: object) -> torch.nn.Module:
-    """Load a repository through the public door, in float32."""
+    """Load a repository as a user does, in float32."""
     return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32, **kwargs)
 
 
 def render_image(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Draw smooth random colours: content that survives a resize."""
+    """Render smooth random colours: content that survives a resize."""
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 256, (max(2, height // 16), max(2, width // 16), 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_tar(path: Path, samples: Mapping[str, Mapping[str, bytes]]) -> None:
+    """Write a shard of webdataset: the files of each sample side by side, by suffix."""
+    with tarfile.open(path, "w") as tar:
+        for name, suffix, data in ((n, s, data) for n, files in samples.items() for s, data in files.items()):
+            info = tarfile.TarInfo(f"{name}.{suffix}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
 
 
 class QuietServer(ThreadingHTTPServer):

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mixture: sample i is the same whenever, wherever and in whichever order it is asked for."""
 
-import io
 import json
-import tarfile
 from collections import Counter
 
 import pytest
@@ -16,6 +14,7 @@ from blip3.world import build
 from blip3.world.settings import settings_from
 from blip3.world.splits import split_of
 from blip3.world.tasks import TASKS, content_keys, rendered_record
+from support import write_tar
 from support.training import WORLD
 
 
@@ -45,12 +44,8 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     image = build.encode(rendered_record("caption", settings=settings_from(WORLD)).images[0], "png")
     for shard in range(3):
-        with tarfile.open(folder / f"shard-{shard}.tar", "w") as tar:
-            for number in range(4):
-                for suffix, data in (("png", image), ("txt", f"caption {shard}{number}".encode())):
-                    info = tarfile.TarInfo(f"{shard}{number}.{suffix}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+        pairs = {f"{shard}{number}": {"png": image, "txt": f"caption {shard}{number}".encode()} for number in range(4)}
+        write_tar(folder / f"shard-{shard}.tar", pairs)
         captions = json.dumps([["a caption", 0, False]])
         rows = [{"uid": f"{shard}{number}", "captions": captions, "image": image} for number in range(4)]
         Rows.from_list(rows).to_parquet(str(folder / f"shard-{shard}.parquet"))

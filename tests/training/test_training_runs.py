@@ -37,6 +37,13 @@ from support.training import (
 )
 
 TOWER = "model.vision_tower."
+ONE_BY_ONE = """
+import json, sys
+from blip3 import cli
+
+for command in json.loads(sys.argv[1]):
+    assert cli.main([str(word) for word in command]) == 0, command
+"""  # one process for all: most of a short run is loading torch and its like
 
 
 def start(*command: object, modules: Path, **variables: str) -> subprocess.Popen:
@@ -98,15 +105,12 @@ def stages(tmp_path_factory) -> Path:
     """The folder in which every command of the recipe ran, one after another."""
     folder = tmp_path_factory.mktemp("stages")
 
-    def call(module: str, *arguments: object) -> None:
-        expect_success(start("-m", f"blip3.training.{module}", *arguments, modules=folder / "modules"))
-
-    call("small.new_model", write_sizes(folder), folder / "new", "--samples", 20)
+    commands: list[list[object]] = [["new-model", write_sizes(folder), folder / "new", "--samples", 20]]
     common = {"max_steps": 30, "save_every": 30, "batch_size": 8}
     tower = {"mixture": None, "max_length": None, "tasks": ["ocr"], "text_width": 32, "text_layers": 1}
     path = write_recipe(folder / "0_tower.yaml", folder / "new", **common, **tower)
     path.write_text("".join(line for line in path.read_text().splitlines(True) if "null" not in line))
-    call("tower.train", path)
+    commands.append(["train-tower", path])
     kinds = {
         "1_pretrain": {
             "mixture": [{"rendered": "caption", "weight": 2}, {"rendered": "ocr"}, {"rendered": "interleaved"}],
@@ -118,8 +122,10 @@ def stages(tmp_path_factory) -> Path:
     }
     model = folder / "0_tower" / "final"
     for name, settings in kinds.items():
-        call("train", write_recipe(folder / f"{name}.yaml", model, **common, **settings), "learning_rate=2e-3")
+        recipe = write_recipe(folder / f"{name}.yaml", model, **common, **settings)
+        commands.append(["train", recipe, "learning_rate=2e-3"])
         model = folder / name / "final"
+    expect_success(start("-c", ONE_BY_ONE, json.dumps(commands, default=str), modules=folder / "modules"))
     return folder
 
 
@@ -444,7 +450,9 @@ def test_sharded_processes_train_as_one_resume_and_save_a_complete_folder(straig
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_workers": 1}, {"group_by_length": True}], ids=str)
-def test_a_missing_image_ends_a_run_with_one_line_that_names_file_and_record(changes, small_model, tmp_path):
+def test_a_missing_image_ends_a_run_with_one_line_that_names_file_and_record(
+    changes, small_model, tmp_path, monkeypatch, capfd
+):
     (tmp_path / "data").mkdir()
     turns = (Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A photo."))
     records = [Record(f"r{n}", "instruction", (ImageSource(path=f"{n}.png"),), turns) for n in range(2)]
@@ -452,9 +460,11 @@ def test_a_missing_image_ends_a_run_with_one_line_that_names_file_and_record(cha
     render_image(40, 60).save(tmp_path / "data" / "0.png")
     mixture = [{"records": str(tmp_path / "data" / "photos.jsonl")}]
     path = write_recipe(tmp_path / "run.yaml", small_model, mixture=mixture, max_steps=2, **changes)
-    process = start("-m", "blip3.training.train", path, modules=tmp_path / "modules")
-    output = process.communicate(timeout=600)[0]
-    assert process.returncode == 1, output[-3000:]
+    monkeypatch.setattr(sys, "argv", ["train", str(path)])
+    with pytest.raises(SystemExit) as end:
+        stage.main()
+    assert isinstance(end.value.code, str)  # what Python prints, with status 1
+    output = "".join(capfd.readouterr()) + end.value.code
     assert "Traceback" not in output
     assert output.count("error: ") == 1
     line = output.partition("error: ")[2].splitlines()[0]

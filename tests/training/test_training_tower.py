@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage 0: labels lie where things are rendered, the loss is SigLIP's, only tower and asked-for resampler change."""
 
+import itertools
 import json
 import shutil
 
@@ -133,11 +134,10 @@ def test_labels_are_where_the_ink_is(image_processor, size, corner, side):
     for tile, part in zip(pixels, parts, strict=False):
         is_red = (tile[0] > 0) & (tile[1] < 0)
         share = is_red.float().view(PER_SIDE, PATCH, PER_SIDE, PATCH).mean((1, 3))
-        for row in range(PER_SIDE):
-            for column in range(PER_SIDE):
-                if not 0.2 < share[row, column] < 0.5:  # what lies near the threshold may fall either way by a pixel
-                    is_labelled = (row, column) in part["square"]
-                    assert is_labelled == bool(share[row, column] >= labels.MIN_OVERLAP), (row, column)
+        for row, column in itertools.product(range(PER_SIDE), repeat=2):
+            if not 0.2 < share[row, column] < 0.5:  # what lies near the threshold may fall either way by a pixel
+                is_labelled = (row, column) in part["square"]
+                assert is_labelled == bool(share[row, column] >= labels.MIN_OVERLAP), (row, column)
 
 
 def test_characters_lie_where_they_are_rendered():

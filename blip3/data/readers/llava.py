@@ -32,8 +32,9 @@ def read_llava_json(
     Args:
         path: the file.
         image_folder: where image paths start, or {part of a path: what replaces it}, the first that fits.
-        num_samples: draw so many: without repetition if the file has enough, else with; None takes all in order.
-        seed: of that draw.
+        num_samples: take so many at random, without repetition if the file has enough, else with;
+            None takes all in order.
+        seed: of that choice.
         skip_faulty: log and count faulty entries instead of raising.
 
     Raises:
@@ -144,7 +145,7 @@ def read_mixture(
 
 
 def _sample(records: Iterable[Any], count: int | None, seed: int) -> Iterable[Any]:
-    """Draw `count` as the reference does: without repetition if there are enough, else with; None takes all."""
+    """Sample `count` as the reference does: without repetition if there are enough, else with; None takes all."""
     if count is None:
         return records
     known, generator = list(records), random.Random(seed)

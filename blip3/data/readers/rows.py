@@ -90,6 +90,7 @@ def read_rows(rows: Iterable[Row], skip_faulty: bool = False, source: str = "rec
 
 
 def fault(place: str, name: str, given: Any, expected: str, cause: str, action: str) -> RecordError:
+    """Make the error of a field: what was given, what was expected, the likely cause, the next action."""
     shown = given if isinstance(given, str) and given.startswith("it ") else f"it is {str(given)[:80]!r}"
     return RecordError(place, name, shown, expected, cause, action)
 
@@ -170,4 +171,5 @@ def image_of(row: Row, place: str, folder: str) -> ImageSource:
 
 
 def identity_of(row: Row, place: str) -> str:
+    """Give a row's own name, or its place where it has none."""
     return str(row.get("uid") or row.get("id") or row.get("__key__") or row.get("key") or place)

@@ -41,7 +41,7 @@ def chat_log(examples: Sequence[dict]) -> gr.Chatbot:
     log = gr.Chatbot(
         show_label=False,
         height=520,
-        render_markdown=False,  # an answer is text: it draws no images and makes no links
+        render_markdown=False,  # an answer is text: it shows no images and makes no links
         buttons=["copy"],
         feedback_options=None,
         placeholder="Add one image or several, and ask about them.",
@@ -64,6 +64,28 @@ def refuse_urls(box: gr.MultimodalTextbox) -> None:
     box.async_move_resource_to_block_cache = move_files_only
 
 
+def status_row() -> tuple[gr.HTML, gr.Button]:
+    """What happens, and the button that begins anew."""
+    with gr.Row():
+        status = gr.HTML(elem_id="status")
+        clear = gr.Button("New conversation", size="sm", scale=0, min_width=160, elem_id="clear")
+    return status, clear
+
+
+def settings_row(chat: Chat) -> tuple[gr.Checkbox, gr.Slider, gr.Slider]:
+    """What a visitor can set: tiles or not, the number of tokens, the temperature."""
+    splits = gr.Checkbox(
+        chat.processor.image_processor.do_image_splitting,
+        label="Split into tiles (off: the global view alone)",
+        elem_id="splits",
+    )
+    most = chat.limits.max_new_tokens
+    with gr.Row():
+        length = gr.Slider(1, most, 128, step=1, label="Max new tokens", min_width=150, elem_id="length")
+        temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: greedy)", min_width=150)
+    return splits, length, temperature
+
+
 def build_page(chat: Chat, name: str, examples: Sequence[dict] = ()) -> gr.Blocks:
     """Lay the page out and connect its parts.
 
@@ -83,20 +105,9 @@ def build_page(chat: Chat, name: str, examples: Sequence[dict] = ()) -> gr.Block
             with gr.Column(scale=3, min_width=420):
                 shown_chat = chat_log(examples)
                 box = input_box(limits)
-                with gr.Row():
-                    status = gr.HTML(elem_id="status")
-                    clear = gr.Button("New conversation", size="sm", scale=0, min_width=160, elem_id="clear")
+                status, clear = status_row()
             with gr.Column(scale=2, min_width=340):
-                splits = gr.Checkbox(
-                    chat.processor.image_processor.do_image_splitting,
-                    label="Split into tiles (off: the global view alone)",
-                    elem_id="splits",
-                )
-                with gr.Row():
-                    length = gr.Slider(
-                        1, limits.max_new_tokens, 128, step=1, label="Max new tokens", min_width=150, elem_id="length"
-                    )
-                    temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: greedy)", min_width=150)
+                splits, length, temperature = settings_row(chat)
                 panel = gr.HTML(panel_html([]), elem_id="seen")
         refuse_urls(box)
         private: dict = {"api_visibility": "private", "show_progress": "hidden"}

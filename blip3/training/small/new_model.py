@@ -153,7 +153,7 @@ def _check_trained(tower: Path | None, resampler: Path | None, around: Path | No
 
 @torch.no_grad()
 def scale_new_weights(model: Any) -> None:
-    """Draw some newly initialised weights at the scale that a narrow model learns from.
+    """Sample some newly initialised weights at the scale that a narrow model learns from.
 
     The usual 0.02 is right for thousands of channels. At 192, positions rendered so take hundreds of steps to be heard
     beside pixels, and a resampler learns more slowly (docs/training.md, "The small model").

@@ -6,7 +6,7 @@ r"""Write trained models as this repository ships them at its root, with example
 
     ./                   configuration, tokenizer, processor files, weights in shards
     base/                the same after pre-training, for few-shot prompts
-    examples/images/     images and examples.json: prompt, truth
+    examples/images/     images and examples.json: "prompt", "truth"
     outputs/small/04/tower/   the vision tower alone, after stage 0: SiglipVisionModel; the resampler trained beside it
 
 The code is the repository's own.

@@ -70,7 +70,7 @@ def drawing_of(record: Record) -> Drawing:
     if drawing is None:
         raise ValueError(
             f"Record {record.id!r} has an image that is no drawing, but labels are computed from where things were "
-            "drawn. It was probably read from a file: use a task of the rendered world."
+            "rendered. It was probably read from a file: use a task of the rendered world."
         )
     return drawing
 

@@ -33,12 +33,12 @@ STAND_INS = {
     "tests/utils/__init__.py": "",
     "tests/utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
     "utils/fetch_hub_objects_for_ci.py": '''\
-"""Local files in place of the Hub's: one picture for every picture, nothing for the rest."""
+"""Local files in place of the Hub's: one image for every image, nothing for the rest."""
 from pathlib import Path
 
 from PIL import Image
 
-IMAGE = Path(__file__).with_name("picture.png")
+IMAGE = Path(__file__).with_name("image.png")
 if not IMAGE.exists():
     Image.radial_gradient("L").resize((64, 48)).convert("RGB").save(IMAGE)
 

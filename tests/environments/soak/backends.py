@@ -168,7 +168,7 @@ BACKENDS = {"handler": HandlerBackend, "http": transformers_backend, "vllm": vll
 
 @contextmanager
 def running(backend: HandlerBackend | OpenAIBackend) -> Iterator[Server]:
-    """Run a door's server until the block ends."""
+    """Run a backend's server until the block ends."""
     with tempfile.TemporaryDirectory(prefix="blip3-soak-") as scratch:
         environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")} | backend.environment
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")

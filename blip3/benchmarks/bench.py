@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every part of the benchmark is given and how it measures."""
+"""What every suite of the benchmark is given and how it measures."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
