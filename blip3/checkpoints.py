@@ -28,6 +28,7 @@ from huggingface_hub import snapshot_download
 from .hub import CODE_FILES, ROOT
 
 RECIPES = ROOT / "recipes"
+GOLDEN_FILE = "golden.safetensors"  # what a shipped model gives (evaluation/golden.py); no part of the model
 SMALL_FILES = ("*.jinja", "*.json", "*.model", "*.py")
 
 _FINGERPRINTED = (".jinja", ".json", ".model", ".py", ".safetensors")
@@ -130,7 +131,7 @@ def fingerprint(checkpoint: str | Path, subfolder: str = "") -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(folder_of(checkpoint, subfolder).iterdir()):
-        if path.is_file() and path.suffix in _FINGERPRINTED:
+        if path.is_file() and path.suffix in _FINGERPRINTED and path.name != GOLDEN_FILE:
             with path.open("rb") as file:
                 digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return f"sha256:{digest.hexdigest()[:32]}"

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..checkpoints import GOLDEN_FILE
 from .configs import optional_json, write_text
 from .names import some
 from .tensors import progress_bar
@@ -110,7 +111,7 @@ def sha256_of(path: Path) -> str:
 def are_weights_as_written(folder: Path) -> bool:
     """Tell whether the weights of a folder of ours are those that this script wrote into it."""
     listed = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
-    weights = {path.name for path in folder.glob("*.safetensors")}
+    weights = {path.name for path in folder.glob("*.safetensors")} - {GOLDEN_FILE}
     return weights <= listed.keys() and not _changed_files(folder, {name: listed[name] for name in sorted(weights)})
 
 

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from ..checkpoints import CODE_FILES, folder_of, locate
+from ..checkpoints import CODE_FILES, GOLDEN_FILE, folder_of, locate
 
 ENGINES = ("transformers", "vllm")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -787,7 +787,8 @@ def fingerprint(folder: Path) -> str:
     """Tell two models apart by the names, sizes and both ends of their files."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix not in (".jinja", ".json", ".model", ".py", ".safetensors") or not path.is_file():
+        is_read = path.suffix in (".jinja", ".json", ".model", ".py", ".safetensors") and path.name != GOLDEN_FILE
+        if not is_read or not path.is_file():
             continue
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
