@@ -28,6 +28,7 @@ from huggingface_hub import snapshot_download
 from .hub import CODE_FILES, ROOT
 
 RECIPES = ROOT / "recipes"
+GOLDEN_FILE = "golden.safetensors"  # what a shipped model gives (evaluation/golden.py); no part of the model
 SMALL_FILES = ("*.jinja", "*.json", "*.model", "*.py")
 WHOLE_BYTES = 64 * 2**20  # of a file whose fingerprint is that of all its bytes
 BLOCK_BYTES, STRIDE_BYTES = 2**16, 2**22  # of a larger one: what counts, and how far apart
@@ -135,7 +136,7 @@ def fingerprint(checkpoint: str | Path, subfolder: str = "") -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(folder_of(checkpoint, subfolder).iterdir()):
-        if path.is_file() and path.suffix in _FINGERPRINTED:
+        if path.is_file() and path.suffix in _FINGERPRINTED and path.name != GOLDEN_FILE:
             digest.update(path.name.encode() + _digest_of(path))
     return f"sha256:{digest.hexdigest()[:32]}"
 

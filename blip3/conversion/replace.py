@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..checkpoints import GOLDEN_FILE
 from ..files import sync_folder, write_text
 from ..refusals import list_names
 from .configs import optional_json
@@ -111,7 +112,7 @@ def sha256_of(path: Path) -> str:
 def are_weights_as_written(folder: Path) -> bool:
     """Tell whether the weights of a folder of ours are those that this script wrote into it."""
     listed = read_manifest(folder) if (folder / MANIFEST).is_file() else {}
-    weights = {path.name for path in folder.glob("*.safetensors")}
+    weights = {path.name for path in folder.glob("*.safetensors")} - {GOLDEN_FILE}
     return weights <= listed.keys() and not _changed_files(folder, {name: listed[name] for name in sorted(weights)})
 
 

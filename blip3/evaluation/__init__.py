@@ -7,4 +7,5 @@ answer.py     a checkpoint that answers questions in batches
 report.py     scores to results.json, table.md, plot.png and samples.md
 tables_and_plots.py   what every report is written with
 score.py      the command
+golden.py     what a shipped checkpoint gives, to tell a damaged or changed one
 """

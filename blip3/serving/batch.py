@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..answering import DTYPES, IMAGE_TOKEN, Answerer, check_context, count_tokens, render_question
-from ..checkpoints import CODE_FILES, fingerprint, folder_of, locate
+from ..checkpoints import CODE_FILES, GOLDEN_FILE, fingerprint, folder_of, locate
 from ..jobs.inputs import Columns, one_sentence, plan_rows, read_image
 from ..jobs.output import MANIFEST, Output
 from ..jobs.ray_run import Summary, check_ray, line_table, run
@@ -311,7 +311,8 @@ def _former_fingerprint(folder: Path) -> str:
     """Tell two models apart as manifests of earlier versions do, by names, sizes and both ends of their files."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix not in (".jinja", ".json", ".model", ".py", ".safetensors") or not path.is_file():
+        is_read = path.suffix in (".jinja", ".json", ".model", ".py", ".safetensors") and path.name != GOLDEN_FILE
+        if not is_read or not path.is_file():
             continue
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())

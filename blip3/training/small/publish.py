@@ -4,7 +4,7 @@ r"""Write trained models as this repository ships them at its root, with example
     python -m blip3.training.small.publish . --instruct FOLDER --base FOLDER
     python -m blip3.training.small.publish outputs/small/04 --tower FOLDER
 
-    ./                   configuration, tokenizer, processor files, weights in shards
+    ./                   configuration, tokenizer, processor files, weights in shards, golden.safetensors to check them
     base/                the same after pre-training, for few-shot prompts
     examples/images/     images and examples.json: "prompt", "truth"
     outputs/small/04/tower/   the vision tower alone, after stage 0: SiglipVisionModel; the resampler trained beside it
@@ -23,9 +23,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from ...checkpoints import folder_of, locate
+from ...checkpoints import GOLDEN_FILE, find_code, folder_of, locate
 from ...conversion.names import with_inner
 from ...data.records import Record, to_few_shot_prompt
+from ...evaluation.golden import write_golden
 from ...hub import ROOT
 from ...world.settings import WorldSettings, load_settings
 from ...world.tasks import rendered_record
@@ -78,9 +79,11 @@ def publish_all(args: argparse.Namespace) -> None:
         publish(args.base, args.output / "base", args.dtype, args.max_shard_size)
         # as in released base checkpoints: it was not trained to chat
         (args.output / "base" / CHAT_TEMPLATE).unlink(missing_ok=True)
+        write_golden(args.output / "base", find_code(folder_of(args.base))[0] or ROOT)
     if args.instruct:
         publish(args.instruct, args.output, args.dtype, args.max_shard_size)
         write_examples(args.output / IMAGES, load_settings(WORLD))
+        write_golden(args.output, find_code(folder_of(args.instruct))[0] or ROOT)
 
 
 def publish(source: Path, output: Path, dtype: str = "bfloat16", max_shard_size: str = "5MB") -> None:
@@ -96,7 +99,7 @@ def publish(source: Path, output: Path, dtype: str = "bfloat16", max_shard_size:
     """
     model = AutoModelForImageTextToText.from_pretrained(**locate(source), dtype=getattr(torch, dtype))
     output.mkdir(parents=True, exist_ok=True)
-    for old in output.glob("model*.safetensors*"):
+    for old in (*output.glob("model*.safetensors*"), *output.glob(GOLDEN_FILE)):
         old.unlink()
     with tempfile.TemporaryDirectory(prefix="blip3-publish-") as scratch:
         saved = Path(scratch)
