@@ -140,7 +140,7 @@ def _back(pairs: Pairs) -> Pairs:
     return tuple((new, old) for old, new in pairs)
 
 
-def some(names: Iterable[str]) -> str:
+def list_names(names: Iterable[str]) -> str:
     """Return up to eight of the names, sorted, for a message."""
     names = sorted(names)
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -239,8 +239,8 @@ def check_shapes(shapes: Shapes, config: dict, description: str) -> None:
     expected = expected_shapes(config)
     missing, unexpected = set(expected) - set(shapes), set(shapes) - set(expected)
     if missing or unexpected:
-        lists = [f"{len(missing)} are missing: {some(missing)}"] if missing else []
-        lists += [f"{len(unexpected)} are unexpected: {some(unexpected)}"] if unexpected else []
+        lists = [f"{len(missing)} are missing: {list_names(missing)}"] if missing else []
+        lists += [f"{len(unexpected)} are unexpected: {list_names(unexpected)}"] if unexpected else []
         raise ValueError(
             f"{description} should hold {len(expected)} tensors (after folding); {'; '.join(lists)}. The file is "
             "probably incomplete or its config belongs to another checkpoint: check both, or pass --source-config."

@@ -23,7 +23,7 @@ from .configs import (
     unfused_text_config,
     write_json,
 )
-from .names import Shapes, some, to_ours, to_released
+from .names import Shapes, list_names, to_ours, to_released
 from .sources import open_reader
 from .tensors import (
     View,
@@ -105,7 +105,7 @@ def write_small_files(
     missing = [name for name in (*CODE_FILES, *ENDPOINT_FILES) if not source_of(name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{ROOT} lacks {some(missing)}, which every OUTPUT carries. The clone is probably incomplete: "
+            f"{ROOT} lacks {list_names(missing)}, which every OUTPUT carries. The clone is probably incomplete: "
             "restore the files from version control."
         )
     for name in ENDPOINT_FILES:
@@ -165,9 +165,9 @@ def verify_bits(folder: Path, views: Views) -> None:
         ValueError: on a difference.
     """
     written = views_of(open_reader(folder))
-    if set(written) != set(views):
+    if differing := set(written) ^ set(views):
         raise ValueError(
-            f"{folder} holds {len(written)} tensors and {len(views)} were planned ({some(set(written) ^ set(views))} "
+            f"{folder} holds {len(written)} tensors and {len(views)} were planned ({list_names(differing)} "
             "differ). The disk is probably failing: convert again onto another one."
         )
     with progress_bar(total_bytes(views), "verify") as progress:
@@ -217,7 +217,7 @@ def verify_model(config: dict, views: Views) -> None:
     if wrong:
         raise ValueError(
             f"{len(wrong)} tensors differ between the plan ({len(views)}) and the model of the written config "
-            f"({len(expected)}): {some(wrong)}. convert_weights.py and modeling_blip3.py are probably of two "
+            f"({len(expected)}): {list_names(wrong)}. convert_weights.py and modeling_blip3.py are probably of two "
             "versions: update both."
         )
     print(f"verified names and shapes of {len(expected)} tensors against the model")

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from .configs import Checkpoint, read_json, write_json
-from .names import some
+from .names import list_names
 from .replace import sha256_of
 
 REQUIREMENTS = {
@@ -87,8 +87,8 @@ def add_requirements(folder: Path, method: str) -> None:
     """
     if method not in REQUIREMENTS:
         raise ValueError(
-            f"The weights are quantized by {method!r} and {some(REQUIREMENTS)} are known. They were probably made "
-            "with another library: quantize as docs/serving.md does, or copy the files by hand."
+            f"The weights are quantized by {method!r} and {list_names(REQUIREMENTS)} are known. They were probably "
+            "made with another library: quantize as docs/serving.md does, or copy the files by hand."
         )
     path = folder / "requirements.txt"
     path.write_text(path.read_text(encoding="utf-8") + "\n".join(REQUIREMENTS[method]) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .configs import optional_json, write_text
-from .names import some
+from .names import list_names
 from .tensors import progress_bar
 
 MANIFEST = "SHA256SUMS"  # in the format of `sha256sum -c`
@@ -73,13 +73,13 @@ def _refuse_changes(output: Path) -> None:
     if changed:
         raise ValueError(
             f"{len(changed)} of the {len(listed)} files this script wrote to OUTPUT {output} differ from {MANIFEST}: "
-            f"{some(changed)}. They were probably edited by hand or trained further, and would be lost: choose "
+            f"{list_names(changed)}. They were probably edited by hand or trained further, and would be lost: choose "
             "another OUTPUT, or move them away."
         )
     weights = [name for name in added_files(output, listed) if "/" not in name and name.endswith(WEIGHTS)]
     if weights:
         raise ValueError(
-            f"OUTPUT {output} has {len(weights)} weights files that this script did not write: {some(weights)}. "
+            f"OUTPUT {output} has {len(weights)} weights files that this script did not write: {list_names(weights)}. "
             "Beside new weights they would make a folder of two models: choose another OUTPUT, or move them away."
         )
 
@@ -190,7 +190,7 @@ def _keep_added_files(output: Path, partial: Path) -> None:
     if in_the_way:
         raise ValueError(
             f"OUTPUT {output} has {len(in_the_way)} files that this script did not write, in the way of new ones: "
-            f"{some(in_the_way)}. They were probably added by hand: choose another OUTPUT, or move them away."
+            f"{list_names(in_the_way)}. They were probably added by hand: choose another OUTPUT, or move them away."
         )
     for name in added:
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +199,7 @@ def _keep_added_files(output: Path, partial: Path) -> None:
         except OSError:
             shutil.copy2(output / name, partial / name, follow_symlinks=False)
     if added:
-        print(f"kept {len(added)} files that this script did not write: {some(added)}")
+        print(f"kept {len(added)} files that this script did not write: {list_names(added)}")
 
 
 def _siblings(output: Path) -> tuple[Path, Path]:

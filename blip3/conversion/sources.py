@@ -49,7 +49,7 @@ from .names import (
     TOWER,
     check_shapes,
     expected_shapes,
-    some,
+    list_names,
     swap_prefix,
     to_ours,
     to_released,
@@ -106,15 +106,15 @@ def _open_index(index_path: Path) -> Reader:
     missing = [name for name in shards if not (index_path.parent / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{index_path} names {len(shards)} shards and {len(missing)} of them are not there: {some(missing)}. The "
-            "download probably stopped early: download the missing files."
+            f"{index_path} names {len(shards)} shards and {len(missing)} of them are not there: {list_names(missing)}. "
+            "The download probably stopped early: download the missing files."
         )
     reader = SafetensorsReader([index_path.parent / name for name in shards])
     for what, names in (("lack", set(weight_map) - set(reader.specs)), ("add", set(reader.specs) - set(weight_map))):
         if names:
             raise ValueError(
                 f"The shards of {index_path} {what} {len(names)} tensors compared with the index's {len(weight_map)}: "
-                f"{some(names)}. Shards and index are probably of two revisions: download all of one revision."
+                f"{list_names(names)}. Shards and index are probably of two revisions: download all of one revision."
             )
     return reader
 
@@ -220,7 +220,7 @@ def released_views(reader: Reader, description: str) -> Views:
     if not any(name.startswith(tuple(prefix for prefix, _ in PREFIXES)) for name in views):
         raise ValueError(
             f"{description} has {len(views)} tensors, none under vlm.*, vision_encoder.*, vision_tokenizer.* or "
-            f"lang_model.* ({some(views)}). It is probably another model: check the path given."
+            f"lang_model.* ({list_names(views)}). It is probably another model: check the path given."
         )
     return views
 
@@ -234,8 +234,8 @@ def refuse_first_family(names: Iterable[str], description: str) -> None:
     found = [name for name in names if "vision_encoder.conv1." in name or "text_projection." in name]
     if found:
         raise ValueError(
-            f"{description} holds {some(found)}, which r-v1.5 has not: xGen-MM r-v1 has another vision tower (a CLIP "
-            "ViT-H of width 1280). It is probably an r-v1 checkpoint: convert one of the r-v1.5 releases."
+            f"{description} holds {list_names(found)}, which r-v1.5 has not: xGen-MM r-v1 has another vision tower (a "
+            "CLIP ViT-H of width 1280). It is probably an r-v1 checkpoint: convert one of the r-v1.5 releases."
         )
 
 

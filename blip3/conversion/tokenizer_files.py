@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from .configs import Checkpoint, optional_json, write_json, write_text
-from .names import IMAGE_TOKENS, some
+from .names import IMAGE_TOKENS, list_names
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # What `save_pretrained` adds to tokenizer_config.json: said already in other files, or known to one line only.
@@ -89,8 +89,8 @@ def build_tokenizer(tokenizer: dict, settings: dict, num_ids: int, variant: str)
     if max(token_id for token, token_id in ids.items() if token not in IMAGE_TOKENS) + 1 != num_ids or present:
         raise ValueError(
             f"The tokenizer has {len(ids)} tokens up to id {max(ids.values())}{' with ' if present else ''}"
-            f"{some(present)}, but the checkpoint has {num_ids} ids before <image>. It probably belongs to another "
-            "model: pass the right one with --tokenizer DIR."
+            f"{list_names(present)}, but the checkpoint has {num_ids} ids before <image>. It probably belongs to "
+            "another model: pass the right one with --tokenizer DIR."
         )
     tokenizer["added_tokens"] += [added_token(token, num_ids + index) for index, token in enumerate(IMAGE_TOKENS)]
     special: dict[str, str] = {}
