@@ -10,7 +10,7 @@ OTHER := $(abspath $(wildcard $(if $(filter 4,$(LINE)),$(VENV_5),$(VENV_4))/bin/
 RUN := HF_HUB_OFFLINE=1 BLIP3_OTHER_PYTHON=$(OTHER) $(VENV)/bin/python
 ENVIRONMENT = $(PYTHON) .ci/environment.py $(VENV) --constraints $(CONSTRAINTS)
 # What a new transformers breaks first; the pinned lines run everything.
-TESTS_latest := tests/model/test_modeling_blip3.py tests/model/test_conversations.py tests/model/test_generation.py tests/model/test_engines.py tests/model/test_labels_and_adapters.py tests/training/test_training_runs.py tests/model/test_small_model.py tests/serving/test_transformers_serve.py
+TESTS_latest := tests/model/test_modeling_blip3.py tests/model/test_conversations.py tests/model/test_generation_blip3.py tests/model/test_engines.py tests/model/test_labels_and_adapters.py tests/training/test_training_runs.py tests/model/test_small_model.py tests/serving/test_transformers_serve.py
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -34,17 +34,17 @@ test-slow: setup  ## convert a source of true size (9 GB of disk; the source is 
 	$(RUN) -m pytest -m slow
 
 test-common: setup  ## transformers' own tests of models, processors and image processors
-	$(RUN) tests/environments/common/run.py
+	$(RUN) tests/run.py common
 
 test-vllm:  ## vLLM's engine and OpenAI server on the CPU (environment of its own, 3.5 GB)
-	$(PYTHON) tests/environments/run_vllm.py
+	$(PYTHON) tests/run.py vllm
 
 test-backends:  ## the page in headless Chromium, batches on Ray Data, quantization (environment of its own, 2 GB)
-	$(PYTHON) tests/environments/run_backends.py
+	$(PYTHON) tests/run.py backends
 
 soak: setup  ## ten minutes of load on the handler, then on `transformers serve` (LINE=5 only)
-	$(RUN) tests/run_soak.py --backend handler
-	$(RUN) tests/run_soak.py --backend http
+	$(RUN) tests/run.py soak --backend handler
+	$(RUN) tests/run.py soak --backend http
 
 bench: setup  ## speed and memory beside the peers (docs/speed.md); an environment of its own, with torchvision
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench

@@ -5,13 +5,14 @@
       vision_config     any transformers vision tower with patch tokens; SigLIP-SO400M/14-384 by default
       resampler_config  Blip3ResamplerConfig: patch tokens -> `num_latents` image tokens
       text_config       any transformers decoder; Phi-3-mini by default
-      tile_grids        the layouts a picture may be cut into, (rows, columns) in tiles
+      tile_grids        the layouts an image may be cut into, (rows, columns) in tiles
 
 Sizes are (height, width) in pixels and grids are (rows, columns) in tiles, everywhere.
 """
 
 import difflib
 import importlib
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -56,9 +57,9 @@ PHI3_MINI_4K = {
     "pad_token_id": 32011,
 }
 
-CACHE_NAMES = ("cache", "past_key_values")  # in transformers from 5.24 on, and before
 IGNORE_INDEX = -100  # of labels that no loss is wanted for
 
+RESIZE_BACKENDS = {"pil": tuple(range(6)), "torch": (2, 3)}  # and the filters each knows, by Pillow's numbers
 TOKEN_SAMPLINGS = ("patch", "fixed")
 TILE_GROUPINGS = ("stripes", "tiles")
 
@@ -74,13 +75,13 @@ class Blip3ResamplerConfig(PretrainedConfig):
         intermediate_size: width of the MLP.
         num_latents: image tokens per resampler call (128 in the release).
         token_sampling: `patch` resamples the global view and each tile on its own ("any-resolution patch sampling"),
-            giving `num_latents` tokens each; `fixed` resamples all of a picture in one call, giving `num_latents`
-            tokens a picture ("fixed sampling" of the report).
-        tile_grouping: which patch tokens form one resampler call under `patch`. `stripes` cuts the stitched picture
+            giving `num_latents` tokens each; `fixed` resamples all of an image in one call, giving `num_latents`
+            tokens an image ("fixed sampling" of the report).
+        tile_grouping: which patch tokens form one resampler call under `patch`. `stripes` cuts the stitched image
             into consecutive raster runs of one tile's length, as the released weights were trained; `tiles` takes each
             tile's own patch tokens.
         layer_norm_eps: epsilon of every layer norm.
-        initializer_range: standard deviation of fresh weights.
+        initializer_range: standard deviation of newly initialised weights.
 
     Raises:
         ValueError: on an unknown key, or a size that is not a positive integer.
@@ -132,7 +133,7 @@ class Blip3Config(PretrainedConfig):
         image_token_id: id of `<image>`, the placeholder that image tokens replace.
         tile_grids: candidate layouts, (rows, columns) in tiles, in order of preference on a tie. Empty or None for a
             model that only sees the global view (the released base checkpoint). (1, 1) may be listed to spend one
-            tile instead of two on small pictures.
+            tile instead of two on small images.
         lm_head_bias: whether the output layer has a bias. The released weights do, Phi-3 itself does not.
         tie_word_embeddings: share input and output embeddings.
 
@@ -142,7 +143,12 @@ class Blip3Config(PretrainedConfig):
 
     model_type = "blip3"
     sub_configs = {"vision_config": AutoConfig, "resampler_config": Blip3ResamplerConfig, "text_config": AutoConfig}
-    keys_to_ignore_at_inference = [*CACHE_NAMES, "image_hidden_states", "image_outputs"]
+    keys_to_ignore_at_inference = [  # the cache has its first name in transformers from 5.24 on
+        "cache",
+        "past_key_values",
+        "image_hidden_states",
+        "image_outputs",
+    ]
 
     def __init__(
         self,
@@ -333,7 +339,7 @@ def check_positive(name: str, value: Any) -> None:
     Raises:
         ValueError: naming the setting.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not _is_count(value):
         raise ValueError(
             f"{name} is {value!r} but must be a positive integer. It was probably left empty or scaled by a ratio: "
             "write the number itself."
@@ -350,6 +356,64 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(
             f"{name} is {value!r} but must be one of {', '.join(map(repr, choices))}. It is probably misspelt: "
             f"use {choices[0]!r} for the released weights."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_image_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse settings of the image processor that would fail later or give wrong pixels.
+
+    Raises:
+        ValueError: naming the setting at fault.
+    """
+    size, tile_grids = settings["size"], settings["tile_grids"]
+    is_square = isinstance(size, dict) and set(size) == {"height", "width"} and size["height"] == size["width"]
+    if not is_square or not _is_count(size["height"]):
+        raise ValueError(
+            f'size is {size!r} but tiles are square: expected {{"height": S, "width": S}} with S the vision '
+            "tower's image_size in pixels. A grid was probably given as size: list grids in tile_grids instead."
+        )
+    check_tile_grids(tile_grids)
+    backend, resample = settings["resize_backend"], settings["resample"]
+    if backend not in list(RESIZE_BACKENDS):  # may be of any type
+        raise ValueError(
+            f"resize_backend is {backend!r} but must be 'pil' (bit-exact) or 'torch' (faster). It is probably "
+            "misspelt: use 'pil' when in doubt."
+        )
+    known = list(RESIZE_BACKENDS[backend])
+    if resample not in known:
+        raise ValueError(
+            f"resample is {resample!r} but the {backend} backend knows {known} only, 3 being bicubic. It was probably "
+            "given by name or chosen for the other backend: pass the number, and resize_backend='pil' for all of them."
+        )
+    _check_image_numbers(settings)
+
+
+def _check_image_numbers(settings: Mapping[str, Any]) -> None:
+    for name in ("image_mean", "image_std"):
+        values = settings[name]
+        is_triple = isinstance(values, list) and len(values) == 3 and all(map(_is_number, values))
+        if not is_triple or (name == "image_std" and 0 in values):
+            raise ValueError(
+                f"{name} is {values!r} but must be three finite numbers (none 0 for image_std), one per channel. It "
+                "was probably copied from a model with other channels: use [0.5, 0.5, 0.5] for SigLIP."
+            )
+    if not _is_number(settings["rescale_factor"]):
+        raise ValueError(
+            f"rescale_factor is {settings['rescale_factor']!r} but must be a finite number. It was probably left "
+            "empty: use 1/255, or do_rescale=False to keep values from 0 to 255."
+        )
+    if not _is_count(settings["max_image_pixels"]):
+        raise ValueError(
+            f"max_image_pixels is {settings['max_image_pixels']!r} but must be a positive integer. It was probably "
+            "meant to switch the limit off: write a number larger than any image you trust."
         )
 
 

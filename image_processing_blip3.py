@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures to tiles: `pixel_values` and `image_sizes` of BLIP-3 (arXiv:2408.08872, section 3.1 "any-resolution").
+"""Images to views: `pixel_values` and `image_sizes` of BLIP-3 (arXiv:2408.08872, section 3.1 "any-resolution").
 
-    picture (H, W) --- resize, ignoring aspect --------------------------> global view, tile 0
+    image (H, W) --- resize, ignoring aspect ----------------------------> global view, always first
          |
          +-- choose_grid -> (R, C) -- resize, keeping aspect -- pad black --> R * C tiles, row by row
 
-Letters: I pictures of the whole batch in reading order, T the constant number of tile slots (1 + the largest grid),
-S the tile's side in pixels, R x C the grid chosen for one picture. `pixel_values` is (I, T, 3, S, S), slots a picture
-does not use are zero; `image_sizes` is (I, 2), original (height, width). Which slots are used is never stored: it is
-`count_tiles(image_size, tile_grids, tile_size)` wherever it is needed.
+A view is the global view or a tile. Letters: I images of the whole batch in reading order, T the constant number of
+view slots (1 + the largest grid), S the side of a view in pixels, R x C the grid chosen for one image. `pixel_values`
+is (I, T, 3, S, S), slots an image does not use are zero; `image_sizes` is (I, 2), original (height, width). Which
+slots are used is never stored: tiling_blip3.py derives it from the size wherever it is needed.
 """
 
 import base64
 import difflib
 import inspect
 import io
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -33,76 +32,12 @@ from transformers.image_utils import ChannelDimension, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, logging
 
-from .configuration_blip3 import RELEASED_TILE_GRIDS, check_tile_grids, expose_in_package
+from .configuration_blip3 import RELEASED_TILE_GRIDS, check_image_settings, expose_in_package
+from .tiling_blip3 import GLOBAL_VIEW_ONLY, count_view_slots, count_views, fit_inside, grid_of, letterbox
 
 logger = logging.get_logger(__name__)
 
-GLOBAL_VIEW_ONLY = (0, 0)  # the `image_sizes` row of a picture given as its global view alone
-RESIZE_BACKENDS = ("pil", "torch")
 URL_TIMEOUT_SECONDS = 60
-
-
-def choose_grid(image_size: tuple[int, int], tile_grids: Sequence[Sequence[int]], tile_size: int) -> tuple[int, int]:
-    """Pick the tile grid that keeps the most image detail.
-
-    Args:
-        image_size: (height, width) in pixels.
-        tile_grids: allowed layouts, (rows, columns) in tiles.
-        tile_size: side of a square tile, in pixels.
-
-    Returns:
-        (rows, columns). Detail is the number of source pixels that survive the resize; on a tie the grid with less
-        padding wins, then the one listed first (LLaVA-NeXT's `select_best_resolution`).
-
-    Raises:
-        ValueError: if a side is not positive or `tile_grids` is empty.
-
-    >>> choose_grid((300, 900), tile_grids=[(2, 1), (1, 2), (2, 2), (1, 3)], tile_size=384)
-    (1, 3)
-    """
-    height, width = image_size
-    if height < 1 or width < 1 or not tile_grids:
-        raise ValueError(
-            f"Cannot choose among {len(tile_grids)} tile grids for a picture of {height} x {width} pixels (height x "
-            "width); both sides must be positive and at least one grid listed. The size was probably swapped with "
-            "another tensor or the configuration has no tile_grids: pass the original (height, width)."
-        )
-    best, best_rank = (1, 1), (-1, 0)
-    for rows, columns in tile_grids:
-        grid_height, grid_width = rows * tile_size, columns * tile_size
-        scale = min(grid_width / width, grid_height / height)
-        detail = min(int(width * scale) * int(height * scale), width * height)
-        rank = (detail, detail - grid_height * grid_width)
-        if rank > best_rank:
-            best, best_rank = (rows, columns), rank
-    return best
-
-
-def grid_of(image_size: tuple[int, int], tile_grids: Sequence[Sequence[int]], tile_size: int) -> tuple[int, int]:
-    """(rows, columns) of the tiles beside the global view; (0, 0) without grids or for the size `GLOBAL_VIEW_ONLY`."""
-    if not tile_grids or tuple(image_size) == GLOBAL_VIEW_ONLY:
-        return (0, 0)
-    return choose_grid(image_size, tile_grids, tile_size)
-
-
-def count_tiles(image_size: tuple[int, int], tile_grids: Sequence[Sequence[int]], tile_size: int) -> int:
-    """Count the tiles of a picture, its global view included; 1 without grids or for the size `GLOBAL_VIEW_ONLY`.
-
-    >>> count_tiles((300, 900), tile_grids=[(1, 2), (1, 3)], tile_size=384), count_tiles((0, 0), [(1, 2)], 384)
-    (4, 1)
-    """
-    rows, columns = grid_of(image_size, tile_grids, tile_size)
-    return 1 + rows * columns
-
-
-def fit_inside(image_size: tuple[int, int], box_size: tuple[int, int]) -> tuple[int, int]:
-    """Largest (height, width) with the picture's aspect inside a box of (height, width) pixels, rounded up."""
-    height, width = image_size
-    box_height, box_width = box_size
-    scale_height, scale_width = box_height / height, box_width / width
-    if scale_width < scale_height:
-        return min(math.ceil(height * scale_width), box_height), box_width
-    return box_height, min(math.ceil(width * scale_height), box_width)
 
 
 class Blip3ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -113,7 +48,7 @@ class Blip3ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
         do_image_splitting: False gives the global view alone.
         do_exif_transpose: True turns every image upright as its EXIF tag says, False none, None those opened here.
         resize_backend: `pil` or `torch`.
-        max_image_pixels: larger pictures are refused.
+        max_image_pixels: larger images are refused.
     """
 
     tile_grids: list[list[int]] | None
@@ -123,25 +58,25 @@ class Blip3ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
     max_image_pixels: int | None
 
 
-class _PictureError(ValueError):
-    """What is wrong with one picture; `preprocess` says which one it is."""
+class _ImageError(ValueError):
+    """What is wrong with one image; `preprocess` says which one it is."""
 
 
 class Blip3ImageProcessor(BaseImageProcessor):
-    """Cuts pictures into a global view and tiles.
+    """Cuts images into a global view and tiles.
 
-    A picture is a path, an open file, bytes of a file, an http(s) or data URL, a base64 string, a {"bytes", "path"}
+    An image is a path, an open file, bytes of a file, an http(s) or data URL, a base64 string, a {"bytes", "path"}
     cell of `datasets`, a PIL image of any mode, or a numpy array or torch tensor, (H, W), (H, W, C) or (C, H, W) with
     1, 3 or 4 channels. Where both ends of a shape could be channels, arrays are taken as (H, W, C) and tensors as
-    (C, H, W); `input_data_format` decides otherwise. Transparent pictures are laid on white, 16-bit ones reduced to 8;
+    (C, H, W); `input_data_format` decides otherwise. Transparent images are laid on white, 16-bit ones reduced to 8;
     PIL modes I and I;16 count as 16-bit. Arrays of integers hold 0 to 255 (uint16: 0 to 65535), arrays of floats 0 to
     1, or 0 to 255 when a value reaches 2. What is opened here, that is all but PIL images, arrays and tensors, is
     turned upright as its EXIF tag says.
 
     Args:
-        size: {"height": S, "width": S}, the tile in pixels; the vision tower's `image_size`.
+        size: {"height": S, "width": S}, a view in pixels; the vision tower's `image_size`.
         tile_grids: candidate layouts, (rows, columns) in tiles; must equal the model's `config.tile_grids`.
-        do_image_splitting: False gives each picture as its global view alone and marks it by `image_sizes` (0, 0).
+        do_image_splitting: False gives each image as its global view alone and marks it by `image_sizes` (0, 0).
         resize_backend: `pil` is bit-exact with the released checkpoints' preprocessing; `torch` resizes with
             antialiased uint8 interpolation, faster and 1/255 away on under 1 % of a photograph's values (2/255 on
             noise).
@@ -151,10 +86,10 @@ class Blip3ImageProcessor(BaseImageProcessor):
         do_normalize: subtract `image_mean` and divide by `image_std`.
         image_mean: one number per channel, or one for all.
         image_std: one number per channel, or one for all.
-        do_convert_rgb: kept for transformers; pictures are always converted to RGB.
+        do_convert_rgb: kept for transformers; images are always converted to RGB.
         do_exif_transpose: turn images upright as their EXIF tag says. None turns what is opened here and leaves PIL
             images as given, as the released preprocessing does; True turns PIL images as well; False turns nothing.
-        max_image_pixels: larger pictures are refused before they are decoded (decompression bombs).
+        max_image_pixels: larger images are refused before they are decoded (decompression bombs).
 
     Raises:
         ValueError: on a misspelt argument or a value that cannot work.
@@ -195,7 +130,7 @@ class Blip3ImageProcessor(BaseImageProcessor):
         self.do_convert_rgb = do_convert_rgb
         self.do_exif_transpose = do_exif_transpose
         self.max_image_pixels = max_image_pixels
-        _check_settings(dict(vars(self)))
+        check_image_settings(vars(self))
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -210,17 +145,17 @@ class Blip3ImageProcessor(BaseImageProcessor):
         return self.size["height"]
 
     @property
-    def num_tile_slots(self) -> int:
+    def num_view_slots(self) -> int:
         """T, tiles of the largest grid and the global view: constant, so that any two batches concatenate."""
-        return 1 + max((rows * columns for rows, columns in self.tile_grids), default=0)
+        return count_view_slots(self.tile_grids)
 
     def grid_of(self, height: int, width: int, do_image_splitting: bool | None = None) -> tuple[int, int]:
-        """(rows, columns) of the tiles a picture of (height, width) pixels is cut into; (0, 0) without tiles."""
+        """(rows, columns) of the tiles an image of (height, width) pixels is cut into; (0, 0) without tiles."""
         image_size = self.image_size_for_model(height, width, do_image_splitting)
         return grid_of(image_size, self.tile_grids, self.tile_size)
 
     def image_size_for_model(self, height: int, width: int, do_image_splitting: bool | None = None) -> tuple[int, int]:
-        """The `image_sizes` row of a picture of (height, width) pixels."""
+        """The `image_sizes` row of an image of (height, width) pixels."""
         splits = self.do_image_splitting if do_image_splitting is None else do_image_splitting
         return (height, width) if splits else GLOBAL_VIEW_ONLY
 
@@ -231,12 +166,12 @@ class Blip3ImageProcessor(BaseImageProcessor):
         Other entries pass through.
 
         Raises:
-            ValueError: if an entry cannot be opened as a picture.
+            ValueError: if an entry cannot be opened as an image.
         """
         entries = _entries_of(images)
         if entries is not None:
             return [self.fetch_images(image) for image in entries]
-        if not _is_source(images):
+        if not is_source(images):
             return images
         try:
             image = _open(images)
@@ -255,13 +190,13 @@ class Blip3ImageProcessor(BaseImageProcessor):
         try:
             return self._to_rgb(opened, self._options({}))
         except Exception as error:  # decoders raise whatever a broken file makes them meet
-            raise ValueError(f"Picture 1 of 1: {_explain(error)}") from error
+            raise ValueError(f"Image 1 of 1: {_explain(error)}") from error
 
     def preprocess(self, images: Any, return_tensors: str | TensorType | None = None, **kwargs: Any) -> BatchFeature:
-        """Turn pictures into model inputs.
+        """Turn images into model inputs.
 
         Args:
-            images: one picture or a list, nested or not; read in order.
+            images: one image or a list, nested or not; read in order.
             return_tensors: "pt" for torch; "np" or None for numpy.
             **kwargs: any argument of the class except `size` and `tile_grids`, for this call; and transformers'
                 `input_data_format` and `device`.
@@ -270,25 +205,25 @@ class Blip3ImageProcessor(BaseImageProcessor):
             `pixel_values` (I, T, 3, S, S) float32 and `image_sizes` (I, 2) int64.
 
         Raises:
-            ValueError: naming the picture at fault, or an argument that cannot be honoured.
+            ValueError: naming the image at fault, or an argument that cannot be honoured.
         """
         options = self._options(kwargs)
-        pictures = _flatten(self.fetch_images(images))
-        if not pictures:
+        given = _flatten(self.fetch_images(images))
+        if not given:
             raise ValueError(
-                "images is empty but at least one picture is needed. A text-only prompt was probably given an empty "
+                "images is empty but at least one image is needed. A text-only prompt was probably given an empty "
                 "list: leave images out or pass None."
             )
-        pixel_values = torch.empty(len(pictures), self.num_tile_slots, 3, self.tile_size, self.tile_size)
-        image_sizes = torch.zeros(len(pictures), 2, dtype=torch.long)
-        for index, picture in enumerate(pictures):
+        pixel_values = torch.empty(len(given), self.num_view_slots, 3, self.tile_size, self.tile_size)
+        image_sizes = torch.zeros(len(given), 2, dtype=torch.long)
+        for index, source in enumerate(given):
             try:
-                image = self._to_rgb(picture, options)
+                image = self._to_rgb(source, options)
             except Exception as error:  # decoders raise whatever a broken file makes them meet
-                raise ValueError(f"Picture {index + 1} of {len(pictures)}: {_explain(error)}") from error
+                raise ValueError(f"Image {index + 1} of {len(given)}: {_explain(error)}") from error
             image_size = self.image_size_for_model(image.height, image.width, options["do_image_splitting"])
             image_sizes[index] = torch.tensor(image_size)
-            self._fill_tiles(pixel_values[index], image, grid_of(image_size, self.tile_grids, self.tile_size), options)
+            self._fill_views(pixel_values[index], image, grid_of(image_size, self.tile_grids, self.tile_size), options)
         return self._package(pixel_values, image_sizes, return_tensors, options)
 
     def _package(
@@ -311,7 +246,7 @@ class Blip3ImageProcessor(BaseImageProcessor):
                 if _copy(value) == options[name]:
                     continue
                 raise ValueError(
-                    f"{name} was given for one call ({value!r}) but the model counts tiles from its own configuration "
+                    f"{name} was given for one call ({value!r}) but the model counts views from its own configuration "
                     f"({options[name]!r}) and both must agree. To change it, pass {name} to from_pretrained of the "
                     "processor and the matching value to the model's configuration."
                 )
@@ -326,7 +261,7 @@ class Blip3ImageProcessor(BaseImageProcessor):
                 )
             elif name in _UNSUPPORTED and value != _UNSUPPORTED[name]:
                 logger.warning_once(f"Blip3ImageProcessor ignores {name}={value!r}: tiling fixes size and layout.")
-        _check_settings(options)
+        check_image_settings(options)
         if options["input_data_format"] not in (None, *ChannelDimension):
             raise ValueError(
                 f"input_data_format is {options['input_data_format']!r} but must be 'channels_first' or "
@@ -334,57 +269,69 @@ class Blip3ImageProcessor(BaseImageProcessor):
             )
         return options
 
-    def _to_rgb(self, picture: Any, options: dict) -> Image.Image:
-        """Decode and convert one picture to an RGB image of 8 bits per channel."""
-        if not isinstance(picture, Image.Image):
-            picture = _array_to_image(picture, options["input_data_format"])
-        if picture.width < 1 or picture.height < 1:
-            raise _PictureError(
-                f"it is {picture.height} x {picture.width} pixels (height x width) but both sides must be positive. "
-                "It was probably cropped to nothing: check the crop or drop the picture."
+    def _to_rgb(self, image: Any, options: dict) -> Image.Image:
+        """Decode and convert one image to an RGB image of 8 bits per channel."""
+        if not isinstance(image, Image.Image):
+            image = _array_to_image(image, options["input_data_format"])
+        if image.width < 1 or image.height < 1:
+            raise _ImageError(
+                f"it is {image.height} x {image.width} pixels (height x width) but both sides must be positive. "
+                "It was probably cropped to nothing: check the crop or drop the image."
             )
-        if picture.width * picture.height > options["max_image_pixels"]:
-            raise _PictureError(
-                f"it has {picture.width * picture.height} pixels but at most {options['max_image_pixels']} are "
+        if image.width * image.height > options["max_image_pixels"]:
+            raise _ImageError(
+                f"it has {image.width * image.height} pixels but at most {options['max_image_pixels']} are "
                 "decoded. It is probably a decompression bomb or a scan: downscale it, or raise max_image_pixels if "
                 "you trust it."
             )
         turns = options["do_exif_transpose"]
-        if getattr(picture, _OPENED_HERE, False) if turns is None else turns:
-            picture = _turn_upright(picture)
-        return _flatten_to_rgb(picture)
+        if getattr(image, _OPENED_HERE, False) if turns is None else turns:
+            image = _turn_upright(image)
+        return _flatten_to_rgb(image)
 
-    def _fill_tiles(
+    def _fill_views(
         self, pixel_values: torch.Tensor, image: Image.Image, grid: tuple[int, int], options: dict
     ) -> None:
-        """Write one picture's global view and (rows, columns) of tiles into its (T, 3, S, S) slots."""
-        side = self.tile_size
-        rows, columns = grid
-        num_tiles = 1 + rows * columns
+        """Write one image's global view and (rows, columns) of tiles into its (T, 3, S, S) slots."""
+        side, (rows, columns), num_views = self.tile_size, grid, count_views(grid)
+        image_size, canvas_size = (image.height, image.width), (rows * side, columns * side)
         sizes = [(side, side)]
-        if num_tiles > 1:
-            sizes.append(fit_inside((image.height, image.width), (rows * side, columns * side)))
-        resize = _resize_with_torch if options["resize_backend"] == "torch" else _resize_with_pil
+        if num_views > 1:
+            sizes.append(fit_inside(image_size, canvas_size))
+        resize = resize_with_torch if options["resize_backend"] == "torch" else resize_with_pil
         resized = resize(image, sizes, options["resample"])
         pixel_values[0] = torch.from_numpy(resized[0]).permute(2, 0, 1)
-        if num_tiles > 1:
-            (height, width), canvas = sizes[1], np.zeros((rows * side, columns * side, 3), dtype=np.uint8)
-            top, left = (canvas.shape[0] - height) // 2, (canvas.shape[1] - width) // 2
-            canvas[top : top + height, left : left + width] = resized[1]
+        if num_views > 1:
+            canvas = np.zeros((*canvas_size, 3), dtype=np.uint8)
+            (top, bottom), (left, right) = letterbox(image_size, canvas_size)
+            canvas[top:bottom, left:right] = resized[1]
             tiles = torch.from_numpy(canvas).view(rows, side, columns, side, 3).permute(0, 2, 4, 1, 3)
-            pixel_values[1:num_tiles].view(rows, columns, 3, side, side).copy_(tiles)  # (R, C, 3, S, S)
-        pixel_values[num_tiles:] = 0
-        for tile in pixel_values[:num_tiles]:  # one tile at a time stays in the processor's cache
-            self._normalize(tile, options)
+            pixel_values[1:num_views].view(rows, columns, 3, side, side).copy_(tiles)  # (R, C, 3, S, S)
+        pixel_values[num_views:] = 0
+        for view in pixel_values[:num_views]:  # one view at a time stays in the processor's cache
+            self._normalize(view, options)
 
-    def _normalize(self, tile: torch.Tensor, options: dict) -> None:
+    def _normalize(self, view: torch.Tensor, options: dict) -> None:
         """Scale 8-bit values in place, in the order of operations of the release so that every bit agrees."""
         if options["do_rescale"]:
             factor = options["rescale_factor"]
-            tile = tile.div_(255) if factor == 1 / 255 else tile.mul_(factor)
+            view = view.div_(255) if factor == 1 / 255 else view.mul_(factor)
         if options["do_normalize"]:
             mean, std = (torch.tensor(options[name]).view(-1, 1, 1) for name in ("image_mean", "image_std"))
-            tile.sub_(mean).div_(std)
+            view.sub_(mean).div_(std)
+
+    def tiles_to_images(self, pixel_values: torch.Tensor) -> list[Image.Image]:
+        """Show what the model sees: tiles and global views (N, 3, S, S) as images again, as `preprocess` made them.
+
+        Settings given to that call alone are not known here: the values are read by the processor's own.
+        """
+        values = pixel_values.detach().float().cpu()
+        if self.do_normalize:
+            mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (self.image_mean, self.image_std))
+            values = values * std + mean
+        if self.do_rescale:
+            values = values / self.rescale_factor
+        return [Image.fromarray(view.numpy()) for view in values.round().clamp(0, 255).byte().permute(0, 2, 3, 1)]
 
 
 _SETTINGS = frozenset(inspect.signature(Blip3ImageProcessor.__init__).parameters) - {"self", "kwargs"}
@@ -403,7 +350,7 @@ _PILLOW_CHOOSES_THE_ORDER = int(pillow_version.split(".")[0]) >= 13
 _RESAMPLE_MODES = {PILImageResampling.BICUBIC: "bicubic", PILImageResampling.BILINEAR: "bilinear"}
 
 
-def _resize_with_pil(image: Image.Image, sizes: Sequence[tuple[int, int]], resample: int) -> list[np.ndarray]:
+def resize_with_pil(image: Image.Image, sizes: Sequence[tuple[int, int]], resample: int) -> list[np.ndarray]:
     """Resize to each (height, width); returns (height, width, 3) uint8 each.
 
     Pillow lets other threads run meanwhile, so where torch may use several, the sizes are made side by side.
@@ -419,7 +366,7 @@ def _resize_once(image: Image.Image, size: tuple[int, int], resample: int) -> np
     return np.array(image.resize((size[1], size[0]), resample))
 
 
-def _resize_with_torch(image: Image.Image, sizes: Sequence[tuple[int, int]], resample: int) -> list[np.ndarray]:
+def resize_with_torch(image: Image.Image, sizes: Sequence[tuple[int, int]], resample: int) -> list[np.ndarray]:
     """Resize to each (height, width) with torch's antialiased 8-bit kernels; returns (height, width, 3) uint8 each."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W), channels last in memory
     return [_interpolate(pixels, size, _RESAMPLE_MODES[resample]) for size in sizes]
@@ -464,44 +411,15 @@ def list_images(images: Any) -> Any:
     return images if entries is None else [list_images(entry) for entry in entries]
 
 
-def check_not_swapped(images: Any, text: Any) -> None:
-    """Refuse images given as text and text given as images, which positional arguments in the other order do.
-
-    Raises:
-        ValueError: saying what each argument holds.
-    """
-    if images is None or text is None:
-        return
-    image, prompt = _first_entry(images), _first_entry(text)
-    is_image = isinstance(prompt, Image.Image | np.ndarray | torch.Tensor) or (
-        _is_source(prompt) and not isinstance(prompt, str)
-    )
-    if is_image or (isinstance(image, str) and "<image>" in image):
-        held = [
-            f"a str {entry[:60]!r}" if isinstance(entry, str) else f"a {type(entry).__name__}"
-            for entry in (image, prompt)
-        ]
-        raise ValueError(
-            f"images holds {held[0]} and text holds {held[1]}, but images come first and text, with one <image> each, "
-            "second. The two were probably swapped: write processor(images=..., text=...)."
-        )
-
-
 def _entries_of(images: Any) -> list | None:
     """List the entries of what holds images; None for what is one image, or nothing that could hold any."""
-    if _is_source(images) or isinstance(images, Image.Image | Mapping | Set) or not isinstance(images, Iterable):
+    if is_source(images) or isinstance(images, Image.Image | Mapping | Set) or not isinstance(images, Iterable):
         return None
     is_numeric = getattr(getattr(images, "dtype", None), "kind", "O") in "biufc" or isinstance(images, torch.Tensor)
     return None if is_numeric or getattr(images, "ndim", 1) != 1 else list(images)
 
 
-def _first_entry(images: Any) -> Any:
-    while isinstance(images, list | tuple) and images:
-        images = images[0]
-    return images
-
-
-def _is_source(image: Any) -> bool:
+def is_source(image: Any) -> bool:
     """Whether this is something to open, rather than pixels."""
     if isinstance(image, Mapping):  # an undecoded image of `datasets`
         return not image.keys().isdisjoint(("bytes", "path"))
@@ -512,7 +430,7 @@ def _open(source: Any) -> Image.Image:
     if isinstance(source, Mapping):  # either may be None
         source = source.get("bytes") or source.get("path")
         if source is None:
-            raise _PictureError("it has neither bytes nor path")
+            raise _ImageError("it has neither bytes nor path")
     if isinstance(source, str):
         return _open_text(source)
     return Image.open(io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source)
@@ -545,7 +463,7 @@ def _open_url(url: str) -> Image.Image:
     else:
         response = image_utils.requests.get(url, timeout=URL_TIMEOUT_SECONDS)
     if response.status_code != 200:
-        raise _PictureError(f"its server answered with status {response.status_code}")
+        raise _ImageError(f"its server answered with status {response.status_code}")
     return Image.open(io.BytesIO(response.content))
 
 
@@ -561,13 +479,13 @@ def _explain_unopened(source: Any, error: Exception) -> str:
         reason, advice = "it is a folder", "Its files were probably meant: name them one by one."
     elif is_path and os.path.isfile(source) and not os.path.getsize(source):
         reason, advice = "the file is empty", "It was probably cut off in a download: fetch it again or drop it."
-    elif isinstance(error, _PictureError):
+    elif isinstance(error, _ImageError):
         reason, advice = str(error), "It was probably moved or never stored: look where it comes from, or drop it."
     else:
         reason = f"{type(error).__name__}: {re.sub(r' ?<[^<>]* object at 0x[^<>]*>', '', str(error))[:200]}"
         advice = "It is probably damaged, of another type or out of reach: check that PIL.Image.open reads it."
     return (
-        f"{_name_source(source)} could not be opened as a picture ({reason}). Expected an image file, its bytes, a "
+        f"{_name_source(source)} could not be opened as an image ({reason}). Expected an image file, its bytes, a "
         f"URL or a base64 string. {advice}"
     )
 
@@ -596,9 +514,9 @@ def _turn_upright(image: Image.Image) -> Image.Image:
 
 
 def _flatten(images: Any) -> list:
-    """Flatten nested lists and (N, ...) arrays of pictures into one list."""
+    """Flatten nested lists and (N, ...) arrays of images into one list."""
     if isinstance(images, list | tuple):
-        return [picture for image in images for picture in _flatten(image)]
+        return [flat for image in images for flat in _flatten(image)]
     if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
         return list(images)
     return [images]
@@ -627,8 +545,8 @@ def _array_to_image(array: Any, input_data_format: Any, bits: int = 8) -> Image.
         array = array.detach().cpu()
         array = (array.float() if array.is_floating_point() else array).numpy()  # numpy lacks bfloat16 and float8
     if not isinstance(array, np.ndarray):
-        raise _PictureError(
-            f"it is a {type(array).__name__} but pictures are paths, bytes, URLs, PIL images, numpy arrays or torch "
+        raise _ImageError(
+            f"it is a {type(array).__name__} but images are paths, bytes, URLs, PIL images, numpy arrays or torch "
             "tensors. A list of numbers was probably passed: wrap it in np.array."
         )
     array = _channels_last(array, input_data_format, prefer_first=is_tensor)
@@ -639,12 +557,12 @@ def _array_to_image(array: Any, input_data_format: Any, bits: int = 8) -> Image.
 
 
 def _channels_last(array: np.ndarray, input_data_format: Any, prefer_first: bool) -> np.ndarray:
-    """View a picture as (H, W, C). Where both ends could be channels, tensors are taken as (C, H, W), arrays not."""
+    """View an image as (H, W, C). Where both ends could be channels, tensors are taken as (C, H, W), arrays not."""
     if array.ndim == 2:
         return array[..., None]
     if array.ndim != 3:
-        raise _PictureError(
-            f"it has {array.ndim} dimensions {array.shape} but a picture has 2, (height, width), or 3, with channels "
+        raise _ImageError(
+            f"it has {array.ndim} dimensions {array.shape} but an image has 2, (height, width), or 3, with channels "
             "first or last. It is probably one value of a batch too deep: index it or squeeze it."
         )
     first, last = array.shape[0] in (1, 3, 4), array.shape[-1] in (1, 3, 4)
@@ -653,7 +571,7 @@ def _channels_last(array: np.ndarray, input_data_format: Any, prefer_first: bool
         first, last = first and is_first, last and not is_first
     if not first and not last:
         where = "neither end is" if input_data_format is None else f"{input_data_format!r} does not find"
-        raise _PictureError(
+        raise _ImageError(
             f"it has the shape {array.shape}, where {where} a channel count of 1, 3 or 4. It is probably a stack of "
             "feature maps or multispectral: pass grey, RGB or RGBA."
         )
@@ -667,7 +585,7 @@ def _to_uint8(array: np.ndarray, bits: int) -> np.ndarray:
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
     if array.dtype.kind not in "iuf":
-        raise _PictureError(
+        raise _ImageError(
             f"its values are of type {array.dtype} (shape {array.shape}) but must be integers or floats. It was "
             "probably read as text or transformed to frequencies: pass the original pixels."
         )
@@ -676,13 +594,13 @@ def _to_uint8(array: np.ndarray, bits: int) -> np.ndarray:
     is_16_bit = not is_float and (bits == 16 or (array.dtype.kind, array.dtype.itemsize) == ("u", 2))
     limit, slack = 65535 if is_16_bit else 255, 1e-3 if is_float else 0  # arithmetic leaves floats a hair outside
     if not (low >= -slack and high <= limit + slack):  # also catches NaN
-        raise _PictureError(
+        raise _ImageError(
             f"its values run from {low:g} to {high:g} but must be within 0 to {limit}"
             f"{' or 0 to 1' if is_float else ''}, without NaN. It was probably normalised already or is not a "
-            "picture: pass the original pixels."
+            "image: pass the original pixels."
         )
     if is_float and 1 + slack < high < 2:
-        raise _PictureError(
+        raise _ImageError(
             f"its values run from {low:g} to {high:g}, where 0 to 1 and 0 to 255 cannot be told apart. It was "
             "probably scaled to 0 to 1 by a filter that overshoots: clip it to 1, or pass uint8."
         )
@@ -695,7 +613,7 @@ def _to_uint8(array: np.ndarray, bits: int) -> np.ndarray:
 
 def _explain(error: Exception) -> str:
     """The message of one of our own errors as it is; a decoder's error with what to do about it."""
-    if isinstance(error, _PictureError):
+    if isinstance(error, _ImageError):
         return str(error)
     return (
         f"it could not be decoded ({type(error).__name__}: {str(error)[:200]}). Expected a complete image file. It is "
@@ -713,64 +631,6 @@ def _copy(value: Any) -> Any:
 def _per_channel(value: Any) -> Any:
     """Spread one number over the channels."""
     return [value] * 3 if isinstance(value, int | float) else _copy(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse values that would fail later or give wrong pixels.
-
-    Raises:
-        ValueError: naming the setting at fault.
-    """
-    size, tile_grids = settings["size"], settings["tile_grids"]
-    is_square = isinstance(size, dict) and set(size) == {"height", "width"} and size["height"] == size["width"]
-    if not is_square or not _is_count(size["height"]):
-        raise ValueError(
-            f'size is {size!r} but tiles are square: expected {{"height": S, "width": S}} with S the vision '
-            "tower's image_size in pixels. A grid was probably given as size: list grids in tile_grids instead."
-        )
-    check_tile_grids(tile_grids)
-    backend, resample = settings["resize_backend"], settings["resample"]
-    if backend not in RESIZE_BACKENDS:
-        raise ValueError(
-            f"resize_backend is {backend!r} but must be 'pil' (bit-exact) or 'torch' (faster). It is probably "
-            "misspelt: use 'pil' when in doubt."
-        )
-    known = sorted(int(mode) for mode in (_RESAMPLE_MODES if backend == "torch" else PILImageResampling))
-    if resample not in known:
-        raise ValueError(
-            f"resample is {resample!r} but the {backend} backend knows {known} only, 3 being bicubic. It was probably "
-            "given by name or chosen for the other backend: pass the number, and resize_backend='pil' for all of them."
-        )
-    _check_numbers(settings)
-
-
-def _check_numbers(settings: Mapping[str, Any]) -> None:
-    for name in ("image_mean", "image_std"):
-        values = settings[name]
-        is_triple = isinstance(values, list) and len(values) == 3 and all(map(_is_number, values))
-        if not is_triple or (name == "image_std" and 0 in values):
-            raise ValueError(
-                f"{name} is {values!r} but must be three finite numbers (none 0 for image_std), one per channel. It "
-                "was probably copied from a model with other channels: use [0.5, 0.5, 0.5] for SigLIP."
-            )
-    if not _is_number(settings["rescale_factor"]):
-        raise ValueError(
-            f"rescale_factor is {settings['rescale_factor']!r} but must be a finite number. It was probably left "
-            "empty: use 1/255, or do_rescale=False to keep values from 0 to 255."
-        )
-    if not _is_count(settings["max_image_pixels"]):
-        raise ValueError(
-            f"max_image_pixels is {settings['max_image_pixels']!r} but must be a positive integer. It was probably "
-            "meant to switch the limit off: write a number larger than any picture you trust."
-        )
 
 
 def _refuse_misspelt(kwargs: dict) -> None:

@@ -2,42 +2,33 @@
 """BLIP-3 (xGen-MM, arXiv:2408.08872): vision tower -> Perceiver resampler -> language model.
 
     pixel_values (I, T, 3, S, S)                                     input_ids (B, L)
-         | drop the slots a picture does not use                          |
-    tiles (N, 3, S, S)                                                    | embed
+         | drop the slots an image does not use                           |
+    views (N, 3, S, S)                                                    | embed
          | vision_tower                                                   |
     patch tokens (N, P, D)                                                |
          | gather the visible ones, group by group                        |
     patches (V, D)                                                        |
          | resampler, Q latents a group                                   |
-    image_features, per picture (n * Q, E) -----> scatter onto <image> -> inputs_embeds (B, L, E)
+    image_features, per image (n * Q, E) -----> scatter onto <image> -> inputs_embeds (B, L, E)
                                                                           | language_model, lm_head
                                                                      logits (B, K, vocab_size)
 
-Letters: B rows, L tokens, K tokens with logits asked for, I pictures in reading order, T tile slots, N tiles that show
-something, S tile side in pixels, P = p * p patches per tile, D vision width, G groups (resampler calls), V visible
-patches of all groups, Q latents, E text width. Sizes are (height, width), grids (rows, columns).
+A view is an image's global view or one of its tiles. Letters: B rows, L tokens, K tokens with logits asked for, I
+images in reading order, T view slots, N views in use, S side of a view in pixels, P = p * p patches per view, D vision
+width, G groups (resampler calls), V visible patches of all groups, Q latents, E text width. Sizes are (height, width),
+grids (rows, columns). Which patches are visible is in tiling_blip3.py, how `generate` reads prompts in
+generation_blip3.py.
 """
 
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    DynamicCache,
-    GenerationConfig,
-    GenerationMixin,
-    PretrainedConfig,
-    PreTrainedModel,
-    StaticCache,
-)
-from transformers import __version__ as transformers_version
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import AutoModel, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -48,23 +39,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .configuration_blip3 import CACHE_NAMES, IGNORE_INDEX, Blip3Config, Blip3ResamplerConfig, expose_in_package
-from .image_processing_blip3 import count_tiles, grid_of
-
-# Values a layer of the vision tower gives at once on a CPU in float32; twenty times as many take a quarter longer.
-_CACHED_VALUES = 2**18
+from .configuration_blip3 import IGNORE_INDEX, Blip3Config, Blip3ResamplerConfig, expose_in_package
+from .generation_blip3 import CACHE_NAME, IS_TRANSFORMERS_5, Blip3GenerationMixin, one_cache, run_decoder
+from .tiling_blip3 import count_image_tokens, count_views, grid_of, visible_patches
 
 try:  # transformers 5: initialisers that leave loaded weights alone
     from transformers import initialization as init
 except ImportError:
     from torch.nn import init
-
-_IS_TRANSFORMERS_5 = int(transformers_version.split(".")[0]) >= 5
-
-_IMAGE_INPUTS = ("pixel_values", "image_sizes", "mm_encoder_outputs")
-
-# What the installed transformers calls the cache, in arguments and in outputs.
-CACHE_NAME = next(name for name in CACHE_NAMES if name in {field.name for field in fields(BaseModelOutputWithPast)})
 
 
 @dataclass
@@ -95,92 +77,7 @@ class Blip3CausalLMOutputWithPast(CausalLMOutputWithPast):
     image_outputs: BaseModelOutputWithPooling | None = None
 
 
-# -- which patches the resampler sees ---------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=4096)
-def visible_patches(
-    image_size: tuple[int, int], grid: tuple[int, int], patches_per_side: int, token_sampling: str, tile_grouping: str
-) -> tuple[torch.Tensor, ...]:
-    """List the patch tokens that show picture and not padding, group by group.
-
-    The release stitches a picture's tiles to one map, hides the rows or columns of padding, and cuts the map into
-    stripes of one tile's length each (`stripes`), which are tiles only when the grid has one column. The resampler
-    has no positions of its own, so leaving a hidden patch out equals masking it.
-
-    Args:
-        image_size: original (height, width) in pixels; (0, 0) for a picture given as its global view alone.
-        grid: (rows, columns) in tiles; (0, 0) for a global view alone.
-        patches_per_side: p, so that a tile has p * p patches.
-        token_sampling: `patch` or `fixed`, see `Blip3ResamplerConfig`.
-        tile_grouping: `stripes` or `tiles`, see `Blip3ResamplerConfig`.
-
-    Returns:
-        One tensor of indices per group into the picture's patch tokens, flattened from (1 + rows * columns, P). A
-        group may be empty: its latents then only read each other.
-    """
-    rows, columns = grid
-    patches = patches_per_side**2
-    global_view = torch.arange(patches)
-    if rows * columns == 0:
-        return (global_view,)
-    # index of the patch token at each place of the stitched map
-    tiles = torch.arange(patches, (1 + rows * columns) * patches).view(
-        rows, columns, patches_per_side, patches_per_side
-    )
-    stitched = tiles.transpose(1, 2).reshape(rows * patches_per_side, columns * patches_per_side)
-    is_visible = torch.zeros_like(stitched, dtype=torch.bool)
-    (top, bottom), (left, right) = _unpadded_region(image_size, (stitched.shape[0], stitched.shape[1]))
-    is_visible[top:bottom, left:right] = True
-    if token_sampling == "fixed":
-        return (torch.cat([global_view, stitched[is_visible]]),)
-    if tile_grouping == "tiles":
-        stitched, is_visible = (
-            each.view(rows, patches_per_side, columns, patches_per_side).transpose(1, 2)
-            for each in (stitched, is_visible)
-        )
-    groups = zip(stitched.reshape(-1, patches), is_visible.reshape(-1, patches), strict=True)
-    return (global_view, *(indices[mask] for indices, mask in groups))
-
-
-def _unpadded_region(
-    image_size: tuple[int, int], map_size: tuple[int, int]
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Rows and columns [first, last) of a letterboxed map that show picture (LLaVA's `unpad_image`)."""
-    (height, width), (map_height, map_width) = image_size, map_size
-    if width / height > map_width / map_height:
-        padding = (map_height - int(height * (map_width / width))) // 2
-        return (padding, map_height - padding), (0, map_width)
-    padding = (map_width - int(width * (map_height / height))) // 2
-    return (0, map_height), (padding, map_width - padding)
-
-
 # -- the resampler ----------------------------------------------------------------------------------------------------
-
-
-def group_rows_by_length(attention_mask: torch.Tensor) -> list[list[int]]:
-    """Group the rows of a left-padded batch by length, so that at most a quarter of a group is padding.
-
-    Args:
-        attention_mask: (B, L), 0 on padding.
-
-    Returns:
-        Rows of each group, longest first; empty if padding is not all on the left, or less than a quarter is.
-
-    >>> group_rows_by_length(torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]]))
-    [[1], [0, 2]]
-    """
-    mask = attention_mask.bool()
-    lengths = mask.sum(-1).tolist()
-    is_left_padded = bool((mask[:, 1:] | ~mask[:, :-1]).all()) and min(lengths) > 0
-    if not is_left_padded or sum(lengths) > 0.75 * mask.numel():
-        return []
-    groups: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if not groups or lengths[row] < 0.75 * lengths[groups[-1][0]]:
-            groups.append([])
-        groups[-1].append(row)
-    return groups
 
 
 def eager_attention_forward(
@@ -278,7 +175,7 @@ class Blip3PreTrainedModel(PreTrainedModel):
         parts = (module for module in self.modules() if isinstance(module, PreTrainedModel))
         wanted = {name for part in parts for name in part._no_split_modules or ()}
         present = wanted & {type(module).__name__ for module in self.modules()}
-        self._no_split_modules = present if _IS_TRANSFORMERS_5 else sorted(present)
+        self._no_split_modules = present if IS_TRANSFORMERS_5 else sorted(present)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -446,23 +343,11 @@ def _cast_to_match(hidden_states: torch.Tensor, layer: nn.Module) -> torch.Tenso
     return hidden_states.to(weight.dtype) if is_plain else hidden_states
 
 
-def _one_cache(cache: Any, past_key_values: Any) -> Any:
-    """The cache, whichever of its two names it came under."""
-    if cache is not None and past_key_values is not None:
-        raise ValueError(
-            "Both cache and past_key_values came, two names of one argument; expected one of them. A wrapper probably "
-            "added the other: pass cache (past_key_values before transformers 5.24) alone."
-        )
-    if past_key_values is None:
-        return cache
-    if CACHE_NAME == "cache":
-        message = "`past_key_values` is deprecated: transformers calls it `cache` since 5.24"
-        warnings.warn(message, FutureWarning, stacklevel=3)
-    return past_key_values
-
-
 class Blip3Model(Blip3PreTrainedModel):
     """Vision tower, resampler and decoder without the output layer."""
+
+    # Values a layer of the vision tower gives at once on a CPU in float32; twenty times as many take a quarter longer.
+    values_at_once = 2**18
 
     def __init__(self, config: Blip3Config):
         super().__init__(config)
@@ -495,31 +380,31 @@ class Blip3Model(Blip3PreTrainedModel):
     def get_image_features(
         self, pixel_values: torch.Tensor, image_sizes: torch.Tensor, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Encode pictures.
+        """Encode images.
 
         Args:
-            pixel_values: (I, T, 3, S, S), or the used tiles alone, (N, 3, S, S).
+            pixel_values: (I, T, 3, S, S), or the views in use alone, (N, 3, S, S).
             image_sizes: (I, 2) original (height, width); (0, 0) marks a global view alone.
             **kwargs: `output_hidden_states` and `output_attentions` of the vision tower.
 
         Returns:
-            `pooler_output`: one tensor (n * Q, E) per picture; `last_hidden_state`: patch tokens (N, P, D).
+            `pooler_output`: one tensor (n * Q, E) per image; `last_hidden_state`: patch tokens (N, P, D).
 
         Raises:
-            ValueError: if the tiles do not fit the sizes.
+            ValueError: if the views do not fit the sizes.
         """
         if image_sizes.ndim != 2 or image_sizes.shape[1] != 2:
             raise ValueError(
-                f"image_sizes is {tuple(image_sizes.shape)} but must be (I, 2), one (height, width) per picture. The "
+                f"image_sizes is {tuple(image_sizes.shape)} but must be (I, 2), one (height, width) per image. The "
                 "batch dimension was probably dropped or a collator stacked it: pass what the processor returns."
             )
         sizes = [tuple(size) for size in image_sizes.tolist()]
         grids = [grid_of(size, self.config.tile_grids, self.config.tile_size) for size in sizes]
-        tiles = self._used_tiles(pixel_values, [1 + rows * columns for rows, columns in grids])
+        views = self._used_views(pixel_values, [count_views(grid) for grid in grids])
         tower_kwargs = {
             name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)
         }
-        tower_outputs = self._encode_tiles(tiles, **tower_kwargs)
+        tower_outputs = self._encode_views(views, **tower_kwargs)
         patches = tower_outputs.last_hidden_state  # (N, P, D)
         return BaseModelOutputWithPooling(
             last_hidden_state=patches,
@@ -528,24 +413,24 @@ class Blip3Model(Blip3PreTrainedModel):
             attentions=tower_outputs.attentions,
         )
 
-    def _encode_tiles(self, tiles: torch.Tensor, **kwargs: bool) -> BaseModelOutputWithPooling:
+    def _encode_views(self, views: torch.Tensor, **kwargs: bool) -> BaseModelOutputWithPooling:
         """Run the vision tower on (N, 3, S, S).
 
-        In float32 a CPU infers few tiles at a time, whose activations fit its caches; bfloat16 gains nothing.
+        In float32 a CPU infers few views at a time, whose activations fit its caches; bfloat16 gains nothing.
         """
         settings, dtype = self.config.vision_config, self.vision_tower.dtype
-        is_bound_by_memory = tiles.device.type == "cpu" and dtype == torch.float32
+        is_bound_by_memory = views.device.type == "cpu" and dtype == torch.float32
         gives_more = bool(kwargs or settings.output_hidden_states or settings.output_attentions)
         if not is_bound_by_memory or gives_more or torch.is_grad_enabled() or self._is_sharded:
-            return self._without_prefix_tokens(self.vision_tower(tiles.to(dtype), return_dict=True, **kwargs))
+            return self._without_prefix_tokens(self.vision_tower(views.to(dtype), return_dict=True, **kwargs))
         num_values = self._patches_per_side**2 * settings.hidden_size
-        parts = tiles.split(max(1, _CACHED_VALUES // num_values))
-        patches = [self.vision_tower(part.to(dtype), return_dict=True).last_hidden_state for part in parts]
+        runs = views.split(max(1, self.values_at_once // num_values))
+        patches = [self.vision_tower(run.to(dtype), return_dict=True).last_hidden_state for run in runs]
         return self._without_prefix_tokens(BaseModelOutputWithPooling(last_hidden_state=torch.cat(patches)))
 
     @property
     def _patches_per_side(self) -> int:
-        """p, so that a tile has p * p patches."""
+        """p, so that a view has p * p patches."""
         settings = self.config.vision_config
         return settings.image_size // settings.patch_size
 
@@ -561,7 +446,7 @@ class Blip3Model(Blip3PreTrainedModel):
         num_prefix = tokens.shape[1] - num_patches
         if num_prefix not in (0, 1, 1 + num_registers):
             raise ValueError(
-                f"The vision tower ({self.config.vision_config.model_type}) gives {tokens.shape[1]} tokens a tile but "
+                f"The vision tower ({self.config.vision_config.model_type}) gives {tokens.shape[1]} tokens a view but "
                 f"its image_size and patch_size make {num_patches} patches: expected that many, behind at most one "
                 f"class token and {num_registers} registers. It probably merges patches or has other special tokens: "
                 "use a tower that keeps one token a patch, such as SigLIP, CLIP or DINOv2."
@@ -569,51 +454,50 @@ class Blip3Model(Blip3PreTrainedModel):
         outputs.last_hidden_state = tokens[:, num_prefix:]
         return outputs
 
-    def _used_tiles(self, pixel_values: torch.Tensor, num_tiles: list[int]) -> torch.Tensor:
-        """Drop the slots without picture: (I, T, 3, S, S) -> (N, 3, S, S)."""
+    def _used_views(self, pixel_values: torch.Tensor, num_views: list[int]) -> torch.Tensor:
+        """Drop the slots without a view: (I, T, 3, S, S) -> (N, 3, S, S)."""
         is_padded = pixel_values.ndim == 5
         fits = pixel_values.ndim >= 4 and (
-            pixel_values.shape[0] == len(num_tiles) and pixel_values.shape[1] >= max(num_tiles)
+            pixel_values.shape[0] == len(num_views) and pixel_values.shape[1] >= max(num_views)
             if is_padded
-            else pixel_values.shape[0] == sum(num_tiles)
+            else pixel_values.shape[0] == sum(num_views)
         )
         side = self.config.tile_size
         if not fits or pixel_values.shape[-3:] != (3, side, side):
             raise ValueError(
-                f"pixel_values is {tuple(pixel_values.shape)} but the {len(num_tiles)} rows of image_sizes call for "
-                f"{num_tiles} tiles of {side} x {side} pixels: expected ({len(num_tiles)}, at least "
-                f"{max(num_tiles, default=0)}, 3, {side}, {side}). The processor's tile_grids or size probably differ "
+                f"pixel_values is {tuple(pixel_values.shape)} but the {len(num_views)} rows of image_sizes call for "
+                f"{num_views} views of {side} x {side} pixels: expected ({len(num_views)}, at least "
+                f"{max(num_views, default=0)}, 3, {side}, {side}). The processor's tile_grids or size probably differ "
                 "from the model's, or image_sizes holds (width, height): load both from one folder."
             )
         if not is_padded:
             return pixel_values
-        if all(n == pixel_values.shape[1] for n in num_tiles):
+        if all(n == pixel_values.shape[1] for n in num_views):
             return pixel_values.flatten(0, 1)  # without a copy
-        return torch.cat([picture[:n] for picture, n in zip(pixel_values, num_tiles, strict=True)])
+        return torch.cat([slots[:n] for slots, n in zip(pixel_values, num_views, strict=True)])
 
     def _resample(self, patches: torch.Tensor, sizes: list, grids: list) -> tuple[torch.Tensor, ...]:
-        """Resample patch tokens (N, P, D) to one (n * Q, E) per picture."""
+        """Resample patch tokens (N, P, D) to one (n * Q, E) per image."""
         settings = self.config.resampler_config
-        groups, groups_per_picture, first_patch = [], [], 0
+        groups, groups_per_image, first_patch = [], [], 0
         for size, grid in zip(sizes, grids, strict=True):
             own = visible_patches(size, grid, self._patches_per_side, settings.token_sampling, settings.tile_grouping)
             groups += [indices + first_patch for indices in own]
-            groups_per_picture.append(len(own))
-            first_patch += (1 + grid[0] * grid[1]) * patches.shape[1]
+            groups_per_image.append(len(own))
+            first_patch += count_views(grid) * patches.shape[1]
         order = sorted(range(len(groups)), key=lambda group: len(groups[group]))  # equal lengths side by side
         lengths = [len(groups[group]) for group in order]
         runs = [(lengths.count(length), length) for length in dict.fromkeys(lengths)]
         indices = torch.cat([groups[group] for group in order]).to(patches.device)
         image_tokens = self.resampler(patches.flatten(0, 1)[indices], runs)  # (G, Q, E)
         image_tokens = image_tokens[torch.tensor(order, device=patches.device).argsort()]
-        return tuple(tokens.flatten(0, 1) for tokens in image_tokens.split(groups_per_picture))
+        return tuple(tokens.flatten(0, 1) for tokens in image_tokens.split(groups_per_image))
 
     def count_image_tokens(self, image_size: tuple[int, int]) -> int:
-        """Count the image tokens of a picture of original (height, width)."""
+        """Count the image tokens of an image of original (height, width); (0, 0) is a global view alone."""
         settings = self.config.resampler_config
-        if settings.token_sampling == "fixed":
-            return settings.num_latents
-        return settings.num_latents * count_tiles(image_size, self.config.tile_grids, self.config.tile_size)
+        grid = grid_of(image_size, self.config.tile_grids, self.config.tile_size)
+        return count_image_tokens(grid, settings.num_latents, settings.token_sampling)
 
     def find_image_tokens(self, input_ids: torch.Tensor | None, inputs_embeds: Any) -> torch.Tensor:
         """(B, L) bool, True on image tokens; found by their embedding when there are no ids."""
@@ -643,7 +527,7 @@ class Blip3Model(Blip3PreTrainedModel):
             raise ValueError(
                 f"Image features and image tokens do not match: tokens: {num_slots}, features: {num_features}. The "
                 f"prompt must hold one image token ({self.config.image_token_id}) per feature. It was probably "
-                "truncated inside a picture, or its processor has other tile_grids, num_latents or token_sampling "
+                "truncated inside an image, or its processor has other tile_grids, num_latents or token_sampling "
                 f"than the model: raise max_length (now {image_token_mask.shape[-1]}) and load both from one folder."
             )
         return image_token_mask
@@ -685,7 +569,7 @@ class Blip3Model(Blip3PreTrainedModel):
             ValueError: if the inputs contradict each other.
         """
         _check_exactly_one(input_ids, inputs_embeds)
-        cache = _one_cache(cache, past_key_values)
+        cache = one_cache(cache, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_outputs, image_features = self._image_outputs(pixel_values, image_sizes, mm_encoder_outputs), None
@@ -693,23 +577,17 @@ class Blip3Model(Blip3PreTrainedModel):
             image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features, mm_token_type_ids)
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
-        elif self._must_run_idle_vision(cache):
-            inputs_embeds = inputs_embeds + self._idle_vision(inputs_embeds)
-        if use_cache is None and self.training:
-            use_cache = False
-        for name in ("output_attentions", "output_hidden_states"):
-            if kwargs.get(name) is None:
-                kwargs[name] = bool(getattr(self.config, name)) or None
-        groups = self._rows_to_prefill_apart(attention_mask, cache, kwargs)
-        decode = partial(self._prefill_by_length, groups) if groups else self.language_model
-        outputs = decode(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=use_cache,
+        elif self._must_run_dummy_vision_pass(cache):
+            inputs_embeds = inputs_embeds + self._dummy_vision_pass(inputs_embeds)
+        outputs = run_decoder(
+            self.language_model,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            cache,
+            use_cache=False if use_cache is None and self.training else use_cache,
             return_dict=True,
-            **{CACHE_NAME: cache},
-            **kwargs,
+            **{**kwargs, **self._optional_outputs(kwargs)},
         )
         return Blip3ModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -719,6 +597,12 @@ class Blip3Model(Blip3PreTrainedModel):
             image_outputs=image_outputs,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
+
+    def _optional_outputs(self, kwargs: Any) -> dict[str, bool | None]:
+        """Which outputs beside the usual ones are asked for, by the call or else by the configuration."""
+        names = ("output_attentions", "output_hidden_states")
+        by_default = {name: bool(getattr(self.config, name)) or None for name in names}
+        return {name: by_default[name] if kwargs.get(name) is None else kwargs[name] for name in names}
 
     def _image_outputs(
         self, pixel_values: torch.Tensor | None, image_sizes: torch.Tensor | None, mm_encoder_outputs: dict | None
@@ -731,89 +615,25 @@ class Blip3Model(Blip3PreTrainedModel):
         if image_sizes is None:
             raise ValueError(
                 f"pixel_values {tuple(pixel_values.shape)} came without image_sizes, the original (height, width) of "
-                f"each of the {pixel_values.shape[0]} pictures, from which the model derives grids and padding. It "
+                f"each of the {pixel_values.shape[0]} images, from which the model derives grids and padding. It "
                 "was probably dropped by a collator: pass everything the processor returns."
             )
         return self.get_image_features(pixel_values, image_sizes, return_dict=True)
-
-    def _rows_to_prefill_apart(self, attention_mask: Any, cache: Any, kwargs: dict) -> list[list[int]]:
-        """Groups of rows of like length, if `generate` begins a batch that padding makes much larger; or none.
-
-        Text alone beside three pictures is padded to a hundred times its length. Ranks that gather weights together
-        must run alike, and a scaled rotary embedding depends on the longest row: there all rows stay together.
-        """
-        is_apart_possible = (
-            not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and type(cache) in (DynamicCache, StaticCache)
-            and cache.get_seq_length() == 0
-            and isinstance(attention_mask, torch.Tensor)
-            and attention_mask.dim() == 2
-            and not (kwargs.get("output_attentions") or kwargs.get("output_hidden_states"))
-            and not (torch.distributed.is_available() and torch.distributed.is_initialized())
-            and getattr(getattr(self.language_model, "rotary_emb", None), "rope_type", None) == "default"
-        )
-        return group_rows_by_length(attention_mask) if is_apart_possible else []
-
-    def _prefill_by_length(
-        self,
-        groups: list[list[int]],
-        inputs_embeds: torch.Tensor,
-        attention_mask: Any,
-        position_ids: torch.Tensor | None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Run the decoder over each group without the padding it does not need.
-
-        Hidden states and cache are those of one run over all rows, but for what stands under the padding.
-        """
-        cache: DynamicCache | StaticCache = kwargs.pop(CACHE_NAME)
-        kwargs.pop("cache_position", None)  # transformers 4: of the whole batch
-        if position_ids is None:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
-        hidden_states = torch.zeros_like(inputs_embeds)
-        starts, caches = [], []
-        for rows in groups:
-            start = int(attention_mask[rows].any(0).int().argmax())
-            outputs = self.language_model(
-                inputs_embeds=inputs_embeds[rows, start:],
-                attention_mask=attention_mask[rows, start:],
-                position_ids=position_ids[rows, start:],
-                **{CACHE_NAME: DynamicCache()},
-                **kwargs,
-            )
-            hidden_states[rows, start:] = outputs.last_hidden_state
-            starts.append(start)
-            caches.append(outputs[CACHE_NAME].layers)
-        positions = {
-            "cache_position": torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
-        }  # transformers 4
-        for index, layers in enumerate(zip(*caches, strict=True)):
-            keys, values = (  # ones: transformers 4 takes zeros for the end of a static cache
-                tensor.new_ones(len(inputs_embeds), tensor.shape[1], inputs_embeds.shape[1], tensor.shape[3])
-                for tensor in (layers[0].keys, layers[0].values)
-            )
-            for rows, start, layer in zip(groups, starts, layers, strict=True):
-                keys[rows, :, start:], values[rows, :, start:] = layer.keys, layer.values
-                layer.keys = layer.values = None  # or both copies of the whole cache would be held
-            cache.update(keys, values, index, positions)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
     @property
     def _is_sharded(self) -> bool:
         """Whether ranks gather weights together, module by module: FSDP2 renames the classes it shards."""
         return type(self.resampler.layers[0]).__name__.startswith("FSDP")
 
-    def _must_run_idle_vision(self, cache: Any) -> bool:
-        """Whether a batch without pictures must pass through the vision modules all the same.
+    def _must_run_dummy_vision_pass(self, cache: Any) -> bool:
+        """Whether a batch without images must pass through the vision modules all the same.
 
         In training every trainable parameter needs a gradient. Under FSDP2 a rank that skips the vision modules leaves
         the others waiting, in evaluation too.
         """
         return (self.training and torch.is_grad_enabled()) or (self._is_sharded and cache is None)
 
-    def _idle_vision(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    def _dummy_vision_pass(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """A zero that depends on every vision parameter.
 
         A frozen tower in a single process has nothing to gather and no gradient, and is left out.
@@ -830,63 +650,11 @@ class Blip3Model(Blip3PreTrainedModel):
         return (image_tokens.sum() * 0).to(inputs_embeds.device, inputs_embeds.dtype)
 
 
-# -- a cache that grows in place --------------------------------------------------------------------------------------
-
-
-class _GrowingLayer(DynamicLayer):
-    """`DynamicLayer` that writes tokens into room behind those it has, where transformers' copies all for each token.
-
-    What it has given out never changes. Whoever replaces `keys` or `values` (beams, cropping) costs one copy.
-    """
-
-    room = 64  # tokens
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take (B, H, L, C) keys and values; returns them behind all that came before."""
-        is_growing = self.is_initialized and self.keys.numel() > 0 and not getattr(self, "record_past", False)
-        if not is_growing or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return super().update(key_states, value_states, *args, **kwargs)
-        if self.is_sliding:
-            self.cumulative_length += key_states.shape[-2]
-        return self._extend("keys", key_states), self._extend("values", value_states)
-
-    def _extend(self, name: str, new: torch.Tensor) -> torch.Tensor:
-        old, num_new = getattr(self, name), new.shape[-2]
-        # all of the memory stands at the view of it that is kept, to be freed with it
-        held, end = getattr(old, "held_until", (old, old.shape[-2]))
-        is_writable = torch.is_inference_mode_enabled() or not held.is_inference()
-        if end + num_new > held.shape[-2] or not is_writable:
-            end = old.shape[-2]
-            held = old.new_empty(*old.shape[:2], end + num_new + self.room, old.shape[-1])
-            held[:, :, :end] = old
-        held[:, :, end : end + num_new] = new
-        whole = held[:, :, end - old.shape[-2] : end + num_new]
-        kept = whole[:, :, 1 - self.sliding_window :] if self.is_sliding else whole[:]
-        kept.held_until = held, end + num_new
-        setattr(self, name, kept)
-        return whole
-
-
-class _GrowingSlidingLayer(_GrowingLayer, DynamicSlidingWindowLayer):
-    """The same over the last tokens of a sliding window."""
-
-
-def grow_in_place(cache: DynamicCache) -> None:
-    """Exchange the empty layers of a cache that `generate` has made for ones that grow in place."""
-    for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[index] = _GrowingLayer()
-        elif type(layer) is DynamicSlidingWindowLayer:
-            cache.layers[index] = _GrowingSlidingLayer(layer.sliding_window)
-
-
-class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
-    """BLIP-3 with its output layer: pictures and text in, text out."""
+class Blip3ForConditionalGeneration(Blip3PreTrainedModel, Blip3GenerationMixin):
+    """BLIP-3 with its output layer: images and text in, text out."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output" if _IS_TRANSFORMERS_5 else "colwise_rep"}
+    _tp_plan = {"lm_head": "colwise_gather_output" if IS_TRANSFORMERS_5 else "colwise_rep"}
 
     def __init__(self, config: Blip3Config):
         super().__init__(config)
@@ -994,7 +762,7 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
             image_sizes=image_sizes,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=_one_cache(cache, past_key_values),
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             mm_encoder_outputs=mm_encoder_outputs,
@@ -1038,138 +806,8 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, GenerationMixin):
             kwargs["shift_labels"] = shifted.masked_fill(shifted == self.config.image_token_id, IGNORE_INDEX)
         return labels.masked_fill(is_image, IGNORE_INDEX), kwargs
 
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
-    ) -> dict:
-        """Give images to the steps whose tokens hold their places, and to no other.
 
-        Places are those of the prompt: an image token that is generated is a word like any other. The first step
-        keeps its (B, L) mask, by which rows are grouped; transformers expands it for a static cache.
-        """
-        mm_token_type_ids = kwargs.pop("mm_token_type_ids", None)
-        kwargs["inputs_embeds"] = inputs_embeds  # by its name in the signature transformers knows that it is taken
-        model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        if mm_token_type_ids is not None and any(model_inputs.get(name) is not None for name in _IMAGE_INPUTS):
-            model_inputs = self._place_images(input_ids, mm_token_type_ids, model_inputs, kwargs)
-        is_first = kwargs.get("is_first_iteration")  # transformers 5
-        if is_first is None:
-            cache_position = kwargs.get("cache_position")  # transformers 4
-            is_first = cache_position is None or cache_position[0] == 0
-        if is_first and type(kwargs.get(CACHE_NAME)) is StaticCache and kwargs.get("attention_mask") is not None:
-            model_inputs["attention_mask"] = kwargs["attention_mask"]
-        return model_inputs
-
-    def _place_images(
-        self, input_ids: torch.Tensor, mm_token_type_ids: torch.Tensor, model_inputs: dict, kwargs: dict
-    ) -> dict:
-        """Cut the places of images (B, prompt) to this step's tokens, and leave out images that have none there."""
-        inputs_embeds = kwargs.get("inputs_embeds")
-        num_tokens = input_ids.shape[1] + (0 if inputs_embeds is None else inputs_embeds.shape[1])
-        num_generated = max(num_tokens - mm_token_type_ids.shape[1], 0)
-        places = nn.functional.pad(mm_token_type_ids, (0, num_generated))
-        is_embedded = model_inputs.get("inputs_embeds") is not None
-        num_new = model_inputs["inputs_embeds" if is_embedded else "input_ids"].shape[1]
-        cached, new = places[:, :-num_new] == 1, places[:, -num_new:] == 1
-        if not new.any():
-            return {name: value for name, value in model_inputs.items() if name not in _IMAGE_INPUTS}
-        model_inputs["mm_token_type_ids"] = new.long()
-        return self._leave_out_cached_images(cached, new, model_inputs) if cached.any() else model_inputs
-
-    def _leave_out_cached_images(self, cached: torch.Tensor, new: torch.Tensor, model_inputs: dict) -> dict:
-        """Given all images of a conversation whose beginning a cache holds, keep those with places in `new` (B, L)."""
-        pictures = {name: model_inputs.get(name) for name in ("pixel_values", "image_sizes")}
-        features = (model_inputs.get("mm_encoder_outputs") or {}).get("image")
-        lengths = self._image_lengths(pictures["image_sizes"], features)
-        if sum(lengths) != int(cached.sum() + new.sum()):
-            return model_inputs  # the new images alone, or a number that forward refuses
-        slots = torch.stack([cached.sum(-1), new.sum(-1)], dim=1)  # (B, 2), read row by row
-        kept = [image for images in _deal_images(slots.flatten().tolist(), lengths)[1::2] for image in images]
-        return {**model_inputs, **_select_images(kept, pictures, features)}
-
-    def _image_lengths(self, image_sizes: Any, features: Any) -> list[int]:
-        """Count the image tokens of each image, by its features or by its size."""
-        if features is not None:
-            return [len(tokens) for tokens in features.pooler_output]
-        return [self.model.count_image_tokens(tuple(size)) for size in image_sizes.tolist()]
-
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any, **kwargs: Any
-    ) -> None:
-        """Make the cache that is asked for; the default one grows in place."""
-        given = model_kwargs.get(CACHE_NAME)
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache: Any = model_kwargs.get(CACHE_NAME)
-        if given is None and type(cache) is DynamicCache and not cache.offloading:
-            grow_in_place(cache)
-
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
-        """Penalise every generated token when generation starts from embeddings.
-
-        transformers 5 spares as many ids as the attention mask has left padding; a prompt of embeddings has no ids, so
-        it would spare generated ones.
-        """
-        if kwargs.get("input_ids_seq_length") == 0 and kwargs.get("model_kwargs"):
-            kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k != "attention_mask"}
-        return super()._get_logits_processor(*args, **kwargs)
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple:
-        """Repeat rows for beams and return sequences, and with each row its own pictures.
-
-        transformers 5 encodes the pictures first and repeats the features itself; 4.57 would repeat picture by
-        picture and so hand rows with several pictures the wrong ones.
-        """
-        features = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
-        has_images = model_kwargs.get("pixel_values") is not None or features is not None
-        if has_images and model_kwargs.get("mm_token_type_ids") is None:
-            has_ids = input_ids is not None and input_ids.shape[1] > 0
-            mask = self.model.find_image_tokens(input_ids if has_ids else None, model_kwargs.get("inputs_embeds"))
-            model_kwargs["mm_token_type_ids"] = mask.long()
-        expand = partial(
-            super()._expand_inputs_for_generation,
-            expand_size=expand_size,
-            is_encoder_decoder=is_encoder_decoder,
-            input_ids=input_ids,
-        )
-        if _IS_TRANSFORMERS_5 or expand_size == 1 or not has_images:
-            return expand(**model_kwargs)
-        pictures = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_sizes")}
-        lengths = self._image_lengths(pictures["image_sizes"], features)
-        slots = (model_kwargs["mm_token_type_ids"] == 1).sum(-1).tolist()
-        order = [image for images in _deal_images(slots, lengths) for image in images * expand_size]
-        input_ids, model_kwargs = expand(**model_kwargs)
-        return input_ids, {**model_kwargs, **_select_images(order, pictures, features)}
-
-
-def _deal_images(slots: list[int], lengths: list[int]) -> list[list[int]]:
-    """Deal images of so many tokens out, in reading order, to runs of text with so many places each.
-
-    >>> _deal_images([3, 0, 4], lengths=[1, 2, 4])
-    [[0, 1], [], [2]]
-    """
-    dealt, image = [], 0
-    for num_slots in slots:
-        first = image
-        while num_slots > 0 and image < len(lengths):
-            num_slots -= lengths[image]
-            image += 1
-        dealt.append(list(range(first, image)))
-    return dealt
-
-
-def _select_images(order: list[int], pictures: dict, features: BaseModelOutputWithPooling | None) -> dict:
-    """Model inputs of the images at these places, as features if there are any, else as pixels."""
-    if features is None:
-        return {name: tensor[order] for name, tensor in pictures.items()}
-    selected = BaseModelOutputWithPooling(pooler_output=tuple(features.pooler_output[i] for i in order))
-    return {"mm_encoder_outputs": {"image": selected}}
-
-
-expose_in_package(__name__)
+for module_name in (__name__, Blip3GenerationMixin.__module__):
+    expose_in_package(module_name)
 
 __all__ = ["Blip3ForConditionalGeneration", "Blip3Model", "Blip3PreTrainedModel"]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Text and pictures to model inputs: one `<image>` in the text becomes one run of image tokens per picture.
+r"""Text and images to model inputs: one `<image>` in the text becomes one run of image tokens per image.
 
     text    "<|user|>\n<image>\nWhat is it?<|end|>..."  ->  input_ids, attention_mask     (B, L)
-    images  [[picture], [picture, picture], []]         ->  pixel_values, image_sizes     (I, T, 3, S, S), (I, 2)
+    images  [[image], [image, image], []]               ->  pixel_values, image_sizes     (I, T, 3, S, S), (I, 2)
 
-B rows of text, L tokens, I pictures of the whole batch in reading order; the j-th `<image>` of the batch is the j-th
-picture. A picture of n tiles takes n * `num_latents` image tokens (`num_latents` under fixed sampling).
+B rows of text, L tokens, I images of the whole batch in reading order; the j-th `<image>` of the batch is the j-th
+image. How many image tokens an image takes is in tiling_blip3.py.
 """
 
 import json
@@ -16,13 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils.chat_template_utils import render_jinja_template
 
 # transformers 4.57 copies the files named here and no further: what image_processing_blip3 imports must be named too.
 from .configuration_blip3 import IGNORE_INDEX, TOKEN_SAMPLINGS, check_choice, check_positive, expose_in_package
-from .image_processing_blip3 import Blip3ImageProcessorKwargs, check_not_swapped, count_tiles, list_images
+from .image_processing_blip3 import Blip3ImageProcessorKwargs, is_source, list_images
+from .tiling_blip3 import count_image_tokens, grid_of
 
 # transformers 5 finds the parts of a processor from its arguments and expands placeholders in its own __call__.
 _IS_TRANSFORMERS_5 = hasattr(ProcessorMixin, "get_attributes")
@@ -87,7 +89,7 @@ class Blip3Processor(ProcessorMixin):
         image_processor: `Blip3ImageProcessor`.
         tokenizer: a fast tokenizer that knows `<image>`.
         num_latents: image tokens per resampler call; the model's `resampler_config.num_latents`.
-        token_sampling: `patch` (one call per tile) or `fixed` (one per picture); the model's.
+        token_sampling: `patch` (one call per view) or `fixed` (one per image); the model's.
         chat_template: Jinja template of conversations; base models have none.
 
     Raises:
@@ -123,7 +125,7 @@ class Blip3Processor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise ValueError(
-                f"The tokenizer ({len(tokenizer)} tokens) has no token {IMAGE_TOKEN!r}, which marks where a picture "
+                f"The tokenizer ({len(tokenizer)} tokens) has no token {IMAGE_TOKEN!r}, which marks where an image "
                 "goes. It is probably the plain tokenizer of the language model: load the one that convert_weights.py "
                 "wrote, or add the token."
             )
@@ -132,22 +134,22 @@ class Blip3Processor(ProcessorMixin):
     def __call__(
         self, images: Any = None, text: str | list[str] | None = None, **kwargs: Unpack[Blip3ProcessorKwargs]
     ) -> BatchFeature:
-        """Prepare prompts and their pictures.
+        """Prepare prompts and their images.
 
         Args:
-            images: one picture, a flat list in reading order, or one list per row of text (empty for rows without);
+            images: one image, a flat list in reading order, or one list per row of text (empty for rows without);
                 Columns of `datasets` and iterators count as lists. None, an empty list and a list of empty lists all
-                mean no picture; so they do for videos and audio.
-            text: one prompt or a list, with one `<image>` per picture.
+                mean no image; so they do for videos and audio.
+            text: one prompt or a list, with one `<image>` per image.
             **kwargs: `return_labels=True` adds `labels` that train on assistant turns only; `return_tensors`,
                 `padding`, `max_length`, `return_mm_token_type_ids` and any image argument as in transformers.
 
         Returns:
-            `input_ids` and `attention_mask` (B, L), with pictures `pixel_values` and `image_sizes`, on request
+            `input_ids` and `attention_mask` (B, L), with images `pixel_values` and `image_sizes`, on request
             `labels` and `mm_token_type_ids` (B, L).
 
         Raises:
-            ValueError: if pictures and `<image>` do not match row by row, or truncation cut a picture's tokens.
+            ValueError: if images and `<image>` do not match row by row, or truncation cut an image's tokens.
         """
         if not all([_is_empty(kwargs.pop(name, None)) for name in ("videos", "audio", "audios")]):
             raise ValueError(
@@ -155,7 +157,7 @@ class Blip3Processor(ProcessorMixin):
                 "another model: pass frames as images, one <image> each."
             )
         images = list_images(images)
-        check_not_swapped(images, text)
+        _check_not_swapped(images, text)
         images, text = self._check_layout(images, text)
         return_labels = kwargs.pop("return_labels", False)
         if _IS_TRANSFORMERS_5:
@@ -168,7 +170,7 @@ class Blip3Processor(ProcessorMixin):
         return inputs
 
     def _check_layout(self, images: Any, text: Any) -> tuple[Any, list[str] | None]:
-        """Normalise the two inputs and compare pictures with `<image>` row by row."""
+        """Normalise the two inputs and compare images with `<image>` row by row."""
         images = None if _is_empty(images) else images
         is_nested = isinstance(images, list | tuple) and all(isinstance(row, list | tuple) for row in images)
         counts = [len(row) for row in images] if is_nested else []
@@ -192,9 +194,9 @@ class Blip3Processor(ProcessorMixin):
             counts = [0 if images is None else self._count_flat(images)]
         if counts != slots and (is_nested or sum(counts) != sum(slots)):
             raise ValueError(
-                f"The number of {IMAGE_TOKEN} tokens in the prompts should be the same as the number of pictures in "
-                f"each row, but the prompts hold {slots} and {counts} were given. A picture was probably forgotten "
-                f"or given to another row: pass one list of pictures per prompt, one {IMAGE_TOKEN} for each."
+                f"The number of {IMAGE_TOKEN} tokens in the prompts should be the same as the number of images in "
+                f"each row, but the prompts hold {slots} and {counts} were given. An image was probably forgotten "
+                f"or given to another row: pass one list of images per prompt, one {IMAGE_TOKEN} for each."
             )
         return images, text
 
@@ -228,32 +230,30 @@ class Blip3Processor(ProcessorMixin):
         """Leave the checks to `_check_layout`: those of transformers 5 refuse grey arrays and mixed nesting."""
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
-        """Prepare pictures and the image tokens of each; transformers 5 calls this as well."""
+        """Prepare images and the image tokens of each; transformers 5 calls this as well."""
         image_inputs = self.image_processor(images, **kwargs)
-        num_pictures = len(image_inputs["image_sizes"])
-        return image_inputs, [self.replace_image_token(image_inputs, index, **kwargs) for index in range(num_pictures)]
+        num_images = len(image_inputs["image_sizes"])
+        return image_inputs, [self.replace_image_token(image_inputs, index, **kwargs) for index in range(num_images)]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        """Write out the image tokens of one picture; transformers 5 and vLLM call this per `<image>`."""
+        """Write out the image tokens of one image; transformers 5 and vLLM call this per `<image>`."""
         height, width = (int(side) for side in image_inputs["image_sizes"][image_idx])
-        return self.image_token * self._count_image_tokens((height, width))
+        return self.image_token * self.count_image_tokens((height, width))
 
-    def _count_image_tokens(self, image_size: tuple[int, int]) -> int:
-        """Count the image tokens of one `image_sizes` row."""
-        if self.token_sampling == "fixed":
-            return self.num_latents
-        processor = self.image_processor
-        return self.num_latents * count_tiles(image_size, processor.tile_grids, processor.tile_size)
+    def count_image_tokens(self, image_size: tuple[int, int]) -> int:
+        """Count the image tokens of one `image_sizes` row: (height, width), or (0, 0) for a global view alone."""
+        grid = grid_of(image_size, self.image_processor.tile_grids, self.image_processor.tile_size)
+        return count_image_tokens(grid, self.num_latents, self.token_sampling)
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
-        """Count image tokens of pictures of (height, width) pixels without reading them (vLLM, transformers)."""
+        """Count image tokens of images of (height, width) pixels without reading them (vLLM, transformers)."""
         if image_sizes is None:
             return MultiModalData()
         splits = kwargs.get("do_image_splitting")
         rows = [self.image_processor.image_size_for_model(height, width, splits) for height, width in image_sizes]
         return MultiModalData(
-            num_image_tokens=[self._count_image_tokens(row) for row in rows],
-            num_image_patches=[1] * len(rows),  # rows of pixel_values per picture
+            num_image_tokens=[self.count_image_tokens(row) for row in rows],
+            num_image_patches=[1] * len(rows),  # rows of pixel_values per image
         )
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
@@ -263,8 +263,8 @@ class Blip3Processor(ProcessorMixin):
             if wanted != kept:
                 raise ValueError(
                     f"Mismatch in `image` token count between text and `input_ids`: prompt {row} needs {wanted} image "
-                    f"tokens but {kept} are left of its {len(ids)} tokens. Truncation probably cut inside a picture: "
-                    "raise max_length, switch truncation off, or send fewer or smaller pictures."
+                    f"tokens but {kept} are left of its {len(ids)} tokens. Truncation probably cut inside an image: "
+                    "raise max_length, switch truncation off, or send fewer or smaller images."
                 )
 
     def _label_answers(self, input_ids: Any) -> Any:
@@ -371,6 +371,35 @@ class Blip3Processor(ProcessorMixin):
             shifted = [[char + gained[bisect_right(ends, char)] for char in span] for span in spans]
             masks.append([int(any(a < end and b > start for start, end in shifted)) for a, b in _to_list(offsets)])
         return masks
+
+
+def _check_not_swapped(images: Any, text: Any) -> None:
+    """Refuse images given as text and text given as images, which positional arguments in the other order do.
+
+    Raises:
+        ValueError: saying what each argument holds.
+    """
+    if images is None or text is None:
+        return
+    image, prompt = _first_entry(images), _first_entry(text)
+    is_image = isinstance(prompt, Image.Image | np.ndarray | torch.Tensor) or (
+        is_source(prompt) and not isinstance(prompt, str)
+    )
+    if is_image or (isinstance(image, str) and IMAGE_TOKEN in image):
+        held = [
+            f"a str {entry[:60]!r}" if isinstance(entry, str) else f"a {type(entry).__name__}"
+            for entry in (image, prompt)
+        ]
+        raise ValueError(
+            f"images holds {held[0]} and text holds {held[1]}, but images come first and text, with one <image> each, "
+            "second. The two were probably swapped: write processor(images=..., text=...)."
+        )
+
+
+def _first_entry(images: Any) -> Any:
+    while isinstance(images, list | tuple) and images:
+        images = images[0]
+    return images
 
 
 def _is_empty(value: Any) -> bool:

@@ -29,6 +29,8 @@ from .hub import CODE_FILES, ROOT
 
 RECIPES = ROOT / "recipes"
 SMALL_FILES = ("*.jinja", "*.json", "*.model", "*.py")
+WHOLE_BYTES = 64 * 2**20  # of a file whose fingerprint is that of all its bytes
+BLOCK_BYTES, STRIDE_BYTES = 2**16, 2**22  # of a larger one: what counts, and how far apart
 
 _FINGERPRINTED = (".jinja", ".json", ".model", ".py", ".safetensors")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -125,15 +127,30 @@ def code_folder(folder: Path) -> Path:
 def fingerprint(checkpoint: str | Path, subfolder: str = "") -> str:
     """Tell checkpoints apart by the names and the contents of their files.
 
+    A file of more than `WHOLE_BYTES`, as shards of weights are, counts by its size, its end and a block in every
+    `STRIDE_BYTES`: gigabytes need not be read before each run, and no trained module is small enough to lie between.
+
     Raises:
         FileNotFoundError: if there is no such checkpoint.
     """
     digest = hashlib.sha256()
     for path in sorted(folder_of(checkpoint, subfolder).iterdir()):
         if path.is_file() and path.suffix in _FINGERPRINTED:
-            with path.open("rb") as file:
-                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+            digest.update(path.name.encode() + _digest_of(path))
     return f"sha256:{digest.hexdigest()[:32]}"
+
+
+def _digest_of(path: Path) -> bytes:
+    """Hash a small file whole, of a large one its size and blocks spread over it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= WHOLE_BYTES:
+            return hashlib.file_digest(file, "sha256").digest()
+        digest = hashlib.sha256(f"{size} ".encode())
+        for start in (*range(0, size - BLOCK_BYTES, STRIDE_BYTES), size - BLOCK_BYTES):
+            file.seek(start)
+            digest.update(file.read(BLOCK_BYTES))
+    return digest.digest()
 
 
 # ------------------------------------------------------------------------------------------------- what may be wrong

@@ -5,12 +5,13 @@ A subcommand is imported when it is asked for, so that each needs only its own e
 """
 
 import ast
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from .refusals import did_you_mean
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -30,7 +31,7 @@ class Command:
 COMMANDS = {
     "demo": Command("demo", "ask the small model, or another, about example images or your own", "demo"),
     "convert": Command("conversion.cli", "convert released weights, and back", "demo"),
-    "page": Command("serving.app", "serve a page to talk about images in the browser", "app"),
+    "page": Command("serving.page.app", "serve a page to talk about images in the browser", "app"),
     "batch": Command("serving.batch", "ask about many images with Ray Data, resumably", "batch"),
     "memory": Command("serving.memory", "compute or measure what a checkpoint needs in memory"),
     "build": Command("world.build", "write rendered records to disk, or preview every rendered task", "data"),
@@ -67,8 +68,7 @@ def usage() -> str:
 
 def unknown(name: str) -> str:
     """Say that there is no such subcommand, and which is near."""
-    close = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f"Did you mean {close[0]!r}?" if close else "`blip3 --help` lists them."
+    hint = did_you_mean(name, COMMANDS, "`blip3 --help` lists them.")
     return f"The command is {name!r} but must be one of {', '.join(COMMANDS)}. It is probably misspelt. {hint}"
 
 

@@ -17,17 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
+from transformers import TextStreamer
 
+from .answering import Answerer, render
 from .checkpoints import folder_of, locate
 from .data.fonts import wrap
 from .data.formats import parse_boxes
 from .data.images import ImageSource
 from .data.records import Turn, to_message
 from .evaluation.metrics import box_iou
-from .hub import ROOT
+from .hub import ROOT, model_code
 
 WIDTH, MARGIN, GAP, LABEL, CARDS_IN_A_ROW = 1320, 28, 10, 26, 3
 INK, FAINT, GOOD, BAD = "#1d2430", "#7a8391", "#1f7a4d", "#b3402a"
@@ -87,12 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         wanted = folder / "base" if exchange.is_few_shot and (folder / "base").is_dir() else folder
         if wanted not in models:
             models[wanted] = load(wanted)
-        processor, model = models[wanted]
         print(f"\n{exchange.question}\n  -> ", end="", flush=True)
-        exchange.answer = ask(model, processor, exchange, args.max_new_tokens)
+        exchange.answer = ask(models[wanted], exchange, args.max_new_tokens)
         if exchange.reference:
             print(f"     ({'right' if is_right(exchange) else f'it is {exchange.reference}'})")
-    figure = render_figure(exchanges, models[folder][0])
+    figure = render_figure(exchanges, models[folder].processor)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.save(args.output)
     print(f"\nFigure: {args.output}   ({time.perf_counter() - start:.0f} s in all)")
@@ -157,26 +156,23 @@ def load_examples(model: Path) -> list[Exchange]:
     ]
 
 
-def load(folder: Path) -> tuple[Any, Any]:
-    """Load processor and model."""
-    source = locate(folder)
-    processor = AutoProcessor.from_pretrained(**source)
-    model = AutoModelForImageTextToText.from_pretrained(**source, dtype=torch.float32)
-    print(f"{folder.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters")
-    return processor, model.eval()
+def load(folder: Path) -> Answerer:
+    """Load processor and model, on a GPU if there is one."""
+    answerer = Answerer.load(folder, dtype="float32")
+    print(f"{folder.name}: {sum(p.numel() for p in answerer.model.parameters()) / 1e6:.1f} million parameters")
+    return answerer
 
 
-@torch.no_grad()
-def ask(model: Any, processor: Any, exchange: Exchange, max_new_tokens: int) -> str:
+def ask(answerer: Answerer, exchange: Exchange, max_new_tokens: int) -> str:
     """Generate and stream the answer."""
-    text = exchange.prompt
-    if not exchange.is_few_shot:
-        messages = [to_message(Turn("user", text))]
-        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    inputs = processor(text=text, images=exchange.images, return_tensors="pt").to(model.dtype)
+    processor, prompt = answerer.processor, exchange.prompt
+    continues = exchange.is_few_shot or not processor.chat_template
+    text = render(processor, prompt if continues else [to_message(Turn("user", prompt))])
+    inputs = answerer.prepare([text], [exchange.images])
+    answerer.check_context(inputs["input_ids"].shape[1], max_new_tokens)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
-    return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    (answer,) = answerer.generate(inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    return answer.text
 
 
 def is_right(exchange: Exchange) -> bool:
@@ -245,17 +241,14 @@ def render_views(exchange: Exchange, processor: Any) -> Image.Image:
 
 def views_of(image: Image.Image, image_processor: Any) -> list[Image.Image]:
     """Give the global view and the tiles as the model sees them: padded, at the tower's resolution."""
-    views = image_processor(image, return_tensors="pt")["pixel_values"][0]
-    mean, std = (
-        torch.tensor(value).view(-1, 1, 1) for value in (image_processor.image_mean, image_processor.image_std)
-    )
-    return [Image.fromarray(((v * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()) for v in views]
+    return image_processor.tiles_to_images(image_processor(image, return_tensors="pt")["pixel_values"][0])
 
 
 def count_tokens(image: Image.Image, processor: Any, rows: int, columns: int) -> str:
     """Say how many tokens the image becomes."""
-    counted = processor._get_num_multimodal_tokens(image_sizes=[(image.height, image.width)])
-    (num_tokens,), num_views = counted["num_image_tokens"], 1 + rows * columns
+    shown = processor.image_processor.image_size_for_model(image.height, image.width)
+    num_tokens = processor.count_image_tokens(shown)
+    num_views = model_code("tiling_blip3.count_views")((rows, columns))
     product = f"{num_views} x {processor.num_latents} = "
     is_product = num_tokens == num_views * processor.num_latents  # each view is resampled by itself
     return (
@@ -275,13 +268,11 @@ def outline_tiles(image: Image.Image, rows: int, columns: int) -> None:
     """Draw the tiles over the image, as far as they show it."""
     if not rows * columns:
         return
-    scale = max(image.height / rows, image.width / columns)  # side of a tile in pixels of this image
-    top, left = (image.height - rows * scale) / 2, (image.width - columns * scale) / 2
+    places = model_code("tiling_blip3.view_places")((image.height, image.width), (rows, columns), 1)
     pen = ImageDraw.Draw(image)
-    for index in range(rows * columns):
-        row, column = divmod(index, columns)
-        x, y = left + column * scale, top + row * scale
-        box = (max(0, x), max(0, y), min(image.width, x + scale) - 1, min(image.height, y + scale) - 1)
+    for index, (scale, _, x, y) in enumerate(places[1:]):
+        x, y, side = -x / scale, -y / scale, 1 / scale  # the tile in pixels of this image
+        box = (max(0, x), max(0, y), min(image.width, x + side) - 1, min(image.height, y + side) - 1)
         if box[0] <= box[2] and box[1] <= box[3]:
             pen.rectangle(box, outline=TILE_COLOURS[index % len(TILE_COLOURS)], width=4)
 

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
-CODE_FILES = ("configuration_blip3.py", "image_processing_blip3.py", "processing_blip3.py", "modeling_blip3.py")
+CODE_FILES = (
+    "configuration_blip3.py",
+    "tiling_blip3.py",
+    "image_processing_blip3.py",
+    "processing_blip3.py",
+    "generation_blip3.py",
+    "modeling_blip3.py",
+)
 ROOT = PACKAGE.parent if (PACKAGE.parent / CODE_FILES[0]).is_file() else PACKAGE / "_root"
 RELEASE = "configs/4b"  # subfolder of ROOT: the architecture of the released 4B checkpoints, without weights
 

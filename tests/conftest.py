@@ -77,6 +77,6 @@ def unfused_model(unfused_repo: Path) -> torch.nn.Module:
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small untrained model of the rendered world; tests must not change it."""
-    from training_support import make_small_model  # imports what only training needs
+    from support.training import make_small_model  # imports what only training needs
 
     return make_small_model(tmp_path_factory.mktemp("small"))

@@ -149,7 +149,7 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
     (tmp_path / "run" / "final" / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="name run/final"):
         locate("run")
-    with pytest.raises(FileNotFoundError, match=r"no modeling_blip3.py, and neither has .*copy the 4 files"):
+    with pytest.raises(FileNotFoundError, match=r"no modeling_blip3.py, and neither has .*copy the 6 files"):
         locate("run/final")
 
 
@@ -196,6 +196,34 @@ def test_why_namesakes_are_refused(namesakes):
     first, second = (vars(sys.modules[type(model).__module__]) for model in models)
     assert first is second
     assert ("OTHER" in first) == (not IS_TRANSFORMERS_5)
+
+
+# ----------------------------------------------------------------------------------------------------- fingerprints
+
+
+@pytest.mark.parametrize(("place", "is_read"), [(0, True), (30, False), (105, True), (150, False), (-1, True)])
+def test_a_fingerprint_knows_small_files_whole_and_large_ones_by_blocks(place, is_read, tmp_path, monkeypatch):
+    for name, value in {"WHOLE_BYTES": 1000, "BLOCK_BYTES": 20, "STRIDE_BYTES": 100}.items():
+        monkeypatch.setattr(checkpoints, name, value)
+    (tmp_path / "config.json").write_text("{}")
+    shard = tmp_path / "model-00001-of-00001.safetensors"
+    for size in (1000, 1001):
+        data = bytearray(size)
+        shard.write_bytes(data)
+        before = fingerprint(tmp_path)
+        data[place] = 1
+        shard.write_bytes(data)
+        assert (fingerprint(tmp_path) != before) == (is_read or size == 1000)
+    shard.write_bytes(bytes(1002))
+    assert fingerprint(tmp_path) != before
+
+
+def test_a_fingerprint_of_small_files_is_that_of_earlier_versions(tmp_path):
+    """Manifests of runs that are continued hold it."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "notes.txt").write_text("not counted")
+    assert fingerprint(tmp_path) == "sha256:a15eecc12dba289ba3ca14aad2412f73"
 
 
 # ------------------------------------------------------------------------------------------------- every command

@@ -76,7 +76,7 @@ def test_status_and_arguments_are_the_subcommands(tmp_path, capsys):
     assert (tmp_path / "a.png").is_file()
     before = list(sys.argv)
     assert cli.main(["build", "--output", str(tmp_path / "out"), "--count", "0"]) == 1
-    assert "0 records" in capsys.readouterr().err
+    assert "count is 0" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["train", "--no-such-option"])
     assert sys.argv == before

@@ -100,8 +100,7 @@ def test_many_exchanges_and_many_images_are_rendered_whole(mini_processor, rende
 
 def test_tokens_are_those_the_processor_counts(mini_processor, monkeypatch, rendered):
     """With `token_sampling: fixed` all views together become the tokens of one."""
-    counted = {"num_image_tokens": [16]}
-    monkeypatch.setattr(type(mini_processor), "_get_num_multimodal_tokens", lambda *_, **__: counted)
+    monkeypatch.setattr(mini_processor, "token_sampling", "fixed")
     render_figure([exchange(300, 300, "Q", "A")], mini_processor)
     assert "2x2tiles:16imagetokens" in check(rendered)
 

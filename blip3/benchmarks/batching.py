@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sixteen prompts at once against one after the other, and a second question about the same images."""
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..hub import model_code
 from .candidates import OURS, SQUARE, count_image_tokens
 from .clock import Candidate, Comparison, timed
 from .generation import STATIC, cache_options, time_generation
@@ -59,7 +59,7 @@ def profile_step(bench: Bench, model: Any, rows: Sequence[int]) -> dict[str, flo
     longest, like = int(lengths.max()), {"dtype": model.dtype, "device": model.device}
     shape = (len(rows), sizes.text_heads, longest, sizes.text_width // sizes.text_heads)
     cache = DynamicCache(config=model.config.text_config)
-    sys.modules[type(model).__module__].grow_in_place(cache)  # as generate does
+    model_code("generation_blip3.grow_in_place")(cache)  # as generate does
     for index in range(sizes.text_layers):
         cache.update(torch.randn(shape, **like), torch.randn(shape, **like), index)
     token = torch.randn(len(rows), 1, sizes.text_width, **like)

@@ -22,12 +22,15 @@ from transformers import (
     LlavaNextConfig,
 )
 
-from ..hub import RELEASE, ROOT
+from ..hub import RELEASE, ROOT, model_code
 from .machine import DTYPES
+
+tiling = model_code("tiling_blip3")
 
 OURS, LLAVA, IDEFICS, BARE = "ours", "LLaVA-NeXT", "Idefics3", "language model"
 SQUARE = (2, 2)  # the grid of the images measured, 5 parts with the global view; `GLOBAL` is that view alone
 GLOBAL = (0, 0)
+SAMPLING = "patch"  # of ours: a resampler call for each part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +141,7 @@ def our_config(sizes: Sizes, **changes: Any) -> Any:
         "head_dim": sizes.resampler_head_dim,
         "intermediate_size": 4 * sizes.vision_width,
         "num_latents": sizes.num_latents,
+        "token_sampling": SAMPLING,
     }
     own = AutoConfig.from_pretrained(ROOT, subfolder=RELEASE, trust_remote_code=True)
     return type(own)(
@@ -186,9 +190,9 @@ def count_image_tokens(kind: str, sizes: Sizes, grid: tuple[int, int]) -> int:
     rows, columns = grid
     side = sizes.patches_per_side
     if kind in (OURS, BARE):
-        return sizes.num_latents * (1 + rows * columns)
+        return tiling.count_image_tokens(grid, sizes.num_latents, SAMPLING)
     if kind == IDEFICS:
-        return (side // sizes.patches_per_token) ** 2 * (1 + rows * columns)
+        return (side // sizes.patches_per_token) ** 2 * tiling.count_views(grid)
     return side**2 + rows * side * (columns * side + bool(columns))  # and a newline for each row of patches
 
 
@@ -248,7 +252,7 @@ def label(inputs: Mapping[str, torch.Tensor], sizes: Sizes) -> dict[str, torch.T
 def _make_images(
     kind: str, sizes: Sizes, rows: Sequence[int], grid: tuple[int, int], generator: torch.Generator, dtype: str
 ) -> dict[str, torch.Tensor]:
-    side, num_parts = sizes.tile_size, 1 + grid[0] * grid[1]
+    side, num_parts = sizes.tile_size, tiling.count_views(grid)
     if kind == IDEFICS:  # (B, parts of the row with most images, 3, S, S); parts of zeros are padding
         pixels = torch.zeros(len(rows), max(rows) * num_parts, 3, side, side, dtype=DTYPES[dtype])
         for row, count in enumerate(rows):
@@ -261,7 +265,7 @@ def _make_images(
 
 def predict_flops(kind: str, sizes: Sizes, rows: Sequence[int], grid: tuple[int, int] = SQUARE) -> float:
     """Multiplications and additions of one forward over a padded batch, roughly: to leave out what takes too long."""
-    parts = 0 if kind == BARE else sum(rows) * (1 + grid[0] * grid[1])
+    parts = 0 if kind == BARE else sum(rows) * tiling.count_views(grid)
     patches = sizes.patches_per_side**2
     tower_layer = 4 * sizes.vision_width**2 + 2 * sizes.vision_width * sizes.vision_mlp
     tower = parts * patches * sizes.vision_layers * (2 * tower_layer + 4 * patches * sizes.vision_width)

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from ..refusals import check_positive
+
 Candidate = Callable[[], Mapping[str, float]]  # runs once and returns what it measured, by metric
 Values = dict[str, dict[str, list[float]]]  # metric -> candidate -> a value each round
 
@@ -36,12 +38,8 @@ class Effort:
 
     def __post_init__(self) -> None:
         for name in ("rounds", "seconds", "longest_run_seconds"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise ValueError(
-                    f"{name} is {value} but must be positive. It was probably meant to switch the limit off: write a "
-                    "large number."
-                )
+            advice = "It was probably meant to switch the limit off: write a large number"
+            check_positive(f"{name} is", getattr(self, name), float, advice)
 
 
 @dataclasses.dataclass

@@ -7,7 +7,6 @@ what each cannot go below are its resizes alone, to global view and tiles.
 
 import functools
 import io
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from ..hub import RELEASE, ROOT
+from ..hub import RELEASE, ROOT, model_code
 from . import HAS_TORCHVISION
 from .candidates import OURS
 from .clock import Candidate, Comparison, geometric_mean_rounds, timed
@@ -78,8 +77,8 @@ def make_processors(tile_size: int) -> tuple[dict[str, Callable[[Any], Any]], di
         PIL: lambda image: ours(image, return_tensors="pt", resize_backend="pil"),
         TORCH: lambda image: ours(image, return_tensors="pt", resize_backend="torch"),
         LLAVA_PIL: _from_bytes(_tensors_of(pil_class(**settings))),
-        PIL_RESIZES: _from_bytes(_resizes_of(ours, "_resize_with_pil")),
-        TORCH_RESIZES: _from_bytes(_resizes_of(ours, "_resize_with_torch")),
+        PIL_RESIZES: _from_bytes(_resizes_of(ours, "resize_with_pil")),
+        TORCH_RESIZES: _from_bytes(_resizes_of(ours, "resize_with_torch")),
     }
     if torchvision_class is not None:
         processors[LLAVA_TORCHVISION] = _from_bytes(_tensors_of(torchvision_class(**settings)))
@@ -105,13 +104,12 @@ def _tensors_of(processor: Any) -> Callable[[Image.Image], Any]:
 
 def _resizes_of(ours: Any, name: str) -> Callable[[Image.Image], Any]:
     """The resizes of one of our backends, and nothing around them."""
-    module = sys.modules[type(ours).__module__]
-    resize, side = getattr(module, name), ours.tile_size
+    resize, side = model_code(f"image_processing_blip3.{name}"), ours.tile_size
 
     def run(image: Image.Image) -> Any:
         image.load()  # before threads share it
         rows, columns = ours.grid_of(image.height, image.width)
-        tiles = module.fit_inside((image.height, image.width), (rows * side, columns * side))
+        tiles = model_code("tiling_blip3.fit_inside")((image.height, image.width), (rows * side, columns * side))
         return resize(image, [(side, side), tiles], ours.resample)
 
     return run

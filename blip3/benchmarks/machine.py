@@ -37,24 +37,6 @@ def describe(device: str) -> dict[str, Any]:
     return found | {"packages": {name: _version(name) for name in PACKAGES if _version(name)}}
 
 
-def pick_device(device: str) -> str:
-    """Check that the device exists.
-
-    Raises:
-        ValueError: if it does not.
-    """
-    if device == "cpu":
-        return device
-    kind = device.split(":")[0]
-    if kind != "cuda" or not torch.cuda.is_available():
-        raise ValueError(
-            f"The device is {device!r} but must be 'cpu', or 'cuda' where torch sees a GPU (it sees "
-            f"{torch.cuda.device_count()}, as {torch.__version__}). This torch is probably built for CPUs, or the "
-            "driver is missing: install a CUDA build, or leave --device out."
-        )
-    return device
-
-
 def set_threads(threads: int) -> None:
     """Give torch a number of threads.
 

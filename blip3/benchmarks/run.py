@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..answering import pick_device
 from ..hub import PACKAGE, ROOT
 from . import machine
 from .batching import measure_batching, measure_questions
@@ -120,7 +121,7 @@ def make_bench(options: argparse.Namespace) -> Bench:
     """
     given = {name: getattr(options, name) for name in QUICK_EFFORT if getattr(options, name) is not None}
     effort = Effort(**{**(QUICK_EFFORT if options.quick else {}), **given})
-    device = machine.pick_device(options.device)
+    device = pick_device(options.device)
     threads = options.threads or machine.count_cores()
     machine.set_threads(threads)
     sizes = QUICK if options.quick else QUARTER if device == "cpu" else TRUE

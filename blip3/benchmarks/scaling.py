@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from .candidates import GLOBAL, IDEFICS, LLAVA, OURS, SQUARE, prefill
+from .candidates import GLOBAL, IDEFICS, LLAVA, OURS, SQUARE, prefill, tiling
 from .clock import Candidate, Comparison, slope, summarize, timed
 from .parts import Bench
 
@@ -21,7 +21,7 @@ def measure_scaling(bench: Bench) -> list[Comparison]:
     most = 4 if bench.is_quick else 16
     images = [count for count in (1, 2, 4, 8, 16) if count <= most]
     found = _line(bench, models, dtype, "image", [([count], SQUARE, count) for count in images])
-    parts = [([1], grid, 1 + grid[0] * grid[1]) for grid in GRIDS]
+    parts = [([1], grid, tiling.count_views(grid)) for grid in GRIDS]
     found += _line(bench, models, dtype, "part", parts)
     batches = [count for count in (1, 2, 4, 8) if count <= most]
     found += _line(bench, models, dtype, "row", [([1] * count, SQUARE, count) for count in batches])

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor
 
-from ..hub import RELEASE, ROOT
+from ..hub import RELEASE, ROOT, model_code
 from .candidates import IDEFICS, LLAVA, OURS, TRUE, our_config
 from .clock import Comparison
 from .images import IMAGE_SIZES
 from .parts import Bench
+
+tiling = model_code("tiling_blip3")
 
 
 def measure_tokens(bench: Bench) -> list[Comparison]:
@@ -30,8 +32,9 @@ def measure_tokens(bench: Bench) -> list[Comparison]:
 
 
 def _count_ours(config: Any, image_processor: Any, height: int, width: int) -> int:
-    rows, columns = image_processor.grid_of(height, width)
-    return config.resampler_config.num_latents * (1 + rows * columns)
+    resampler = config.resampler_config
+    grid = image_processor.grid_of(height, width)
+    return tiling.count_image_tokens(grid, resampler.num_latents, resampler.token_sampling)
 
 
 def _count_llava(config: Any, height: int, width: int) -> int:

@@ -13,7 +13,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .configs import TEMPLATES, Checkpoint, write_text
+from ..files import write_text
+from ..hub import model_code
+from .configs import TEMPLATES, Checkpoint
 from .tensors import Views, total_bytes
 
 MARK = "Written by `convert_weights.py`"
@@ -229,15 +231,11 @@ def write_card(folder: Path, checkpoint: Checkpoint, args: argparse.Namespace, s
         size: the line about the weights.
     """
     origin, config = given_origin(checkpoint.origin, args), checkpoint.config
-    latents, views_of_image = config["resampler_config"]["num_latents"], {1 + r * c for r, c in config["tile_grids"]}
-    if config["resampler_config"]["token_sampling"] == "fixed":
-        views_of_image = {2}
-    counts = sorted({number * latents for number in views_of_image})
     body = (ORIGINAL_BODY if args.to_original else BODY).format(
         title=_title(origin),
         what=_what(origin, checkpoint),
         size=size,
-        tokens=", ".join(map(str, [*counts, f"{latents} with `do_image_splitting=False`"])),
+        tokens=_token_line(config),
         context=config["text_config"]["max_position_embeddings"],
         loading=LOADING,
         prompt=_prompt(folder),
@@ -265,6 +263,16 @@ def _header(origin: Origin) -> str:
         tags=["blip3", "xgen-mm", "vision-language", "multi-image", "custom_code"],
     )
     return data.to_yaml()
+
+
+def _token_line(config: dict[str, Any]) -> str:
+    """Say how many tokens an image takes under each grid, and as its global view alone."""
+    latents, sampling = config["resampler_config"]["num_latents"], config["resampler_config"]["token_sampling"]
+    counts = model_code("tiling_blip3.list_image_token_counts")(config["tile_grids"], latents, sampling)
+    if sampling == "fixed":
+        return str(latents)
+    with_tiles = [str(count) for count in counts if config["tile_grids"]]
+    return ", ".join([*with_tiles, f"{latents} with `do_image_splitting=False`"])
 
 
 def _title(origin: Origin) -> str:

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
+from ..files import write_json
 from . import quantized
 from .card import size_line, write_attributes, write_card
-from .configs import Checkpoint, optional_json, original_configs, read_json, write_json
+from .configs import Checkpoint, optional_json, original_configs, read_json
 from .names import EMBEDDING, FOLDED, IMAGE_TOKENS, to_ours
 from .output_folder import (
     plan_ours,

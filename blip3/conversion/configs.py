@@ -6,7 +6,6 @@ released ones. The files in configs/4b are the templates; sizes are read off the
 """
 
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,19 +64,6 @@ def read_json(path: Path) -> dict:
 def optional_json(path: Path) -> dict | None:
     """Read a JSON object, or return None when there is no such file."""
     return read_json(path) if path.is_file() else None
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write an indented JSON file and flush it to disk."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file and flush it to disk."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def template() -> dict:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+from ..refusals import list_names
+
 Pairs = tuple[tuple[str, str], ...]
 Shapes = dict[str, tuple[int, ...]]
 Weight = TypeVar("Weight")
@@ -138,12 +140,6 @@ def swap_prefix(name: str, pairs: Pairs) -> str:
 
 def _back(pairs: Pairs) -> Pairs:
     return tuple((new, old) for old, new in pairs)
-
-
-def list_names(names: Iterable[str]) -> str:
-    """Return up to eight of the names, sorted, for a message."""
-    names = sorted(names)
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def expected_shapes(config: dict) -> Shapes:

@@ -12,7 +12,9 @@ import torch
 from tqdm import tqdm
 
 from ..checkpoints import CODE_FILES
+from ..files import write_json
 from ..hub import RELEASE, ROOT, files_behind, source_of
+from ..refusals import list_names
 from .card import has_path, without_paths, write_attributes, write_card
 from .configs import (
     TEMPLATES,
@@ -21,9 +23,8 @@ from .configs import (
     read_json,
     template,
     unfused_text_config,
-    write_json,
 )
-from .names import Shapes, list_names, to_ours, to_released
+from .names import Shapes, to_ours, to_released
 from .sources import open_reader
 from .tensors import (
     View,
@@ -165,10 +166,11 @@ def verify_bits(folder: Path, views: Views) -> None:
         ValueError: on a difference.
     """
     written = views_of(open_reader(folder))
-    if differing := set(written) ^ set(views):
+    if set(written) != set(views):
         raise ValueError(
-            f"{folder} holds {len(written)} tensors and {len(views)} were planned ({list_names(differing)} "
-            "differ). The disk is probably failing: convert again onto another one."
+            f"{folder} holds {len(written)} tensors and {len(views)} were planned "
+            f"({list_names(set(written) ^ set(views))} differ). The disk is probably failing: "
+            "convert again onto another one."
         )
     with progress_bar(total_bytes(views), "verify") as progress:
         for name, view in views.items():

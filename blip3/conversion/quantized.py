@@ -13,8 +13,9 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .configs import Checkpoint, read_json, write_json
-from .names import list_names
+from ..files import write_json, write_text
+from ..refusals import list_names
+from .configs import Checkpoint, read_json
 from .replace import sha256_of
 
 REQUIREMENTS = {
@@ -91,7 +92,7 @@ def add_requirements(folder: Path, method: str) -> None:
             "made with another library: quantize as docs/serving.md does, or copy the files by hand."
         )
     path = folder / "requirements.txt"
-    path.write_text(path.read_text(encoding="utf-8") + "\n".join(REQUIREMENTS[method]) + "\n", encoding="utf-8")
+    write_text(path, path.read_text(encoding="utf-8") + "\n".join(REQUIREMENTS[method]) + "\n")
 
 
 def describe(config: dict) -> str | None:

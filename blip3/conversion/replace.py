@@ -16,8 +16,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from .configs import optional_json, write_text
-from .names import list_names
+from ..files import sync_folder, write_text
+from ..refusals import list_names
+from .configs import optional_json
 from .tensors import progress_bar
 
 MANIFEST = "SHA256SUMS"  # in the format of `sha256sum -c`
@@ -170,11 +171,11 @@ def replacing(output: Path) -> Iterator[Path]:
         write_manifest(partial)
         if is_our_output(output):
             _keep_added_files(output, partial)
-        _fsync_folder(partial)
+        sync_folder(partial)
         if output.exists():
             output.rename(old)
         partial.rename(output)
-        _fsync_folder(output.absolute().parent)
+        sync_folder(output.absolute().parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         if old.exists() and not output.exists():
@@ -205,9 +206,3 @@ def _keep_added_files(output: Path, partial: Path) -> None:
 def _siblings(output: Path) -> tuple[Path, Path]:
     output = output.absolute()
     return output.with_name(f".{output.name}.partial"), output.with_name(f".{output.name}.old")
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..refusals import list_names
 from .card import card_origin, parts_origin, released_origin
 from .configs import (
     RELEASED_TEXT,
@@ -49,7 +50,6 @@ from .names import (
     TOWER,
     check_shapes,
     expected_shapes,
-    list_names,
     swap_prefix,
     to_ours,
     to_released,
@@ -106,8 +106,8 @@ def _open_index(index_path: Path) -> Reader:
     missing = [name for name in shards if not (index_path.parent / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{index_path} names {len(shards)} shards and {len(missing)} of them are not there: {list_names(missing)}. "
-            "The download probably stopped early: download the missing files."
+            f"{index_path} names {len(shards)} shards and {len(missing)} of them are not there: "
+            f"{list_names(missing)}. The download probably stopped early: download the missing files."
         )
     reader = SafetensorsReader([index_path.parent / name for name in shards])
     for what, names in (("lack", set(weight_map) - set(reader.specs)), ("add", set(reader.specs) - set(weight_map))):

@@ -11,7 +11,6 @@ both only rearrange such ranges, so a conversion is planned from headers alone a
 
 import json
 import math
-import os
 import sys
 import zlib
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..files import writing
 from .names import DEAD_ROWS, FOLDED, POOLING_HEAD, projection_widths
 
 CHUNK_BYTES = 32 * 2**20
@@ -404,13 +404,11 @@ def write_safetensors(path: Path, views: Views, progress: tqdm, **metadata: str)
         offset = ends[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with writing(path) as unfinished, unfinished.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             for chunk in chunks(views[name]):
                 file.write(chunk.data)
                 progress.update(chunk.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
         if file.tell() != 8 + len(text) + offset:
             raise RuntimeError(f"{path}: wrote {file.tell()} bytes instead of {8 + len(text) + offset}")

@@ -11,8 +11,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from .configs import Checkpoint, optional_json, write_json, write_text
-from .names import IMAGE_TOKENS, list_names
+from ..files import write_json, write_text
+from ..refusals import list_names
+from .configs import Checkpoint, optional_json
+from .names import IMAGE_TOKENS
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # What `save_pretrained` adds to tokenizer_config.json: said already in other files, or known to one line only.

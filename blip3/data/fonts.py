@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import ImageFont
 
+from ..refusals import check_choice
+
 FACES = {
     "Aileron": ("", ""),  # inside Pillow
     "Caladea": ("font_caladea", "Caladea-Regular.ttf"),
@@ -33,11 +35,8 @@ def load_font(face: str, points: int) -> ImageFont.FreeTypeFont:
         ValueError: for an unknown face.
         ImportError: if its package is not installed.
     """
-    if face not in FACES:
-        raise ValueError(
-            f"The font is {face!r} but must be one of {', '.join(FACES)}. The record was probably written by a later "
-            "version: update, or build the records again."
-        )
+    cause = "It is probably misspelt, or the record was written by a later version: then update"
+    check_choice("The font is", face, FACES, cause)
     package, file = FACES[face]
     if not package:
         font = ImageFont.load_default(points)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from ..images import turn_upright, turns_upright
 from .canvas import Drawing
 
 
@@ -23,16 +24,6 @@ class RecordError(ValueError):
         """File and line, or the record's id."""
         self.field = name
         """Path of the field inside the record, such as `turns[1].role`."""
-
-
-def turn_upright(image: Image.Image) -> Image.Image:
-    """Turn an image that was just opened as its EXIF tag says, in place; returns it."""
-    image.load()
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # damaged tags; Pillow writes them anew after it has turned the pixels
-        image.info.pop("exif", None)
-    return image
 
 
 def _explain_undecoded(source: io.BytesIO | Path, error: Exception) -> str:
@@ -119,5 +110,5 @@ def open_images(images: Iterable[ImageSource], processor: Any) -> list[Image.Ima
         FileNotFoundError: if a file is missing.
         ValueError: if a file is no image.
     """
-    upright = processor.image_processor.do_exif_transpose is not False
+    upright = turns_upright(processor)
     return [image.open(upright=upright) for image in images]

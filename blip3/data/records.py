@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..files import write_json_lines
 from .canvas import Drawing
 from .images import ImageSource, RecordError
 
@@ -282,14 +283,7 @@ def read_jsonl(path: str | Path) -> Iterator[Record]:
 
 def write_jsonl(records: Iterable[Record], path: str | Path) -> int:
     """Write records as JSON lines and return how many; the file appears complete or not at all."""
-    path, count = Path(path), 0
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as lines:
-        for record in records:
-            lines.write(json.dumps(record.to_json(), ensure_ascii=False) + "\n")
-            count += 1
-    unfinished.replace(path)
-    return count
+    return write_json_lines(path, (record.to_json() for record in records))
 
 
 # ------------------------------------------------------------------------------------------------ conversions

@@ -1,24 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint that answers questions in batches: left-padded, greedy."""
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import BatchFeature
 
-from ..checkpoints import locate
+from ..answering import Answerer, count_tokens, render
 from ..data.images import open_images
 from .tasks import Question
 
 STOPS = ("<|end|>", "<|endofchunk|>")
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
-class Answerer(Protocol):
-    """What is scored."""
+class Respondent(Protocol):
+    """What is asked and scored."""
 
     def length(self, question: Question) -> int:
         """Give about how many tokens the prompt takes, to batch questions of similar length."""
@@ -28,7 +25,7 @@ class Answerer(Protocol):
 
 
 class Checkpoint:
-    """A checkpoint as an `Answerer`.
+    """A checkpoint as a `Respondent`.
 
     Args:
         folder: a converted or trained checkpoint, or `owner/name` on the Hub.
@@ -36,11 +33,12 @@ class Checkpoint:
         base_resolution: show each image as its global view alone; False shows it as the checkpoint's image processor
             does by default, which for a checkpoint trained so is the global view alone as well.
         max_new_tokens: of one answer.
-        dtype: one of `DTYPES`; `auto` takes the checkpoint's.
-        device: such as `cpu` or `cuda`; `auto` takes a GPU where there is one.
+        dtype: one of `answering.DTYPES`; `auto` takes the checkpoint's.
+        device: as `answering.pick_device` takes it.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
+        ValueError: if the device is not there.
     """
 
     def __init__(
@@ -53,10 +51,8 @@ class Checkpoint:
         dtype: str = "auto",
         device: str = "auto",
     ):
-        source = locate(folder, subfolder)
-        self.processor = AutoProcessor.from_pretrained(**source)
-        model = AutoModelForImageTextToText.from_pretrained(**source, dtype=dtype)
-        self.model = model.to(pick_device(device)).eval()
+        self.answerer = Answerer.load(folder, subfolder, dtype=dtype, device=device)
+        self.processor, self.model = self.answerer.processor, self.answerer.model
         self.base_resolution, self.max_new_tokens = base_resolution, max_new_tokens
         self.stop_ids = self._find_stops()
 
@@ -68,9 +64,7 @@ class Checkpoint:
     def length(self, question: Question) -> int:
         """Count the tokens of the prompt and of its images, without painting them."""
         sizes = [image.drawing.size for image in question.images if image.drawing is not None]
-        counted = self.processor._get_num_multimodal_tokens(image_sizes=sizes, **self.image_options)
-        num_tokens = len(self.processor.tokenizer(self.render(question))["input_ids"])  # with one `<image>` an image
-        return num_tokens - len(sizes) + sum(counted["num_image_tokens"])
+        return count_tokens(self.processor, self.render(question), sizes, **self.image_options)
 
     def render(self, question: Question) -> str:
         """Write the prompt of a question, with `<image>` where images stand.
@@ -78,43 +72,30 @@ class Checkpoint:
         Raises:
             ValueError: for messages without a chat template.
         """
-        if isinstance(question.prompt, str):
-            return question.prompt
-        if not self.processor.chat_template:
+        if not isinstance(question.prompt, str) and not self.processor.chat_template:
             raise ValueError(
                 f"The question {question.id} is a conversation but the processor has no chat template. The checkpoint "
                 "is probably a base model: score it with --task rule caption, or score its fine-tuned successor."
             )
-        return self.processor.apply_chat_template(list(question.prompt), add_generation_prompt=True, tokenize=False)
+        return render(self.processor, question.prompt)
 
-    def prepare(self, questions: Sequence[Question]) -> Any:
+    def prepare(self, questions: Sequence[Question]) -> BatchFeature:
         """Give the model inputs of a batch: `input_ids` (B, L), padded on the left, and its images."""
+        texts = [self.render(question) for question in questions]
         images = [open_images(question.images, self.processor) for question in questions]
-        return self.processor(
-            images=images,
-            text=[self.render(question) for question in questions],
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            **self.image_options,
-        )
+        return self.answerer.prepare(texts, images, **self.image_options)
 
-    @torch.inference_mode()
     def answer(self, questions: Sequence[Question]) -> list[str]:
         """Answer a batch, up to the first stop."""
-        inputs = self.prepare(questions).to(self.model.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        ids = self.model.generate(
-            **inputs,
+        answers = self.answerer.generate_rows(
+            [self.prepare([question]) for question in questions],
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             num_beams=1,
             eos_token_id=self.stop_ids,
             pad_token_id=self.processor.tokenizer.pad_token_id,
         )
-        new = ids[:, inputs["input_ids"].shape[1] :].tolist()
-        kept = [list(itertools.takewhile(lambda token: token not in self.stop_ids, row)) for row in new]
-        return [text.strip() for text in self.processor.batch_decode(kept, skip_special_tokens=True)]
+        return [answer.text for answer in answers]
 
     def _find_stops(self) -> list[int]:
         """Ids that end an answer: the markers the tokenizer knows, and the checkpoint's own."""
@@ -123,8 +104,3 @@ class Checkpoint:
         ids = [vocabulary[marker] for marker in STOPS if marker in vocabulary]
         ids += own if isinstance(own, list) else [own] if own is not None else []
         return sorted({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
-
-
-def pick_device(device: str) -> str:
-    """Give the device itself, for `auto` a GPU where there is one."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

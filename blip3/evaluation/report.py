@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run leaves: results.json, table.md, plot.png and samples.md."""
 
-import json
 import re
 import textwrap
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import write_json, write_text
 from .metrics import bootstrap_interval, commonest_share, mean_and_interval
 from .tables_and_plots import markdown_table, new_figure
 from .tasks import TASKS, Question, Scores
@@ -137,9 +137,9 @@ def write_report(results: Sequence[Result], folder: Path, about: Numbers) -> Non
     """
     summaries, differences = [summarise(result) for result in results], compare(results)
     values = {**about, "results": summaries, "differences": differences}
-    (folder / "results.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "table.md").write_text(_table(results, summaries, differences, about), encoding="utf-8")
-    (folder / "samples.md").write_text(_samples(results), encoding="utf-8")
+    write_json(folder / "results.json", values)
+    write_text(folder / "table.md", _table(results, summaries, differences, about))
+    write_text(folder / "samples.md", _samples(results))
     make_plot(results, summaries).savefig(folder / "plot.png", dpi=150)
 
 

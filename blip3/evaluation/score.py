@@ -14,7 +14,6 @@ Run the same command again after an interruption. More tasks and more models may
 import argparse
 import dataclasses
 import json
-import os
 import platform
 import re
 import sys
@@ -25,9 +24,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..answering import DTYPES, pick_device
 from ..checkpoints import fingerprint
+from ..files import UNFINISHED, JsonLines, read_json_lines, to_json, write_json, write_json_lines
+from ..jobs.output import check_settings
+from ..refusals import check_choice, check_positive
 from ..world.settings import WorldSettings, load_settings
-from .answer import DTYPES, Answerer, Checkpoint, pick_device
+from .answer import Checkpoint, Respondent
 from .report import Result, write_report
 from .tasks import SPLIT, TASKS, Question, make_questions
 
@@ -67,19 +70,14 @@ class ScoreSettings:
 
     def __post_init__(self) -> None:
         for name in ("count", "batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)} but must be at least 1. It was probably meant to mean 'all': "
-                    "write a number."
-                )
+            check_positive(f"{name} is", getattr(self, name))
         if "caption" in self.tasks and self.count < 2:
             raise ValueError(
                 "1 caption was asked for but CIDEr counts rare words over several. A trial run was probably meant: "
                 "ask for 2, or name other tasks."
             )
         for task in self.tasks:
-            if task not in TASKS:
-                raise ValueError(f"The task is {task!r} but must be one of {', '.join(TASKS)}. Correct it.")
+            check_choice("The task is", task, TASKS)
         if "rule" in self.tasks and not all(0 <= shots <= self.world.num_shots for shots in self.shots):
             raise ValueError(
                 f"Shots {list(self.shots)} were asked for but this world draws {self.world.num_shots} of them. "
@@ -101,7 +99,7 @@ class ScoreSettings:
         return jobs
 
 
-def load_checkpoint(settings: ScoreSettings, name: str) -> Answerer:
+def load_checkpoint(settings: ScoreSettings, name: str) -> Respondent:
     """Load one of the models."""
     return Checkpoint(
         settings.models[name],
@@ -113,7 +111,7 @@ def load_checkpoint(settings: ScoreSettings, name: str) -> Answerer:
     )
 
 
-def score(settings: ScoreSettings, load: Callable[[ScoreSettings, str], Answerer] = load_checkpoint) -> list[Result]:
+def score(settings: ScoreSettings, load: Callable[[ScoreSettings, str], Respondent] = load_checkpoint) -> list[Result]:
     """Ask every model everything that has no answer yet, and write the report.
 
     Args:
@@ -132,123 +130,74 @@ def score(settings: ScoreSettings, load: Callable[[ScoreSettings, str], Answerer
     rendered: dict[Job, list[Question]] = {}
     results = []
     for name in settings.models:
-        answerer: Answerer | None = None
+        respondent: Respondent | None = None
         for task, num_shots in settings.jobs:
             if (task, num_shots) not in rendered:
                 rendered[task, num_shots] = make_questions(
                     task, settings.count, settings.seed, settings.world, num_shots
                 )
             questions, job = rendered[task, num_shots], _job_name(task, num_shots)
-            file = AnswerFile(settings.output / "predictions" / name / f"{job}.jsonl", questions)
-            if not file.is_complete:
-                answerer = answerer or load(settings, name)
-                _ask(answerer, file, settings.batch_size, f"{name}: {job}")
-            answers = file.read()
+            path = settings.output / "predictions" / name / f"{job}.jsonl"
+            if not path.is_file():
+                respondent = respondent or load(settings, name)
+                _ask(respondent, path, questions, settings.batch_size, f"{name}: {job}")
+            answers = read_answers(path, questions)
             scores = TASKS[task].score(questions, answers)
             results.append(Result(name, task, num_shots, questions, answers, scores))
     write_report(results, settings.output, about)
     return results
 
 
-def _ask(answerer: Answerer, file: "AnswerFile", batch_size: int, description: str) -> None:
-    """Ask what is left, batches of similar length, the longest first so that memory runs out early or never."""
-    questions = sorted(file.questions, key=lambda question: (-answerer.length(question), question.id))
-    batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
-    done = file.read_unfinished()
-    with tqdm(total=len(questions), desc=description, unit="question", disable=None) as bar:
-        for batch in batches:
-            # A batch counts as a whole: asked in other company, a question could get another answer by rounding.
-            if not all(question.id in done for question in batch):
-                file.append(batch, answerer.answer(batch))
-            bar.update(len(batch))
-    file.finish()
-
-
 def _job_name(task: str, num_shots: int | None) -> str:
     return task if num_shots is None else f"{task}-{num_shots}-shots"
 
 
-class AnswerFile:
-    """The answers of one model to one task: appended batch by batch, then put in order.
+_REMEDY = "delete the file, its questions are then asked again"
 
-    Args:
-        path: of the complete file; the unfinished one lies beside it.
-        questions: all of them, in order.
+
+def _ask(respondent: Respondent, path: Path, questions: Sequence[Question], batch_size: int, description: str) -> None:
+    """Ask what is left, batches of similar length, the longest first so that memory runs out early or never.
+
+    Answers are appended to the unfinished file beside `path`, and put in order at the end.
     """
-
-    def __init__(self, path: Path, questions: Sequence[Question]):
-        self.path, self.questions = path, questions
-        self.unfinished = path.with_name(f"{path.name}.unfinished")
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every question has its answer."""
-        return self.path.is_file()
-
-    def read(self) -> list[str]:
-        """Give the answers of a complete file, in the order of the questions.
-
-        Raises:
-            ValueError: if the file is of other questions.
-        """
-        lines = _parse(self.path, self.path.read_bytes())
-        found = [(line["id"], line["question"], line["truth"]) for line in lines]
-        wanted = [(question.id, question.text, question.reference) for question in self.questions]
-        if found != wanted:
-            row = next((row for row, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]), None)
-            place = f"line {row + 1}" if row is not None else f"{len(found)} lines for {len(wanted)} questions"
-            raise ValueError(
-                f"{self.path} does not answer the questions of this run ({place}). The world or the file was probably "
-                "changed since: delete the file to ask again, or name another output."
-            )
-        return [line["answer"] for line in lines]
-
-    def read_unfinished(self) -> dict[str, str]:
-        """Give the answers so far by question id, and cut off a line that an interruption left half written."""
-        if not self.unfinished.is_file():
-            return {}
-        data = self.unfinished.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            os.truncate(self.unfinished, len(whole))
-        return {line["id"]: line["answer"] for line in _parse(self.unfinished, whole)}
-
-    def append(self, questions: Sequence[Question], answers: Sequence[str]) -> None:
-        """Write the answers of a batch to the disk."""
-        lines = [
-            json.dumps({"id": question.id, "answer": answer}, ensure_ascii=False)
-            for question, answer in zip(questions, answers, strict=True)
-        ]
-        with self.unfinished.open("ab") as file:
-            file.write("".join(f"{line}\n" for line in lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-    def finish(self) -> None:
-        """Write the complete file, which appears whole or not at all, and drop the unfinished one."""
-        answers = self.read_unfinished()
-        draft = self.path.with_name(f"{self.path.name}.draft")
-        with draft.open("w", encoding="utf-8") as file:
-            for question in self.questions:
-                line = {"id": question.id, "question": question.text, "truth": question.reference}
-                file.write(json.dumps(line | {"answer": answers[question.id]}, ensure_ascii=False) + "\n")
-        draft.replace(self.path)
-        self.unfinished.unlink()
+    by_length = sorted(questions, key=lambda question: (-respondent.length(question), question.id))
+    batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
+    with JsonLines(path.with_name(f"{path.name}{UNFINISHED}"), ("id", "answer"), "an answer", _REMEDY) as lines:
+        answers: dict[str, str] = {line["id"]: line["answer"] for line in lines}
+        with tqdm(total=len(questions), desc=description, unit="question", disable=None) as bar:
+            for batch in batches:
+                # A batch counts as a whole: asked in other company, a question could get another answer by rounding.
+                if not all(question.id in answers for question in batch):
+                    new = dict(zip([question.id for question in batch], respondent.answer(batch), strict=True))
+                    lines.append(to_json({"id": name, "answer": answer}) for name, answer in new.items())
+                    answers |= new
+                bar.update(len(batch))
+        write_json_lines(path, (_line(question) | {"answer": answers[question.id]} for question in questions))
+        lines.remove()
 
 
-def _parse(path: Path, data: bytes) -> list[dict[str, str]]:
-    """Read JSON lines; only a line feed ends a line."""
-    lines = []
-    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(
-                f"Line {number} of {path} is {line[:40]!r} but an answer as JSON is expected ({error}). The file was "
-                "probably edited or damaged: delete it, its questions are then asked again."
-            ) from error
-    return lines
+def _line(question: Question) -> dict[str, str]:
+    """What stands beside each answer of a complete file."""
+    return {"id": question.id, "question": question.text, "truth": question.reference}
+
+
+def read_answers(path: Path, questions: Sequence[Question]) -> list[str]:
+    """Give the answers of a complete file, in the order of the questions.
+
+    Raises:
+        ValueError: if the file is of other questions.
+    """
+    lines = list(read_json_lines(path, ("id", "question", "truth", "answer"), "an answer", _REMEDY))
+    found = [{name: line[name] for name in ("id", "question", "truth")} for line in lines]
+    wanted = list(map(_line, questions))
+    if found != wanted:
+        row = next((row for row, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]), None)
+        place = f"line {row + 1}" if row is not None else f"{len(found)} lines for {len(wanted)} questions"
+        raise ValueError(
+            f"{path} does not answer the questions of this run ({place}). The world or the file was probably "
+            "changed since: delete the file to ask again, or name another output."
+        )
+    return [line["answer"] for line in lines]
 
 
 def _check_request(settings: ScoreSettings) -> dict[str, Any]:
@@ -278,29 +227,17 @@ def _check_request(settings: ScoreSettings) -> dict[str, Any]:
     if path.is_file():
         there = json.loads(path.read_text(encoding="utf-8"))
         ours = {"settings": compared, "models": models}
-        for part, values in ours.items():
-            known = there[part]
-            different = [name for name in values if name in known and known[name] != values[name]]
-            if different:
-                name = different[0]
-                raise ValueError(
-                    f"{settings.output} holds answers with {part} {name} = {_short(known[name])}, but this run has "
-                    f"{_short(values[name])}. Answers of two kinds would be mixed: repeat the first command to "
-                    "continue it, or name another output."
-                )
+        for section, values in ours.items():
+            shared = {name: value for name, value in values.items() if name in there[section]}
+            check_settings(settings.output, there[section], shared, "answers", section)
         models = there["models"] | models
-    path.write_text(json.dumps({"settings": compared, "models": models}, indent=2) + "\n", encoding="utf-8")
+    write_json(path, {"settings": compared, "models": models})
     packages = ("numpy", "pillow", "tokenizers", "torch", "transformers")
     return {
         "settings": compared | {"tasks": list(settings.tasks), "shots": list(settings.shots)},
         "models": {name: {"folder": str(settings.models[name]), **models[name]} for name in settings.models},
         "made_with": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 # --------------------------------------------------------------------------------------------------- command line

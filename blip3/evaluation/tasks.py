@@ -14,6 +14,7 @@ from typing import Any
 from ..data.formats import parse_boxes
 from ..data.images import ImageSource
 from ..data.records import IMAGE_TOKEN, Record, to_few_shot_prompt, to_messages
+from ..refusals import check_choice
 from ..world.settings import WorldSettings
 from ..world.tasks import rendered_records
 from .metrics import anls, box_iou, cider, exact_match
@@ -84,10 +85,7 @@ def make_questions(
     Raises:
         ValueError: for an unknown task or more shots than the settings draw.
     """
-    if name not in TASKS:
-        raise ValueError(
-            f"The task is {name!r} but must be one of {', '.join(TASKS)}. It is probably misspelt: correct it."
-        )
+    check_choice("The task is", name, TASKS)
     return [_question(name, record, num_shots) for record in rendered_records(name, SPLIT, seed, count, settings)]
 
 

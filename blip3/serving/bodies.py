@@ -8,7 +8,7 @@
     {"inputs": [any of these, ...]}                           one forward for all, at most `max_prompts`
     {"inputs": ..., "parameters": {...}}                      see PARAMETERS
 
-Images stay as they were named; `images.py` opens them.
+Images stay as they were named; `fetch.py` opens them.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ from typing import Any
 
 from PIL import Image
 
-from .images import check_limits, shorten
+from ..answering import IMAGE_TOKEN
+from .limits import check_limits, shorten
 
-IMAGE_TOKEN = "<image>"
 ROLES = ("system", "user", "assistant")
 Source = str | Image.Image
 

@@ -28,7 +28,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ..checkpoints import code_folder, folder_of, locate
-from ..hub import RELEASE, ROOT
+from ..hub import RELEASE, ROOT, model_code
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.5}
 SCALE_BYTES, NF4_BLOCK = 4, 64
@@ -60,10 +60,7 @@ if not num_tokens:
     sys.exit()
 side = 2 * processor.tile_size
 pixels = processor(Image.new("RGB", (side, side), "teal"), return_tensors="pt").to(model.dtype)
-num_latents = model.config.resampler_config.num_latents
-rows, columns = processor.grid_of(side, side)
-num_calls = 1 if model.config.resampler_config.token_sampling == "fixed" else 1 + rows * columns
-num_read = num_latents * num_calls
+num_read = model.model.count_image_tokens(tuple(pixels["image_sizes"][0].tolist()))
 ids = torch.full((1, num_read), model.config.image_token_id)
 ids = model.generate(ids, **pixels, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False)
 done.set()
@@ -121,15 +118,14 @@ def needs_of(config: Any) -> Needs:
     linear = [parameter for name, parameter in parameters.items() if is_text_linear(name, parameter)]
     text, resampler = config.text_config, config.resampler_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    groups = {1 + rows * columns for rows, columns in config.tile_grids} or {1}
-    if resampler.token_sampling == "fixed":
-        groups = {1}
+    list_counts = model_code("tiling_blip3.list_image_token_counts")
+    counts = list_counts(config.tile_grids, resampler.num_latents, resampler.token_sampling)
     return Needs(
         num_parameters=sum(parameter.numel() for parameter in parameters.values()),
         num_text=sum(parameter.numel() for parameter in linear),
         num_text_rows=sum(len(parameter) for parameter in linear),
         values_per_token=2 * text.num_hidden_layers * text.num_key_value_heads * head_dim,
-        image_tokens=(min(groups) * resampler.num_latents, max(groups) * resampler.num_latents),
+        image_tokens=(counts[0], counts[-1]),
         context=text.max_position_embeddings,
     )
 
@@ -170,7 +166,8 @@ def write_zeros(source: str | Path, output: Path) -> None:
     Raises:
         FileExistsError: if it exists.
     """
-    located, folder = (find(source, only_small_files=True) for find in (locate, folder_of))
+    located = locate(source, only_small_files=True)
+    folder = folder_of(source, only_small_files=True)
     output.mkdir(parents=True)
     for file in folder.iterdir():
         if file.suffix in (".json", ".jinja") and "index" not in file.name:
@@ -185,9 +182,9 @@ def write_zeros(source: str | Path, output: Path) -> None:
         header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with (output / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
+    with (output / "model.safetensors").open("wb") as weights:
+        weights.write(struct.pack("<Q", len(text)) + text)
+        weights.truncate(8 + len(text) + end)
 
 
 def measure(folder: str | Path, dtype: str, num_tokens: int = 16) -> dict[str, list[int]]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..answering import pick_device
 from ..checkpoints import locate
 from .encode import Collator, Encoder
 from .mixture import Mixture
@@ -46,8 +47,7 @@ def measure(recipe: Recipe, num_batches: int) -> dict[str, dict[str, float]]:
     source = locate(recipe.model)
     processor = AutoProcessor.from_pretrained(**source)
     model = AutoModelForImageTextToText.from_pretrained(**source, dtype=torch.float32)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model.to(device).train()
+    model.to(pick_device()).train()
     freeze(model, recipe)
     encoder = Encoder(
         processor, recipe.max_length, recipe.any_resolution, recipe.learn_end_of_chunk, recipe.learn_questions

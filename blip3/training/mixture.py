@@ -24,9 +24,9 @@ from torch.utils.data import Dataset
 
 from ..data import readers
 from ..data.records import Record, read_jsonl
+from ..refusals import check_choice, check_keys, check_positive
 from ..world.settings import WorldSettings, settings_from
 from ..world.tasks import TASKS, rendered_record
-from .recipe import check_keys
 
 READERS: dict[str, Callable[..., Iterator[Record]]] = {
     "captions": readers.read_captions,
@@ -94,11 +94,8 @@ def check_entry(entry: dict[str, Any], index: int) -> float:
         )
     check_keys(place, entry, [kinds[0], *KINDS[kinds[0]]])
     weight = entry.get("weight", 1)
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < float("inf"):
-        raise ValueError(
-            f"{place} has the weight {weight!r} but it must be a positive number. A source that is not wanted was "
-            "probably given 0: remove its line."
-        )
+    unwanted = "A source that is not wanted was probably given 0: remove its line"
+    check_positive(f"{place} has the weight", weight, float, unwanted)
     return float(weight)
 
 
@@ -120,11 +117,7 @@ def _open_source(
 
 def _rendered_source(task: str, seed: int, settings: WorldSettings, split: str, share: tuple[int, int]) -> Source:
     """Sample a task; `share` (k, n) takes every n-th of its series from k on: n entries of a task never coincide."""
-    if task not in TASKS:
-        raise ValueError(
-            f"The mixture names the task {task!r} but the rendered world has only {', '.join(TASKS)}. It is probably "
-            "misspelt: correct it."
-        )
+    check_choice("The mixture names the task", task, TASKS)
     first, step = share
     return lambda index: rendered_record(task, split, seed, first + step * index, settings)
 
@@ -148,12 +141,9 @@ def _listed(records: list[Record], seed: int, place: str) -> Source:
 def _streamed(entry: dict[str, Any]) -> Source:
     """Read shards in their order, again from the start after the last; asking for an earlier record reopens them."""
     name = entry.get("reader")
-    if name not in READERS:
-        raise ValueError(
-            f"The mixture streams {entry['stream']!r} with the reader {name!r} but it must be one of "
-            f"{', '.join(READERS)}. It is probably missing or misspelt: add reader: ocr, for example."
-        )
-    read, options = READERS[name], entry.get("options", {})
+    missing = "It is probably missing or misspelt: add reader: ocr, for example"
+    check_choice(f"The mixture streams {entry['stream']!r} with the reader", name, READERS, missing)
+    read, options = READERS[str(name)], entry.get("options", {})
     options = options | ({"image_folder": entry["images"]} if "images" in entry else {})
     check_keys(f"options of {entry['stream']}", options, list(inspect.signature(read).parameters)[1:])
     return _Stream(lambda: read(readers.stream_rows(entry["stream"]), **options), str(entry["stream"])).get

@@ -3,8 +3,6 @@
 
 import argparse
 import contextlib
-import difflib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,6 +11,8 @@ from typing import Any, TypeVar
 import yaml
 
 from ..data.yaml_files import read_yaml
+from ..files import write_text
+from ..refusals import check_choice, check_keys, check_positive
 
 MODULES = ("vision_tower", "resampler", "language_model")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -71,17 +71,9 @@ class RunRecipe:
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "accumulation", "log_every", "save_every"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(
-                    f"The recipe has {name} {getattr(self, name)!r} but it must be a positive integer. It was "
-                    "probably left empty, or written as text or with a point: write it as a plain number."
-                )
+            check_positive(f"The recipe has {name}", getattr(self, name))
         for name, choices in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"The recipe has {name} {getattr(self, name)!r} but it must be one of {', '.join(choices)}. It is "
-                    "probably misspelt: correct it."
-                )
+            check_choice(f"The recipe has {name}", getattr(self, name), choices)
         for each in fields(self):
             value = getattr(self, each.name)
             if each.type is float and not isinstance(value, int | float):
@@ -136,11 +128,7 @@ class Recipe(RunRecipe):
                 "The recipe has no mixture, so there is nothing to train on. The key was probably left out: list "
                 "sources, for example `- {rendered: count, weight: 1}`."
             )
-        if not isinstance(self.max_length, int) or self.max_length < 1:
-            raise ValueError(
-                f"The recipe has max_length {self.max_length!r} but it must be a positive integer, in tokens. It was "
-                "probably left empty: write it as a plain number."
-            )
+        check_positive("The recipe has max_length", self.max_length)
         streams = [entry["stream"] for entry in self.mixture if "stream" in entry]
         if self.group_by_length and streams:
             raise ValueError(
@@ -271,22 +259,6 @@ def _is_required(each: Any) -> bool:
     return each.default is MISSING and each.default_factory is MISSING
 
 
-def check_keys(place: str, values: dict[str, Any], known: Sequence[str]) -> None:
-    """Refuse keys that are not known, with a suggestion.
-
-    Raises:
-        ValueError: naming the first.
-    """
-    for key in values:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else f"Known keys: {', '.join(known)}."
-            raise ValueError(
-                f"{place} has the unknown key {key!r} (value {values[key]!r}); the run would go on as if it were not "
-                f"there. It is probably misspelt. {hint}"
-            )
-
-
 def save_recipe(recipe: RunRecipe, path: str | Path) -> None:
     """Write the resolved recipe, every default included, as YAML that `load_recipe` reads.
 
@@ -295,6 +267,4 @@ def save_recipe(recipe: RunRecipe, path: str | Path) -> None:
     path = Path(path)
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    unfinished.replace(path)
+    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from .. import images
 from ..checkpoints import locate
 from ..data.images import ImageSource
 from ..data.records import Record
@@ -38,7 +39,6 @@ from .trainer import (
 
 WINDOW = 64  # batches within which samples are sorted by length
 MAX_TOO_LONG = 100  # samples in a row
-ORIENTATION, SIDEWAYS = ExifTags.Base.Orientation, (5, 6, 7, 8)  # swap height and width; Pillow turns TIFF by itself
 
 logger = logging.getLogger(__name__)
 
@@ -132,14 +132,14 @@ class Samples(Dataset):
         """Guess a sample's length from its record and the sizes of its images, which are not decoded."""
         record, processor = self.mixture[index], self.encoder.processor
         length = sum(len(turn.text) for turn in record.turns) // 4
-        upright = processor.image_processor.do_exif_transpose is not False
+        upright = images.turns_upright(processor)
         for image in record.images:
             try:
                 size = size_of(image, upright)
             except (OSError, ValueError) as error:
                 raise self._name_record(index, record, error) from error
             shown = processor.image_processor.image_size_for_model(*size, self.encoder.any_resolution)
-            length += processor._count_image_tokens(shown)
+            length += processor.count_image_tokens(shown)
         return length
 
     def _name_record(self, index: int, record: Record, error: Exception) -> SampleError:
@@ -152,8 +152,7 @@ def size_of(image: ImageSource, upright: bool = True) -> tuple[int, int]:
         return image.drawing.size
     try:
         with Image.open(io.BytesIO(image.data) if image.data else image.path or "") as opened:
-            is_turned = upright and opened.format != "TIFF" and opened.getexif().get(ORIENTATION) in SIDEWAYS
-            return (opened.width, opened.height) if is_turned else (opened.height, opened.width)
+            return images.size_of(opened, upright)
     except Exception:  # decoders raise whatever a broken file makes them meet
         width, height = image.open(upright=upright).size  # says what is wrong
         return height, width

@@ -27,6 +27,8 @@ from tqdm.auto import tqdm
 from ..data.fonts import load_font, shorten, wrap
 from ..data.images import ImageSource
 from ..data.records import IMAGE_TOKEN, Record, write_jsonl
+from ..files import write_text, writing
+from ..refusals import check_positive
 from .settings import WorldSettings
 from .splits import SPLITS
 from .tasks import TASKS, rendered_records
@@ -63,10 +65,12 @@ def build(
     Raises:
         ValueError: if the folder holds records of another request, or parquet was asked for with drawings.
     """
-    if count < 1 or shard_size < 1 or (format == "parquet" and images == "drawing"):
+    check_positive("count is", count)
+    check_positive("shard_size is", shard_size)
+    if format == "parquet" and images == "drawing":
         raise ValueError(
-            f"{count} records in shards of {shard_size}, format {format}, images {images} were asked for, but "
-            "both numbers must be at least 1 and parquet holds png or webp. An option is probably wrong: correct it."
+            f"The format {format} with images {images} was asked for, but parquet holds png or webp. The images were "
+            "probably meant for jsonl: ask for that format, or for png."
         )
     output, settings = Path(output), settings or WorldSettings()
     output.mkdir(parents=True, exist_ok=True)
@@ -94,7 +98,7 @@ def _check_request(output: Path, request: dict[str, Any]) -> None:
             "shard size, kind of images and settings. An option was probably changed: write to another folder, or "
             "delete this one."
         )
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def _is_complete(shard: Path, size: int) -> bool:
@@ -168,9 +172,8 @@ def _write_parquet(records: Iterator[Record], shard: Path, encoding: str) -> Non
                 "truth": json.dumps(record.annotations),
             }
         )
-    unfinished = shard.with_name(f"{shard.name}.unfinished")
-    Dataset.from_list(rows, features=features).to_parquet(str(unfinished))
-    unfinished.replace(shard)
+    with writing(shard) as unfinished:
+        Dataset.from_list(rows, features=features).to_parquet(str(unfinished))
 
 
 # ------------------------------------------------------------------------------------------------------ the sheet

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What may be rendered and how large, and the words the rendered world is made of."""
 
-import difflib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from ..data.fonts import FACES
 from ..data.things import THINGS
 from ..data.yaml_files import read_yaml
+from ..refusals import check_keys
 
 COLOURS = {
     "red": (217, 38, 38),
@@ -167,14 +167,7 @@ def settings_from(values: dict[str, Any], place: str = "world") -> WorldSettings
         ValueError: for an unknown field or a value that `WorldSettings` refuses.
     """
     known = [field.name for field in fields(WorldSettings)]
-    for name in values:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else f"Known fields: {', '.join(known)}."
-            raise ValueError(
-                f"{place} has the field {name!r} but the rendered world has no such setting; it would render as if "
-                f"the line were not there. It is probably misspelt. {hint}"
-            )
+    check_keys(place, values, known, "field")
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }

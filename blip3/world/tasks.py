@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..data.records import Record
+from ..refusals import check_choice
 from . import alignment, documents, scenes, sequences, text_pages
 from .settings import WorldSettings
 from .splits import SPLITS
@@ -76,10 +77,7 @@ def rendered_record(
         ValueError: for an unknown task or split or a negative number.
     """
     for name, value, known in (("task", task, TASKS), ("split", split, SPLITS)):
-        if value not in known:
-            raise ValueError(
-                f"The {name} is {value!r} but must be one of {', '.join(known)}. It is probably misspelt: correct it."
-            )
+        check_choice(f"The {name} is", value, known)
     if min(seed, index) < 0:
         raise ValueError(
             f"The seed is {seed} and the index {index} but neither may be negative. A difference was probably passed: "

@@ -13,8 +13,8 @@ from transformers import AutoModelForImageTextToText
 
 from blip3.conversion import card
 from blip3.conversion.card import RELEASES, released_origin
-from conversion_support import refused
 from support import ROOT, convert, render_image
+from support.conversion import refused
 
 INTERLEAVE = "xgen-mm-phi3-mini-instruct-interleave-r-v1.5"
 

@@ -10,10 +10,9 @@ import textwrap
 import pytest
 
 from blip3.conversion import cli as convert_weights
-from conversion_support import refused, write_sparse_release
 from support import ROOT, convert, needs_reference
+from support.conversion import refused, write_sparse_release
 
-pytest_plugins = ["conversion_fixtures"]
 pytestmark = needs_reference
 
 

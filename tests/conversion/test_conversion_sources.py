@@ -20,7 +20,9 @@ from blip3.conversion.output_folder import model_shapes, plan_ours
 from blip3.conversion.sources import released_views
 from blip3.conversion.tensors import fold, shapes_of
 from blip3.conversion.tokenizer_files import added_token
-from conversion_support import (
+from support import RELEASE as RELEASED
+from support import convert, needs_reference
+from support.conversion import (
     REFERENCE,
     RELEASE,
     TINY,
@@ -33,10 +35,7 @@ from conversion_support import (
     tensors_of,
     write_release,
 )
-from support import RELEASE as RELEASED
-from support import convert, needs_reference
 
-pytest_plugins = ["conversion_fixtures"]
 pytestmark = needs_reference
 
 

@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from blip3.conversion.tensors import InitialisedReader, chunks
-from conversion_support import TINY_VISION, refused, tensors_of, write_release, write_sparse_release
 from support import ROOT, convert, needs_reference
+from support.conversion import TINY_VISION, refused, tensors_of, write_release, write_sparse_release
 
-pytest_plugins = ["conversion_fixtures"]
 pytestmark = needs_reference
 
 

@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from blip3.conversion.names import FOLDED, IMAGE_TOKENS
-from conversion_support import REFERENCE, RELEASE, TINY, TINY_VISION, load_safely, refused, same_bits, tensors_of
 from support import ROOT, convert, needs_reference
+from support.conversion import REFERENCE, RELEASE, TINY, TINY_VISION, load_safely, refused, same_bits, tensors_of
 
-pytest_plugins = ["conversion_fixtures"]
 pytestmark = needs_reference
 
 

@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from blip3.conversion.output_folder import CODE_FILES, ENDPOINT_FILES
-from conversion_support import refused, tensors_of
-from serving_support import SMALL_MODEL, complete_folder
 from support import convert
+from support.conversion import refused, tensors_of
+from support.serving import SMALL_MODEL, complete_folder
 
 ANSWER = """
 import json, sys

@@ -14,10 +14,9 @@ import torch
 from blip3.conversion import cli as convert_weights
 from blip3.conversion.names import FOLDED, to_ours, to_released
 from blip3.conversion.output_folder import CODE_FILES, ENDPOINT_FILES
-from conversion_support import REFERENCE, TINY, TINY_VISION, refused, same_bits, tensors_of
 from support import ROOT, convert, needs_reference
+from support.conversion import REFERENCE, TINY, TINY_VISION, refused, same_bits, tensors_of
 
-pytest_plugins = ["conversion_fixtures"]
 pytestmark = needs_reference
 
 

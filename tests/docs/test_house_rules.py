@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
+from blip3.hub import CODE_FILES
 from support import ROOT
 
-MODEL_FILES = ["configuration_blip3.py", "image_processing_blip3.py", "modeling_blip3.py", "processing_blip3.py"]
 TRACKED = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
 PYTHON = [name for name in TRACKED if name.endswith(".py")]
 SOURCES = [name for name in PYTHON if not name.startswith("tests/")]
@@ -53,12 +53,22 @@ def test_functions_are_short_and_flat(name):
             assert code_lines(function) <= 60, f"{name}: {function.name} has {code_lines(function)} lines"
 
 
+@pytest.mark.parametrize("name", CODE_FILES)
+def test_the_model_reads_easily(name):
+    for function in functions(parse(name)):
+        assert depth(function) <= 3, f"{name}: {function.name} nests {depth(function)} deep"
+    classes = {node.name: node for node in parse(name).body if isinstance(node, ast.ClassDef)}
+    for forward in (each for each in functions(classes.get("Blip3Model", ast.Pass())) if each.name == "forward"):
+        assert code_lines(forward) <= 35
+        assert depth(forward) <= 1
+
+
 @pytest.mark.parametrize("name", PYTHON)
 def test_every_file_names_its_licence_first(name):
     assert (ROOT / name).read_text(encoding="utf-8").startswith("# SPDX-License-Identifier: Apache-2.0\n")
 
 
-@pytest.mark.parametrize("name", MODEL_FILES)
+@pytest.mark.parametrize("name", CODE_FILES)
 def test_model_files_import_only_what_the_loader_allows(name):
     allowed = {"torch", "transformers", "numpy", "PIL"} | set(sys.stdlib_module_names)
     for node in ast.walk(parse(name)):
@@ -74,7 +84,7 @@ def test_model_files_import_only_what_the_loader_allows(name):
         assert {module.split(".")[0] for module in modules} <= allowed, f"{name} line {node.lineno}"
 
 
-@pytest.mark.parametrize("name", MODEL_FILES)
+@pytest.mark.parametrize("name", CODE_FILES)
 def test_model_files_name_every_file_they_need(name):
     """Transformers 4.57 copies the files a module imports itself, and not what those import in turn."""
 
@@ -86,7 +96,7 @@ def test_model_files_name_every_file_they_need(name):
     assert all(imported(needed) <= direct for needed in direct)
 
 
-@pytest.mark.parametrize("name", MODEL_FILES)
+@pytest.mark.parametrize("name", CODE_FILES)
 def test_model_files_do_not_print_or_assert(name):
     for node in ast.walk(parse(name)):
         assert not isinstance(node, ast.Assert), f"{name} line {node.lineno}"
@@ -95,7 +105,7 @@ def test_model_files_do_not_print_or_assert(name):
 
 
 def test_public_functions_of_the_model_files_have_docstrings_and_types():
-    for name in MODEL_FILES:
+    for name in CODE_FILES:
         for function in functions(parse(name)):
             if function.name.startswith("_"):
                 continue

@@ -21,9 +21,10 @@ from packaging.requirements import Requirement
 from transformers import AutoConfig
 
 from blip3.conversion import card
+from blip3.hub import files_behind
 from blip3.serving import memory
 from blip3.serving.bodies import DEFAULT_NEW_TOKENS, PARAMETERS, SAMPLING, RequestLimits, parse_body
-from blip3.serving.images import ImageLimits
+from blip3.serving.limits import ImageLimits, variable_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHING = (ROOT / "docs" / "publishing.md").read_text(encoding="utf-8")
@@ -47,7 +48,7 @@ def variables_table() -> str:
             plain = (
                 ",".join(map(str, value)) if isinstance(value, tuple) else str(int(value) if value is True else value)
             )
-            rows.append(f"| `{prefix}{field.name.upper()}` | `{plain}` | {meanings[field.name].rstrip('.')} |")
+            rows.append(f"| `{variable_of(field, prefix)}` | `{plain}` | {meanings[field.name].rstrip('.')} |")
     return "\n".join(rows)
 
 
@@ -195,13 +196,17 @@ def test_both_versions_have_a_command_to_create():
 
 def test_the_files_of_the_space_are_copied(tmp_path, tiny_repo):
     (line,) = re.findall(r"^mkdir space .*$", PUBLISHING, flags=re.MULTILINE)
-    (tmp_path / "serving").symlink_to(ROOT / "blip3" / "serving")
-    (tmp_path / "checkpoints.py").symlink_to(ROOT / "checkpoints.py")
-    (tmp_path / "blip3-4b").symlink_to(ROOT)
+    (tmp_path / "blip3").symlink_to(ROOT / "blip3")
+    (tmp_path / "blip3-4b").symlink_to(tiny_repo)
     subprocess.run(line, shell=True, check=True, cwd=tmp_path)
     named = re.findall(r"^\| `([\w./]+)`", (tmp_path / "space" / "README.md").read_text(), flags=re.MULTILINE)
-    assert named == ["README.md", "app.py", "checkpoints.py", "requirements.txt", "mini/"]
-    assert all((tmp_path / "space" / name).exists() for name in named)
+    assert {"README.md", "app.py", "requirements.txt"} < set(named)
+    _, *imported = files_behind("blip3/serving/space/app.py")
+    for name in (*named, *imported, "config.json"):
+        assert (tmp_path / "space" / name).exists(), name
+    for name in ("README.md", "app.py", "requirements.txt"):
+        written = (tmp_path / "space" / name).read_text(encoding="utf-8")
+        assert written == (ROOT / "blip3" / "serving" / "space" / name).read_text(encoding="utf-8"), name
 
 
 # -- Pinned revisions -------------------------------------------------------------------------------------------------
@@ -210,7 +215,7 @@ def test_the_files_of_the_space_are_copied(tmp_path, tiny_repo):
 def hub_calls() -> list[tuple[str, str]]:
     """Calls and commands that load from the Hub: its id is a literal, or the name `repository`."""
     texts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
-    texts |= {str(path): path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "README.md")}
+    texts |= {str(path): path.read_text(encoding="utf-8") for path in (ROOT / "README.md",)}
     texts["the card"] = card.LOADING
     calls = []
     for name, text in texts.items():

@@ -40,8 +40,8 @@ def test_the_make_targets_and_extras_named_exist():
     ("command", "name"),
     [
         (["-m", "blip3.serving.memory"], "blip3.serving.memory"),
-        (["tests/run_soak.py"], "soak"),
-        (["tests/environments/run_backends.py"], "backends"),
+        (["tests/run.py", "soak"], "soak"),
+        (["tests/run.py", "backends"], "backends"),
     ],
 )
 def test_scripts_named_run(command, name):

@@ -16,8 +16,9 @@ from blip3.evaluation import score as score_module
 from blip3.evaluation.answer import Checkpoint
 from blip3.evaluation.metrics import wilson_interval
 from blip3.evaluation.report import Result, make_plot, summarise
-from blip3.evaluation.score import AnswerFile, ScoreSettings, main, parse_arguments, parse_models, score
+from blip3.evaluation.score import ScoreSettings, main, parse_arguments, parse_models, score
 from blip3.evaluation.tasks import TASKS, Question, is_refusal, make_questions
+from blip3.files import JsonLines
 from blip3.world.settings import WorldSettings
 from blip3.world.tasks import TASKS as RENDERED
 from support import ROOT
@@ -413,13 +414,38 @@ def test_answers_to_other_questions_are_refused(settings):
         run(settings, oracle())
 
 
-def test_answers_of_any_characters_survive(tmp_path):
-    questions = make_questions("read", 3, 0, WORLD)
-    file = AnswerFile(tmp_path / "read.jsonl", questions)
+def test_answers_of_any_characters_survive(settings):
     answers = ["a\u2028b\x85c", 'line\nfeed\r"quoted"', "\ufffd"]
-    file.append(questions, answers)
-    file.finish()
-    assert file.read() == answers
+    replies = dict(zip([f"read-held_out-0-{index}" for index in range(3)], answers, strict=True))
+    stub = Stub(lambda question: replies[question.id])
+    assert run(change(settings, count=3), stub)["read"].answers == answers
+
+
+def test_files_of_a_former_version_are_continued(settings):
+    """An unfinished file and a request, byte for byte as they were written before files had a room of their own."""
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, Stub(lambda question: question.reference, batches_to_live=1))
+    folder = settings.output / "predictions" / "stub"
+    request = json.loads((settings.output / "request.json").read_text())
+    (settings.output / "request.json").write_text(json.dumps(request, indent=2) + "\n", encoding="utf-8")
+    lines = [json.loads(line) for line in (folder / "read.jsonl.unfinished").read_bytes().splitlines()]
+    former = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    assert (folder / "read.jsonl.unfinished").read_bytes() == former
+    second = oracle()
+    result = run(settings, second)["read"]
+    assert result.main == [1] * 10
+    assert [len(batch) for batch in second.asked] == [4, 2]
+    expected = [
+        {"id": q.id, "question": q.text, "truth": q.reference, "answer": q.reference} for q in result.questions
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in expected)
+    assert (folder / "read.jsonl").read_text(encoding="utf-8") == text
+
+
+def test_two_runs_do_not_write_one_file(settings):
+    unfinished = settings.output / "predictions" / "stub" / "read.jsonl.unfinished"
+    with JsonLines(unfinished), pytest.raises(ValueError, match="another process"):
+        run(settings, oracle())
 
 
 # ------------------------------------------------------------------------------------------------------ the report

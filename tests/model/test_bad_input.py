@@ -24,10 +24,11 @@ TWELVE_TILE_GRIDS = model_code("configuration_blip3.TWELVE_TILE_GRIDS")
 Blip3Config = model_code("configuration_blip3.Blip3Config")
 Blip3ResamplerConfig = model_code("configuration_blip3.Blip3ResamplerConfig")
 Blip3ImageProcessor = model_code("image_processing_blip3.Blip3ImageProcessor")
-choose_grid = model_code("image_processing_blip3.choose_grid")
-count_tiles = model_code("image_processing_blip3.count_tiles")
 Blip3ForConditionalGeneration = model_code("modeling_blip3.Blip3ForConditionalGeneration")
 Blip3Processor = model_code("processing_blip3.Blip3Processor")
+choose_grid = model_code("tiling_blip3.choose_grid")
+count_views = model_code("tiling_blip3.count_views")
+grid_of = model_code("tiling_blip3.grid_of")
 
 TILE = 28
 SIZE = {"height": TILE, "width": TILE}
@@ -322,18 +323,18 @@ def test_thin_and_tiny_images_work(size, backend, image_processor):
     inputs = image_processor(np.full((*size, 3), 200, dtype=np.uint8), resize_backend=backend, do_normalize=False)
     assert inputs["image_sizes"].tolist() == [list(size)]
     rows, columns = choose_grid(size, RELEASED_TILE_GRIDS, TILE)
-    num_tiles = count_tiles(size, RELEASED_TILE_GRIDS, TILE)
-    assert num_tiles == 1 + rows * columns
-    tiles = inputs["pixel_values"][0]
-    assert np.abs(tiles[0] - np.float32(200 / 255)).max() < 1e-6
-    assert tiles[1:num_tiles].any()
-    assert not tiles[num_tiles:].any()
+    num_views = count_views(grid_of(size, RELEASED_TILE_GRIDS, TILE))
+    assert num_views == 1 + rows * columns
+    views = inputs["pixel_values"][0]
+    assert np.abs(views[0] - np.float32(200 / 255)).max() < 1e-6
+    assert views[1:num_views].any()
+    assert not views[num_views:].any()
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0), (-3, 5), (0, -1)])
 def test_sizes_without_area_have_no_grid(size):
     with refused("both sides must be positive", f"{size[0]} x {size[1]}"):
-        count_tiles(size, RELEASED_TILE_GRIDS, TILE)
+        grid_of(size, RELEASED_TILE_GRIDS, TILE)
     with refused("Cannot choose among 0 tile grids"):
         choose_grid((5, 5), [], TILE)
 
@@ -820,14 +821,14 @@ def make_pair(grids):
 def check_inputs(image_processor, inputs, size, splits=True):
     """What must hold of the inputs of one image of (height, width)."""
     pixel_values, image_sizes = inputs["pixel_values"], inputs["image_sizes"]
-    slots, tile = image_processor.num_tile_slots, image_processor.tile_size
+    slots, tile = image_processor.num_view_slots, image_processor.tile_size
     assert pixel_values.shape == (1, slots, 3, tile, tile)
     assert pixel_values.dtype == torch.float32
     assert image_sizes.dtype == torch.int64
     assert image_sizes.tolist() == [list(size if splits else (0, 0))]
     assert float(pixel_values.min()) >= -1
     assert float(pixel_values.max()) <= 1
-    used = count_tiles(size, image_processor.tile_grids, tile) if splits else 1
+    used = count_views(grid_of(size, image_processor.tile_grids, tile)) if splits else 1
     assert not pixel_values[0, used:].any()
     assert all(bool(tile.any()) for tile in pixel_values[0, :used])  # padding alone is -1, not 0
     return used
@@ -888,7 +889,7 @@ def test_anything_else_becomes_inputs_or_one_value_error(image, image_processor)
     inputs = attempt(image_processor, image)
     if inputs is not None:
         pixel_values = inputs["pixel_values"]
-        assert pixel_values.shape[1:] == (image_processor.num_tile_slots, 3, TILE, TILE)
+        assert pixel_values.shape[1:] == (image_processor.num_view_slots, 3, TILE, TILE)
         assert float(pixel_values.abs().max()) <= 1
 
 

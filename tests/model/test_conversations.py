@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 from blip3.hub import model_code
 from support import render_image
 
-CACHE_NAME = model_code("modeling_blip3.CACHE_NAME")
+CACHE_NAME = model_code("generation_blip3.CACHE_NAME")
 
 USER = "<|user|>\n{}<|end|>\n<|assistant|>\n"
 IMAGES = [render_image(150, 150, seed=1), render_image(60, 300, seed=2), render_image(90, 40, seed=3)]

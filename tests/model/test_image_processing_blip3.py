@@ -22,10 +22,9 @@ image_processing_blip3 = model_code("image_processing_blip3")
 RELEASED_TILE_GRIDS = model_code("configuration_blip3.RELEASED_TILE_GRIDS")
 TWELVE_TILE_GRIDS = model_code("configuration_blip3.TWELVE_TILE_GRIDS")
 Blip3ImageProcessor = model_code("image_processing_blip3.Blip3ImageProcessor")
-choose_grid = model_code("image_processing_blip3.choose_grid")
-count_tiles = model_code("image_processing_blip3.count_tiles")
-fit_inside = model_code("image_processing_blip3.fit_inside")
-visible_patches = model_code("modeling_blip3.visible_patches")
+choose_grid = model_code("tiling_blip3.choose_grid")
+count_views = model_code("tiling_blip3.count_views")
+grid_of = model_code("tiling_blip3.grid_of")
 
 FIXTURES = SHARED / "reference" / "fixtures"
 PHOTOGRAPHS = ("img_0.jpg", "img_1.jpg", "img_2.jpg", "img_3.jpg", "gray.png")
@@ -70,18 +69,6 @@ def assert_same_inputs(got, wanted):
 
 
 # -- the reference ----------------------------------------------------------------------------------------------------
-
-
-@needs_reference
-def test_grids_and_visible_patches_equal_the_reference_on_300_sizes():
-    rows = json.loads((FIXTURES / "grid_table_384.json").read_text())["rows"]
-    assert len(rows) == 300
-    for width, height, grid_width, grid_height, visible, *groups in rows:
-        grid = choose_grid((height, width), RELEASED_TILE_GRIDS, 384)
-        assert grid == (grid_height // 384, grid_width // 384), (height, width)
-        own = visible_patches((height, width), grid, 27, "patch", "stripes")
-        assert [len(indices) for indices in own] == [729, *groups], (height, width)
-        assert sum(groups) == visible
 
 
 @needs_reference
@@ -132,7 +119,7 @@ def test_each_image_has_all_slots_and_the_unused_ones_are_zero(processor):
     assert inputs["pixel_values"].shape == (5, 5, 3, TILE, TILE)
     assert inputs["pixel_values"].dtype == torch.float32
     assert inputs["image_sizes"].tolist() == [list(size) for size in sizes]
-    counts = [count_tiles(size, RELEASED_TILE_GRIDS, TILE) for size in sizes]
+    counts = [count_views(grid_of(size, RELEASED_TILE_GRIDS, TILE)) for size in sizes]
     assert counts == [5, 3, 5, 4, 4]
     for image, count in zip(inputs["pixel_values"], counts, strict=True):
         assert not image[count:].any()
@@ -161,25 +148,25 @@ def test_without_splitting_only_the_global_view_is_given_and_the_shape_stays(pro
     assert not single["pixel_values"][:, 1:].any()
     assert processor.image_size_for_model(40, 60) == (40, 60)
     assert processor.image_size_for_model(40, 60, do_image_splitting=False) == (0, 0)
-    assert count_tiles((0, 0), RELEASED_TILE_GRIDS, TILE) == 1
+    assert count_views(grid_of((0, 0), RELEASED_TILE_GRIDS, TILE)) == 1
 
 
 @pytest.mark.parametrize("tile_grids", [[], (), None])
 def test_without_grids_there_is_one_slot_and_sizes_are_kept(tile_grids):
     processor = Blip3ImageProcessor(size={"height": TILE, "width": TILE}, tile_grids=tile_grids)
     inputs = processor(make_rgb(), return_tensors="pt")
-    assert processor.num_tile_slots == 1
+    assert processor.num_view_slots == 1
     assert processor.tile_grids == []
     assert inputs["pixel_values"].shape == (1, 1, 3, TILE, TILE)
     assert inputs["image_sizes"].tolist() == [[40, 60]]
-    assert count_tiles((40, 60), [], TILE) == 1
+    assert count_views(grid_of((40, 60), [], TILE)) == 1
 
 
 def test_a_grid_of_one_tile_keeps_the_aspect_that_the_global_view_ignores():
     processor = Blip3ImageProcessor(size={"height": TILE, "width": TILE}, tile_grids=[(1, 1), (1, 2)])
     tiles = to_tiles(processor, make_rgb(20, 10))
     assert choose_grid((20, 10), processor.tile_grids, TILE) == (1, 1)
-    assert count_tiles((20, 10), processor.tile_grids, TILE) == 2
+    assert count_views(grid_of((20, 10), processor.tile_grids, TILE)) == 2
     assert tiles.shape[0] == 3
     assert (tiles[2] == 128).all()  # an unused slot is 0 after normalisation
     assert not tiles[1][:, :7].any()
@@ -199,17 +186,21 @@ def test_twelve_tile_grids_make_thirteen_slots_and_choose_by_detail():
 
 
 @pytest.mark.parametrize(
-    ("image_size", "box_size", "wanted"),
+    "settings",
     [
-        ((300, 900), (384, 1152), (384, 1152)),
-        ((1, 20000), (384, 1152), (1, 1152)),
-        ((20000, 1), (1152, 384), (1152, 1)),
-        ((480, 640), (768, 768), (576, 768)),
-        ((3, 1), (768, 384), (768, 256)),
+        {},
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"image_mean": [0.1, 0.5, 0.9], "image_std": [0.2, 0.3, 0.4]},
     ],
+    ids=str,
 )
-def test_fit_inside_keeps_the_aspect_and_at_least_one_pixel(image_size, box_size, wanted):
-    assert fit_inside(image_size, box_size) == wanted
+def test_tiles_become_the_images_they_were_made_of(settings):
+    processor = Blip3ImageProcessor(size={"height": TILE, "width": TILE}, **settings)
+    image = Image.fromarray(make_rgb(TILE, 3 * TILE))  # fits the grid exactly: no value is resized
+    whole, *tiles = processor.tiles_to_images(processor(image, return_tensors="pt")["pixel_values"][0, :4])
+    assert np.array_equal(np.asarray(whole), np.asarray(image.resize((TILE, TILE), Image.Resampling.BICUBIC)))
+    assert np.array_equal(np.hstack([np.asarray(tile) for tile in tiles]), np.asarray(image))
 
 
 # -- PIL modes --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,12 +17,10 @@ from support import ROOT, load_model, render_image
 RELEASED_TILE_GRIDS = model_code("configuration_blip3.RELEASED_TILE_GRIDS")
 TWELVE_TILE_GRIDS = model_code("configuration_blip3.TWELVE_TILE_GRIDS")
 Blip3Config = model_code("configuration_blip3.Blip3Config")
-GLOBAL_VIEW_ONLY = model_code("image_processing_blip3.GLOBAL_VIEW_ONLY")
-choose_grid = model_code("image_processing_blip3.choose_grid")
-count_tiles = model_code("image_processing_blip3.count_tiles")
 Blip3ForConditionalGeneration = model_code("modeling_blip3.Blip3ForConditionalGeneration")
 Blip3Model = model_code("modeling_blip3.Blip3Model")
-visible_patches = model_code("modeling_blip3.visible_patches")
+count_views = model_code("tiling_blip3.count_views")
+grid_of = model_code("tiling_blip3.grid_of")
 
 TEXT = "<|user|>\n{}<|end|>\n<|assistant|>\nA red square.<|end|>\n"
 SIZES = [(1, 1), (7, 10), (384, 384), (480, 640), (640, 480), (100, 900), (900, 100), (50, 600), (2000, 3), (11, 616)]
@@ -47,61 +44,7 @@ def counting_calls(module: nn.Module):
     handle.remove()
 
 
-# -- which patches the resampler sees ---------------------------------------------------------------------------------
-
-
-def stitched_with_mask(image_size, grid, side):
-    """The release's way, literally: number the patches, stitch the tiles, blank the padding."""
-    rows, columns = grid
-    numbers = np.arange(rows * columns * side * side).reshape(rows, columns, side, side) + side * side
-    stitched = np.block([[numbers[r, c] for c in range(columns)] for r in range(rows)])
-    height, width = stitched.shape
-    mask = np.ones_like(stitched)
-    if image_size[1] / image_size[0] > width / height:
-        new_height = int(image_size[0] * (width / image_size[1]))
-        padding = (height - new_height) // 2
-        mask[:padding] = 0
-        mask[height - padding :] = 0
-    else:
-        new_width = int(image_size[1] * (height / image_size[0]))
-        padding = (width - new_width) // 2
-        mask[:, :padding] = 0
-        mask[:, width - padding :] = 0
-    return stitched, mask
-
-
-@pytest.mark.parametrize("image_size", SIZES)
-@pytest.mark.parametrize("grids", [RELEASED_TILE_GRIDS, TWELVE_TILE_GRIDS, ((1, 1), *RELEASED_TILE_GRIDS)])
-def test_stripes_are_raster_runs_of_the_stitched_map(image_size, grids):
-    grid = choose_grid(image_size, grids, 384)
-    stitched, mask = stitched_with_mask(image_size, grid, SIDE)
-    expected = zip(stitched.reshape(-1, SIDE * SIDE), mask.reshape(-1, SIDE * SIDE), strict=True)
-    groups = visible_patches(image_size, grid, SIDE, "patch", "stripes")
-    assert groups[0].tolist() == list(range(SIDE * SIDE))
-    assert [group.tolist() for group in groups[1:]] == [numbers[m == 1].tolist() for numbers, m in expected]
-
-
-@pytest.mark.parametrize("image_size", SIZES)
-def test_tiles_grouping_keeps_each_tiles_own_patches(image_size):
-    grid = choose_grid(image_size, RELEASED_TILE_GRIDS, 384)
-    groups = visible_patches(image_size, grid, SIDE, "patch", "tiles")
-    stripes = visible_patches(image_size, grid, SIDE, "patch", "stripes")
-    for tile, group in enumerate(groups):
-        assert set((group // SIDE**2).tolist()) <= {tile}
-    assert sorted(torch.cat(groups).tolist()) == sorted(torch.cat(stripes).tolist())
-
-
-@pytest.mark.parametrize("image_size", SIZES)
-def test_fixed_sampling_reads_all_of_a_image_in_one_call(image_size):
-    grid = choose_grid(image_size, RELEASED_TILE_GRIDS, 384)
-    stitched, mask = stitched_with_mask(image_size, grid, SIDE)
-    (group,) = visible_patches(image_size, grid, SIDE, "fixed", "stripes")
-    assert group.tolist() == [*range(SIDE * SIDE), *stitched[mask == 1].tolist()]
-
-
-def test_a_global_view_alone_is_one_group():
-    (group,) = visible_patches(GLOBAL_VIEW_ONLY, (0, 0), SIDE, "patch", "stripes")
-    assert group.tolist() == list(range(SIDE * SIDE))
+# -- the resampler ----------------------------------------------------------------------------------------------------
 
 
 def test_dropping_hidden_patches_equals_masking_them(tiny_model):
@@ -131,7 +74,7 @@ def test_dropping_hidden_patches_equals_masking_them(tiny_model):
 
 def test_padded_tiles_never_reach_the_tower_and_each_layer_runs_once(tiny_model, processor):
     inputs = batch(processor, [[(150, 150), (20, 10)], [], [(60, 300)]])
-    num_tiles = sum(count_tiles(tuple(s), RELEASED_TILE_GRIDS, 76) for s in inputs["image_sizes"].tolist())
+    num_tiles = sum(count_views(grid_of(tuple(s), RELEASED_TILE_GRIDS, 76)) for s in inputs["image_sizes"].tolist())
     assert num_tiles < inputs["pixel_values"].shape[0] * inputs["pixel_values"].shape[1]
     layer = tiny_model.model.resampler.layers[0]
     with counting_calls(tiny_model.vision_tower) as tower_calls, counting_calls(layer) as layer_calls:
@@ -248,14 +191,14 @@ def test_the_resampler_goes_through_the_attention_interface(tiny_repo, processor
     assert len(calls) >= 2
 
 
-def test_a_cpu_infers_few_tiles_at_a_time(tiny_model, processor, monkeypatch):
+def test_a_cpu_infers_few_views_at_a_time(tiny_model, processor, monkeypatch):
     images = dict(processor.image_processor([render_image(150, 150), render_image(60, 300)], return_tensors="pt"))
-    num_tiles, module = [], sys.modules[type(tiny_model.model).__module__]
-    hook = tiny_model.model.vision_tower.register_forward_pre_hook(lambda _, given: num_tiles.append(len(given[0])))
+    num_views: list[int] = []
+    hook = tiny_model.model.vision_tower.register_forward_pre_hook(lambda _, given: num_views.append(len(given[0])))
     try:
         with torch.inference_mode():
             at_once = tiny_model.get_image_features(**images)
-            monkeypatch.setattr(module, "_CACHED_VALUES", 1)
+            monkeypatch.setattr(type(tiny_model.model), "values_at_once", 1)
             apart = tiny_model.get_image_features(**images)
             asked_for_more = tiny_model.get_image_features(**images, output_hidden_states=True)
             monkeypatch.setattr(tiny_model.config.vision_config, "output_hidden_states", True)
@@ -264,9 +207,9 @@ def test_a_cpu_infers_few_tiles_at_a_time(tiny_model, processor, monkeypatch):
         tiny_model.get_image_features(**images)  # with gradients
     finally:
         hook.remove()
-    total = num_tiles[0]
+    total = num_views[0]
     assert total > 5
-    assert num_tiles == [total] + [1] * total + [total, total, total]
+    assert num_views == [total] + [1] * total + [total, total, total]
     assert torch.allclose(apart.last_hidden_state, at_once.last_hidden_state, atol=1e-5)
     assert len(asked_for_more.hidden_states[-1]) == len(told_to_give_more.hidden_states[-1]) == total
     for one, other in zip(apart.pooler_output, at_once.pooler_output, strict=True):
@@ -312,7 +255,7 @@ def test_a_model_without_grids_has_one_tile_slot(tiny_repo, tiny_model, processo
 
 def test_flat_tiles_are_accepted_too(tiny_model, processor):
     images = processor.image_processor([render_image(150, 150), render_image(20, 10)], return_tensors="pt")
-    counts = [count_tiles(tuple(size), RELEASED_TILE_GRIDS, 76) for size in images["image_sizes"].tolist()]
+    counts = [count_views(grid_of(tuple(size), RELEASED_TILE_GRIDS, 76)) for size in images["image_sizes"].tolist()]
     flat = torch.cat([slots[:n] for slots, n in zip(images["pixel_values"], counts, strict=True)])
     padded = tiny_model.get_image_features(**images).pooler_output
     for one, other in zip(

@@ -208,7 +208,7 @@ def answers_of(processor, inputs: dict, row: int) -> str:
 
 def dialogues() -> list[list[dict]]:
     """Conversations with images before, between and after answers, and with none."""
-    images = [{"type": "image", "image": image} for image in IMAGES]
+    images = [{"type": "image", "image": image} for image in THREE_IMAGES]
     first = [message("user", images[0], part("What?")), message("assistant", "A dog.")]
     return [
         [
@@ -251,7 +251,7 @@ def test_the_assistant_mask_follows_the_template_it_is_given(processor):
         "{%- for message in messages -%}<image>{%- generation -%}{{ message['content'][-1]['text'] }}"
         "{%- endgeneration -%} more {% endfor -%}"
     )
-    image = {"type": "image", "image": IMAGES[0]}
+    image = {"type": "image", "image": THREE_IMAGES[0]}
     messages = [message("user", image, part("One.")), message("user", image, part("Two."))]
     inputs = tokenize(processor, messages, chat_template=template, return_assistant_tokens_mask=True)
     assert answers_of(processor, inputs, 0) == "One.Two."
@@ -261,11 +261,11 @@ def test_the_assistant_mask_follows_the_template_it_is_given(processor):
 def test_a_typed_image_token_can_be_plain_text(processor):
     if "sanitize_control_tokens" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters:
         pytest.skip("this release has no sanitize_control_tokens")
-    image = {"type": "image", "image": IMAGES[0]}
+    image = {"type": "image", "image": THREE_IMAGES[0]}
     messages = [message("user", image, part("What does <image> mean?"))]
     inputs = tokenize(processor, messages, return_tensors="pt", sanitize_control_tokens=True)
     num_image_tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
-    assert num_image_tokens == run_lengths(processor, IMAGES[:1])[0]
+    assert num_image_tokens == run_lengths(processor, THREE_IMAGES[:1])[0]
     assert "<image> mean" in processor.tokenizer.decode(inputs["input_ids"][0])
 
 
@@ -364,7 +364,7 @@ def expand(ids: list[int], lengths: list[int], image_token_id: int, values: list
     return expanded
 
 
-IMAGES = [render_image(150, 60, seed=1), render_image(200, 190, seed=2), render_image(40, 300, seed=3)]
+THREE_IMAGES = [render_image(150, 60, seed=1), render_image(200, 190, seed=2), render_image(40, 300, seed=3)]
 
 
 @needs_reference
@@ -372,7 +372,7 @@ IMAGES = [render_image(150, 60, seed=1), render_image(200, 190, seed=2), render_
 def test_template_and_ids_equal_the_reference(instruct_processor, reference, index):
     prompt, messages = reference["prompts"][index], REFERENCE_MESSAGES[index]
     assert render(instruct_processor, messages, add_generation_prompt=True) == prompt["text"]
-    images = IMAGES[: prompt["text"].count("<image>")]
+    images = THREE_IMAGES[: prompt["text"].count("<image>")]
     inputs = tokenize(instruct_processor, with_images(messages, images), add_generation_prompt=True)
     expected = expand(prompt["ids_slow"], run_lengths(instruct_processor, images), 32012)
     ids = inputs["input_ids"]
@@ -395,7 +395,7 @@ def sft_messages(conversation: list[dict]) -> list[dict]:
 @pytest.mark.parametrize("index", [0, 1])
 def test_labels_equal_the_reference(instruct_processor, reference, index):
     sample = reference["sft"][index]
-    images = IMAGES[: sample["input_ids"].count(32012)]
+    images = THREE_IMAGES[: sample["input_ids"].count(32012)]
     lengths = run_lengths(instruct_processor, images)
     messages = with_images(sft_messages(sample["conversation"]), images)
     inputs = tokenize(instruct_processor, messages, {"return_labels": True}, return_tensors="pt")
@@ -407,7 +407,7 @@ def test_labels_equal_the_reference(instruct_processor, reference, index):
 @pytest.mark.parametrize("index", [0, 1])
 def test_labels_cover_the_assistant_mask(instruct_processor, reference, index):
     sample = reference["sft"][index]
-    messages = with_images(sft_messages(sample["conversation"]), IMAGES[: sample["input_ids"].count(32012)])
+    messages = with_images(sft_messages(sample["conversation"]), THREE_IMAGES[: sample["input_ids"].count(32012)])
     inputs = tokenize(
         instruct_processor,
         messages,
@@ -427,7 +427,7 @@ def test_base_prompts_with_and_without_fillers_are_one(base_processor, reference
     prompt = reference["prompts"][index]
     filler = "<image placeholder>"
     assert prompt["text"].count(filler) == 127 * prompt["text"].count("<image>")
-    images = IMAGES[: prompt["text"].count("<image>")]
+    images = THREE_IMAGES[: prompt["text"].count("<image>")]
     with_fillers = base_processor(text=prompt["text"], images=images, return_tensors="pt")
     without = base_processor(text=prompt["text"].replace(filler, ""), images=images, return_tensors="pt")
     ids = [token for token in prompt["ids_fast"] if token != 32013]
@@ -441,9 +441,9 @@ def test_base_prompts_with_and_without_fillers_are_one(base_processor, reference
 PROMPT = "<|user|>\n{}<|end|>\n<|assistant|>\n"
 ROWS = [
     (PROMPT.format("How many dogs are there?"), []),
-    (PROMPT.format("<image>\nWhat is it?"), IMAGES[:1]),
-    (PROMPT.format("Look: <image>, <image> and <image>. Read the number on the sign, please."), IMAGES),
-    ("<image>A red square<|endofchunk|><image>A blue", IMAGES[1:]),
+    (PROMPT.format("<image>\nWhat is it?"), THREE_IMAGES[:1]),
+    (PROMPT.format("Look: <image>, <image> and <image>. Read the number on the sign, please."), THREE_IMAGES),
+    ("<image>A red square<|endofchunk|><image>A blue", THREE_IMAGES[1:]),
 ]
 TEXTS, IMAGES = [text for text, _ in ROWS], [images for _, images in ROWS]
 FLAT = [image for images in IMAGES for image in images]
@@ -508,9 +508,9 @@ def test_a_text_needs_no_image(processor, images):
 @pytest.mark.parametrize("nothing", NOTHING.values(), ids=NOTHING.keys())
 def test_empty_media_of_other_kinds_mean_none(processor, nothing):
     """Evaluation harnesses pass every kind of medium to every processor."""
-    expected = processor(text=TEXTS[1], images=IMAGES[:1], return_tensors="pt")
+    expected = processor(text=TEXTS[1], images=THREE_IMAGES[:1], return_tensors="pt")
     others = {"videos": nothing, "audio": nothing, "audios": nothing}
-    inputs = processor(text=TEXTS[1], images=IMAGES[:1], return_tensors="pt", **others)
+    inputs = processor(text=TEXTS[1], images=THREE_IMAGES[:1], return_tensors="pt", **others)
     assert inputs.keys() == expected.keys()
     assert all(torch.equal(inputs[name], expected[name]) for name in expected)
 
@@ -532,9 +532,9 @@ def test_one_image_needs_no_list(processor):
     "images",
     [
         pytest.param(None, id="none"),
-        pytest.param(IMAGES[:1], id="too few"),
-        pytest.param([*IMAGES, *IMAGES, IMAGES[0]], id="too many"),
-        pytest.param([IMAGES[:1], [], IMAGES, IMAGES[1:]], id="in another row"),
+        pytest.param(THREE_IMAGES[:1], id="too few"),
+        pytest.param([*THREE_IMAGES, *THREE_IMAGES, THREE_IMAGES[0]], id="too many"),
+        pytest.param([THREE_IMAGES[:1], [], THREE_IMAGES, THREE_IMAGES[1:]], id="in another row"),
     ],
 )
 def test_images_that_do_not_match_the_text_are_refused(processor, images):
@@ -577,7 +577,7 @@ def test_token_types_mark_the_image_tokens(processor, return_tensors):
 def test_labels_keep_answers_and_their_end_only(processor):
     text = PROMPT.format("<image>\nWhat?") + "A dog.<|end|>\n" + PROMPT.format("Sure?") + "Yes.<|end|>\n"
     shown = PROMPT.format("Show one.") + "See <image> here.<|end|>\n"
-    images = [IMAGES[:1], [], IMAGES[1:2]]
+    images = [THREE_IMAGES[:1], [], THREE_IMAGES[1:2]]
     batch = processor(
         text=[text, "How many?", shown], images=images, padding=True, return_labels=True, return_tensors="pt"
     )
@@ -621,9 +621,9 @@ def test_counts_without_images_are_absent(processor):
 
 @pytest.mark.parametrize("splits", [True, False], ids=["tiles", "global view alone"])
 def test_the_replacement_of_a_image_is_its_run(processor, splits):
-    image_inputs = processor.image_processor(IMAGES, do_image_splitting=splits)
-    runs = [processor.replace_image_token(image_inputs, index) for index in range(len(IMAGES))]
-    expected = run_lengths(processor, IMAGES) if splits else [NUM_LATENTS] * len(IMAGES)
+    image_inputs = processor.image_processor(THREE_IMAGES, do_image_splitting=splits)
+    runs = [processor.replace_image_token(image_inputs, index) for index in range(len(THREE_IMAGES))]
+    expected = run_lengths(processor, THREE_IMAGES) if splits else [NUM_LATENTS] * len(THREE_IMAGES)
     assert runs == ["<image>" * length for length in expected]
 
 

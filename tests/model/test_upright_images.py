@@ -16,11 +16,12 @@ from transformers import AutoProcessor, pipeline
 from blip3.data.images import ImageSource, open_images
 from blip3.data.records import Record, Turn
 from blip3.hub import model_code
-from blip3.serving.images import ImageFetcher, ImageLimits
+from blip3.serving.fetch import ImageFetcher
+from blip3.serving.limits import ImageLimits
 from blip3.training.encode import Encoder
 from blip3.training.train import size_of
-from exif_support import FORMATS, STORED, encode, turned_and_upright, write_both
 from support import QuietServer, load_model
+from support.exif import FORMATS, STORED, encode, turned_and_upright, write_both
 
 Blip3ImageProcessor = model_code("image_processing_blip3.Blip3ImageProcessor")
 

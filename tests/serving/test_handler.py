@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from packaging.requirements import Requirement
 from PIL import Image
 
-from exif_support import FORMATS, turned_and_upright
 from support import ROOT, render_image
+from support.exif import FORMATS, turned_and_upright
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 MODULE = "handler.EndpointHandler"  # the container's name for it
@@ -59,7 +59,7 @@ def folder(tiny_repo, tmp_path_factory):
 @pytest.fixture(scope="module")
 def handler(folder):
     with container(folder) as module:
-        assert sys.modules["blip3.serving.images"].__file__ == str(folder / "blip3" / "serving" / "images.py")
+        assert sys.modules["blip3.serving.fetch"].__file__ == str(folder / "blip3" / "serving" / "fetch.py")
         yield module.EndpointHandler(str(folder))
 
 
@@ -107,7 +107,7 @@ def test_files_stored_turned_are_read_upright(handler, file_format):
 
 def test_the_processors_switch_holds_in_the_handler(handler, monkeypatch):
     turned, _ = turned_and_upright()
-    monkeypatch.setattr(handler.processor.image_processor, "do_exif_transpose", False)
+    monkeypatch.setattr(handler.answerer.processor.image_processor, "do_exif_transpose", False)
     body = {"image": base64.b64encode(turned).decode(), "text": "What?"}
     with Image.open(io.BytesIO(turned)) as stored:
         assert say(handler, body) == say(handler, {"image": data_url(stored), "text": "What?"})
@@ -234,21 +234,21 @@ def test_a_batch_equals_its_rows(handler, parameters):
 
 
 def test_a_batch_is_one_call_of_generate(handler, monkeypatch):
-    calls, generate = [], handler.model.generate
-    monkeypatch.setattr(handler.model, "generate", lambda **kwargs: calls.append(1) or generate(**kwargs))
+    calls, generate = [], handler.answerer.model.generate
+    monkeypatch.setattr(handler.answerer.model, "generate", lambda **kwargs: calls.append(1) or generate(**kwargs))
     say(handler, ROWS)
     assert calls == [1]
 
 
 def test_threads_that_ask_at_once_share_one_model_thread(handler, monkeypatch):
     alone = [say(handler, row) for row in ROWS]
-    names, generate = [], handler.model.generate
+    names, generate = [], handler.answerer.model.generate
 
     def watched(**kwargs):
         names.append(threading.current_thread().name)
         return generate(**kwargs)
 
-    monkeypatch.setattr(handler.model, "generate", watched)
+    monkeypatch.setattr(handler.answerer.model, "generate", watched)
     with ThreadPoolExecutor(max_workers=len(ROWS)) as clients:
         together = list(clients.map(lambda row: say(handler, row), ROWS))
     assert together == alone
@@ -335,7 +335,7 @@ def test_a_full_memory_is_said(handler, monkeypatch):
     def full(**kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(handler.model, "generate", full)
+    monkeypatch.setattr(handler.answerer.model, "generate", full)
     refused(handler, {"inputs": "Hello"}, "do not fit into the memory")
 
 
@@ -373,7 +373,7 @@ INPUTS = {
     "nested-list": ([["a"]], "a list"),
     "empty-object": ({}, r"\(none\)"),
     "unknown-keys": ({"prompt": "a"}, "'prompt'"),
-    "one-unknown-key": ({"text": "a", "picture": FIRST}, "'image'"),
+    "one-unknown-key": ({"text": "a", "picture": FIRST}, "'picture'"),
     "image-and-images": ({"text": "a", "image": FIRST, "images": [FIRST]}, "one of image, images"),
     "image-list": ({"text": "a", "image": [FIRST]}, "rename it"),
     "image-number": ({"text": "a", "image": 5}, "An image is 5"),
@@ -588,11 +588,11 @@ def fast_handler(handler, monkeypatch):
         images = kwargs.get("pixel_values")
         assert images is None or bool(images.isfinite().all())
         tokens = torch.randint(
-            0, handler.model.config.text_config.vocab_size, (len(input_ids), min(max_new_tokens, 3))
+            0, handler.answerer.model.config.text_config.vocab_size, (len(input_ids), min(max_new_tokens, 3))
         )
         return torch.cat([input_ids, tokens], dim=1)
 
-    monkeypatch.setattr(handler.model, "generate", generate)
+    monkeypatch.setattr(handler.answerer.model, "generate", generate)
     return handler
 
 

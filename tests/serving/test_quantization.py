@@ -17,9 +17,9 @@ from blip3.serving.endpoint import EndpointHandler
 from blip3.serving.memory import needs_of
 from blip3.world.settings import load_settings
 from blip3.world.tasks import rendered_records
-from conversion_support import refused
-from serving_support import SMALL_MODEL, complete_folder
 from support import IS_TRANSFORMERS_5, ROOT, convert
+from support.conversion import refused
+from support.serving import SMALL_MODEL, complete_folder
 
 torchao = pytest.importorskip("torchao.quantization", reason="pip install -e .[quantize]")
 pytest.importorskip("bitsandbytes", reason="pip install -e .[quantize]")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batch inference on Ray Data: every image gets one line, whatever happens on the way."""
 
+import hashlib
 import io
 import json
 import os
@@ -13,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from blip3.jobs.inputs import plan_rows, read_unit
 from blip3.serving import batch
-from exif_support import FORMATS, turned_and_upright
 from support import ROOT, render_image
+from support.exif import FORMATS, turned_and_upright
 
 pytest.importorskip("ray.data", reason="batches run on Ray: pip install 'ray[data]'")
 psutil = pytest.importorskip("psutil", reason="finds the processes of a run: pip install psutil")
@@ -24,7 +26,7 @@ parquet = pytest.importorskip("pyarrow.parquet", reason="ray[data] brings it")
 
 QUESTION, NEW_TOKENS = "What is in the image?", 24
 SIZES = [(150, 150), (60, 300), (200, 90), (40, 40), (300, 420), (77, 99), (120, 360), (30, 20)]
-BROKEN = {"cut.jpg": "truncated", "empty.jpg": "0 bytes", "words.jpg": "13 bytes"}
+BROKEN = {"cut.jpg": "truncated", "empty.jpg": "0 bytes", "words.jpg": "12 bytes"}
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +196,7 @@ def test_parquet_with_a_question_for_each_row(arguments, images, tiny_model, pro
     ("option", "value"), [("--question", "Why?"), ("--max-new-tokens", 3), ("--dtype", "bfloat16"), ("--input", ROOT)]
 )
 def test_answers_of_two_kinds_are_not_mixed(arguments, settings, capsys, option, value):
-    with batch.AnswerFile(settings) as answers:
+    with batch.open_output(settings) as answers:
         answers.append(['{"id": "0.jpg"}'])
     before = (settings.output / batch.ANSWERS).read_bytes()
     assert batch.main(words(arguments | {option: value})) == 1
@@ -203,80 +205,65 @@ def test_answers_of_two_kinds_are_not_mixed(arguments, settings, capsys, option,
 
 
 def test_another_model_is_refused(settings, unfused_repo):
-    batch.AnswerFile(settings).__exit__()
+    batch.open_output(settings).__exit__()
     with pytest.raises(ValueError, match="holds answers with model"):
-        batch.AnswerFile(batch.dataclasses.replace(settings, model=unfused_repo))
+        batch.open_output(batch.dataclasses.replace(settings, model=unfused_repo))
+
+
+def test_answers_of_a_former_version_are_continued(settings, unfused_repo):
+    """A manifest and answers as they were written when batches had a fingerprint of their own."""
+    digest = hashlib.sha256()
+    for path in sorted(settings.model.iterdir()):
+        if path.suffix in (".jinja", ".json", ".model", ".py", ".safetensors"):
+            data = path.read_bytes()
+            digest.update(f"{path.name} {len(data)}\n".encode() + data[: 2**20] + data[-(2**20) :])
+    compared = {
+        "question": QUESTION,
+        "question_column": None,
+        "image_column": "image",
+        "id_column": None,
+        "engine": "transformers",
+        "max_new_tokens": NEW_TOKENS,
+        "dtype": "auto",
+        "input": str(settings.input.resolve()),
+        "model": f"sha256:{digest.hexdigest()[:32]}",
+    }
+    manifest = {"settings": compared, "made_with": {"model": str(settings.model), "torch": "2.9.0"}}
+    settings.output.mkdir()
+    (settings.output / batch.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    (settings.output / batch.ANSWERS).write_text('{"id": "0.jpg", "question": "a", "answer": "b", "error": null}\n')
+    with batch.open_output(settings) as answers:
+        assert answers.done == {'"0.jpg"'}
+    with pytest.raises(ValueError, match="holds answers with model"):
+        batch.open_output(batch.dataclasses.replace(settings, model=unfused_repo))
 
 
 def test_answers_that_are_in_use_damaged_or_foreign_are_refused(settings):
-    with batch.AnswerFile(settings) as answers:
+    with batch.open_output(settings) as answers:
         with pytest.raises(ValueError, match="another process"):
-            batch.AnswerFile(settings)
+            batch.open_output(settings)
         answers.append(['{"id": 1}', '{"answer": 2}', '{"id": 3}'])
     with pytest.raises(ValueError, match="Line 2 of"):
-        batch.AnswerFile(settings)
+        batch.open_output(settings)
     (settings.output / batch.MANIFEST).unlink()
     with pytest.raises(ValueError, match=r"no manifest\.json"):
-        batch.AnswerFile(settings)
-
-
-def test_only_missing_rows_are_read(settings, images, tmp_path):
-    expected = write_parquet(tmp_path / "rows", images)
-    with_columns = batch.dataclasses.replace(settings, input=tmp_path / "rows", id_column="key", question_column="ask")
-    plan = batch.make_plan(with_columns, {"100", "101", "102", "104", "106"})
-    assert (plan.num_rows, plan.num_missing) == (9, 4)
-    tables = [table for unit in plan.units for table in batch.read_unit(json.loads(json.dumps(unit)), 2)]
-    rows = [row for table in tables for row in table.to_pylist()]
-    assert [row["id"] for row in rows] == ["103", "105", "107", "108"]
-    assert rows[1]["picture"] == expected[5]["image"]
-    assert rows[2]["kind"] == "none"
-
-    numbered = batch.make_plan(batch.dataclasses.replace(with_columns, id_column=None), {'"a.parquet:4"'})
-    rows = [row for unit in numbered.units for table in batch.read_unit(unit, 8) for row in table.to_pylist()]
-    assert [json.loads(row["id"]) for row in rows] == [f"a.parquet:{i}" for i in range(4)] + [
-        f"b.parquet:{i}" for i in range(4)
-    ]
+        batch.open_output(settings)
 
 
 def test_paths_in_parquet_are_beside_it(settings, images, tmp_path, processor):
     table = pyarrow.Table.from_pylist([{"image": "0.jpg"}, {"image": "gone.jpg"}])
     parquet.write_table(table, images / "paths.parquet")
     try:
-        plan = batch.make_plan(batch.dataclasses.replace(settings, input=images / "paths.parquet"), set())
-        (rows,) = batch.read_unit(plan.units[0], 8)
+        plan = plan_rows(images / "paths.parquet", ())
+        (rows,) = read_unit(plan.units[0], 8)
     finally:
         (images / "paths.parquet").unlink()
     engine = types.SimpleNamespace(
         prepare=lambda image, question: (image, question), generate=lambda rows: [f"{len(rows[0][0])}"]
     )
-    first, second = [json.loads(line) for line in batch.Answerer(settings, engine)(rows)["line"].to_pylist()]
+    first, second = [json.loads(line) for line in batch.RowAnswerer(settings, engine)(rows)["line"].to_pylist()]
     assert first["answer"] == str((images / "0.jpg").stat().st_size)
     assert second["error"] == "The file 'gone.jpg' could not be read (no such file)."
-
-
-@pytest.mark.parametrize(
-    ("rows", "options", "message"),
-    [
-        ([{"id": 1, "image": b""}, {"id": 1, "image": b""}], {}, "for the second time"),
-        ([{"id": 1.5, "image": b""}], {}, "of the type float"),
-        ([{"id": 1, "picture": b""}], {}, "image_column is 'image'"),
-        ([{"id": 1, "image": b""}], {"question_column": "ask"}, "question_column is 'ask'"),
-    ],
-)
-def test_parquet_that_cannot_be_resumed_or_read_is_refused(settings, tmp_path, rows, options, message):
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    with pytest.raises(ValueError, match=message):
-        batch.make_plan(batch.dataclasses.replace(settings, input=tmp_path / "rows.parquet", **options), set())
-
-
-def test_inputs_that_are_neither_images_nor_parquet_are_refused(settings, tmp_path):
-    (tmp_path / "empty").mkdir()
-    cases = {"missing": "no such file", "missing.parquet": "no such file", "empty": "0 images and 0 parquet files"}
-    for name, message in cases.items():
-        with pytest.raises(ValueError, match=message):
-            batch.make_plan(batch.dataclasses.replace(settings, input=tmp_path / name), set())
-    with pytest.raises(ValueError, match="folder of images"):
-        batch.make_plan(batch.dataclasses.replace(settings, question_column="ask"), set())
 
 
 @pytest.mark.parametrize(
@@ -304,16 +291,19 @@ def test_a_folder_without_a_model_is_refused_before_ray_starts(arguments, tmp_pa
 
 def test_names_that_are_no_text_survive(settings):
     name = os.fsdecode(b"\xe9t\xe9 \xff.jpg")
-    row = {"id": json.dumps(name), "question": "Où?", "answer": "Là.", "error": None}
-    line = batch._to_line(row)
-    assert json.loads(line.encode("utf-8"))["id"] == name
-    assert "Là." in batch._to_line({**row, "id": '"plain"'})
+    rows = [{"id": name, "answer": "Là."}, {"id": "plain", "answer": "Là."}]
+    table = batch.line_table(rows, [False, True]).to_pylist()
+    assert [json.loads(row["line"].encode("utf-8")) for row in table] == rows
+    assert [json.loads(row["id"]) for row in table] == [name, "plain"]
+    assert [row["num_errors"] for row in table] == [0, 1]
+    assert "Là." in table[1]["line"]
 
 
 def test_a_batch_that_does_not_fit_is_halved(settings, images, tiny_repo, monkeypatch):
     engine = batch.TransformersEngine(batch.dataclasses.replace(settings, dtype="float32"))
     prepared = [engine.prepare((images / name).read_bytes(), QUESTION) for name in ("0.jpg", "1.png", "2.jpg")]
-    whole, generate, seen = engine.generate(prepared), engine.model.generate, []
+    model, seen = engine.answerer.model, []
+    whole, generate = engine.generate(prepared), model.generate
 
     def with_little_memory(**inputs: object) -> torch.Tensor:
         seen.append(len(inputs["input_ids"]))
@@ -321,14 +311,14 @@ def test_a_batch_that_does_not_fit_is_halved(settings, images, tiny_repo, monkey
             raise torch.OutOfMemoryError
         return generate(**inputs)
 
-    monkeypatch.setattr(engine.model, "generate", with_little_memory)
+    monkeypatch.setattr(model, "generate", with_little_memory)
     assert engine.generate(prepared) == whole
     assert seen == [3, 1, 2, 1, 1]
 
 
 def test_a_prompt_longer_than_the_context_is_an_error_of_its_row(settings, images):
     engine = batch.TransformersEngine(settings)
-    with pytest.raises(ValueError, match="but the model reads"):
+    with pytest.raises(ValueError, match=r"^The prompt takes \d+ tokens and its answer up to 24 .* the model reads"):
         engine.prepare((images / "0.jpg").read_bytes(), "Why? " * 5000)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoProcessor
 
-from serving_support import Server, local_message, serving, silence_bytes, user_message
 from support import IS_TRANSFORMERS_5, load_model, render_image
+from support.serving import Server, local_message, serving, silence_bytes, user_message
 
 NEEDED = ("fastapi", "openai", "uvicorn")
 MISSING = [name for name in NEEDED if find_spec(name) is None]

@@ -17,7 +17,7 @@ import yaml
 from transformers import AutoProcessor
 
 from support import ROOT, load_model, render_image
-from training_support import weights_in
+from support.training import weights_in
 
 SMALL = Path("recipes", "small")
 CHAIN = ["0_tower", "1_pretrain", "2_sft", "3_sft_multi_image"]

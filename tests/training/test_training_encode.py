@@ -28,7 +28,7 @@ from blip3.training.encode import (
 from blip3.world.settings import settings_from
 from blip3.world.tasks import rendered_record
 from support import load_model
-from training_support import WORLD
+from support.training import WORLD
 
 LATENTS = 4
 SIZES = ((48, 48), (60, 40), (40, 90))  # all get two tiles beside the global view

@@ -16,7 +16,7 @@ from blip3.world import build
 from blip3.world.settings import settings_from
 from blip3.world.splits import split_of
 from blip3.world.tasks import TASKS, content_keys, rendered_record
-from training_support import WORLD
+from support.training import WORLD
 
 
 def mixture_of(*entries: dict, count: int = 60, seed: int = 0, **others: object) -> Mixture:
@@ -200,8 +200,11 @@ def test_worker_processes_change_nothing(shards, jsonl, num_workers):
         ({"rendered": "count", "weight": "2"}, "weight '2' but it must be a positive number"),
         ({"rendered": "count", "weight": True}, "weight True"),
         ({"rendered": "count", "weight": float("nan")}, "weight nan"),
-        ({"rendered": "cuont"}, "names the task 'cuont' but the rendered world has only read, name"),
-        ({"rendered": "count", "world": {"side": [1, 2]}}, r"mixture\[0\].world has the field 'side'.*'sides'"),
+        ({"rendered": "cuont"}, "names the task 'cuont' but it must be one of read, name.*Did you mean 'count'"),
+        (
+            {"rendered": "count", "world": {"side": [1, 2]}},
+            r"mixture\[0\].world has the unknown field 'side'.*sides",
+        ),
         ({"stream": "x", "reader": "orc"}, "reader 'orc' but it must be one of captions"),
         ({"stream": "x"}, "reader None"),
         ({"stream": "x", "reader": "captions", "options": {"colum": "a"}}, "unknown key 'colum'.*'column'"),

@@ -14,7 +14,7 @@ from blip3.training.small.new_model import make_model, rendered_texts
 from blip3.training.small.tokenizer import train_tokenizer
 from blip3.world.settings import load_settings
 from support import ROOT, load_model, render_image
-from training_support import SIZES, make_small_model, write_sizes
+from support.training import SIZES, make_small_model, write_sizes
 
 
 def test_sizes_on_the_command_line_reach_model_and_processor(tmp_path, monkeypatch):

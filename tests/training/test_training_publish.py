@@ -7,7 +7,7 @@ import pytest
 
 from blip3.checkpoints import CODE_FILES
 from blip3.training.small.publish import publish
-from training_support import write_recipe
+from support.training import write_recipe
 
 
 @pytest.fixture

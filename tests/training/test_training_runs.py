@@ -26,7 +26,7 @@ from blip3.training.mixture import Mixture
 from blip3.training.small.new_model import make_model
 from blip3.training.small.publish import publish
 from support import load_model, render_image
-from training_support import (
+from support.training import (
     WORLD,
     losses_of,
     newest_checkpoint,

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoTokenizer
 
 from blip3.data.canvas import Drawing, Shape, Text, shape_box
+from blip3.hub import model_code
 from blip3.training.recipe import TowerRecipe, load_recipe
 from blip3.training.small.new_model import make_model
 from blip3.training.small.publish import publish_tower
@@ -23,11 +24,12 @@ from blip3.training.tower import train as stage
 from blip3.world.settings import settings_from
 from blip3.world.tasks import rendered_record
 from support import load_model
-from training_support import WORLD, losses_of, weights_in, write_sizes
+from support.training import WORLD, losses_of, weights_in, write_sizes
 
 TILE, PER_SIDE = 48, 4
 PATCH = TILE // PER_SIDE
 TOWER = "model.vision_tower."
+view_places = model_code("tiling_blip3.view_places")
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +61,15 @@ def tower_recipe(small_model, output, **changes: object) -> TowerRecipe:
     return load_recipe(path, TowerRecipe)
 
 
+def places_of(image_size, image_processor) -> list[tuple[float, float, float, float]]:
+    """How an image's pixels map to its global view and to each tile."""
+    return view_places(image_size, image_processor.grid_of(*image_size), TILE)
+
+
 def labelled(regions, image_size, image_processor) -> list[dict[str, set[tuple[int, int]]]]:
     """For each part of an image: the (row, column) of the patches under each name."""
     found = []
-    for place in labels.tile_places(image_size, image_processor):
+    for place in places_of(image_size, image_processor):
         marked = labels.label_patches(regions, place, TILE, PER_SIDE).reshape(PER_SIDE, PER_SIDE, -1)
         places = {}
         for name, index in labels.name_index(PER_SIDE).items():
@@ -155,13 +162,11 @@ def test_captions_name_what_a_tile_shows_half_of(image_processor):
         (("7",), (2, 40, 8, 46)),
         (("K",), (44, 40, 52, 46)),  # half in either
     ]
-    whole, left, right = (
-        labels.caption_of(regions, place, TILE) for place in labels.tile_places((48, 96), image_processor)
-    )
+    whole, left, right = (labels.caption_of(regions, place, TILE) for place in places_of((48, 96), image_processor))
     assert whole == 'red square, blue moon "7K"'
     assert left == 'red square "7K"'
     assert right == 'blue moon "K"'
-    assert labels.caption_of(regions[:1], labels.tile_places((48, 96), image_processor)[2], TILE) == "nothing"
+    assert labels.caption_of(regions[:1], places_of((48, 96), image_processor)[2], TILE) == "nothing"
     assert labels.caption_of([], (1, 1, 0, 0), TILE) == "nothing"
 
 

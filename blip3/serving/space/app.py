@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face Space: the page of `blip3/serving/app.py`, with the model that lies beside this file."""
+"""A Hugging Face Space: the page of `blip3/serving/page`, with the model that lies beside this file."""
 
-from blip3.serving.app import main
+from blip3.serving.page.app import main
 
 if __name__ == "__main__":
     main()

@@ -36,9 +36,10 @@ from ...conversion.names import tower_weights_for
 from ...data.records import Record
 from ...data.yaml_files import read_yaml
 from ...hub import RELEASE, ROOT
+from ...refusals import check_keys
 from ...world.settings import WorldSettings, load_settings
 from ...world.tasks import TASKS, rendered_records
-from ..recipe import check_keys, parse_override, plain_errors
+from ..recipe import parse_override, plain_errors
 from ..trainer import name_tower_for_both_lines
 from .tokenizer import save_tokenizer, train_tokenizer
 

@@ -10,7 +10,6 @@ depends on the patches along a side of a view, which the model's configuration g
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
 
@@ -101,29 +100,6 @@ def character_regions(mark: Text) -> list[Region]:
         for character, start_x, end_x in zip(mark.text, starts, ends, strict=True)
         if character in CHARACTERS
     ]
-
-
-def tile_places(image_size: tuple[int, int], image_processor: Any) -> list[Place]:
-    """Give, for the global view and each tile, how an image's pixels map to it.
-
-    Args:
-        image_size: (height, width) of the image.
-        image_processor: the model's.
-
-    Returns:
-        a `Place` each.
-    """
-    height, width = image_size
-    side = image_processor.tile_size
-    rows, columns = image_processor.grid_of(height, width)
-    places = [(side / width, side / height, 0.0, 0.0)]
-    if rows * columns:
-        scale = min(rows * side / height, columns * side / width)
-        left, top = (columns * side - width * scale) / 2, (rows * side - height * scale) / 2
-        places += [
-            (scale, scale, left - column * side, top - row * side) for row in range(rows) for column in range(columns)
-        ]
-    return places
 
 
 def _boxes_in(regions: Sequence[Region], place: Place) -> np.ndarray:

@@ -39,10 +39,11 @@ from ..trainer import (
     training_arguments,
     write_metrics,
 )
-from .labels import KINDS, caption_of, drawing_of, label_patches, regions_of, richest_views, tile_places
+from .labels import KINDS, caption_of, drawing_of, label_patches, regions_of, richest_views
 from .model import PatchSiglip, patches_per_side
 
-visible_patches = model_code("modeling_blip3.visible_patches")
+view_places = model_code("tiling_blip3.view_places")
+visible_patches = model_code("tiling_blip3.visible_patches")
 
 
 def main() -> None:
@@ -121,22 +122,22 @@ class TowerImages(Dataset):
         record = rendered_record(task, self.split, self.recipe.seed, index, self.settings)
         drawing, side = drawing_of(record), self.image_processor.tile_size
         pixels = self.image_processor(record.images[0].open(), return_tensors="pt")["pixel_values"][0]
-        regions, places = regions_of(record, drawing), tile_places(drawing.size, self.image_processor)
+        grid = self.image_processor.grid_of(*drawing.size)
+        regions, places = regions_of(record, drawing), view_places(drawing.size, grid, side)
         rng = np.random.default_rng([self.recipe.seed, index])
         views = richest_views(regions, places, side, rng)[: self.recipe.parts]
         names = [label_patches(regions, places[view], side, self.per_side) for view in views]
         return {
             "pixel_values": torch.stack([pixels[view] for view in views]),
             "names": torch.from_numpy(np.stack(names)),
-            "is_visible": self._visible_patches(drawing.size)[views],
+            "is_visible": self._visible_patches(drawing.size, grid)[views],
             "captions": [caption_of(regions, places[view], side) for view in views],
         }
 
-    def _visible_patches(self, image_size: tuple[int, int]) -> torch.Tensor:
+    def _visible_patches(self, image_size: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
         """Which patches of each view show the image and not padding: (views, P) bool."""
-        grid, num_patches = self.image_processor.grid_of(*image_size), self.per_side**2
         shown = visible_patches(image_size, grid, self.per_side, "patch", "tiles")
-        is_visible = torch.zeros(len(shown), num_patches, dtype=torch.bool)
+        is_visible = torch.zeros(len(shown), self.per_side**2, dtype=torch.bool)
         is_visible.view(-1)[torch.cat(shown)] = True
         return is_visible
 

@@ -18,7 +18,7 @@ collect_ignore_glob = [] if IS_ENABLED else ["test_*.py"]
 def pytest_configure(config: pytest.Config) -> None:
     """Register the classes before the test files are imported."""
     if IS_ENABLED:
-        from registration import register_blip3
+        from .registration import register_blip3
 
         register_blip3()
 
@@ -32,8 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     if not IS_ENABLED:
         return
-    from registration import TRANSFORMERS_LINE
-    from skips import SKIPS
+    from .registration import TRANSFORMERS_LINE
+    from .skips import SKIPS
 
     entries = [entry for entry in SKIPS if TRANSFORMERS_LINE in entry.lines]
     stale = set(entries)

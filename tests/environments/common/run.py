@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the common tests of the installed transformers against BLIP-3's classes.
 
-    python tests/environments/common/run.py                  everything
-    python tests/environments/common/run.py -k save_load     the tests whose name matches
+    python tests/run.py common                  everything
+    python tests/run.py common -k save_load     the tests whose name matches
 
 transformers keeps these tests in its source distribution only. This script fetches the one of the installed version
 into `.cache/common_tests/`, unpacks its `tests/`, adds stand-ins for the modules a source distribution lacks, and runs
@@ -123,7 +123,3 @@ def main() -> int:
     command += ["--durations", str(options.durations)] if options.durations else []
     command += [str(path) for path in sorted(HERE.glob("test_*.py"))]
     return subprocess.run(command, cwd=tree, env=offline_environment(tree), check=False).returncode
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,13 +6,14 @@ import tempfile
 import unittest
 from typing import Any, ClassVar
 
-from registration import TRANSFORMERS_LINE
 from tests.test_image_processing_common import ImageProcessingTestMixin, prepare_image_inputs
 from tests.test_processing_common import ProcessorTesterMixin
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from blip3.hub import RELEASE, ROOT, model_code
+
+from .registration import TRANSFORMERS_LINE
 
 Blip3ImageProcessor = model_code("image_processing_blip3.Blip3ImageProcessor")
 Blip3Processor = model_code("processing_blip3.Blip3Processor")

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from blip3.conversion import random_checkpoint
-from serving_support import silence_bytes
 from support import convert
+from support.serving import silence_bytes
 
 IS_ENABLED = os.environ.get("BLIP3_VLLM_TESTS") == "1"
 collect_ignore_glob = [] if IS_ENABLED else ["test_*.py"]

@@ -5,8 +5,9 @@ import random
 
 import pytest
 
-from serving_support import user_message
-from vllm_support import (
+from support.serving import user_message
+
+from .vllm_support import (
     GLOBAL_ROWS,
     IMAGES,
     MOST_IMAGES,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from vllm_support import GLOBAL_ROWS, IMAGES, MAX_LENGTH, MOST_IMAGES, ROWS, Row
+from .vllm_support import GLOBAL_ROWS, IMAGES, MAX_LENGTH, MOST_IMAGES, ROWS, Row
 
 NUM_TILES = {"square": 5, "wide": 4, "high": 4, "landscape": 3, "portrait": 3, "tiny": 3, "grey": 5}
 NUM_LATENTS = 8

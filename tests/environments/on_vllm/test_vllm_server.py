@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from serving_support import serving, user_message
-from vllm_support import IMAGES, MAX_LENGTH, MOST_IMAGES, NUM_TOKENS, answer_text_of_transformers
+from support.serving import serving, user_message
+
+from .vllm_support import IMAGES, MAX_LENGTH, MOST_IMAGES, NUM_TOKENS, answer_text_of_transformers
 
 CONVERSATIONS = {
     "text only": ("How many dogs are there?",),

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from vllm_support import GLOBAL_ROWS, ROWS, Row, answers_of_transformers, answers_of_vllm, engine, save_random_adapter
+from .vllm_support import GLOBAL_ROWS, ROWS, Row, answers_of_transformers, answers_of_vllm, engine, save_random_adapter
 
 ADAPTED = {
     "unfused": r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from serving_support import local_message
 from support import load_model, render_image
+from support.serving import local_message
 
 MAX_LENGTH = 512
 NUM_TOKENS = 12

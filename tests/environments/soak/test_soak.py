@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from serving_support import silence_bytes
-from soak_backends import Reply
-from soak_cases import Case
-from soak_report import MIB, Sample, describe_latency, failures, growth_percent
 from support import IS_TRANSFORMERS_5, ROOT
+from support.serving import silence_bytes
 
-RUN = ROOT / "tests" / "run_soak.py"
+from .backends import Reply
+from .cases import Case
+from .report import MIB, Sample, describe_latency, failures, growth_percent
+from .run import check
+
+RUN = ROOT / "tests" / "run.py"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def legible(tiny_repo, tmp_path_factory):
 def soak(folder, model, *arguments):
     """Run the command for 20 seconds. Memory is still settling then, so only its doubling is a failure."""
     output = folder / "report.json"
-    command = [sys.executable, str(RUN), "--minutes", "0.33", "--clients", "8", "--max-growth", "100"]
+    command = [sys.executable, str(RUN), "soak", "--minutes", "0.33", "--clients", "8", "--max-growth", "100"]
     run = subprocess.run(
         [*command, "--model", str(model), "--output", str(output), *map(str, arguments)],
         capture_output=True, text=True, timeout=540, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -46,7 +48,7 @@ def expect_no_fault(report):
 
 
 def test_the_handler_stays_right_under_eight_clients(tmp_path, legible):
-    report = soak(tmp_path, legible, "--door", "handler")
+    report = soak(tmp_path, legible, "--backend", "handler")
     expect_no_fault(report)
     assert len(report["requests_by_case"]) > 30
     assert report["private_connections"] == 0
@@ -60,7 +62,7 @@ needs_serve = pytest.mark.skipif(
 
 @needs_serve
 def test_transformers_serve_stays_right_under_eight_clients(tmp_path, legible):
-    expect_no_fault(soak(tmp_path, legible, "--door", "http"))
+    expect_no_fault(soak(tmp_path, legible, "--backend", "http"))
 
 
 # -- Checks that must be able to fail ---------------------------------------------------------------------------------
@@ -114,13 +116,6 @@ def test_each_check_can_fail(change, message):
     assert message in failure
 
 
-@pytest.fixture(scope="module")
-def check():
-    import run_soak
-
-    return run_soak.check
-
-
 @pytest.mark.parametrize(
     ("case", "reply", "outcome"),
     [
@@ -133,7 +128,7 @@ def check():
         (Case("bad", {}, refusal="too large"), Reply(200, "a"), "wrong"),
     ],
 )
-def test_replies_are_scored_by_status_and_answer(check, case, reply, outcome):
+def test_replies_are_scored_by_status_and_answer(case, reply, outcome):
     found, fault = check(case, reply, "a")
     assert found == outcome
     assert bool(fault) == (outcome in ("wrong", "errors"))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Test the page in the browser, batches on Ray Data and quantization, with everything they need.
 
-    python tests/environments/run_backends.py                  all of it
-    python tests/environments/run_backends.py -k browser       the tests whose name matches
+    python tests/run.py backends                  all of it
+    python tests/run.py backends -k browser       the tests whose name matches
 
 `make test` skips what is not installed; here a test that is skipped fails the run. The environment, `.venv-backends`
 at the root of the repository, is made on the first run and again when constraints/serving.txt changes: 2 GB. Chromium
@@ -18,13 +18,19 @@ import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
-from own_environment import ROOT, make_environment, parse_expression, run_pytest
+from ..own_environment import ROOT, make_environment, parse_expression, run_pytest
 
 ENVIRONMENT = ROOT / ".venv-backends"
 CONSTRAINTS = ROOT / "constraints" / "serving.txt"
 PACKAGES = ["pytest", "psutil", "--editable", f"{ROOT}[app,batch,data,quantize]"]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # as tests/serving/test_app.py looks for them
-FILES = ["test_app.py", "test_serving_batch.py", "test_quantization.py"]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # as tests/serving/test_page_app.py looks for them
+FILES = [
+    "test_page_app.py",
+    "test_page_chat.py",
+    "test_page_panel.py",
+    "test_serving_batch.py",
+    "test_quantization.py",
+]
 
 
 def find_browser() -> None:
@@ -71,7 +77,3 @@ def main() -> int:
         files = ["--junitxml", report, *(ROOT / "tests" / "serving" / name for name in FILES)]
         status = run_pytest(ENVIRONMENT, expression, files, {"HF_HUB_OFFLINE": "1"})
         return status or check_nothing_was_skipped(report)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

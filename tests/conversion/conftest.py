@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conversion_support import TINY, TINY_VISION, tensors_of
 from support import convert
+from support.conversion import TINY, TINY_VISION, tensors_of
 
 
 @pytest.fixture(scope="session")

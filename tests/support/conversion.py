@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions the converter's test files share; their fixtures are in conversion_fixtures.py."""
+"""Functions the converter's test files share; their fixtures are in conversion/conftest.py."""
 
 import json
 import re

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from blip3.conversion import cli as convert_weights
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RELEASE = ROOT / "configs" / "4b"  # the architecture of the released checkpoints
 SHARED = ROOT.parent / "shared"  # facts about the reference, beside the repository; not part of it
 IS_TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5

@@ -2,14 +2,21 @@
 """Row i of a mixed batch is row i alone, however it is generated, and images never change rows."""
 
 import copy
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from blip3.hub import model_code
 from support import render_image
+
+CACHE_NAME = model_code("generation_blip3.CACHE_NAME")
+group_rows_by_length = model_code("generation_blip3.group_rows_by_length")
+grow_in_place = model_code("generation_blip3.grow_in_place")
+run_decoder = model_code("generation_blip3.run_decoder")
 
 PROMPT = "<|user|>\n{}<|end|>\n<|assistant|>\n"
 QUESTIONS = [
@@ -161,11 +168,11 @@ def test_a_prompt_read_group_by_group_equals_one_read_at_once(
         lambda _, args, kwargs: lengths.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
     )
 
-    def read() -> list[torch.Tensor]:
+    def read(**options: bool) -> list[torch.Tensor]:
         length = {"max_cache_len": mask.shape[1] + 1} if kind is StaticCache else {}
         cache = kind(config=tiny_model.config.text_config, **length)
         with torch.no_grad():
-            logits = tiny_model(**inputs, past_key_values=cache, use_cache=True).logits
+            logits = tiny_model(**inputs, past_key_values=cache, use_cache=True, **options).logits
             longer = torch.cat([mask, mask[:, -1:]], dim=1)
             step = {"position_ids": longer.sum(-1, keepdim=True) - 1} if has_positions else {}
             after = tiny_model(torch.full_like(mask[:, -1:], 7), attention_mask=longer, past_key_values=cache, **step)
@@ -177,8 +184,7 @@ def test_a_prompt_read_group_by_group_equals_one_read_at_once(
 
     apart = read()
     num_groups = len(lengths) - 1
-    monkeypatch.setattr(type(tiny_model.model), "_rows_to_prefill_apart", lambda *_: [])
-    together = read()
+    together = read(output_hidden_states=True)  # which keeps all rows together
     handle.remove()
     assert num_groups > 1
     assert sum(rows * length for rows, length in lengths[:num_groups]) < 0.75 * mask.numel()
@@ -210,16 +216,34 @@ def test_generate_reads_a_mixed_batch_group_by_group(tiny_model, processor, cach
         pytest.param([[1, 1, 1, 1]], [], id="one row"),
     ],
 )
-def test_rows_are_grouped_where_padding_is_on_the_left_and_much(tiny_model, mask, groups):
-    group_rows_by_length = sys.modules[type(tiny_model).__module__].group_rows_by_length
+def test_rows_are_grouped_where_padding_is_on_the_left_and_much(mask, groups):
     assert group_rows_by_length(torch.tensor(mask)) == groups
+
+
+@pytest.mark.parametrize(("device", "runs"), [("cpu", [(1, 4), (2, 1)]), ("meta", [(3, 4)])])
+def test_rows_are_read_apart_on_a_cpu_alone(device, runs):
+    """On a GPU it was never measured to be faster. The decoder here has no layers, and the device no values."""
+    shapes = []
+
+    class Decoder:
+        rotary_emb = SimpleNamespace(rope_type="default")
+
+        def __call__(self, inputs_embeds, **kwargs):
+            shapes.append(tuple(inputs_embeds.shape[:2]))
+            return BaseModelOutputWithPast(last_hidden_state=inputs_embeds, **{CACHE_NAME: kwargs[CACHE_NAME]})
+
+    mask = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]])
+    with torch.no_grad():
+        outputs = run_decoder(Decoder(), torch.zeros(3, 4, 2, device=device), mask, None, DynamicCache())
+    assert shapes == runs
+    assert outputs.last_hidden_state.shape == (3, 4, 2)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("window", [None, 7])
-def test_a_cache_that_grows_in_place_holds_what_transformers_does(tiny_model, monkeypatch, window):
+def test_a_cache_that_grows_in_place_holds_what_transformers_does(monkeypatch, window):
     """Through rooms that fill up, several tokens at once, replaced tensors, other modes and copies."""
-    ours, theirs = growing_layer(tiny_model, window), plain_layer(window)
+    ours, theirs = growing_layer(window), plain_layer(window)
     monkeypatch.setattr(type(ours), "room", 3)
     generator = torch.Generator().manual_seed(0)
     copies, given = [], []
@@ -247,7 +271,8 @@ def test_a_cache_that_grows_in_place_holds_what_transformers_does(tiny_model, mo
 
 
 def test_generate_copies_its_cache_once_in_a_room_of_tokens(tiny_model, processor, monkeypatch):
-    kind, extended, memories = type(growing_layer(tiny_model, None)), [], set()
+    answer = tiny_model.generate(torch.full((1, 3), 300), max_new_tokens=1, return_dict_in_generate=True)
+    kind, extended, memories = type(answer.past_key_values.layers[0]), [], set()
     extend = kind._extend
 
     def watched(self, name, new):
@@ -267,10 +292,10 @@ def plain_layer(window):
     return DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
 
 
-def growing_layer(model, window):
+def growing_layer(window):
     """The layer that `generate` puts in place of transformers' own."""
     cache = DynamicCache()
     cache.layers = [plain_layer(window)]
-    sys.modules[type(model).__module__].grow_in_place(cache)
+    grow_in_place(cache)
     assert type(cache.layers[0]) is not type(plain_layer(window))
     return cache.layers[0]

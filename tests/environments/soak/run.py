@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keep a server busy with good and bad requests, and see whether it stays right and its memory stays level.
 
-    python tests/run_soak.py --door handler --minutes 10  Inference Endpoints' handler
-    python tests/run_soak.py --door http --minutes 10  `transformers serve`, by OpenAI's client
-    python tests/run_soak.py --door vllm --minutes 10  vLLM, after `make test-vllm` made .venv-vllm
+    python tests/run.py soak --backend handler --minutes 10  Inference Endpoints' handler
+    python tests/run.py soak --backend http --minutes 10     `transformers serve`, by OpenAI's client
+    python tests/run.py soak --backend vllm --minutes 10     vLLM, after `make test-vllm` made .venv-vllm
 
 1. Every request is asked alone; answers must equal `generate`, bad requests must get their own error.
 2. For the minutes given, each client asks one random request after the other, a quarter of them bad. Answers must
@@ -33,10 +33,12 @@ import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
-from serving_support import SMALL_MODEL, Server, complete_folder
-from soak_backends import BACKENDS, HandlerBackend, OpenAIBackend, Reply, generate_texts, running
-from soak_cases import Case, image_server
-from soak_report import (
+from support import ROOT
+from support.serving import SMALL_MODEL, Server, complete_folder
+
+from .backends import BACKENDS, HandlerBackend, OpenAIBackend, Reply, generate_texts, running
+from .cases import Case, image_server
+from .report import (
     MAX_GROWTH_PERCENT,
     Sample,
     Tally,
@@ -44,7 +46,6 @@ from soak_report import (
     describe_memory,
     failures,
 )
-from support import ROOT
 
 SHARE_OF_BAD = 0.25
 Backend = HandlerBackend | OpenAIBackend
@@ -186,7 +187,7 @@ def soak(options: argparse.Namespace, scratch: Path) -> dict:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--door", choices=BACKENDS, default="handler", help="default: %(default)s")
+    parser.add_argument("--backend", choices=BACKENDS, default="handler", help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=10, help="of load (default: %(default)s)")
     parser.add_argument("--clients", type=int, default=8, help="at once (default: %(default)s)")
     parser.add_argument(
@@ -216,7 +217,3 @@ def main() -> int:
         print(f"FAILED: {line}", file=sys.stderr)
     print(f"Report: {output}")
     return 1 if report["failures"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,9 +15,10 @@ from typing import Any
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from serving_support import Server, local_message, serving
-from soak_cases import NUM_TOKENS, PUBLIC, Case, ImageServer, handler_cases, openai_cases
 from support import ROOT
+from support.serving import Server, local_message, serving
+
+from .cases import NUM_TOKENS, PUBLIC, Case, ImageServer, handler_cases, openai_cases
 
 HERE = Path(__file__).resolve().parent
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
@@ -79,7 +80,7 @@ class HandlerBackend:
         self.command = [
             sys.executable,
             "-P",
-            str(HERE / "environments" / "soak" / "container.py"),
+            str(HERE / "container.py"),
             str(folder),
             "--public",
             PUBLIC,

@@ -12,8 +12,8 @@ from http.server import BaseHTTPRequestHandler
 
 from PIL import Image
 
-from serving_support import data_url, url_of_bytes, user_message
 from support import QuietServer, render_image
+from support.serving import data_url, url_of_bytes, user_message
 
 PUBLIC, PRIVATE = "127.0.0.5", "127.0.0.1"  # the guard is told to take PUBLIC for a public address
 NUM_TOKENS = 16

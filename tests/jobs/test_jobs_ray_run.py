@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The example of `blip3/jobs`: shards in, a file for each, whatever happens on the way."""
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from blip3 import jobs
+from blip3.jobs.inputs import Columns, plan_shards
+from blip3.jobs.output import Output
+from blip3.jobs.ray_run import Summary, run
+from support import render_image
+
+pyarrow = pytest.importorskip("pyarrow", reason="parquet: pip install pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet", reason="parquet: pip install pyarrow")
+
+NAMES = [f"{index}.parquet" for index in range(6)]
+IMPORTS = """
+import io
+import os
+import sys
+import time
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+from PIL import Image
+
+from blip3 import files
+from blip3.jobs import inputs, output, ray_run
+
+os.chdir(sys.argv[1])
+folder = Path("out").resolve()
+"""
+SLOWLY = """
+_measure = measure
+
+def measure(row):
+    time.sleep(0.2)
+    return _measure(row)
+"""
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    """Six shards of ten images, of which one is cut off and one missing."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard, name in enumerate(NAMES):
+        rows = []
+        for index in range(10):
+            buffer = io.BytesIO()
+            render_image(20 + shard, 30 + index, seed=index).save(buffer, "PNG")
+            rows.append({"id": 100 * shard + index, "picture": buffer.getvalue()})
+        rows[3]["picture"] = rows[3]["picture"][:10]
+        rows[7]["picture"] = None
+        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name)
+    return tmp_path
+
+
+def example() -> str:
+    """The code of the package's documentation, slowed down."""
+    code = textwrap.dedent(jobs.__doc__.split("of each parquet file of a folder:")[1].split("Everything here")[0])
+    before, after = code.split("def is_there")
+    return f"{IMPORTS}{before}{SLOWLY}\ndef is_there{after.replace('workers=4', 'workers=2')}"
+
+
+def start(folder: Path) -> subprocess.Popen:
+    (folder / "example.py").write_text(example(), encoding="utf-8")
+    command = [sys.executable, str(folder / "example.py"), str(folder)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **pipes, env=os.environ | {"PYTHONPATH": os.getcwd()})
+
+
+def finish(process: subprocess.Popen) -> str:
+    printed, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    return printed
+
+
+def test_a_killed_job_of_shards_continues(shards):
+    pytest.importorskip("ray.data", reason="jobs run on Ray: pip install 'ray[data]'")
+    process, lines = start(shards), shards / "out" / "shards.jsonl"
+    deadline = time.monotonic() + 240
+    while not (lines.is_file() and lines.stat().st_size):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = lines.read_bytes().splitlines(keepends=True)
+    assert 0 < len(done) < 6
+    first = shards / "out" / re.search(rb'"id": "(\d\.parquet)"', done[0])[1].decode()
+    before = first.read_bytes()
+    changed = first.stat().st_mtime_ns
+
+    printed = finish(start(shards))
+    left = 6 - len(done)
+    assert f"Done: {left} of 6 shards, {2 * left} rows in error, {len(done)} done earlier" in printed
+    assert lines.read_bytes().startswith(b"".join(done))
+    assert lines.read_bytes().count(b'"rows": 10, "errors": 2') == 6
+    assert (first.read_bytes(), first.stat().st_mtime_ns) == (before, changed)
+    assert sorted(path.name for path in (shards / "out").iterdir()) == [*NAMES, "manifest.json", "shards.jsonl"]
+    for shard, name in enumerate(NAMES):
+        rows = parquet.read_table(shards / "out" / name).to_pylist()
+        assert [row["id"] for row in rows] == [str(100 * shard + index) for index in range(10)]
+        assert [row["size"] for row in rows if row["error"] is None] == [
+            [30 + index, 20 + shard] for index in range(10) if index not in (3, 7)
+        ]
+        assert rows[7]["error"] == "The row has no image."
+
+    (shards / "out" / NAMES[2]).unlink()  # whoever removes a file has it made again
+    assert "Done: 1 of 6 shards" in finish(start(shards))
+    assert (shards / "out" / NAMES[2]).is_file()
+
+
+def test_where_nothing_is_missing_ray_is_not_started(shards, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with Output(shards / "out", "shards.jsonl", {}) as output:
+        done = {f'"{name}"' for name in NAMES}
+        plan = plan_shards(shards / "shards", done, Columns("picture"))
+        summary = run(plan, output, object, workers=2)
+    assert (summary.rows, summary.done, summary.earlier) == (6, 0, 6)
+
+
+def test_what_was_done_is_said_in_one_line():
+    rows = str(Summary(12, 8, 3, 4, 1, 2.0, Path("answers.jsonl")))
+    assert rows == (
+        "Done: 8 of 12 rows, 3 of them errors, 4 done earlier; 1 files are no images by their name; 2.0 s, "
+        "4.00 rows/s: answers.jsonl"
+    )
+    shards = str(Summary(6, 2, 5, 4, 0, 2.0, Path("shards.jsonl"), "shard"))
+    assert shards == "Done: 2 of 6 shards, 5 rows in error, 4 done earlier; 2.0 s, 1.00 shards/s: shards.jsonl"

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the tests that `make test` leaves out: each takes minutes, or packages of its own.
+
+    python tests/run.py backends                          the page in a browser, batches on Ray Data, quantization
+    python tests/run.py common -k save_load               transformers' own tests, those whose name matches
+    python tests/run.py soak --backend http --minutes 10  a server under load
+    python tests/run.py vllm                              vLLM on the CPU
+
+`python tests/run.py NAME --help` describes one. `backends` and `vllm` make their environment themselves and need
+nothing but Python; `common` and `soak` run in the environment they are started from.
+"""
+
+import argparse
+import sys
+from importlib import import_module
+
+RUNNERS = {
+    "backends": "environments.backends.run",
+    "common": "environments.common.run",
+    "soak": "environments.soak.run",
+    "vllm": "environments.on_vllm.run",
+}
+
+
+def main() -> int:
+    """Read the name, hand the rest of the command line to its runner; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=RUNNERS)
+    name = parser.parse_args(sys.argv[1:2]).name
+    sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
+    return import_module(RUNNERS[name]).main()  # imported here: some need packages that others must do without
+
+
+if __name__ == "__main__":
+    sys.exit(main())
