@@ -278,3 +278,23 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path):
     write_checkpoint(tmp_path, 12, '{"global_st')  # or in the middle of it
     (tmp_path / "checkpoint-best").mkdir()
     assert trainer.find_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+# -- recipes and runs of earlier versions -----------------------------------------------------------------------------
+
+
+def test_recipes_under_their_former_names_are_read(recipe_file):
+    recipe_file.write_text(LINES.replace("rendered: count", "drawn: count, weight: 2"))
+    assert load_recipe(recipe_file, Recipe).mixture == ({"rendered": "count", "weight": 2},)
+    recipe_file.write_text("".join(LINES.splitlines(True)[:-1]) + "picture_weight: 0.25\n")
+    assert load_recipe(recipe_file, TowerRecipe).image_weight == 0.25
+
+
+def test_a_run_whose_recipe_was_saved_under_former_names_goes_on(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file, Recipe, [f"output={tmp_path / 'run'}"])
+    trainer.resume_or_refuse(recipe)
+    saved = tmp_path / "run" / "recipe.yaml"
+    saved.write_text(saved.read_text().replace("- rendered: count", "- drawn: count"))
+    assert "drawn" in saved.read_text()
+    write_checkpoint(tmp_path / "run", 5, json.dumps({"global_step": 5}))
+    assert trainer.resume_or_refuse(recipe) == str(tmp_path / "run" / "checkpoint-5")

@@ -333,6 +333,16 @@ def test_the_final_folder_has_the_trained_tower_and_the_rest_unchanged(trained, 
     )
 
 
+def test_states_keep_the_names_that_earlier_runs_saved(trained, with_resampler):
+    extra = {name.split(".")[0] for name in with_resampler.state_dict()}
+    assert extra == {"siglip", "patch_naming", "resampler", "reader", "latent_naming"}
+    names = set(with_resampler.state_dict())
+    assert {"patch_naming.naming.weight", "patch_naming.presence.bias", "latent_naming.naming.bias"} <= names
+    assert {"reader.queries", "reader.latent_norm.weight", "reader.attention.in_proj_weight"} <= names
+    tower = {name for name in weights_in(trained / "checkpoint-30") if "patch_embedding" in name}
+    assert tower == {f"siglip.vision_model.embeddings.patch_embedding.{kind}" for kind in ("weight", "bias")}
+
+
 def test_a_resumed_tower_is_the_same(trained, small_model, tmp_path):
     shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-30", "final", "recipe.yaml"))
     stage.train_tower(tower_recipe(small_model, tmp_path / "run"))
