@@ -5,9 +5,9 @@ import re
 import shlex
 
 import pytest
-from blip3.training.train_tower import TowerRecipe
 
 from blip3.training.recipe import Recipe, load_recipe
+from blip3.training.tower.train import TowerRecipe
 from support import ROOT
 
 PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -18,12 +18,14 @@ PROVENANCE = ROOT / "recipes" / "small" / "provenance"
 
 def test_each_of_the_six_commands_starts_where_the_one_before_ended():
     block = next(block for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL) if "new_model" in block)
-    first, *others = [shlex.split(line) for line in block.splitlines() if line.startswith("python")]
+    first, *others = [
+        shlex.split(line) for line in block.replace("\\\n", " ").splitlines() if line.startswith("python")
+    ]
     assert len(others) == 5
-    assert first[:3] == ["python", "-m", "blip3.training.new_model"]
+    assert first[:3] == ["python", "-m", "blip3.training.small.new_model"]
     end = first[-1]
     for command in others:
-        kind = TowerRecipe if command[2].endswith("train_tower") else Recipe
+        kind = TowerRecipe if command[2].endswith("tower.train") else Recipe
         recipe = load_recipe(ROOT / command[3], kind, command[4:])
         assert recipe.model == end, command
         end = f"{recipe.output}/final"
