@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of BLIP-3 (xGen-MM, arXiv:2408.08872).
+
+    Blip3Config
+      vision_config     any transformers vision tower with patch tokens; SigLIP-SO400M/14-384 by default
+      resampler_config  Blip3ResamplerConfig: patch tokens -> `num_latents` image tokens
+      text_config       any transformers decoder; Phi-3-mini by default
+      tile_grids        the layouts a picture may be cut into, (rows, columns) in tiles
+
+Sizes are (height, width) in pixels and grids are (rows, columns) in tiles, everywhere.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# The five grids of the r-v1.5 release, in its order: on a tie the earlier one wins.
+RELEASED_TILE_GRIDS = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
+
+# "Up to 12 patches", longest side 1536 pixels (arXiv:2408.08872v4, stage 2): every grid of 2 to 12 tiles with sides
+# of at most 4 tiles, smallest first. The report gives the two limits and not the list.
+TWELVE_TILE_GRIDS = tuple(
+    sorted(
+        ((rows, columns) for rows in range(1, 5) for columns in range(1, 5) if 2 <= rows * columns <= 12),
+        key=lambda grid: (grid[0] * grid[1], -grid[0]),
+    )
+)
+
+SIGLIP_SO400M_14_384 = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+
+# Phi-3-mini-4k with the release's three added tokens. The release says `sliding_window: 2047` and was trained with the
+# meaning "2047 earlier keys and the token itself"; transformers >= 4.42 counts the token in, hence 2048.
+PHI3_MINI_4K = {
+    "model_type": "phi3",
+    "vocab_size": 32015,
+    "sliding_window": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 32007,
+    "pad_token_id": 32011,
+}
+
+CACHE_NAMES = ("cache", "past_key_values")  # in transformers from 5.24 on, and before
+IGNORE_INDEX = -100  # of labels that no loss is wanted for
+
+TOKEN_SAMPLINGS = ("patch", "fixed")
+TILE_GROUPINGS = ("stripes", "tiles")
+
+
+class Blip3ResamplerConfig(PretrainedConfig):
+    """Perceiver resampler between the vision tower and the language model (Flamingo, arXiv:2204.14198, A.1.1).
+
+    Args:
+        hidden_size: width of patch tokens and latents; equals the vision tower's.
+        num_hidden_layers: number of attention + MLP layers.
+        num_attention_heads: heads per layer.
+        head_dim: channels per head; heads * head_dim need not equal `hidden_size`.
+        intermediate_size: width of the MLP.
+        num_latents: image tokens per resampler call (128 in the release).
+        token_sampling: `patch` resamples the global view and each tile on its own ("any-resolution patch sampling"),
+            giving `num_latents` tokens each; `fixed` resamples all of a picture in one call, giving `num_latents`
+            tokens a picture ("fixed sampling" of the report).
+        tile_grouping: which patch tokens form one resampler call under `patch`. `stripes` cuts the stitched picture
+            into consecutive raster runs of one tile's length, as the released weights were trained; `tiles` takes each
+            tile's own patch tokens.
+        layer_norm_eps: epsilon of every layer norm.
+        initializer_range: standard deviation of fresh weights.
+
+    Raises:
+        ValueError: on an unknown key, or a size that is not a positive integer.
+    """
+
+    model_type = "blip3_resampler"
+    base_config_key = "resampler_config"
+
+    def __init__(
+        self,
+        hidden_size: int = 1152,
+        num_hidden_layers: int = 6,
+        num_attention_heads: int = 16,
+        head_dim: int = 96,
+        intermediate_size: int = 4608,
+        num_latents: int = 128,
+        token_sampling: str = "patch",
+        tile_grouping: str = "stripes",
+        layer_norm_eps: float = 1e-5,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ):
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.head_dim = head_dim
+        self.intermediate_size = intermediate_size
+        self.num_latents = num_latents
+        self.token_sampling = token_sampling
+        self.tile_grouping = tile_grouping
+        self.layer_norm_eps = layer_norm_eps
+        self.initializer_range = initializer_range
+        _check_keys("resampler_config", kwargs, known=vars(self), refuse_all=True)
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size"):
+            check_positive(f"resampler_config.{name}", getattr(self, name))
+        check_positive("resampler_config.num_latents", num_latents)
+        check_choice("resampler_config.token_sampling", token_sampling, TOKEN_SAMPLINGS)
+        check_choice("resampler_config.tile_grouping", tile_grouping, TILE_GROUPINGS)
+        super().__init__(**kwargs)
+
+
+class Blip3Config(PretrainedConfig):
+    """BLIP-3: vision tower -> resampler -> language model. Without arguments, the released 4B architecture.
+
+    Args:
+        vision_config: configuration (or its dict) of the vision tower. Tiles are squares of its `image_size` pixels.
+        resampler_config: `Blip3ResamplerConfig` or its dict.
+        text_config: configuration (or its dict) of the decoder; `vocab_size` counts the added tokens.
+        image_token_id: id of `<image>`, the placeholder that image tokens replace.
+        tile_grids: candidate layouts, (rows, columns) in tiles, in order of preference on a tie. Empty or None for a
+            model that only sees the global view (the released base checkpoint). (1, 1) may be listed to spend one
+            tile instead of two on small pictures.
+        lm_head_bias: whether the output layer has a bias. The released weights do, Phi-3 itself does not.
+        tie_word_embeddings: share input and output embeddings.
+
+    Raises:
+        ValueError: when sizes contradict each other, or a key looks like a misspelling of one of these.
+    """
+
+    model_type = "blip3"
+    sub_configs = {"vision_config": AutoConfig, "resampler_config": Blip3ResamplerConfig, "text_config": AutoConfig}
+    keys_to_ignore_at_inference = [*CACHE_NAMES, "image_hidden_states", "image_outputs"]
+
+    def __init__(
+        self,
+        vision_config: dict | PretrainedConfig | None = None,
+        resampler_config: dict | PretrainedConfig | None = None,
+        text_config: dict | PretrainedConfig | None = None,
+        image_token_id: int = 32012,
+        tile_grids: list | tuple | None = RELEASED_TILE_GRIDS,
+        lm_head_bias: bool = True,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ):
+        self.vision_config = _build_sub_config("vision_config", vision_config, SIGLIP_SO400M_14_384)
+        self.text_config = _build_sub_config("text_config", text_config, PHI3_MINI_4K)
+        if not isinstance(resampler_config, PretrainedConfig):
+            _check_mapping("resampler_config", resampler_config)
+            resampler_config = Blip3ResamplerConfig(**(resampler_config or {}))
+        self.resampler_config = resampler_config
+        self.image_token_id = image_token_id
+        tile_grids = () if tile_grids is None else tile_grids
+        check_tile_grids(tile_grids)
+        self.tile_grids = [list(grid) for grid in tile_grids]
+        self.lm_head_bias = lm_head_bias
+        _check_keys("config", kwargs, known=vars(self), refuse_all=False)
+        self._validate()
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    def _validate(self) -> None:
+        vision, resampler, text = self.vision_config, self.resampler_config, self.text_config
+        if not 1 <= vision.patch_size <= vision.image_size:
+            raise ValueError(
+                f"vision_config has image_size {vision.image_size} and patch_size {vision.patch_size}, but a tile "
+                "must hold at least one patch. The two were probably swapped: set image_size to the side in pixels."
+            )
+        if vision.hidden_size != resampler.hidden_size:
+            raise ValueError(
+                f"resampler_config.hidden_size is {resampler.hidden_size} but vision_config.hidden_size is "
+                f"{vision.hidden_size}; the resampler reads the vision tower's patch tokens and has no input "
+                f"projection. The vision tower was probably changed alone: set resampler_config.hidden_size to "
+                f"{vision.hidden_size}."
+            )
+        for name, sub_config in (("vision_config", vision), ("text_config", text)):
+            num_heads = sub_config.num_attention_heads
+            has_head_dim = getattr(sub_config, "head_dim", None) is not None
+            if num_heads < 1 or (sub_config.hidden_size % num_heads and not has_head_dim):
+                raise ValueError(
+                    f"{name}.hidden_size {sub_config.hidden_size} is not a multiple of its num_attention_heads "
+                    f"{num_heads}, so heads would have a fractional width. One of the two is "
+                    "probably from another model: copy both from the same config.json."
+                )
+        if not isinstance(self.image_token_id, int) or not 0 <= self.image_token_id < text.vocab_size:
+            raise ValueError(
+                f"image_token_id is {self.image_token_id!r} but text_config.vocab_size is {text.vocab_size}, so the "
+                "placeholder has no embedding row. vocab_size probably lacks the added tokens: set it to "
+                "len(tokenizer) and image_token_id to tokenizer.convert_tokens_to_ids('<image>')."
+            )
+
+    @property
+    def tile_size(self) -> int:
+        """Side of a tile in pixels."""
+        return self.vision_config.image_size
+
+
+def check_tile_grids(tile_grids: Any) -> None:
+    """Refuse anything but a list of (rows, columns) pairs of positive integers.
+
+    Raises:
+        ValueError: naming the entry at fault.
+    """
+    if not isinstance(tile_grids, list | tuple):
+        raise ValueError(
+            f"tile_grids is {tile_grids!r} but must be a list of (rows, columns), or empty for the global view alone. "
+            "A single number was probably given: write for example [[2, 1], [1, 2]]."
+        )
+    for index, grid in enumerate(tile_grids):
+        is_pair = isinstance(grid, list | tuple) and len(grid) == 2
+        if not is_pair or not all(isinstance(side, int) and 1 <= side <= 64 for side in grid):
+            raise ValueError(
+                f"tile_grids[{index}] is {grid!r} but must be (rows, columns), two integers from 1 to 64 counted in "
+                "tiles. It was probably given in pixels, as the original release does: divide by the tile size and "
+                "write rows first, for example [2, 1] for 384 x 768 (width x height)."
+            )
+
+
+def _build_sub_config(name: str, sub_config: Any, default: dict) -> PretrainedConfig:
+    if isinstance(sub_config, PretrainedConfig):
+        return sub_config
+    _check_mapping(name, sub_config)
+    values = dict(default if sub_config is None else sub_config)
+    model_type = values.pop("model_type", default["model_type"])
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{name}.model_type is {model_type!r}, which this transformers does not know. Expected a type such as "
+            f"{default['model_type']!r}; it is probably misspelt or newer than the installed version: correct it or "
+            "upgrade transformers."
+        )
+    if model_type == "siglip_vision_model":
+        values.setdefault("vision_use_head", False)  # pooled features are never used
+    return CONFIG_MAPPING[model_type](**values)
+
+
+def _check_mapping(name: str, values: Any) -> None:
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(
+            f"{name} is {values!r} but must be a configuration, its dict, or None for the released one. A model's "
+            "name was probably given: load it with AutoConfig.from_pretrained first."
+        )
+
+
+def _check_keys(name: str, kwargs: dict, known: Mapping[str, Any], refuse_all: bool) -> None:
+    """Refuse keys that look like ours misspelt, and with `refuse_all` any key transformers does not define either."""
+    standard = set(PretrainedConfig().to_dict()) | {
+        "attn_implementation",
+        "auto_map",
+        "dtype",
+        "model_type",
+        "torch_dtype",
+    }
+    for key in kwargs:
+        if key in standard or key.startswith("_") or hasattr(PretrainedConfig, key):
+            continue
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        if close or (refuse_all and key not in LEGACY_CONFIG_KEYS):
+            suggestion = f"Did you mean {close[0]!r}?" if close else f"Known keys: {', '.join(sorted(known))}."
+            raise ValueError(
+                f"{name} has the unknown key {key!r} (value {kwargs[key]!r}); it would be ignored and the model "
+                f"silently built without it. It is probably misspelt or from another model. {suggestion}"
+            )
+        if key not in LEGACY_CONFIG_KEYS:
+            logger.warning_once(f"{name}: the key {key!r} is not used by BLIP-3 and only carried along.")
+
+
+# Keys that transformers 4.57 writes into every configuration and 5.x no longer defines.
+LEGACY_CONFIG_KEYS = frozenset(
+    {
+        "add_cross_attention",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "bos_token_id",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "eos_token_id",
+        "exponential_decay_length_penalty",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "is_decoder",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_scores",
+        "pad_token_id",
+        "prefix",
+        "pruned_heads",
+        "quantization_config",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "sep_token_id",
+        "suppress_tokens",
+        "task_specific_params",
+        "temperature",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tie_word_embeddings",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torchscript",
+        "typical_p",
+        "use_bfloat16",
+        "use_cache",
+    }
+)
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Refuse anything but a positive integer.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            f"{name} is {value!r} but must be a positive integer. It was probably left empty or scaled by a ratio: "
+            "write the number itself."
+        )
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of the choices.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if value not in choices:
+        raise ValueError(
+            f"{name} is {value!r} but must be one of {', '.join(map(repr, choices))}. It is probably misspelt: "
+            f"use {choices[0]!r} for the released weights."
+        )
+
+
+def expose_in_package(module_name: str) -> None:
+    """Make a module an attribute of its package, as an import statement does.
+
+    transformers enters the files of a repository into `sys.modules` and no further. dill, with which `datasets` hashes
+    and sends the function of a `map`, looks classes up through the package: without this it takes ours for unknown,
+    pickles them by value and fails, or gets another hash in each process.
+
+    Args:
+        module_name: `__name__` of the module.
+    """
+    package, _, name = module_name.rpartition(".")
+    if package:
+        setattr(importlib.import_module(package), name, sys.modules[module_name])
+
+
+def _register_architecture() -> None:
+    """Enter the model's name where transformers looks architectures up by name and skips `auto_map`.
+
+    `transformers serve` reads the first two tables. By the third, Trainer's label smoothing shifts labels or not.
+    """
+    try:
+        from transformers.models.auto import modeling_auto
+    except ImportError:
+        return
+    architecture = "Blip3ForConditionalGeneration"
+    for task in ("MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "CAUSAL_LM"):
+        mapping = vars(modeling_auto).get(f"MODEL_FOR_{task}_MAPPING_NAMES")  # the first exists on 5.x only
+        if mapping is not None:
+            mapping.setdefault(Blip3Config.model_type, architecture)
+
+
+_register_architecture()
+expose_in_package(__name__)
+
+__all__ = ["Blip3Config", "Blip3ResamplerConfig"]
