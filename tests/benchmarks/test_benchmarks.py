@@ -327,7 +327,11 @@ def test_documents_are_filled_between_their_marks_only(results, tmp_path):
 @pytest.mark.skipif(not list(run.RESULTS.glob("cpu_*.json")), reason="nothing was measured yet")
 def test_the_documentation_says_what_the_results_say():
     results = report.read_results(run.RESULTS, "cpu")
-    assert "\n".join(report.targets_table(report.compare(results))) in DOCUMENT
+    targets = report.compare(results)
+    assert "\n".join(report.targets_table(targets)) in DOCUMENT
+    headlines = report.headline_table(targets)
+    assert len(headlines) == 2 + 6
+    assert "\n".join(headlines) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_documentation_names_every_suite_and_only_real_options(capsys):
