@@ -23,7 +23,7 @@ ALLOWED = {
     r"(?:BLIP3_PICTURE|BLIP3_\(\?:PICTURE\|REQUEST\)|P)_\w*": "environment variables keep their names",
     r"\"MAX_PICTURES\"": "the end of one",
     r"[\"'`](?:pictures|truth|part)\\?[\"'`]": "keys of records, build.json, answers and results of benchmarks",
-    r"\"(?:drawn|picture_weight)\"": "keys of recipes written before, which are still read",
+    r"\"(?:drawn|picture_weight)\"|\bdrawn: |\bpicture_weight(?:: |=)": "former keys of recipes, which are still read",
     r"--(?:pictures|flavour|part)\b": "options under their old spelling, for old command lines",
     # texts that the small model was trained on, or that people write
     r"(?:Describe|What is (?:written )?in|in) the picture\b": "prompts of the rendered world",
