@@ -94,7 +94,7 @@ def test_many_exchanges_and_many_images_are_rendered_whole(mini_processor, rende
     render_figure(several, mini_processor)
     written = check(rendered)
     assert written.count(ANSWER.replace(" ", "")) == 2
-    assert "itisthetruth" in written
+    assert "itisthereference" in written
     assert sum(len(images) for _, _, images in rendered.values()) == 5 + (1 + 9 + 31 + 1) + 1 + 4
 
 

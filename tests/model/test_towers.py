@@ -75,7 +75,7 @@ def test_a_tower_whose_tokens_are_not_its_patches_is_refused(num_tokens, monkeyp
         return outputs
 
     monkeypatch.setattr(Dinov2Model, "forward", merging)
-    with pytest.raises(ValueError, match=rf"gives {num_tokens} tokens a tile but .* make 16 patches"):
+    with pytest.raises(ValueError, match=rf"gives {num_tokens} tokens a view but .* make 16 patches"):
         model.get_image_features(torch.zeros(1, 1, 3, 28, 28), torch.tensor([[28, 28]]))
 
 
