@@ -110,7 +110,7 @@ def test_training_resumes_at_the_right_step_with_the_same_losses(old, monkeypatc
     assert state["global_step"] == 6
     assert state["log_history"][:3] == before["log_history"], "the first three steps were not taken again"
     assert losses == pytest.approx(json.loads(Path("training/expected_losses.json").read_text()), rel=1e-4)
-    with pytest.raises(ValueError, match="holds a run whose learning_rate was 0.003"):
+    with pytest.raises(ValueError, match=r"holds a run whose learning_rate was 0\.003"):
         train.train(load_recipe("training/recipe.yaml", Recipe, ["learning_rate=0.1"]))
 
 
