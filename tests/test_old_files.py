@@ -115,7 +115,7 @@ def test_training_resumes_at_the_right_step_with_the_same_losses(old, monkeypatc
 
 
 def test_scoring_asks_only_what_has_no_answer(old):
-    pytest.importorskip("matplotlib", reason="draws the plot: pip install 'blip3[evaluation]'")
+    pytest.importorskip("matplotlib", reason="makes the plot: pip install 'blip3[evaluation]'")
     from blip3.evaluation.score import ScoreSettings, score
 
     class Counting:
