@@ -110,12 +110,12 @@ def test_training_resumes_at_the_right_step_with_the_same_losses(old, monkeypatc
     assert state["global_step"] == 6
     assert state["log_history"][:3] == before["log_history"], "the first three steps were not taken again"
     assert losses == pytest.approx(json.loads(Path("training/expected_losses.json").read_text()), rel=1e-4)
-    with pytest.raises(ValueError, match="holds a run whose learning_rate was 0.003"):
+    with pytest.raises(ValueError, match=r"holds a run whose learning_rate was 0\.003"):
         train.train(load_recipe("training/recipe.yaml", Recipe, ["learning_rate=0.1"]))
 
 
 def test_scoring_asks_only_what_has_no_answer(old):
-    pytest.importorskip("matplotlib", reason="draws the plot: pip install 'blip3[evaluation]'")
+    pytest.importorskip("matplotlib", reason="makes the plot: pip install 'blip3[evaluation]'")
     from blip3.evaluation.score import ScoreSettings, score
 
     class Counting:
