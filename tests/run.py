@@ -5,9 +5,10 @@
     python tests/run.py common -k save_load               transformers' own tests, those whose name matches
     python tests/run.py soak --backend http --minutes 10  a server under load
     python tests/run.py vllm                              vLLM on the CPU
+    python tests/run.py wheel                             the package installed without the repository
 
-`python tests/run.py NAME --help` describes one. `backends` and `vllm` make their environment themselves and need
-nothing but Python; `common` and `soak` run in the environment they are started from.
+`python tests/run.py NAME --help` describes one. `backends`, `vllm` and `wheel` make their environment themselves and
+need nothing but Python; `common` and `soak` run in the environment they are started from.
 """
 
 import argparse
@@ -19,6 +20,7 @@ RUNNERS = {
     "common": "environments.common.run",
     "soak": "environments.soak.run",
     "vllm": "environments.on_vllm.run",
+    "wheel": "environments.wheel.run",
 }
 
 
