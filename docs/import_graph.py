@@ -95,7 +95,7 @@ def floors_of(rooms: Graph) -> dict[str, int]:
 
 
 def render(rooms: Graph) -> str:
-    """Write the picture of the rooms as SVG."""
+    """Write the rooms as SVG."""
     floors = floors_of(rooms)
     height = MARGIN * 2 + FLOOR_HEIGHT * max(floors.values()) + BOX_HEIGHT
     places = {}

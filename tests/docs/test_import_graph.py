@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rooms of the package: imports go one way, nothing stands apart, and the picture in the docs is that of today."""
+"""The rooms of the package: imports go one way, nothing stands apart, and the image in the docs is that of today."""
 
 import importlib.util
 
@@ -41,6 +41,6 @@ def test_nothing_stands_apart():
     assert idle == set(USED_FROM_OUTSIDE)
 
 
-def test_the_picture_is_that_of_today():
+def test_the_image_is_that_of_today():
     assert graph.render(graph.room_graph(graph.module_graph())) == graph.IMAGE.read_text(encoding="utf-8")
     assert "images/imports.svg" in (ROOT / "docs" / "start_here.md").read_text(encoding="utf-8")
