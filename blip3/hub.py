@@ -67,21 +67,31 @@ def files_behind(script: str) -> tuple[str, ...]:
     """
     found = [script]
     for name in found:  # grows on the way
-        found += [needed for needed in _imported_files(name) if needed not in found]
-    return tuple(found)
+        for needed in imported_files(name):
+            folders = needed.split("/")[:-1]
+            packages = ["/".join([*folders[:depth], "__init__.py"]) for depth in range(1, len(folders) + 1)]
+            found += [path for path in (*packages, needed) if path not in found]
+    return tuple(dict.fromkeys(found))
 
 
-def _imported_files(name: str) -> Iterator[str]:
-    """Files of the package that a file imports, each with the `__init__.py` of its folders."""
+def imported_files(name: str) -> Iterator[str]:
+    """Give the files of the package that a file names in its `from ... import ...`.
+
+    Args:
+        name: path in the repository.
+    """
     folder = name.split("/")[:-1]
     for node in ast.walk(ast.parse(source_of(name).read_text(encoding="utf-8"))):
         if not isinstance(node, ast.ImportFrom):
             continue
         start = folder[: len(folder) - node.level + 1] if node.level else []
         parts = [*start, *(node.module.split(".") if node.module else [])]
-        if parts[:1] != [PACKAGE.name]:
-            continue
-        yield from dict.fromkeys("/".join([*parts[:depth], "__init__.py"]) for depth in range(1, len(parts)))
-        for path in ("/".join(parts) + ".py", *("/".join([*parts, alias.name]) + ".py" for alias in node.names)):
-            if source_of(path).is_file():
-                yield path
+        if parts[:1] == [PACKAGE.name]:
+            for alias in node.names:
+                yield from _file_of([*parts, alias.name]) or _file_of(parts)
+
+
+def _file_of(parts: list[str]) -> list[str]:
+    """Find the file of a module or of a package; empty for a name inside one."""
+    module = "/".join(parts)
+    return [path for path in (f"{module}.py", f"{module}/__init__.py") if source_of(path).is_file()]

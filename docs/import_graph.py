@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Render the rooms of the package `blip3` and which of them import which: docs/images/imports.svg.
 
-    python docs/import_graph.py            needs nothing but Python
+    python docs/import_graph.py            in an environment with the package
 
 A room is a module or a folder of `blip3/`. Each stands one floor above the highest room that it imports, so every
 arrow points down. Imports inside functions count, too.
 """
 
-import ast
-from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "blip3"
+from blip3.hub import PACKAGE, imported_files
+
+ROOT = PACKAGE.parent
 IMAGE = ROOT / "docs" / "images" / "imports.svg"
 WIDTH, BOX_WIDTH, BOX_HEIGHT, FLOOR_HEIGHT, MARGIN = 960, 116, 34, 92, 24
 
@@ -32,27 +31,8 @@ def modules() -> dict[str, Path]:
 
 def module_graph() -> Graph:
     """Give for each module the modules of the package that it imports."""
-    known = modules()
-    return {name: set(_imported(name, path, known)) for name, path in known.items()}
-
-
-def _imported(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
-    folder = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        if node.level:
-            start = folder[: len(folder) - node.level + 1]
-        elif (node.module or "").split(".")[0] == PACKAGE.name:
-            start = []
-        else:
-            continue
-        inner = (node.module or "").removeprefix(PACKAGE.name if not node.level else "").strip(".")
-        target = ".".join([*start, *([inner] if inner else [])])
-        for alias in node.names:
-            whole = f"{target}.{alias.name}".strip(".")
-            if (whole if whole in known else target) in known:
-                yield whole if whole in known else target
+    names = {path.relative_to(ROOT).as_posix(): name for name, path in modules().items()}
+    return {name: {names[file] for file in imported_files(path) if file in names} for path, name in names.items()}
 
 
 def room_graph(graph: Graph) -> Graph:
