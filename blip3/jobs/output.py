@@ -47,8 +47,7 @@ class Output:
         is_there: Callable[[dict[str, Any]], bool] = lambda line: True,
     ):
         self.folder, self.path, self.what = folder, folder / name, what
-        remedy = "remove the line, what it stands for is then done again"
-        self._lines = JsonLines(self.path, ("id",), "a result", remedy)
+        self._lines = JsonLines(self.path, ("id",), "a result")
         try:
             remove_unfinished(folder)
             self._check_manifest(json.loads(to_json(settings)), dict(made_with or {}), former or {})

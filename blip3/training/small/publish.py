@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from ...checkpoints import GOLDEN_FILE, find_code, folder_of, locate
+from ...checkpoints import GOLDEN_FILE, code_folder, folder_of, locate
 from ...conversion.names import with_inner
 from ...data.records import Record, to_few_shot_prompt
 from ...evaluation.golden import write_golden
@@ -79,11 +79,11 @@ def publish_all(args: argparse.Namespace) -> None:
         publish(args.base, args.output / "base", args.dtype, args.max_shard_size)
         # as in released base checkpoints: it was not trained to chat
         (args.output / "base" / CHAT_TEMPLATE).unlink(missing_ok=True)
-        write_golden(args.output / "base", find_code(folder_of(args.base))[0] or ROOT)
+        write_golden(args.output / "base", code_folder(folder_of(args.base)))
     if args.instruct:
         publish(args.instruct, args.output, args.dtype, args.max_shard_size)
         write_examples(args.output / IMAGES, load_settings(WORLD))
-        write_golden(args.output, find_code(folder_of(args.instruct))[0] or ROOT)
+        write_golden(args.output, code_folder(folder_of(args.instruct)))
 
 
 def publish(source: Path, output: Path, dtype: str = "bfloat16", max_shard_size: str = "5MB") -> None:
