@@ -294,7 +294,7 @@ def _check_model(settings: BatchSettings) -> None:
     if settings.engine == "vllm" and source["subfolder"]:
         raise ValueError(
             f"The model {str(settings.model)!r} takes its code from {source['pretrained_model_name_or_path']}, but "
-            "vLLM reads one folder. It is probably a checkpoint inside a repository, as mini/: copy it and the "
+            "vLLM reads one folder. It is probably a checkpoint inside a repository, as base/: copy it and the "
             f"{len(CODE_FILES)} files *_blip3.py into one folder."
         )
     check_ray()

@@ -319,7 +319,7 @@ def word_rule_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """Follow a rule in words alone: two to four words, each again and again beside a made-up word of its own.
 
     The forms put ever more between the two, up to all that stands between an image and its answer: a decoder that
-    learns the near ones at the same time soon learns the far ones (docs/training.md).
+    learns the near ones at the same time soon learns the far ones (docs/journal.md).
     """
     known = (*settings.colours, *settings.things) if rng.integers(2) else _words_of(split)
     count = int(rng.integers(2, 5))
@@ -340,7 +340,7 @@ def repetition_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """Repeat random words, without an image: a list in its order, or pairs of words in ever new orders.
 
     From the second time on every word of a list, and every second word of a pair, stands in the text before, and
-    nowhere else: what follows is known to a model that copies. Few-shot rules need that (docs/training.md).
+    nowhere else: what follows is known to a model that copies. Few-shot rules need that (docs/journal.md).
     """
     known = _words_of(split)
     if rng.integers(2):

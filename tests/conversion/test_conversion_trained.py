@@ -57,7 +57,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """mini/ as a folder of ours: complete, with a card."""
+    """The small model as a folder of ours: complete, with a card."""
     folder = tmp_path_factory.mktemp("base")
     convert(complete_folder(SMALL_MODEL, folder / "source"), folder / "blip3-mini", "--license", "apache-2.0")
     return folder / "blip3-mini"

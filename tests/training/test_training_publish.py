@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing mini/: only its own files are replaced, and never the repository's code."""
+"""Writing the shipped models: only their own files are replaced, and never the repository's code."""
 
 import shutil
 

@@ -156,7 +156,7 @@ def scale_new_weights(model: Any) -> None:
     """Sample some newly initialised weights at the scale that a narrow model learns from.
 
     The usual 0.02 is right for thousands of channels. At 192, positions rendered so take hundreds of steps to be heard
-    beside pixels, and a resampler learns more slowly (docs/training.md, "The small model").
+    beside pixels, and a resampler learns more slowly (docs/journal.md).
     """
     for name, weight in model.vision_tower.named_parameters():
         if "position_embedding" in name:
