@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine is made of: samples, stages that add values to them, and the plan that names the stages."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from PIL import Image
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a shard, and what is known of it."""
+
+    key: str
+    """Unique in its shard: the key of a tar, the id of a parquet row, the path inside a folder."""
+    image: bytes = field(repr=False)
+    """The encoded file, as it lies in the shard."""
+    url: str = ""
+    uid: str = ""
+    caption: str = ""
+    """The raw alt-text."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """All other columns of the shard's row, and what earlier stages added."""
+
+
+class Stage(Protocol):
+    """One step of an engine, with a model of its own; made once for each worker, in its process.
+
+    A stage never sees a sample that is in error or was filtered out by a stage before it.
+    """
+
+    needs_images: bool
+    """Whether the samples' images are to be opened for it."""
+
+    def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
+        """Work on some samples of one shard.
+
+        Args:
+            samples: at least one.
+            images: theirs, upright and RGB; empty unless `needs_images`.
+
+        Returns:
+            What to add to each sample's values, in order. {"error": "One sentence."} is a sample that failed,
+            {"filtered_by": "name"} one that a filter dropped. An exception is a fault of the whole run.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """How a worker makes a stage."""
+
+    stage: type[Stage]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the class, JSON values."""
+    num_cpus: float = 1
+    num_gpus: float = 0
+    """Of one worker; a fraction shares a card."""
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """An engine as its command's options describe it."""
+
+    name: str
+    stages: tuple[StageSpec, ...]
+    schema: Mapping[str, str]
+    """Column -> type as `pyarrow.type_for_alias` names it, after uid, url and key; each is a value of a stage or of
+    the shard. Every row has `error` and `filtered_by` too, null where all is well."""
+    settings: Mapping[str, Any]
+    """What the rows depend on, JSON values: a folder with rows of other settings is refused."""
+    made_with: Mapping[str, Any] = field(default_factory=dict)
+    """Models, versions and licences, for the reader of the manifest."""
