@@ -63,13 +63,14 @@ def split_form(text: str) -> Form:
 def names_a_thing(tag: str) -> bool:
     """Whether a tag can have a box: not what people do, what the image is, where in it, or a colour.
 
-    >>> [names_a_thing(tag) for tag in ("dog", "sit", "photo", "red")]
-    [True, False, False, False]
+    >>> [names_a_thing(tag) for tag in ("ring", "skiing", "sit", "photo", "red")]
+    [True, False, False, False, False]
     """
     form = " ".join(split_form(tag))
     is_for_image = re.fullmatch(r"(?:image|picture)s?|close up", form) is not None
     no_things = words.ACTIONS | words.PLACE_WORDS | words.IMAGE_WORDS | (words.COLOURS - words.ALSO_COLOURS)
-    return bool(form) and not is_for_image and form not in no_things
+    does_something = form.endswith("ing") and form.split()[-1] not in words.THINGS_IN_ING
+    return bool(form) and not is_for_image and not does_something and form not in no_things
 
 
 def english_plural() -> Callable[[str], str]:
@@ -172,15 +173,18 @@ class PhraseFinder:
 
     def _context(self, caption: str, tokens: Sequence[_Word], first: int, end: int, is_title: bool) -> "_Context":
         is_plural = tuple(token.lower for token in tokens[first:end]) in self._plurals
-        return _Context(caption, tokens, first, end, is_plural, is_title, self._follows_plural(tokens, first))
+        return _Context(caption, tokens, first, end, is_plural, is_title, self._follows_plural(caption, tokens, first))
 
-    def _follows_plural(self, tokens: Sequence[_Word], first: int) -> bool:
+    def _follows_plural(self, caption: str, tokens: Sequence[_Word], first: int) -> bool:
         """Whether the word before is several things: what follows is a verb then, as in `birds nest`."""
         if not first or tokens[first].before != " ":
             return False
         previous = tokens[first - 1].lower
-        is_known = (previous,) in self._plurals or previous in words.PLURAL_PEOPLE
-        return is_known and previous not in words.PLURAL_BEFORE_A_THING
+        if previous in words.PLURAL_BEFORE_A_THING:
+            return False
+        if previous in words.PLURAL_PEOPLE:
+            return True
+        return (previous,) in self._plurals and not self._context(caption, tokens, first - 1, first, False).is_verb()
 
     def _is_part(self, context: "_Context") -> bool:
         """Whether the words only say what kind the next thing is: `dog house`."""
@@ -189,10 +193,14 @@ class PhraseFinder:
             return False
         if following.lower in words.COLOURS:  # light blue
             return True
-        if context.is_plural or _is_doing(following.lower):
+        if context.is_plural or _is_done_by_one(following.lower):
             return False
+        if following.lower in words.ACTIONS:  # a hot dog stand; but a man and his dog stand
+            return not context.follows_and()
         length, tag = self._match(context.tokens, context.end)
-        if not length or (tag is not None and not names_a_thing(tag)):
+        if not length:
+            return not _may_follow(following.lower)
+        if tag is not None and not names_a_thing(tag):
             return False
         first, end = context.end, context.end + length
         return not self._context(context.caption, context.tokens, first, end, context.is_title).is_verb()
@@ -225,6 +233,10 @@ class _Context:
     def next(self) -> str:
         """The word after in the same clause, in lower case; nothing if there is none."""
         return self.following.lower if self.following is not None and self.following.before == " " else ""
+
+    def follows_and(self) -> bool:
+        """Whether it may be the second of two that do something together."""
+        return "and" in (token.lower for token in self.tokens[max(self.first - 3, 0) : self.first])
 
     def is_something_else(self) -> bool:
         """Whether the words around say that this is no thing the image shows."""
@@ -280,15 +292,30 @@ class _Context:
             return previous not in words.DETERMINERS
         if not previous or previous in words.DETERMINERS:
             return False
+        if previous in ("and", "then") and self.is_plural and following in words.DIRECTIONS | {"to"}:
+            return True
         has_object = following in words.DETERMINERS | words.OBJECT_PRONOUNS and previous not in words.FUNCTION_WORDS
         is_short = self.end - self.first == 1 and not self.is_plural
         is_led = previous in words.SUBJECT_PRONOUNS or (previous in {"to", *words.MODALS} and is_short)
         return has_object or is_led or (previous == "that" and self.is_plural) or self._is_done_by_someone()
 
     def _is_done_by_someone(self) -> bool:
-        if self.follows_plural:
+        if self.follows_plural or (self.is_plural and self._follows_one()):
             return True
         return self.previous in words.PEOPLE and (self.is_plural or self.next in words.DIRECTIONS | words.MANNER)
+
+    def _follows_one(self) -> bool:
+        """Whether the words before are a single thing: `a red bird nests`; `a few tennis balls` are many."""
+        index = self.first - 1
+        for _ in range(3):
+            if index < 1 or self.tokens[index].before != " ":
+                return False
+            if self.tokens[index].lower in words.FUNCTION_WORDS | words.FOR_MANY:
+                return False
+            index -= 1
+            if self.tokens[index].lower in words.FOR_ONE:
+                return True
+        return False
 
     def is_colour(self) -> bool:
         """Whether it is a colour here: `an orange and white cat`."""
@@ -298,7 +325,7 @@ class _Context:
             return self.end + 1 < len(self.tokens) and self.tokens[self.end + 1].lower in words.COLOURS
         if self.following is not None and self.following.before == ", ":
             return self.following.lower in words.COLOURS
-        if self.next and self.next not in words.FUNCTION_WORDS | words.MODALS and not _is_doing(self.next):
+        if self.next and self.next not in words.FUNCTION_WORDS | words.MODALS and not _is_done_by_one(self.next):
             return True
         return self.previous in words.BEFORE_A_COLOUR
 
@@ -325,10 +352,18 @@ def _joined(tokens: Sequence[_Word], first: int, most: int) -> int:
     return length
 
 
-def _is_doing(word: str) -> bool:
-    """Whether a word after a noun is a verb: `dog running`, `dog sits`, `dog sit`."""
-    stems = {word, word.removesuffix("s"), word.removesuffix("es"), word.removesuffix("ies") + "y"}
+def _is_done_by_one(word: str) -> bool:
+    """Whether a word after a single thing is a verb: `dog running`, `dog sits`; not `dog stand`."""
+    stems = {word.removesuffix("s"), word.removesuffix("es"), word.removesuffix("ies") + "y"} - {word}
     return (word.endswith("ing") and word not in words.THINGS_IN_ING) or bool(stems & words.ACTIONS)
+
+
+def _may_follow(word: str) -> bool:
+    """Whether a word that no tag has may stand behind a thing without being what the thing is a part of."""
+    if word in words.NOT_AFTER_A_THING or word.endswith("ss"):
+        return False
+    known = words.FUNCTION_WORDS | words.MODALS | words.AFTER_A_THING | words.DETERMINERS | words.OBJECT_PRONOUNS
+    return word in known or word in words.SUBJECT_PRONOUNS | words.NEGATIONS or word.endswith(("ing", "ed", "ly", "s"))
 
 
 def _is_title(tokens: Sequence[_Word]) -> bool:

@@ -46,16 +46,35 @@ IMAGE_WORDS = _words(
 PLACE_WORDS = _words("front back side sides top bottom left right center middle corner corners edge edges")
 
 PEOPLE = _words(
-    "man men woman women boy boys girl girls person people child children kid kids baby babies lady ladies guy guys "
-    "player players worker workers student students skier skiers surfer surfers rider riders officer officers"
+    "man men woman women boy boys girl girls person persons people child children kid kids baby babies toddler "
+    "toddlers lady ladies guy guys couple family crowd team player players worker workers student students teacher "
+    "teachers skier skiers surfer surfers rider riders skater skaters snowboarder snowboarders skateboarder "
+    "skateboarders cyclist cyclists runner runners swimmer swimmers driver drivers officer officers soldier soldiers "
+    "policeman policemen chef chefs farmer farmers waiter waiters waitress waitresses dancer dancers singer singers "
+    "musician musicians athlete athletes batter catcher pitcher referee bride groom mother father tourist tourists "
+    "pedestrian pedestrians passenger passengers customer customers fan fans"
 )
 """Who does something: `man watches` is a verb, `pocket watches` is not."""
-PLURAL_PEOPLE = PEOPLE & _words(
-    "men women boys girls persons people children kids babies ladies guys players workers students skiers surfers "
-    "riders officers"
+PLURAL_PEOPLE = frozenset(word for word in PEOPLE if word.endswith("s") and f"{word[:-1]}" in PEOPLE) | _words(
+    "men women people children babies ladies policemen"
 )
+FOR_ONE = _words("a an one another each every")
+FOR_MANY = _words("few dozen hundred thousand couple lot many great two three four five six seven eight nine ten of")
 PLURAL_BEFORE_A_THING = _words("sports clothes goods arms savings")
 """Plurals that say what kind a thing is: `sports car`."""
+
+AFTER_A_THING = _words(
+    "next close atop amid amidst alongside beyond underneath upon past throughout until since because so if although "
+    "though whereas plus like such also only just still now again here there too both all not alone together ahead "
+    "apart away back out off asleep awake visible full made worn seen shown held set kept lit taken ready high tall "
+    "sat stood ran lay held wore flew came went saw took gave sang swam ate drank slept rode drove left began one two "
+    "three four five that which"
+)
+"""Words that may follow a thing, beside `FUNCTION_WORDS` and those in -ing, -ed, -ly and -s."""
+NOT_AFTER_A_THING = _words(
+    "bed beds shed sheds sled seed seeds weed weeds feed breed family belly jelly fly lily bus gas lens canvas cactus"
+)
+"""Things that end as a verb or adverb may."""
 
 THINGS_IN_ING = _words(
     "building painting ring swing ceiling wing string king railing clothing lighting earring wedding awning spring "
@@ -70,7 +89,7 @@ COMPOUNDS = _words(
     "night-club golf-club dog-house bird-house boat-house car-park bus-stop bus-station train-station fire-truck "
     "fire-hydrant fire-place traffic-light street-light stop-sign table-tennis ice-cream peanut-butter punching-bag "
     "bean-bag magnifying-glass ski-lift head-light flash-light pony-tail cat-walk cross-walk side-walk tail-light "
-    "tree-house water-bottle baby-carriage horse-chestnut butter-fly sea-horse key-board"
+    "tree-house water-bottle baby-carriage horse-chestnut butter-fly sea-horse key-board home-plate bear-market"
 )
 """Compounds that are not what their last word, or not what their first word, says; also where no tag has them."""
 
