@@ -57,7 +57,7 @@ def write_grounding_dino(folder: Path, name: str = "GroundingDino") -> Path:
         backbone_config=transformers.SwinConfig(**_SWIN), text_config=text, **_GROUNDING
     )
     model = getattr(transformers, f"{name}ForObjectDetection")(config)
-    processor = _processor("GroundingDinoImageProcessor")(size={"shortest_edge": 48, "longest_edge": 96})
+    processor = _processor("GroundingDinoImageProcessor")(size={"shortest_edge": 96, "longest_edge": 192})
     return _save(folder, model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special), processor)
 
 
@@ -93,8 +93,9 @@ def _save(folder: Path, model: torch.nn.Module, tokenizer: Any, processor: Any) 
     """Save it all, with weights large enough that queries, tags and images differ."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+        for name, parameter in sorted(model.named_parameters()):
+            if not (parameter.dim() == 1 and name.endswith("weight")):  # norms stay
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     for part in (model, tokenizer, processor):
         part.save_pretrained(folder)
     return folder

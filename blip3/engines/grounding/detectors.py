@@ -11,6 +11,7 @@ follow from its own tags alone. Images of different sizes would be padded, which
 OWLv2 reads each tag by itself in 16 tokens, pads every image to a square, and knows no such neighbours.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForZeroShotObjectDetection, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForZeroShotObjectDetection, AutoTokenizer
 
 from ...checkpoints import folder_of
 from ...refusals import check_choice, check_positive
@@ -269,6 +270,8 @@ def kind_of(model: str) -> str:
         FileNotFoundError: if there is no checkpoint.
         ValueError: if it is none of them.
     """
-    kind = AutoConfig.from_pretrained(str(folder_of(model, only_small_files=True))).model_type
+    # Read as JSON: a configuration with code of its own would ask whether to run it.
+    config = json.loads((folder_of(model, only_small_files=True) / "config.json").read_text(encoding="utf-8"))
+    kind = config.get("model_type")
     check_choice("The detector is of the kind", kind, KINDS, "Another model's folder was probably given")
     return kind
