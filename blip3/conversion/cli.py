@@ -93,7 +93,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--dtype", choices=("keep", "float32", "bfloat16", "float16"), default="keep", help="default: %(default)s")
     add("--max-shard-size", type=parse_size, default="5GB", help="bytes, with unit; default: %(default)s")
-    add("--text-layout", choices=("phi3", "unfused"), help="unfused: mistral; default: phi3, or as SOURCE if ours")
+    add(
+        "--text-layout",
+        choices=("fused", "unfused"),
+        help="unfused: mistral; default: fused as phi3, or as SOURCE if ours",
+    )
     add(
         "--vision-config",
         type=Path,
