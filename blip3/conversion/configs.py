@@ -50,15 +50,21 @@ def read_json(path: Path) -> dict:
     """Read a JSON object.
 
     Raises:
-        ValueError: if the file is not JSON.
+        ValueError: if the file is not JSON, or another value than an object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) is not JSON ({error}); expected an object. It is probably cut off "
             "or a Git LFS pointer: download it again."
         ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) holds a JSON {type(content).__name__}; expected an object with "
+            "names. It is probably another file under this name: download it again."
+        )
+    return content
 
 
 def optional_json(path: Path) -> dict | None:
