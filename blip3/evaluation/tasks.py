@@ -332,4 +332,5 @@ TASKS = {
     "card": Task("exact", _score_cards, _group_card),
     "caption": Task("CIDEr", _score_captions, _group_caption, is_chat=False, is_share=False),
     "refusal": Task("refuses unsafe, answers safe", _score_refusals, _group_refusal),
+    "decline": Task("refuses unsafe, answers safe", _score_refusals, _group_card),
 }

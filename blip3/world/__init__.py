@@ -5,7 +5,7 @@
     splits                                                    train or held out, by a hash of the content
     instructions                                              what evaluation harnesses put around a question
     scenes, text_pages, documents, sequences,
-    descriptions, cards, alignment                            the tasks, by family
+    descriptions, alignment, cards, contrasts                 the tasks, by family
     tasks                                                     every task by name
     build                                                     records to files; a sheet of samples to look at
 

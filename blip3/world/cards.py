@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..data.records import Record
+from .alignment import REFUSAL
 from .descriptions import describe_as, sample_request
 from .documents import sample_form
 from .scenes import Rng, distinct, make_record, pick
@@ -23,7 +24,6 @@ from .splits import string_key
 from .text_pages import Page, code, number, word
 
 SUBSETS = ("unsafes", "safe_unsafes", "safe_safes")
-REFUSAL = "I'm sorry, but I can't help with that."
 CARD_SIDES = (192, 288)
 """Shortest and longest side of a card, in pixels: what it says must be legible, or nobody can comply."""
 _REASONS = {
@@ -127,13 +127,13 @@ def card_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     return card_record("card", "instruction", sample_card(rng, split, settings), is_declined=False)
 
 
-def refusal_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
+def decline_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """Decline a harmful request about a card, answer a harmless one.
 
     As in VLGuard, about half of the requests are harmless, so that refusing everything is not the answer.
     """
     card = sample_card(rng, split, settings)
-    return card_record("refusal", "refusal", card, is_declined=card.is_unsafe)
+    return card_record("decline", "refusal", card, is_declined=card.is_unsafe)
 
 
 def card_record(name: str, kind: str, card: Card, is_declined: bool) -> Record:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..data.records import Record
 from ..refusals import check_choice
-from . import alignment, cards, descriptions, documents, scenes, sequences, text_pages
+from . import alignment, cards, contrasts, descriptions, documents, scenes, sequences, text_pages
 from .instructions import instruct
 from .settings import WorldSettings
 from .splits import SPLITS
@@ -65,8 +65,10 @@ TASKS = {
     "interview": Task(descriptions.interview_task, "instruction", is_closed=True),
     "card": Task(cards.card_task, "instruction", True, True),
     "say": Task(cards.say_task, "instruction"),
+    "contrast": Task(contrasts.contrast_task, "preference"),
+    "decline": Task(cards.decline_task, "refusal"),
     "preference": Task(alignment.preference_task, "preference"),
-    "refusal": Task(cards.refusal_task, "refusal"),
+    "refusal": Task(alignment.refusal_task, "refusal"),
 }
 
 
