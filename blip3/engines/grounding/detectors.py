@@ -11,6 +11,7 @@ follow from its own tags alone. Images of different sizes would be padded, which
 OWLv2 reads each tag by itself in 16 tokens, pads every image to a square, and knows no such neighbours.
 """
 
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -201,6 +202,8 @@ class DetectTags:
         check_positive("The batch size of the detector is", batch_size)
         check_choice("The dtype of the detector is", dtype, DTYPES)
         kind = kind_of(model)
+        if kind == "owlv2":
+            _check_scipy()
         folder = str(folder_of(model))
         self.threshold, self.tag_thresholds = threshold, dict(tag_thresholds or {})
         self.batch_size = batch_size
@@ -261,6 +264,14 @@ class DetectTags:
             box = [round(edge, 4) for edge in boxes[query].tolist()]
             found.append({"text": tags[place], "bbox": box, "confidence": round(scores[query, place].item(), 4)})
         return found
+
+
+def _check_scipy() -> None:
+    if importlib.util.find_spec("scipy") is None:
+        raise ImportError(
+            "OWLv2's image processor resizes with the package scipy, which is not installed. The extra was probably "
+            "left out: run `pip install 'blip3[engines]'`."
+        )
 
 
 def kind_of(model: str) -> str:
