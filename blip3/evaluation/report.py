@@ -164,8 +164,8 @@ def _table(results: Sequence[Result], summaries: list[Numbers], differences: lis
         )
     settings = about["settings"]
     lines = [
-        f"Held-out rendered world, seed {settings['seed']}, {settings['count']} questions a task, intervals of "
-        f"{CONFIDENCE}; made by `blip3.evaluation.score`.",
+        f"Held-out rendered world, series {settings['series']}, seed {settings['number_in_series']}, "
+        f"{settings['count']} questions a task, intervals of {CONFIDENCE}; made by `blip3.evaluation.score`.",
         "",
         *markdown_table(head, rows),
         *_other_scores(by_row, models),

@@ -14,9 +14,10 @@ import torch
 from blip3.checkpoints import fingerprint
 from blip3.evaluation import score as score_module
 from blip3.evaluation.answer import Checkpoint
+from blip3.evaluation.asking import parse_models
 from blip3.evaluation.metrics import wilson_interval
 from blip3.evaluation.report import Result, make_plot, summarise
-from blip3.evaluation.score import ScoreSettings, main, parse_arguments, parse_models, score
+from blip3.evaluation.score import ScoreSettings, main, parse_arguments, score
 from blip3.evaluation.tasks import TASKS, Question, is_refusal, make_questions
 from blip3.files import JsonLines
 from blip3.world.settings import WorldSettings
