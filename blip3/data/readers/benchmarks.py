@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published files that post-training is scored on: POPE, HallusionBench and VLGuard's test, as they are downloaded.
+"""Published files that post-training is scored on: POPE, HallusionBench, VLGuard's test and COCO, as downloaded.
 
     coco_pope_{random,popular,adversarial}.json   JSON lines {question_id, image, text, label}
     HallusionBench.json                           a list; numbers may be texts; `filename` null without an image
     VLGuard's test.json                           a list, read by `read_safety`
+    instances_*.json, captions_*.json             COCO's objects and captions, to describe its photographs
 
 Each question becomes a record whose last turn is the reference answer.
 """
@@ -106,6 +107,61 @@ def read_vlguard(path: str | Path, image_folder: str | Path, skip_faulty: bool =
     yield from read_safety(_read_list(path), str(image_folder), skip_faulty, str(path))
 
 
+DESCRIBE = "Please describe this image in detail."
+
+
+def read_coco(instances: str | Path, captions: str | Path, image_folder: str | Path) -> Iterator[Record]:
+    """Read COCO's photographs with their marked objects and their captions; a record asks for a new description.
+
+    Args:
+        instances: such as `instances_val2014.json`.
+        captions: such as `captions_val2014.json`, of the same images.
+        image_folder: with the images.
+
+    Yields:
+        each image that has a caption, with `objects` (names of the categories) and `captions` in its annotations.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        RecordError: naming file, row and field.
+    """
+    marked, described = _read_object(instances), _read_object(captions)
+    categories = {row["id"]: row["name"] for _, row in _rows(marked, instances, "categories", "id", "name")}
+    objects: dict[Any, dict[str, None]] = {}
+    for place, row in _rows(marked, instances, "annotations", "image_id", "category_id"):
+        if row["category_id"] not in categories:
+            given = row["category_id"]
+            raise fault(place, "category_id", given, "it must be one of the file's categories", *_OTHER_FILE)
+        objects.setdefault(row["image_id"], {})[categories[row["category_id"]]] = None
+    texts: dict[Any, list[str]] = {}
+    for place, row in _rows(described, captions, "annotations", "image_id", "caption"):
+        texts.setdefault(row["image_id"], []).append(_text(row, place, "caption").strip())
+    for place, row in _rows(described, captions, "images", "id", "file_name"):
+        if row["id"] in texts:
+            facts = {
+                "image": row["file_name"],
+                "objects": list(objects.get(row["id"], {})),
+                "captions": texts[row["id"]],
+            }
+            images = (image_from(row["file_name"], place, "file_name", str(image_folder)),)
+            yield _question(place, f"coco-{row['id']}", DESCRIBE, texts[row["id"]][0], images, facts)
+
+
+def _read_object(path: str | Path) -> Row:
+    return _parse(Path(path).read_text(encoding="utf-8"), str(path))
+
+
+def _rows(values: Row, path: str | Path, name: str, *keys: str) -> Iterator[tuple[str, Row]]:
+    """Give each row of one of the lists of a COCO file, with its place."""
+    for number, row in enumerate(need(values, str(path), name), start=1):
+        place = f"{path} {name} row {number}"
+        if not isinstance(row, dict):
+            raise fault(place, "(whole row)", row, "each row must be an object", *_OTHER_FILE)
+        for key in keys:
+            need(row, place, key)
+        yield place, row
+
+
 def _question(
     place: str, identity: str, text: str, reference: str, images: tuple[ImageSource, ...], facts: dict[str, Any]
 ) -> Record:
@@ -131,7 +187,7 @@ def _parse(line: str, place: str) -> Row:
     except ValueError as error:
         row = f"it is no JSON ({error})"
     if not isinstance(row, dict):
-        raise fault(place, "(whole row)", row, "each line must be an object", *_OTHER_FILE)
+        raise fault(place, "(whole row)", row, "it must be an object", *_OTHER_FILE)
     return row
 
 
