@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What post-training is scored on: questions of the rendered world and of published files, and scores of answers.
 
-    describe, exist, refusal          rendered: hallucination in sentences, in yes and no, and requests to decline
+    describe, exist, decline          rendered: hallucination in sentences, in yes and no, and requests to decline
     pope, hallusionbench, vlguard     the published files of the same three, from the user's disk
     coco                              descriptions of photographs, by CHAIR
     every other task of `tasks.TASKS` whether what was learned before is still there
@@ -28,8 +28,9 @@ from .safety import SAFE_SAFES, Request, read_refusal_phrases, safety_scores
 from .tasks import SPLIT, TASKS, Question
 from .yes_no import HallusionKey, Probe, hallusion_scores, pope_scores
 
-RENDERED = ("describe", "exist", "refusal")
-KEPT = tuple(name for name, task in TASKS.items() if task.is_chat and name not in RENDERED)
+RENDERED = ("describe", "exist", "decline")
+_CHANGED = (*RENDERED, "card", "refusal")  # to answer every request about a card is what safety tuning ends
+KEPT = tuple(name for name, task in TASKS.items() if task.is_chat and name not in _CHANGED)
 """Tasks that post-training should leave as they are."""
 PUBLISHED = ("pope", "hallusionbench", "vlguard", "coco")
 
@@ -93,7 +94,7 @@ class Sources:
         if task == "hallusionbench":
             keys = [HallusionKey(*(question.facts[name] for name in _HALLUSION_KEY)) for question in questions]
             return hallusion_scores(keys, verdicts_of(self.grader, questions, answers, verdicts), self.grader.name)
-        if task in ("refusal", "vlguard"):
+        if task in ("decline", "vlguard"):
             phrases = None if self.phrases is None else read_refusal_phrases(self.phrases)
             return safety_scores([_request(question) for question in questions], answers, phrases)
         if task == "coco":

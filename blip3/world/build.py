@@ -3,6 +3,7 @@ r"""Write rendered records to disk, or render a sheet of samples to look at.
 
     python -m blip3.world.build --task count relation --count 10000 --output rendered
     python -m blip3.world.build --preview sheet.png
+    python -m blip3.world.build --layout pope --count 100 --output look-alikes
 
     rendered/build.json                             what was asked for; another request in the same folder is refused
     rendered/count-train-00000.jsonl                   records, a shard each; complete or absent
@@ -30,9 +31,13 @@ from ..data.images import ImageSource
 from ..data.records import IMAGE_TOKEN, Record, write_jsonl
 from ..files import write_text, writing
 from ..refusals import check_positive
+from .layouts.posttraining import write_hallusionbench, write_pope, write_vlguard
 from .settings import WorldSettings
 from .splits import SPLITS
 from .tasks import TASKS, rendered_records
+
+LAYOUTS = {"pope": write_pope, "hallusionbench": write_hallusionbench, "vlguard": write_vlguard}
+"""Files of public benchmarks to write held-out records in: (folder, count, seed, settings) -> files."""
 
 
 def build(
@@ -270,6 +275,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="png",
         help="files, or descriptions painted on reading (default: png)",
     )
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, help="the columns and names of public benchmarks instead of records"
+    )
     parser.add_argument("--sides", type=int, nargs=2, metavar=("MIN", "MAX"), help="of scenes and pages, in pixels")
     parser.add_argument("--fonts", nargs="+", help="faces (default: all)")
     goal = parser.add_mutually_exclusive_group(required=True)
@@ -284,6 +292,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = WorldSettings(**chosen)
         if given.preview:
             render_contact_sheet(tasks, given.split, given.seed, settings).save(given.preview)
+            return 0
+        if given.layout:
+            check_positive("count is", given.count)
+            LAYOUTS[given.layout](given.output, given.count, given.seed, settings)
             return 0
         options = {"shard_size": given.shard_size, "format": given.format, "images": given.images}
         build(tasks, given.split, given.seed, given.count, given.output, settings, **options)
