@@ -8,10 +8,9 @@ A model that says nothing hallucinates nothing, so coverage stands beside CHAIR 
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 
-from ..data.things import plural
 from .ratios import HIGHER, LOWER, Ratio, make_ratio
 
 Words = tuple[str, ...]
@@ -63,29 +62,6 @@ def _words(text: str) -> Words:
     return tuple(re.findall(r"[^\W_]+", text.casefold()))
 
 
-def name_of(colour: str, thing: str) -> str:
-    """Name a coloured thing of the rendered world, as its vocabulary does.
-
-    >>> name_of("red", "car")
-    'red car'
-    """
-    return f"{colour} {thing}"
-
-
-def world_vocabulary(colours: Iterable[str], things: Iterable[str]) -> Vocabulary:
-    """Give the phrases of the rendered world: every colour with every thing, one or several.
-
-    >>> world_vocabulary(["red"], ["fish", "star"]).named("two red stars, a red fish and a blue star")
-    ['red star', 'red fish']
-    """
-    things = list(things)
-    phrases: dict[str, str] = {}
-    for colour in colours:
-        for thing in things:
-            phrases |= {f"{colour} {form}": name_of(colour, thing) for form in (thing, plural(thing))}
-    return Vocabulary(phrases)
-
-
 def read_synonyms(path: str | Path) -> Vocabulary:
     """Read a file of synonyms as CHAIR's authors publish it: a line for each object, its name first, then commas.
 
@@ -131,7 +107,7 @@ def _plurals(phrase: str) -> list[str]:
 
 
 def chair_scores(
-    images: Sequence[str], answers: Sequence[str], present: Sequence[Collection[str]], vocabulary: Vocabulary
+    images: Sequence[str], named: Sequence[Sequence[Hashable]], present: Sequence[Collection[Hashable]]
 ) -> list[Ratio]:
     """Score descriptions by what they name.
 
@@ -140,14 +116,11 @@ def chair_scores(
 
     Args:
         images: name of each image, for the intervals.
-        answers: one description for each.
-        present: names of what each image shows; how many of a kind does not count.
-        vocabulary: that gives names to phrases.
+        named: what the description of each image names, as often as it does: `Vocabulary.named`, or, for the rendered
+            world, the (colour, thing) of `world.descriptions.named_kinds`.
+        present: what each image shows, named alike; how many of a kind does not count.
     """
-    rows = [
-        (image, vocabulary.named(answer), set(there))
-        for image, answer, there in zip(images, answers, present, strict=True)
-    ]
+    rows = [(image, list(names), set(there)) for image, names, there in zip(images, named, present, strict=True)]
     wrong = [(image, [name for name in names if name not in there], names) for image, names, there in rows]
     return [
         make_ratio("CHAIRi", [(image, len(absent), len(names)) for image, absent, names in wrong], LOWER),

@@ -18,11 +18,11 @@ from typing import Any
 
 from ..data.readers import read_coco, read_hallusionbench, read_pope, read_vlguard
 from ..data.records import Record, to_messages
-from ..data.things import THINGS
-from ..world.settings import COLOURS, WorldSettings
+from ..world.descriptions import named_kinds
+from ..world.settings import WorldSettings
 from ..world.tasks import rendered_records
 from .grader import Grader, StringParser, verdicts_of
-from .naming import Vocabulary, chair_scores, name_of, read_synonyms, world_vocabulary
+from .naming import Vocabulary, chair_scores, read_synonyms
 from .ratios import Ratio, make_ratio
 from .safety import SAFE_SAFES, Request, read_refusal_phrases, safety_scores
 from .tasks import SPLIT, TASKS, Question
@@ -136,13 +136,12 @@ _HALLUSION_KEY = ("category", "subcategory", "set_id", "figure_id", "question_id
 
 
 def _score_descriptions(questions: Sequence[Question], answers: Sequence[str]) -> list[Ratio]:
-    """Compare what a description names with what was rendered; every colour and thing that could have been counts."""
+    """Compare the coloured things that a description names with those that were rendered."""
     present = [
-        {name_of(shown["colour"], shown["thing"]) for shown in question.facts["pictures"][0]["objects"]}
+        {(shown["colour"], shown["thing"]) for shown in question.facts["pictures"][0]["objects"]}
         for question in questions
     ]
-    vocabulary = world_vocabulary(COLOURS, THINGS)
-    return chair_scores([question.id for question in questions], answers, present, vocabulary)
+    return chair_scores([question.id for question in questions], list(map(named_kinds, answers)), present)
 
 
 def _score_photographs(questions: Sequence[Question], answers: Sequence[str], vocabulary: Vocabulary) -> list[Ratio]:
@@ -151,7 +150,8 @@ def _score_photographs(questions: Sequence[Question], answers: Sequence[str], vo
         {name for text in (*question.facts["objects"], *question.facts["captions"]) for name in vocabulary.named(text)}
         for question in questions
     ]
-    return chair_scores([question.facts["image"] for question in questions], answers, present, vocabulary)
+    named = list(map(vocabulary.named, answers))
+    return chair_scores([question.facts["image"] for question in questions], named, present)
 
 
 def _score_presence(questions: Sequence[Question], answers: Sequence[str]) -> list[Ratio]:

@@ -10,7 +10,7 @@ import pytest
 
 from blip3.evaluation import naming, posttraining_report, ratios, safety, tables_and_plots, yes_no
 from blip3.evaluation.metrics import bootstrap_interval, wilson_interval, word_f1
-from blip3.evaluation.naming import Vocabulary, chair_scores, read_synonyms, world_vocabulary
+from blip3.evaluation.naming import Vocabulary, chair_scores, read_synonyms
 from blip3.evaluation.ratios import make_mean, make_ratio, paired_difference
 from blip3.evaluation.safety import Request, is_published_refusal, read_refusal_phrases, safety_scores
 from blip3.evaluation.yes_no import (
@@ -22,8 +22,7 @@ from blip3.evaluation.yes_no import (
     read_strictly,
     verdict_of,
 )
-from blip3.world.scenes import describe
-from blip3.world.settings import COLOURS
+from blip3.world.descriptions import named_kinds
 
 
 @pytest.mark.parametrize("module", [naming, posttraining_report, ratios, safety, tables_and_plots, yes_no])
@@ -226,27 +225,20 @@ def test_groups_of_different_subcategories_are_different():
 
 def test_chair_by_hand():
     """Three descriptions: 2 of 6 mentions are wrong, in 1 of 3; 3 of 6 things there are named."""
-    world = world_vocabulary(COLOURS, ["car", "star", "fish"])
     answers = [
         "The picture shows two red cars and a blue star.",
         "A red car, a red car, a green fish and a black star.",
         "",
     ]
-    present = [["red car", "blue star", "pink fish"], ["red car"], ["blue star", "grey car"]]
-    found = values(chair_scores(["a", "b", "c"], answers, present, world))
+    car, star = ("red", "car"), ("blue", "star")
+    present = [[car, star, ("pink", "fish")], [car], [star, ("grey", "car")]]
+    found = values(chair_scores(["a", "b", "c"], list(map(named_kinds, answers)), present))
     assert found == pytest.approx({"CHAIRi": 2 / 6, "CHAIRs": 1 / 3, "coverage": 3 / 6, "names nothing": 1 / 3})
 
 
 def test_a_mute_model_has_no_chair_and_no_coverage():
-    found = values(chair_scores(["a"], ["."], [["red car"]], world_vocabulary(COLOURS, ["car"])))
+    found = values(chair_scores(["a"], [named_kinds(".")], [[("red", "car")]]))
     assert found == {"CHAIRi": None, "CHAIRs": 0, "coverage": 0, "names nothing": 1}
-
-
-def test_every_description_of_the_world_is_understood():
-    """Singular and plural, in any number."""
-    composition = (("red", "cross"), ("red", "cross"), ("orange", "umbrella"), ("grey", "fish"), ("grey", "fish"))
-    world = world_vocabulary(COLOURS, ["cross", "umbrella", "fish"])
-    assert world.named(f"The picture shows {describe(composition)}.") == ["red cross", "orange umbrella", "grey fish"]
 
 
 def test_synonyms_give_the_first_name_of_their_line(tmp_path):
@@ -258,7 +250,7 @@ def test_synonyms_give_the_first_name_of_their_line(tmp_path):
     assert words.named(text) == ["person", "person", "dog", "hot dog", "knife", "bus"]
     captions = ["A man with a dog."]
     present = [{name for caption in captions for name in words.named(caption)}]
-    found = values(chair_scores(["1"], ["A girl, a puppy and a bus."], present, words))
+    found = values(chair_scores(["1"], [words.named("A girl, a puppy and a bus.")], present))
     assert found["CHAIRi"] == pytest.approx(1 / 3)
     assert found["coverage"] == 1
 
