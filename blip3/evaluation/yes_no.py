@@ -12,9 +12,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from ..refusals import check_choice
 from .ratios import HIGHER, LOWER, NEITHER, Counts, Ratio, make_mean, make_ratio
 
 YES, NO = "yes", "no"
+PROBES = ("random", "popular", "adversarial")
 CORRECT, INCORRECT, UNCLEAR = "correct", "incorrect", "unclear"
 STRING_PARSER = "string parser"
 
@@ -54,7 +56,7 @@ class Probe:
     image: str
     """Name of the image, whose questions depend on each other."""
     kind: str
-    """How an absent thing was chosen: `random`, `popular` or `adversarial`."""
+    """How an absent thing was chosen, one of `PROBES`."""
     label: str
     """`yes` or `no`."""
 
@@ -67,10 +69,15 @@ def pope_scores(probes: Sequence[Probe], answers: Sequence[str]) -> list[Ratio]:
 
     Returns:
         accuracy, precision, recall, F1, share of yes, strict accuracy and share of answers that are neither, for
-        each kind in the order in which they come, and, for several kinds, the mean of each score over them.
+        each kind of `PROBES` that was asked, and, for several kinds, the mean of each score over them.
+
+    Raises:
+        ValueError: for another kind.
     """
+    for kind in {probe.kind for probe in probes}:
+        check_choice("The kind of a probe is", kind, PROBES)
     pairs = list(zip(probes, answers, strict=True))
-    kinds = list(dict.fromkeys(probe.kind for probe in probes))
+    kinds = [kind for kind in PROBES if any(probe.kind == kind for probe in probes)]
     by_kind = [_pope_scores_of([pair for pair in pairs if pair[0].kind == kind]) for kind in kinds]
     scores = [_named(ratio, kind) for kind, ratios in zip(kinds, by_kind, strict=True) for ratio in ratios]
     if len(kinds) > 1:
