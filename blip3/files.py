@@ -8,6 +8,8 @@
 
 Whoever reads `path` sees the earlier file or the whole new one. A kill may leave the temporary file
 (`.NAME.PROCESS-NUMBER.unfinished`), which nobody reads and `remove_unfinished` removes.
+
+    only_writer(output) --> one process at a time writes a file or a folder; a second one is refused
 """
 
 import contextlib
@@ -202,6 +204,44 @@ def _cut_half_line(file: BinaryIO) -> None:
             return
         end = start
     file.truncate(0)
+
+
+@contextlib.contextmanager
+def only_writer(output: str | Path) -> Iterator[None]:
+    """Be the only process that writes an output, a file or a folder, for as long as the block takes.
+
+    The lock is a hidden file beside the output (`.NAME.lock`), which is removed at the end. The system lets go of it
+    however this process ends, so a file that a kill left behind locks nothing.
+
+    Raises:
+        ValueError: if another process is writing it.
+    """
+    output = Path(output).absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path = output.with_name(f".{output.name}.lock")
+    file = _lock_file(path, output)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows, where no open file is removed
+            path.unlink()  # while it is still ours
+        file.close()
+
+
+def _lock_file(path: Path, output: Path) -> BinaryIO:
+    """Open and lock a file that its earlier owner may remove at any time."""
+    while True:
+        file = path.open("a+b")
+        try:
+            lock(file, output)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass  # removed between the two calls: another one holds the place now, or nobody
+        except BaseException:
+            file.close()
+            raise
+        file.close()
 
 
 def lock(file: BinaryIO, path: Path) -> None:

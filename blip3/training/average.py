@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText
 
-from ..checkpoints import folder_of, locate
+from ..checkpoints import folder_of, load_model, locate
 from .recipe import plain_errors
 from .trainer import SAVED_RECIPE, copy_present, copy_processor
 
@@ -49,7 +48,7 @@ def average(sources: Sequence[Path], output: Path) -> None:
     total: dict[str, torch.Tensor] = {}
     located = [locate(source) for source in sources]
     for source, arguments in zip(sources, located, strict=True):
-        model = AutoModelForImageTextToText.from_pretrained(**arguments, dtype=torch.float32)
+        model = load_model(arguments, dtype=torch.float32)
         weights = model.state_dict()
         total = total or {name: torch.zeros_like(weight) for name, weight in weights.items()}
         differing = _shapes(weights) ^ _shapes(total)

@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ...checkpoints import CODE_FILES, folder_of, locate
+from ...checkpoints import CODE_FILES, folder_of, load_model, locate
 from ...conversion.names import tower_weights_for
 from ...data.records import Record
 from ...data.yaml_files import read_yaml
@@ -184,7 +184,7 @@ def take_all_but_resampler(model: Any, source: Path, tokenizer: PreTrainedTokeni
             f"{source} has another vocabulary than the tokenizer just trained, so its language model would read other "
             "words. It was probably made from other sizes or with another number of samples: repeat those here."
         )
-    trained = AutoModelForImageTextToText.from_pretrained(**located, dtype=torch.float32)
+    trained = load_model(located, dtype=torch.float32)
     for part in ("vision_tower", "language_model", "lm_head"):
         getattr(model, part).load_state_dict(getattr(trained, part).state_dict())
 
