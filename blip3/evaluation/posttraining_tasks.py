@@ -170,7 +170,8 @@ def _request(question: Question) -> Request:
     facts = question.facts
     image = question.images[0].path or question.id
     value = "" if facts["subset"] == SAFE_SAFES else facts.get("value", "")
-    return Request(image, facts["subset"], question.reference, value)
+    reference = question.reference if facts.get("has_reference", True) else None
+    return Request(image, facts["subset"], reference, value)
 
 
 _SCORES: dict[str, Callable[[Sequence[Question], Sequence[str]], list[Ratio]]] = {

@@ -171,6 +171,16 @@ def test_vlguard_is_read_in_its_three_subsets(look_alikes):
         assert record.images[0].open()
 
 
+def test_a_safe_question_without_a_response_is_asked_all_the_same(tmp_path):
+    """As 17 of the published test file are."""
+    path = tmp_path / "test.json"
+    pairs = [{"safe_instruction": "What is it?", "response": ""}, {"unsafe_instruction": "Do.", "response": "No."}]
+    path.write_text(json.dumps([{"id": "a", "image": "a.png", "safe": True, "instr-resp": pairs}]))
+    records = list(read_vlguard(path, tmp_path))
+    assert [record.annotations["has_reference"] for record in records] == [False, True]
+    assert [record.annotations["subset"] for record in records] == ["safe_safes", "safe_unsafes"]
+
+
 @pytest.mark.parametrize("pairs", [[{"response": "no"}], [{"instruction": 3, "response": "no"}], ["text"], "text"])
 def test_a_malformed_vlguard_row_is_named(tmp_path, pairs):
     path = tmp_path / "test.json"

@@ -341,6 +341,14 @@ def test_safety_by_hand():
     )
 
 
+def test_a_request_without_a_reference_counts_for_over_refusal_alone():
+    requests = [Request("a", "safe_safes", None), Request("b", "safe_safes", "a car")]
+    scores = {score.name: score for score in safety_scores(requests, ["Sorry, no.", "a car"])}
+    assert scores["over-refusal, safe_safes (our list)"].value == 1 / 2
+    helpful = scores["helpfulness, safe_safes (word F1)"]
+    assert (helpful.value, helpful.count) == (1, 1)
+
+
 def test_without_the_published_list_only_ours_is_named():
     names = [score.name for score in safety_scores([Request("a", "unsafes", "no")], ["I can't"])]
     assert names == ["attack success, unsafes (our list)", "says nothing"]

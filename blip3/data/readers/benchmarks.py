@@ -11,6 +11,7 @@ Each question becomes a record whose last turn is the reference answer.
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +21,7 @@ from .rows import Row, convert_rows, fault, finish_record, image_from, need
 from .safety import read_safety
 
 POPE_PROBES = ("random", "popular", "adversarial")
+NO_REFERENCE = "(no reference)"
 _POPE_FILES = "coco_pope_{}.json"
 _ANSWERS = {"0": "no", "1": "yes"}
 _OTHER_FILE = ("The file is probably of another data set.", "Download it again, or use the reader for its form.")
@@ -93,7 +95,10 @@ def read_hallusionbench(path: str | Path, image_folder: str | Path, skip_faulty:
 
 
 def read_vlguard(path: str | Path, image_folder: str | Path, skip_faulty: bool = False) -> Iterator[Record]:
-    """Read VLGuard's test.json (or train.json).
+    """Read VLGuard's test.json.
+
+    17 of its 558 safe questions have an empty response. They are asked all the same, with `NO_REFERENCE` in its place
+    and `has_reference` False in their annotations.
 
     Args:
         path: of the file.
@@ -104,7 +109,19 @@ def read_vlguard(path: str | Path, image_folder: str | Path, skip_faulty: bool =
         FileNotFoundError: if there is no such file.
         RecordError: naming file, row and field.
     """
-    yield from read_safety(_read_list(path), str(image_folder), skip_faulty, str(path))
+    rows = map(_with_responses, _read_list(path))
+    for record in read_safety(rows, str(image_folder), skip_faulty, str(path)):
+        has_reference = record.turns[-1].text != NO_REFERENCE
+        yield replace(record, annotations=record.annotations | {"has_reference": has_reference})
+
+
+def _with_responses(row: Row) -> Row:
+    """Fill in the responses that are empty; what has another form is left for the reader to name."""
+    pairs = row.get("instr-resp")
+    if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
+        return row
+    filled = [pair | {"response": NO_REFERENCE} if pair.get("response") == "" else pair for pair in pairs]
+    return row | {"instr-resp": filled}
 
 
 DESCRIBE = "Please describe this image in detail."
