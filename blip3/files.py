@@ -9,7 +9,8 @@
 Whoever reads `path` sees the earlier file or the whole new one. A kill may leave the temporary file
 (`.NAME.PROCESS-NUMBER.unfinished`), which nobody reads and `remove_unfinished` removes.
 
-    only_writer(output) --> one process at a time writes a file or a folder; a second one is refused
+    only_writer(output)       one process at a time writes an output; a second one is refused
+    only_writer_in(folder)    the same for a folder that is written in place
 """
 
 import contextlib
@@ -228,6 +229,31 @@ def only_writer(output: str | Path) -> Iterator[None]:
         file.close()
 
 
+@contextlib.contextmanager
+def only_writer_in(folder: str | Path) -> Iterator[None]:
+    """Be the only process that writes into a folder, which is made if need be and not replaced meanwhile.
+
+    A folder that was made and is empty at the end, because something was refused, is removed again.
+
+    Raises:
+        ValueError: if another process is writing into it.
+    """
+    folder = Path(folder).absolute()
+    was_there = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if os.name != "nt":  # where folders cannot be opened, nor locked
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            lock(descriptor, folder)
+        try:
+            yield
+        finally:
+            if not was_there:
+                with contextlib.suppress(OSError):  # it is not empty
+                    folder.rmdir()
+
+
 def _lock_file(path: Path, output: Path) -> BinaryIO:
     """Open and lock a file that its earlier owner may remove at any time."""
     while True:
@@ -244,8 +270,10 @@ def _lock_file(path: Path, output: Path) -> BinaryIO:
         file.close()
 
 
-def lock(file: BinaryIO, path: Path) -> None:
-    """Keep other processes from writing an open file; the system lets go of it however this process ends.
+def lock(file: BinaryIO | int, path: Path) -> None:
+    """Keep other processes from writing an open file, or into an open folder, until it is closed.
+
+    The system closes it however this process ends.
 
     On Windows, which has no such lock, the file is not locked.
 

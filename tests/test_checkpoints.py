@@ -89,7 +89,8 @@ def test_code_is_found_in_the_checkpoint_or_above_it(tmp_path):
 def test_a_name_on_the_hub_is_fetched_and_then_a_folder_like_any(hub, tmp_path):
     """In a process of its own, because the Hub's cache is named when huggingface_hub is imported."""
     code = (
-        "from blip3.checkpoints import fingerprint, locate\nfrom transformers import AutoModelForImageTextToText as Auto\n"
+        "from blip3.checkpoints import fingerprint, locate\n"
+        "from transformers import AutoModelForImageTextToText as Auto\n"
         "source = locate('someone/blip3-tiny')\nprint(source['pretrained_model_name_or_path'])\n"
         "print(type(Auto.from_pretrained(**source)).__name__, fingerprint('someone/blip3-tiny'))\n"
         "locate('someone/blip3-absent')\n"

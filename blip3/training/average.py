@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints import folder_of, load_model, locate
+from ..files import only_writer_in
 from .recipe import plain_errors
 from .trainer import SAVED_RECIPE, copy_present, copy_processor
 
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("sources", type=Path, nargs="+", help="trained folders, such as outputs/run/final")
     args = parser.parse_args()
-    with plain_errors():
+    with plain_errors(), only_writer_in(args.output):
         average(args.sources, args.output)
 
 

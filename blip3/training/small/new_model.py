@@ -35,6 +35,7 @@ from ...checkpoints import CODE_FILES, folder_of, load_model, locate
 from ...conversion.names import tower_weights_for
 from ...data.records import Record
 from ...data.yaml_files import read_yaml
+from ...files import only_writer_in
 from ...hub import RELEASE, ROOT
 from ...refusals import check_keys
 from ...world.settings import WorldSettings, load_settings
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--around", type=Path, help="trained model, all of which is taken but its resampler")
     args = parser.parse_intermixed_args()
     trained = (args.resampler, args.around)
-    with plain_errors():
+    with plain_errors(), only_writer_in(args.output):
         make_model(args.sizes, args.output, args.seed, args.samples, args.tower, args.overrides, *trained)
 
 

@@ -26,6 +26,7 @@ from ...checkpoints import GOLDEN_FILE, code_folder, folder_of, load_model, loca
 from ...conversion.names import with_inner
 from ...data.records import Record, to_few_shot_prompt
 from ...evaluation.golden import write_golden
+from ...files import only_writer_in
 from ...hub import ROOT
 from ...world.settings import WorldSettings, load_settings
 from ...world.tasks import rendered_record
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="of the weights (default: %(default)s)")
     parser.add_argument("--max-shard-size", default="5MB", help="of each safetensors file (default: %(default)s)")
     args = parser.parse_args()
-    with plain_errors():
+    with plain_errors(), only_writer_in(args.output):
         publish_all(args)
 
 
