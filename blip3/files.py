@@ -246,12 +246,14 @@ def only_writer_in(folder: str | Path) -> Iterator[None]:
             descriptor = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, descriptor)
             lock(descriptor, folder)
-        try:
-            yield
-        finally:
-            if not was_there:
-                with contextlib.suppress(OSError):  # it is not empty
-                    folder.rmdir()
+        if not was_there:
+            stack.callback(_remove_if_empty, folder)
+        yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _lock_file(path: Path, output: Path) -> BinaryIO:

@@ -116,7 +116,7 @@ def recipes_with_models() -> list[tuple[str, str, str]]:
     found = []
     for path in sorted(RECIPES.rglob("*.yaml")):
         model = re.search(r"^model: (\S+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        if model:
+        if model and model[1] != ".":  # the root is always there
             found.append((path.relative_to(ROOT).as_posix(), model[1], model[1].removesuffix("/final")))
     return found
 

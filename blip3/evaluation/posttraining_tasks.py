@@ -156,11 +156,11 @@ def _score_photographs(questions: Sequence[Question], answers: Sequence[str], vo
 
 def _score_presence(questions: Sequence[Question], answers: Sequence[str]) -> list[Ratio]:
     """Score as POPE, by the kind of probe."""
-    probes = [Probe(_image(question), question.facts["probe"], question.reference) for question in questions]
+    probes = [Probe(_image_of(question), question.facts["probe"], question.reference) for question in questions]
     return pope_scores(probes, answers)
 
 
-def _image(question: Question) -> str:
+def _image_of(question: Question) -> str:
     """Name the image of a question; each rendered one has its own."""
     facts: dict[str, Any] = question.facts
     return str(facts.get("image", question.id))

@@ -76,8 +76,8 @@ def _describe_pair(rng: Rng, split: str, settings: WorldSettings) -> Record:
     possible = [kind for kind in (*ALTERATIONS, *["swap"] * 4) if altered[kind]]
     kind = pick(rng, possible)
     request, beginning = sample_request(rng)
-    answers = [describe_as(beginning, composition or ()) for composition in (shown, altered[kind])]
-    return _pair(request, scene, *answers, kind)
+    chosen, rejected = describe_as(beginning, shown), describe_as(beginning, altered[kind] or ())
+    return _pair(request, scene, chosen, rejected, kind)
 
 
 def _pair(question: str, image: object, chosen: str, rejected: str, altered: str) -> Record:

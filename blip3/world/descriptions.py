@@ -177,7 +177,7 @@ def scene_choices(rng: Rng, scene: Scene, settings: WorldSettings) -> list[list[
     """Every question about a scene that options can be given for: colours, things, counts, places, presence."""
     colours, things = ([*dict.fromkeys(kind[part] for kind in scene.composition)] for part in (0, 1))
     numbers = [str(number) for number in range(1, settings.max_count + 1)]
-    pools = (
+    pools: tuple[tuple[Sequence[str], Sequence[str]], ...] = (
         (colours, settings.colours),
         (things, settings.things),
         ([], numbers),
@@ -192,7 +192,9 @@ def scene_choices(rng: Rng, scene: Scene, settings: WorldSettings) -> list[list[
                 choices.append((question, answer, wrong if answer not in pools[3][1] else [_OPPOSITE[answer]]))
     absent = [pick(rng, absent_kinds(scene, probe, settings)) for probe in reversed(PROBES)]
     wrong = [phrase(*kind) for kind in absent]
-    presence = [("Which of these is in the image?", phrase(*kind), wrong) for kind in dict.fromkeys(scene.composition)]
+    presence: list[Choice] = [
+        ("Which of these is in the image?", phrase(*kind), wrong) for kind in dict.fromkeys(scene.composition)
+    ]
     return [choices for choices in (*kinds, presence) if choices]
 
 
