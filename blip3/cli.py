@@ -42,6 +42,9 @@ COMMANDS = {
     "publish": Command("training.small.publish", "write trained models as shipped, with example images", "train"),
     "packing": Command("training.measure_packing", "measure tokens a second, padded and packed", "train"),
     "score": Command("evaluation.score", "score checkpoints on the held-out rendered world", "evaluation"),
+    "posttraining": Command(
+        "evaluation.posttraining", "score checkpoints before and after post-training", "evaluation"
+    ),
     "verify": Command("evaluation.golden", "check weight files and outputs of the shipped models", "demo"),
     "bench": Command("benchmarks.run", "measure speed and memory beside the peers", "benchmarks"),
 }

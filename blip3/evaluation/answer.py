@@ -9,6 +9,7 @@ from transformers import BatchFeature
 
 from ..answering import Answerer, count_tokens, render
 from ..data.images import open_images
+from ..images import turns_upright
 from .tasks import Question
 
 STOPS = ("<|end|>", "<|endofchunk|>")
@@ -62,8 +63,9 @@ class Checkpoint:
         return {"do_image_splitting": False} if self.base_resolution else {}
 
     def length(self, question: Question) -> int:
-        """Count the tokens of the prompt and of its images, without painting them."""
-        sizes = [image.drawing.size for image in question.images if image.drawing is not None]
+        """Count the tokens of the prompt and of its images, without painting or decoding them."""
+        upright = turns_upright(self.processor)
+        sizes = [image.size(upright=upright) for image in question.images]
         return count_tokens(self.processor, self.render(question), sizes, **self.image_options)
 
     def render(self, question: Question) -> str:

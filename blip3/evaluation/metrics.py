@@ -4,6 +4,7 @@
 Shares are 0..1, not percent. Boxes are (x1, y1, x2, y2) in any unit, the same for both.
 """
 
+import collections
 import itertools
 import re
 from collections.abc import Sequence
@@ -55,6 +56,20 @@ def normalise_vqa(text: str) -> str:
     text = re.sub(r"[^\w\s':.]|_", " ", text)
     words = (_DIGITS.get(word, word) for word in text.split())
     return " ".join(word for word in words if word not in _ARTICLES)
+
+
+def word_f1(answer: str, reference: str) -> float:
+    """Score a text by the words that it shares with a reference, as SQuAD does (Rajpurkar et al. 2016).
+
+    2 n / (words of the answer + words of the reference), with n the words in both, repeated ones as often as both
+    have them (arXiv:1606.05250). Words are compared after `normalise_vqa`.
+
+    >>> word_f1("The red star", "a red car"), word_f1("", "a red car")
+    (0.5, 0.0)
+    """
+    given, wanted = (collections.Counter(normalise_vqa(text).split()) for text in (answer, reference))
+    total = given.total() + wanted.total()
+    return 2 * (given & wanted).total() / total if total else 1.0
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:

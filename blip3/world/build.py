@@ -3,6 +3,7 @@ r"""Write rendered records to disk, or render a sheet of samples to look at.
 
     python -m blip3.world.build --task count relation --count 10000 --output rendered
     python -m blip3.world.build --preview sheet.png
+    python -m blip3.world.build --layout pope --count 100 --output look-alikes
 
     rendered/build.json                             what was asked for; another request in the same folder is refused
     rendered/count-train-00000.jsonl                   records, a shard each; complete or absent
@@ -30,9 +31,13 @@ from ..data.images import ImageSource
 from ..data.records import IMAGE_TOKEN, Record, write_jsonl
 from ..files import only_writer_in, write_text, writing
 from ..refusals import check_positive
-from .settings import WorldSettings
+from .layouts.posttraining import write_hallusionbench, write_pope, write_vlguard
+from .settings import WorldSettings, with_defaults
 from .splits import SPLITS
 from .tasks import TASKS, rendered_records
+
+LAYOUTS = {"pope": write_pope, "hallusionbench": write_hallusionbench, "vlguard": write_vlguard}
+"""Files of public benchmarks to write held-out records in: (folder, count, seed, settings) -> files."""
 
 
 def build(
@@ -92,13 +97,18 @@ def build(
 
 def _check_request(output: Path, request: dict[str, Any]) -> None:
     path, text = output / "build.json", json.dumps(request, indent=2, default=list) + "\n"
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
+    if path.is_file() and _complete(json.loads(path.read_text(encoding="utf-8"))) != json.loads(text):
         raise ValueError(
             f"The folder {output} holds records of another request (see build.json), but a folder holds one seed, "
             "shard size, kind of images and settings. An option was probably changed: write to another folder, or "
             "delete this one."
         )
     write_text(path, text)
+
+
+def _complete(request: dict[str, Any]) -> dict[str, Any]:
+    """Add the settings that an earlier version of this software had not to a request that it wrote."""
+    return {**request, "settings": with_defaults(request["settings"])}
 
 
 def _is_complete(shard: Path, size: int) -> bool:
@@ -270,6 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="png",
         help="files, or descriptions painted on reading (default: png)",
     )
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, help="the columns and names of public benchmarks instead of records"
+    )
     parser.add_argument("--sides", type=int, nargs=2, metavar=("MIN", "MAX"), help="of scenes and pages, in pixels")
     parser.add_argument("--fonts", nargs="+", help="faces (default: all)")
     goal = parser.add_mutually_exclusive_group(required=True)
@@ -284,6 +297,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = WorldSettings(**chosen)
         if given.preview:
             render_contact_sheet(tasks, given.split, given.seed, settings).save(given.preview)
+            return 0
+        if given.layout:
+            check_positive("count is", given.count)
+            LAYOUTS[given.layout](given.output, given.count, given.seed, settings)
             return 0
         options = {"shard_size": given.shard_size, "format": given.format, "images": given.images}
         with only_writer_in(given.output):

@@ -267,7 +267,7 @@ def test_safety_rows():
                            {"unsafe_instruction": "Hurt it.", "response": "No."}]}  # fmt: skip
     records = list(read_safety([unsafe, safe], "images"))
     assert [record.kind for record in records] == ["refusal", "instruction", "refusal"]
-    assert records[0].annotations == {"is_unsafe": True, "category": "privacy"}
+    assert records[0].annotations == {"is_unsafe": True, "category": "privacy", "subset": "unsafes"}
     assert records[2].images[0].path == "images/b.jpg"
     with pytest.raises(RecordError, match=r"row 1, field instr-resp\[0\]"):
         list(read_safety([{**unsafe, "instr-resp": [{"response": "x"}]}]))

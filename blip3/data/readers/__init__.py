@@ -8,6 +8,8 @@ captions      read_captions(...)                                 KALE, Datacomp,
 interleaved   read_interleaved(...)                              OBELICS, MINT-1T, MMC4
 preference    read_preferences(...)                              VLFeedback
 safety        read_safety(...)                                   VLGuard
+benchmarks    read_pope, read_hallusionbench, read_vlguard,      test files that post-training is scored on
+              read_coco
 rows          read_parquet("rendered/*.parquet"), read_rows      what world.build writes
               stream_rows(...)                                   rows of shards, for the readers above
 
@@ -15,6 +17,7 @@ Readers are generators: nothing is held but one row (a LLaVA list, which is one 
 message names the file or row and the field at fault; `skip_faulty=True` logs and counts faulty rows instead.
 """
 
+from .benchmarks import read_coco, read_hallusionbench, read_pope, read_vlguard
 from .captions import read_captions, read_grounding, read_ocr
 from .interleaved import read_interleaved
 from .llava import read_llava_json, read_mixture
@@ -24,14 +27,18 @@ from .safety import read_safety
 
 __all__ = [
     "read_captions",
+    "read_coco",
     "read_grounding",
+    "read_hallusionbench",
     "read_interleaved",
     "read_llava_json",
     "read_mixture",
     "read_ocr",
     "read_parquet",
+    "read_pope",
     "read_preferences",
     "read_rows",
     "read_safety",
+    "read_vlguard",
     "stream_rows",
 ]
