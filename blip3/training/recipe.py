@@ -92,7 +92,7 @@ class LoraSettings:
 
     rank: int
     """Of each pair of matrices."""
-    alpha: float
+    alpha: int
     """An adapter's output is multiplied by alpha / rank."""
     dropout: float = 0.0
     """Share of an adapter's inputs that are dropped."""
@@ -103,7 +103,7 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         check_positive("lora has rank", self.rank)
-        check_positive("lora has alpha", self.alpha, float)
+        check_positive("lora has alpha", self.alpha)
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueError(
                 f"lora has dropout {self.dropout!r} but it must be a share from 0 to below 1. A percentage was "
