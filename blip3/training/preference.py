@@ -102,8 +102,9 @@ class PreferenceObjective:
         is_chosen = batch["branch"] == 1 + ANSWERS.index("chosen")
         first = batch["branch"].shape[1] - batch["source"].shape[1]
         longest = int(is_chosen.sum(1).max())  # the chosen answer comes first
-        noised = {"pixel_values": batch["noised_pixel_values"], "image_sizes": batch["image_sizes"]}
-        images = noised if "noised_pixel_values" in batch else {}
+        images = _images_of(batch)
+        if images:
+            images = images | {"pixel_values": batch["noised_pixel_values"]}
         logits = self._score(model, batch, images, first + longest).logits
         return logits[:, :longest].argmax(-1)
 

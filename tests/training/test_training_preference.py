@@ -79,7 +79,7 @@ def disturb(model) -> None:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 3
 
 
 @torch.no_grad()
@@ -214,11 +214,13 @@ def test_trl_computes_the_same_loss(adapted, small_model, processor, records, tm
     trl = pytest.importorskip("trl")
     disturb(adapted)
     shown = records[:3]
-    found = PreferenceObjective(make_recipe())(adapted, make_batch(processor, shown))[0].item()
+    found = PreferenceObjective(make_recipe(beta=1.0))(adapted, make_batch(processor, shown))[0].item()
     rows = [{**to_preference(record), "images": [image.open() for image in record.images]} for record in shown]
     trainer = trl.DPOTrainer(
         load_model(small_model),
-        args=trl.DPOConfig(str(tmp_path), **(TRL_ARGUMENTS | {"per_device_train_batch_size": 3}), max_length=None),
+        args=trl.DPOConfig(
+            str(tmp_path), **(TRL_ARGUMENTS | {"per_device_train_batch_size": 3}), max_length=None, beta=1.0
+        ),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=processor,
         peft_config=adapted.peft_config["default"],
