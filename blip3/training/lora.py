@@ -39,27 +39,15 @@ def add_adapters(model: Any, settings: LoraSettings, name: str) -> Any:
         ImportError: without PEFT.
         ValueError: if the language model has none of the layers.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError(
-            f"Adapters of rank {settings.rank} need the package peft, which is not installed. The extra was probably "
-            "left out: run `pip install 'blip3[train]'`."
-        ) from error
-    layers = "|".join(settings.targets)
+    config = lora_config(settings)
+    from peft import get_peft_model
+
     present = [path for path, _ in model.language_model.named_modules() if path.rpartition(".")[2] in settings.targets]
     if not present:
         raise ValueError(
             f"lora targets {', '.join(settings.targets)} but the language model has no layer of these names. They are "
             "probably those of the other text layout: remove the key to take all linear layers."
         )
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=rf".*\.language_model\..*\.({layers})",
-        task_type=None,
-    )
     wrapped = get_peft_model(model, config)
     wrapped.peft_config["default"].base_model_name_or_path = name
     adapters, weights = count_weights(wrapped)
@@ -72,6 +60,27 @@ def add_adapters(model: Any, settings: LoraSettings, name: str) -> Any:
         f"{weights:,}",
     )
     return wrapped
+
+
+def lora_config(settings: LoraSettings) -> Any:
+    """Translate a recipe's settings for PEFT.
+
+    Raises:
+        ImportError: without PEFT.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError(
+            f"Adapters of rank {settings.rank} need the package peft, which is not installed. The extra was probably "
+            "left out: run `pip install 'blip3[train]'`."
+        ) from error
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=rf".*\.language_model\..*\.({'|'.join(settings.targets)})",
+    )
 
 
 def count_weights(model: Any) -> tuple[int, int]:

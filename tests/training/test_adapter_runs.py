@@ -259,8 +259,9 @@ SHARDED = """
 """
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
-@pytest.mark.parametrize("form", ["generated", "teacher-forced"])
+@pytest.mark.parametrize(
+    ("form", "fsdp"), [("generated", False), ("teacher-forced", True)], ids=["generated, DDP", "teacher-forced, FSDP2"]
+)
 def test_two_processes_train_as_one_where_one_may_have_text_alone(small_model, pairs, noised, tmp_path, fsdp, form):
     common = PREFERENCE | {"lora": {"rank": 2, "alpha": 4}, "mixture": pairs, "noised_weight": 1.0}
     common |= {"noised_answers": noised} if form == "generated" else {}
