@@ -154,9 +154,7 @@ def test_pairs_without_images_are_left_out(small_model, tmp_path):
     write_jsonl([record], tmp_path / "text.jsonl")
     mixture = [{"records": str(tmp_path / "text.jsonl")}]
     with pytest.raises(ValueError, match="None of the first 3 pairs"):
-        noised_answers.pairs_of(
-            tiny_recipe(tmp_path / "a.yaml", small_model, **(PREFERENCE | {"mixture": mixture})), 3
-        )
+        noised_answers.pairs_of(tiny_recipe(tmp_path / "a.yaml", small_model, **PREFERENCE | {"mixture": mixture}), 3)
     mixture += [{"rendered": "preference"}]
     recipe = tiny_recipe(tmp_path / "b.yaml", small_model, **(PREFERENCE | {"mixture": mixture}))
     assert all(record.images for record in noised_answers.pairs_of(recipe, 8))
