@@ -158,7 +158,7 @@ def test_pairs_of_vlfeedback_are_a_stream_and_vlguard_is_a_list(shards, tmp_path
     assert Counter(ids_of(mixture, range(4))) == Counter(f"g{n}" for n in range(4))
     assert mixture[0].images[0].open().width >= 48
     assert len(mixture[0].turns) == 4
-    with pytest.raises(ValueError, match="unknown key 'min_rating'.*'min_chosen_rating'"):
+    with pytest.raises(ValueError, match=r"unknown key 'min_rating'.*'min_chosen_rating'"):
         mixture_of({"preferences": "x", "options": {"min_rating": 4}})
 
 
