@@ -259,36 +259,33 @@ def test_images_of_a_pair_are_encoded_once(adapted, processor, records, answers,
     assert counts == {"tower": passes, "decoder": 1 + passes}
 
 
+@torch.no_grad()
+def teacher_forced_margin(model, processor, record: Record, noiser: Noiser) -> float:
+    """The log ratio of the chosen answer less that of the likeliest tokens under noise, from passes of one row each."""
+    messages = [*to_preference(record)["prompt"], *to_preference(record)["chosen"]]
+    text = processor.apply_chat_template(messages, tokenize=False).removesuffix("\n")
+    images = [image.open() for image in record.images]
+    clean = processor(text=text, images=images, return_tensors="pt")
+    length = len(PairEncoder(processor, 1000)(record)["chosen"])
+    places = slice(-1 - length, -1)
+    tokens = model(**noiser.prepare(processor, text, images, record.id)).logits[0, places].argmax(-1)
+    policy = model(**clean).logits[0, places].log_softmax(-1)
+    with model.disable_adapter():
+        reference = model(**clean).logits[0, places].log_softmax(-1)
+    ratios = policy - reference
+    rows = torch.arange(length)
+    return (ratios[rows, clean["input_ids"][0, -length:]].sum() - ratios[rows, tokens].sum()).item()
+
+
 def test_teacher_forced_answers_are_the_likeliest_tokens_under_noise(adapted, processor, records):
     disturb(adapted)
     shown = [record for record in records if record.images][:2]
     noiser = Noiser(700, "normalised", 0)
-    batch = make_batch(processor, shown, noiser=noiser)
-    _, figures = PreferenceObjective(make_recipe(noised_weight=1.0))(adapted, batch)
+    _, figures = PreferenceObjective(make_recipe(noised_weight=1.0))(
+        adapted, make_batch(processor, shown, noiser=noiser)
+    )
     assert figures["noised/share"] == 1.0
-    margins = []
-    for record in shown:
-        text = processor.apply_chat_template(
-            [*to_preference(record)["prompt"], *to_preference(record)["chosen"]], tokenize=False
-        ).removesuffix("\n")
-        images = [image.open() for image in record.images]
-        clean = processor(text=text, images=images, return_tensors="pt")
-        noised = noiser.prepare(processor, text, images, record.id)
-        length = len(PairEncoder(processor, 1000)(record)["chosen"])
-        with torch.no_grad():
-            tokens = adapted(**noised).logits[0, -1 - length : -1].argmax(-1)
-            chosen = clean["input_ids"][0, -length:]
-            rows, scores = torch.arange(length), []
-            for is_reference in (False, True):
-                if is_reference:
-                    with adapted.disable_adapter():
-                        logits = adapted(**clean).logits
-                else:
-                    logits = adapted(**clean).logits
-                log_probs = logits[0, -1 - length : -1].log_softmax(-1)
-                scores.append((log_probs[rows, chosen].sum(), log_probs[rows, tokens].sum()))
-        (policy, own), (reference, own_reference) = scores
-        margins.append(0.1 * ((policy - reference) - (own - own_reference)).item())
+    margins = [0.1 * teacher_forced_margin(adapted, processor, record, noiser) for record in shown]
     assert figures["noised/margins"] == pytest.approx(np.mean(margins), abs=1e-4)
     assert abs(np.mean(margins)) > 1e-3
 
