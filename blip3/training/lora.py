@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText
 
-from ..checkpoints import folder_of, locate
+from ..checkpoints import folder_of, load_model, locate
 from .recipe import LoraSettings
 
 logger = logging.getLogger(__name__)
@@ -101,17 +100,20 @@ def base_of(model: Any) -> Any:
     return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
 
 
-def loading_options(settings: LoraSettings | None, bf16: bool, fsdp: bool) -> dict[str, Any]:
+def loading_options(settings: LoraSettings | None, bf16: bool, fsdp: bool) -> tuple[torch.dtype, dict[str, Any]]:
     """Say how to load a model that is to be trained.
 
     Weights that learn are float32. Frozen ones take half the memory in bfloat16, in which mixed precision computes
     anyway; under FSDP2 a layer's weights have one type.
 
+    Returns:
+        their type, and further arguments of `from_pretrained`.
+
     Raises:
         ImportError: for 4 bits without bitsandbytes.
     """
     if settings is None or settings.quantize is None:
-        return {"dtype": torch.bfloat16 if settings and bf16 and not fsdp else torch.float32}
+        return torch.bfloat16 if settings and bf16 and not fsdp else torch.float32, {}
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -129,7 +131,7 @@ def loading_options(settings: LoraSettings | None, bf16: bool, fsdp: bool) -> di
         bnb_4bit_use_double_quant=True,
         llm_int8_skip_modules=["vision_tower", "resampler", "lm_head"],
     )
-    return {"dtype": dtype, "quantization_config": quantization}
+    return dtype, {"quantization_config": quantization}
 
 
 def write_merged(checkpoint: str | Path, adapter: Path, output: Path) -> None:
@@ -145,7 +147,7 @@ def write_merged(checkpoint: str | Path, adapter: Path, output: Path) -> None:
     """
     from peft import PeftModel
 
-    model = AutoModelForImageTextToText.from_pretrained(**locate(checkpoint), dtype=torch.float32)
+    model = load_model(locate(checkpoint), dtype=torch.float32)
     merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     merged.to(stored_dtype(checkpoint)).save_pretrained(output)
 

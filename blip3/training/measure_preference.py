@@ -17,10 +17,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
 from ..answering import pick_device
-from ..checkpoints import locate
+from ..checkpoints import load_model, locate
 from ..data.images import open_images
 from ..data.records import Record, to_preference
 from .lora import add_adapters, lora_config
@@ -88,8 +88,7 @@ def adapters_of(recipe: Recipe) -> LoraSettings:
 
 
 def _load(recipe: Recipe) -> Any:
-    dtype = torch.bfloat16 if recipe.bf16 else torch.float32
-    return AutoModelForImageTextToText.from_pretrained(**locate(recipe.model), dtype=dtype)
+    return load_model(locate(recipe.model), dtype=torch.bfloat16 if recipe.bf16 else torch.float32)
 
 
 def _our_steps(recipe: Recipe, processor: Any, records: Sequence[Record], noised: dict[str, str]) -> Iterator[float]:

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
 from .. import images
-from ..checkpoints import locate
+from ..checkpoints import load_model, locate
 from ..data.images import ImageSource
 from ..data.records import Record
 from .encode import Collator, Encoder, TooLongError
@@ -74,10 +74,10 @@ def train(recipe: Recipe) -> Path:
     arguments = training_arguments(recipe)  # starts the process group
     source = locate(recipe.model)
     checkpoint = resume_or_refuse(recipe)
-    options = loading_options(recipe.adapters, recipe.bf16, recipe.fsdp)
+    dtype, options = loading_options(recipe.adapters, recipe.bf16, recipe.fsdp)
     with arguments.main_process_first(desc="copying the model's code into the cache"):
         processor = AutoProcessor.from_pretrained(**source)
-        model = AutoModelForImageTextToText.from_pretrained(**source, **options)
+        model = load_model(source | options, dtype=dtype)
     if recipe.adapters:
         model = add_adapters(model, recipe.adapters, recipe.model)
     else:

@@ -199,9 +199,9 @@ def test_the_same_pairs_give_the_same_losses(small_model, pairs, noised, tmp_pat
 
 
 def test_mixed_precision_keeps_frozen_weights_in_half_the_memory(small_model, pairs, tmp_path):
-    assert loading_options(LoraSettings(2, 4), bf16=True, fsdp=False) == {"dtype": torch.bfloat16}
-    assert loading_options(LoraSettings(2, 4), bf16=True, fsdp=True) == {"dtype": torch.float32}
-    assert loading_options(None, bf16=True, fsdp=False) == {"dtype": torch.float32}
+    assert loading_options(LoraSettings(2, 4), bf16=True, fsdp=False) == (torch.bfloat16, {})
+    assert loading_options(LoraSettings(2, 4), bf16=True, fsdp=True) == (torch.float32, {})
+    assert loading_options(None, bf16=True, fsdp=False) == (torch.float32, {})
     common = PREFERENCE | {"mixture": pairs, "lora": {"rank": 2, "alpha": 4}}
     stage.train(tiny_recipe(tmp_path / "one.yaml", small_model, **common))
     stage.train(tiny_recipe(tmp_path / "other.yaml", small_model, **common, bf16=True))

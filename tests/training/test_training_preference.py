@@ -261,7 +261,7 @@ def test_images_of_a_pair_are_encoded_once(adapted, processor, records, answers,
 
 @torch.no_grad()
 def teacher_forced_margin(model, processor, record: Record, noiser: Noiser) -> float:
-    """The log ratio of the chosen answer less that of the likeliest tokens under noise, from passes of one row each."""
+    """The chosen answer's log ratio less that of the likeliest tokens under noise, from passes of one row each."""
     messages = [*to_preference(record)["prompt"], *to_preference(record)["chosen"]]
     text = processor.apply_chat_template(messages, tokenize=False).removesuffix("\n")
     images = [image.open() for image in record.images]
