@@ -96,7 +96,7 @@ def test_a_preference_run_logs_the_usual_curves(straight):
         assert 0 <= entry["noised/share"] <= 1
     assert any(0 < entry["noised/share"] < 1 for entry in history), "some pairs have a noised answer, some have none"
     assert history[0]["rewards/margins"] == history[0]["noised/margins"] == 0
-    # Pairs differ from step to step, and so does the sign of their margins; the noised answers are nearly one sentence.
+    # Pairs differ from step to step, and with them the sign of their margins; the noised answers are nearly the same.
     assert history[-1]["noised/margins"] > 0
 
 
