@@ -3,6 +3,7 @@ r"""Write rendered records to disk, or render a sheet of samples to look at.
 
     python -m blip3.world.build --task count relation --count 10000 --output rendered
     python -m blip3.world.build --preview sheet.png
+    python -m blip3.world.build --layout lmms-lab --count 60 --output look-alikes
 
     rendered/build.json                             what was asked for; another request in the same folder is refused
     rendered/count-train-00000.jsonl                   records, a shard each; complete or absent
@@ -30,9 +31,14 @@ from ..data.images import ImageSource
 from ..data.records import IMAGE_TOKEN, Record, write_jsonl
 from ..files import write_text, writing
 from ..refusals import check_positive
-from .settings import WorldSettings
+from .layouts.lmms_lab import write_lmms_lab
+from .layouts.vlmevalkit import write_vlmevalkit
+from .settings import WorldSettings, load_settings
 from .splits import SPLITS
 from .tasks import TASKS, rendered_records
+
+LAYOUTS = {"lmms-lab": write_lmms_lab, "vlmevalkit": write_vlmevalkit}
+"""Files of public benchmarks to write held-out records in: (folder, count, seed, settings) -> files."""
 
 
 def build(
@@ -270,6 +276,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="png",
         help="files, or descriptions painted on reading (default: png)",
     )
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, help="the columns and names of public benchmarks instead of records"
+    )
+    parser.add_argument("--world", metavar="FILE", help="settings of the world (default: those of settings.py)")
     parser.add_argument("--sides", type=int, nargs=2, metavar=("MIN", "MAX"), help="of scenes and pages, in pixels")
     parser.add_argument("--fonts", nargs="+", help="faces (default: all)")
     goal = parser.add_mutually_exclusive_group(required=True)
@@ -281,9 +291,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tasks = list(TASKS) if "all" in given.task else given.task
     chosen: dict[str, Any] = {name: tuple(getattr(given, name)) for name in ("sides", "fonts") if getattr(given, name)}
     try:
-        settings = WorldSettings(**chosen)
+        settings = replace(load_settings(given.world) if given.world else WorldSettings(), **chosen)
         if given.preview:
             render_contact_sheet(tasks, given.split, given.seed, settings).save(given.preview)
+            return 0
+        if given.layout:
+            check_positive("count is", given.count)
+            LAYOUTS[given.layout](given.output, given.count, given.seed, settings)
             return 0
         options = {"shard_size": given.shard_size, "format": given.format, "images": given.images}
         build(tasks, given.split, given.seed, given.count, given.output, settings, **options)
