@@ -2,6 +2,7 @@
 """Public benchmarks through other projects' harnesses: this repository owns adapters and tables, and no benchmark.
 
 prompts.py        conversations with images at their places, as any processor takes them
+models.py         a vision-language model of transformers that answers conversations
 lmms_model.py     `lmms-eval --model blip3`: any vision-language model of transformers
 write_tasks.py    the command that writes tasks for `lmms-eval --include_path`
 few_shot.py       the few-shot protocol: demonstrations, prompts, answers; without a harness
@@ -11,7 +12,8 @@ vlguard.py        VLGuard's questions and score; without a harness
 vlguard_task.py   the same as tasks of lmms-eval
 vlmevalkit.py     the command that runs VLMEvalKit in a process of its own
 kit_process.py    what runs there
-collect.py        the command that reads what harnesses wrote, into tables beside published numbers
+results.py        what harnesses wrote, as measurements
+collect.py        the command that makes tables of them, beside published numbers
 published.yaml    those numbers, each with its source
 
 Nothing here imports a harness until it is asked to.

@@ -15,7 +15,7 @@ on the number of processes; here they depend on the seed and the question alone.
 import hashlib
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -248,7 +248,7 @@ def sample_demonstrations(query_set: Sequence[int], seed: int, identity: str, co
     return sampled[most - count :]
 
 
-def nearest_demonstrations(neighbours: dict[str, Sequence[int]], identity: str, count: int) -> list[int]:
+def nearest_demonstrations(neighbours: Mapping[str, Sequence[int]], identity: str, count: int) -> list[int]:
     """Give the most similar rows, the most similar last.
 
     Args:

@@ -50,7 +50,7 @@ class DemonstratedTask(ConfigurableMessagesTask):
             "doc_to_visual": _no_visuals,
             "generation_kwargs": dict(self.form.generation)
             | {"do_sample": False, "max_new_tokens": self.max_new_tokens},
-            "num_fewshot": self.shots,
+            "num_fewshot": 0,  # the harness adds none of its own; `metadata` has the number that it reports
             "metric_list": [
                 {"metric": metric, "aggregation": aggregation, "higher_is_better": True},
                 {"metric": "prompts", "aggregation": _digest_of_all, "higher_is_better": True},
@@ -90,8 +90,8 @@ class DemonstratedTask(ConfigurableMessagesTask):
 class FewShotTask(DemonstratedTask):
     """A benchmark of `few_shot.BENCHMARKS`, with demonstrations from a training split.
 
-    `metadata` says `benchmark`, `form`, `shots`, `seed`, and where they are not the benchmark's own the `questions` and
-    `demonstrations` (path, split, name); `neighbours` is a file of neighbours.py, `ptb` asks for the Java tokenizer.
+    `metadata` says `benchmark`, `form`, `shots`, `seed`, and where they are not the benchmark's own the `questions`
+    and `demonstrations` (path, split, name); `neighbours` is a file of neighbours.py, `ptb` asks for the Java tokenizer.
     """
 
     @cached_property

@@ -145,8 +145,8 @@ def find(benchmark: str, questions: Place | None, demonstrations: Place | None, 
                 f"{place.path} has the columns {', '.join(rows.features)} but no image. It probably names images by "
                 "their URLs: write a copy that holds them, in a column image."
             )
-    features = [features_of((row["image"] for row in rows), encode) for rows in (asked, shown)]
-    return [str(name) for name in asked[known.identity]], *nearest(*features, count)
+    features, others = (features_of((row["image"] for row in rows), encode) for rows in (asked, shown))
+    return [str(name) for name in asked[known.identity]], *nearest(features, others, count)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -120,9 +120,9 @@ def find_image_token(processor: Any) -> str:
         if token:
             return str(token)
     raise ValueError(
-        f"{type(processor).__name__} has no image_token, which says where an image belongs in a prompt. The checkpoint "
-        "is probably no vision-language model of transformers, or its processor is older than the attribute: give one "
-        "whose processor has it."
+        f"{type(processor).__name__} has no image_token, which says where an image belongs in a prompt. It "
+        "is probably of no vision-language model of transformers, or older than the attribute: give a checkpoint whose "
+        "processor has it."
     )
 
 

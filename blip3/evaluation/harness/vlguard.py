@@ -76,7 +76,7 @@ def load_phrases(path: str | Path) -> list[str]:
         phrases = max(lists, key=len, default=[])
     if not phrases:
         raise ValueError(
-            f"{path} holds no phrases ({len(text)} characters), but a text with one in each line or Python code with a "
+            f"{path} holds no phrases ({len(text)} characters), but a text with one in each line or code with a "
             "list of strings is expected. Another file of the repository was probably named: name its utils/utils.py."
         )
     return phrases

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets of the rendered world under the names, splits and columns of benchmarks on the Hub, as lmms-eval loads them.
+"""Data sets of the rendered world under the names, splits and columns of benchmarks on the Hub, for lmms-eval.
 
     FOLDER/lmms-lab-encoder/textvqa/validation-00000-of-00001.parquet    and README.md, which names the splits
     cd FOLDER && HF_HUB_OFFLINE=1 lmms-eval --tasks textvqa_val ...      a relative path is found before the Hub
@@ -250,10 +250,12 @@ def _blink(number: int, asked: Asked) -> Row:
 def _qbench2(number: int, asked: Asked) -> Row:
     options = dict(itertools.zip_longest((f"option{place}" for place in range(4)), asked.choices, fillvalue="N/A"))
     return {
+        "id": number,
         "image1": _image(asked, 0),
         "image2": _image(asked, 1),
         "question": asked.question,
-        "question_concern": 0,
+        "question_concern": 1,
+        "question_type": 2,
         "correct_choice": asked.letter,
         **options,
     }
@@ -284,7 +286,7 @@ def _muirbench(number: int, asked: Asked) -> Row:
 
 
 def _rule(split: str, seed: int, count: int, settings: WorldSettings | None) -> Iterator[Row]:
-    """Give few-shot rules with their demonstrations: `questions` and `images` of all, `answers` of the demonstrations."""
+    """Give few-shot rules: `questions` and `images` of demonstrations and question, `answers` of the former."""
     for record in rendered_records("rule", split, seed, count, settings):
         shots = [turn.text.removeprefix(IMAGE_TOKEN) for turn in record.turns[:-2]]
         questions = [*shots, record.turns[-2].text.removeprefix(IMAGE_TOKEN)]
