@@ -91,7 +91,7 @@ class FewShotTask(DemonstratedTask):
     """A benchmark of `few_shot.BENCHMARKS`, with demonstrations from a training split.
 
     `metadata` says `benchmark`, `form`, `shots`, `seed`, and where they are not the benchmark's own the `questions`
-    and `demonstrations` (path, split, name); `neighbours` is a file of neighbours.py, `ptb` asks for the Java tokenizer.
+    and `demonstrations` (path, split, name); `neighbours` is a file of neighbours.py, `ptb` asks for Java's words.
     """
 
     @cached_property

@@ -58,7 +58,8 @@ class Renderer:
         if end_of_shot is None:
             end_of_shot = END_OF_CHUNK if END_OF_CHUNK in processor.tokenizer.get_vocab() else BLANK_LINE
         self.end_of_shot = end_of_shot
-        special = {self.image_token, *processor.tokenizer.all_special_tokens}
+        added = processor.tokenizer.added_tokens_decoder.values()
+        special = {self.image_token, *(token.content for token in added if token.special)}
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
 
     def __call__(self, messages: Sequence[Message]) -> Rendered:
@@ -121,7 +122,7 @@ def find_image_token(processor: Any) -> str:
             return str(token)
     raise ValueError(
         f"{type(processor).__name__} has no image_token, which says where an image belongs in a prompt. It "
-        "is probably of no vision-language model of transformers, or older than the attribute: give a checkpoint whose "
+        "is probably of no vision-language model of transformers, or older than that name: give a checkpoint whose "
         "processor has it."
     )
 

@@ -233,13 +233,13 @@ def read_kit(path: Path, *, has_judge: bool = False) -> Iterator[Measured]:
         name = by_table.get(table)
         if name is None or not isinstance(metric, str) or metric not in metrics:
             continue
-        judge = numbers.get("judge_model") or ""
+        asked = numbers.get("judge_model") or ""
         needs = table.startswith(NEEDS_JUDGE) and not table.startswith("MMBench")
         common = {"task": table, "metric": metric, "source": f"{path.parent.name}/{path.name}", **shared}
-        if needs and not (has_judge and judge != "exact_matching"):
+        if needs and not (has_judge and asked != "exact_matching"):
             yield Measured(name, value=None, note=NO_JUDGE, **common)
         else:
-            fallback = "letters compared, no judge asked" if judge == "exact_matching" and name == "mmbench" else ""
+            fallback = "letters compared, no judge asked" if asked == "exact_matching" and name == "mmbench" else ""
             yield Measured(name, value=float(metrics[metric]), note=fallback, **common)
 
 

@@ -43,19 +43,19 @@ def check_kit(folder: Path) -> None:
         )
 
 
-def check_judge(data: Sequence[str], judge: str, url: str | None, mode: str) -> None:
+def check_judge(data: Sequence[str], model: str, url: str | None, mode: str) -> None:
     """Refuse what would give a number that means nothing.
 
     Raises:
-        ValueError: for a judge without a URL, or a benchmark that only a judge scores.
+        ValueError: for a judge model without a URL, or a benchmark that only a judge model scores.
     """
-    if judge != RULES and not url:
+    if model != RULES and not url:
         raise ValueError(
-            f"The judge {judge!r} was named without --judge-base-url, but answers are sent to no server that you did "
-            f"not name. It was probably taken from the kit's own examples: name the URL too, or leave {RULES}."
+            f"The judge model {model!r} was named without --judge-base-url, but answers go to no server that "
+            f"you did not name. It was probably taken from the kit's own examples: name the URL too, or leave {RULES}."
         )
     unscored = [name for name in data if name.startswith(NO_RULE)]
-    if unscored and judge == RULES and mode != "infer":
+    if unscored and model == RULES and mode != "infer":
         raise ValueError(
             f"{', '.join(unscored)}: not scored: needs a judge. No rule scores these answers, and the kit's stand-in "
             "would give a number that means nothing. Name --judge MODEL and --judge-base-url URL, or keep the answers "

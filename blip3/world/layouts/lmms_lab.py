@@ -43,12 +43,12 @@ class Table:
     """Split of the rendered world."""
 
 
-def _image(asked: Asked, position: int = 0) -> Row:
+def _encoded(asked: Asked, position: int = 0) -> Row:
     return {"bytes": encode_png(asked.images[position]), "path": None}
 
 
-def _images(asked: Asked) -> list[Row]:
-    return [_image(asked, position) for position in range(len(asked.images))]
+def _all_encoded(asked: Asked) -> list[Row]:
+    return [_encoded(asked, position) for position in range(len(asked.images))]
 
 
 def _words(task: str, to_row: Callable[[int, Asked], Row]) -> Rows:
@@ -81,7 +81,7 @@ def _pairs(to_row: Callable[[int, Asked], Row]) -> Rows:
 def _vqav2(number: int, asked: Asked) -> Row:
     answers = [{"answer": asked.answer, "answer_confidence": "yes", "answer_id": i + 1} for i in range(PEOPLE)]
     return {
-        "image": _image(asked),
+        "image": _encoded(asked),
         "question": asked.question,
         "question_id": number,
         "image_id": number,
@@ -97,7 +97,7 @@ def _textvqa(number: int, asked: Asked) -> Row:
 
 def _okvqa(number: int, asked: Asked) -> Row:
     return {
-        "image": _image(asked),
+        "image": _encoded(asked),
         "question": asked.question,
         "question_id": str(number),
         "answers": [asked.answer] * PEOPLE,
@@ -107,7 +107,7 @@ def _okvqa(number: int, asked: Asked) -> Row:
 
 def _coco(number: int, asked: Asked) -> Row:
     return {
-        "image": _image(asked),
+        "image": _encoded(asked),
         "url": "",
         "imgid": number,
         "filename": f"image_{number:012d}.png",
@@ -117,12 +117,12 @@ def _coco(number: int, asked: Asked) -> Row:
 
 
 def _nocaps(number: int, asked: Asked) -> Row:
-    return {"image": _image(asked), "image_id": number, "annotations_captions": [asked.answer] * 10}
+    return {"image": _encoded(asked), "image_id": number, "annotations_captions": [asked.answer] * 10}
 
 
 def _textcaps(number: int, asked: Asked) -> Row:
     return {
-        "image": _image(asked),
+        "image": _encoded(asked),
         "image_id": str(number),
         "question": "Provide a one-sentence caption for the provided image.",
         "caption_str": [asked.answer] * 5,
@@ -133,7 +133,7 @@ def _textcaps(number: int, asked: Asked) -> Row:
 def _seedbench(number: int, asked: Asked) -> Row:
     choices = dict(zip(("choice_a", "choice_b", "choice_c", "choice_d"), asked.choices, strict=True))
     return {
-        "image": _images(asked),
+        "image": _all_encoded(asked),
         "question": asked.question,
         "question_id": str(number),
         "data_type": "image",
@@ -145,7 +145,7 @@ def _seedbench(number: int, asked: Asked) -> Row:
 def _mmstar(number: int, asked: Asked) -> Row:
     return {
         "index": number,
-        "image": _image(asked),
+        "image": _encoded(asked),
         "question": f"{asked.question}\nOptions: {', '.join(asked.lines)}",
         "category": "fine-grained perception",
         "l2_category": "object counting",
@@ -155,7 +155,7 @@ def _mmstar(number: int, asked: Asked) -> Row:
 
 def _mme(number: int, asked: Asked) -> Row:
     return {
-        "image": _image(asked),
+        "image": _encoded(asked),
         "question_id": f"existence/{number // 2}.png",
         "question": f"{asked.question} Please answer yes or no.",
         "category": "existence",
@@ -165,7 +165,7 @@ def _mme(number: int, asked: Asked) -> Row:
 
 def _pope(number: int, asked: Asked) -> Row:
     return {
-        "image": _image(asked),
+        "image": _encoded(asked),
         "question_id": str(number),
         "question": asked.question,
         "category": "random",
@@ -176,12 +176,12 @@ def _pope(number: int, asked: Asked) -> Row:
 def _realworldqa(number: int, asked: Asked) -> Row:
     request = "Please answer directly with only the letter of the correct option and nothing else."
     question = "\n".join([asked.question, "", *asked.lines, request])
-    return {"image": _image(asked), "question": question, "answer": asked.letter}
+    return {"image": _encoded(asked), "question": question, "answer": asked.letter}
 
 
 def _scienceqa(number: int, asked: Asked) -> Row:
     return {
-        "image": _image(asked),
+        "image": _encoded(asked),
         "question": asked.question,
         "choices": list(asked.choices),
         "hint": "",
@@ -191,12 +191,12 @@ def _scienceqa(number: int, asked: Asked) -> Row:
 
 def _ai2d(number: int, asked: Asked) -> Row:
     place = str(asked.choices.index(asked.answer))
-    return {"image": _image(asked), "question": asked.question, "options": list(asked.choices), "answer": place}
+    return {"image": _encoded(asked), "question": asked.question, "options": list(asked.choices), "answer": place}
 
 
 def _ocrbench(number: int, asked: Asked) -> Row:
     return {
-        "image": _image(asked),
+        "image": _encoded(asked),
         "question": asked.question,
         "dataset": "rendered",
         "question_type": "Regular Text Recognition",
@@ -206,7 +206,7 @@ def _ocrbench(number: int, asked: Asked) -> Row:
 
 def _docvqa(number: int, asked: Asked) -> Row:
     return {
-        "image": _image(asked),
+        "image": _encoded(asked),
         "questionId": str(number),
         "question": asked.question,
         "answers": [asked.answer],
@@ -215,7 +215,7 @@ def _docvqa(number: int, asked: Asked) -> Row:
 
 def _chartqa(number: int, asked: Asked) -> Row:
     kind = ("human_test", "augmented_test")[number % 2]
-    return {"image": _image(asked), "question": asked.question, "type": kind, "answer": asked.answer}
+    return {"image": _encoded(asked), "question": asked.question, "type": kind, "answer": asked.answer}
 
 
 def _cv_bench(number: int, asked: Asked) -> Row:
@@ -224,7 +224,7 @@ def _cv_bench(number: int, asked: Asked) -> Row:
         "idx": number,
         "type": "2D",
         "task": "Count",
-        "image": _image(asked),
+        "image": _encoded(asked),
         "question": asked.question,
         "choices": list(asked.choices),
         "prompt": f"{asked.question} Select from the following choices.\n{options}",
@@ -235,7 +235,7 @@ def _cv_bench(number: int, asked: Asked) -> Row:
 
 def _blink(number: int, asked: Asked) -> Row:
     options = "\n".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, asked.choices, strict=False))
-    images = {f"image_{place + 1}": image for place, image in enumerate([*_images(asked), None, None][:4])}
+    images = {f"image_{place + 1}": image for place, image in enumerate([*_all_encoded(asked), None, None][:4])}
     return {
         "idx": f"val_Counting_{number}",
         "sub_task": "Counting",
@@ -251,8 +251,8 @@ def _qbench2(number: int, asked: Asked) -> Row:
     options = dict(itertools.zip_longest((f"option{place}" for place in range(4)), asked.choices, fillvalue="N/A"))
     return {
         "id": number,
-        "image1": _image(asked, 0),
-        "image2": _image(asked, 1),
+        "image1": _encoded(asked, 0),
+        "image2": _encoded(asked, 1),
         "question": asked.question,
         "question_concern": 1,
         "question_type": 2,
@@ -266,7 +266,7 @@ def _mantis(number: int, asked: Asked) -> Row:
         "id": str(number),
         "question_type": "multi-choice",
         "question": f"Image 1: {IMAGE_TOKEN} Image 2: {IMAGE_TOKEN} {asked.question}",
-        "images": _images(asked),
+        "images": _all_encoded(asked),
         "options": [f"({letter}) {choice}" for letter, choice in zip(LETTERS, asked.choices, strict=False)],
         "answer": asked.letter,
     }
@@ -278,7 +278,7 @@ def _muirbench(number: int, asked: Asked) -> Row:
         "task": "Difference Spotting",
         "image_relation": "Complementary",
         "image_type": "Graphics",
-        "image_list": _images(asked),
+        "image_list": _all_encoded(asked),
         "question": f"{asked.question} {IMAGE_TOKEN} {IMAGE_TOKEN}",
         "options": list(asked.choices),
         "answer": asked.letter,

@@ -21,14 +21,14 @@ from .questions import LETTERS, Asked, ask_choices, ask_words, ask_yes_or_no, en
 Row = dict[str, Any]
 
 
-def _image(asked: Asked) -> str:
+def _encoded(asked: Asked) -> str:
     """Give one image, or the list of several, as the kit writes it."""
     encoded = [base64.b64encode(encode_png(image)).decode() for image in asked.images]
     return encoded[0] if len(encoded) == 1 else str(encoded)
 
 
 def _row(number: int, asked: Asked, answer: str, **further: Any) -> Row:
-    return {"index": number, "image": _image(asked), "question": asked.question, "answer": answer, **further}
+    return {"index": number, "image": _encoded(asked), "question": asked.question, "answer": answer, **further}
 
 
 def _word(number: int, asked: Asked) -> Row:
