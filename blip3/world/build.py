@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from ..data.fonts import load_font, shorten, wrap
 from ..data.images import ImageSource
 from ..data.records import IMAGE_TOKEN, Record, write_jsonl
-from ..files import write_text, writing
+from ..files import only_writer_in, write_text, writing
 from ..refusals import check_positive
 from .layouts.lmms_lab import write_lmms_lab
 from .layouts.vlmevalkit import write_vlmevalkit
@@ -300,7 +300,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             LAYOUTS[given.layout](given.output, given.count, given.seed, settings)
             return 0
         options = {"shard_size": given.shard_size, "format": given.format, "images": given.images}
-        build(tasks, given.split, given.seed, given.count, given.output, settings, **options)
+        with only_writer_in(given.output):
+            build(tasks, given.split, given.seed, given.count, given.output, settings, **options)
     except (ValueError, ImportError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

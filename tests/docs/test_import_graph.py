@@ -31,6 +31,7 @@ USED_FROM_OUTSIDE = {
     "evaluation.harness.few_shot_task": "lmms-eval, by the tasks that write_tasks.py writes",
     "evaluation.harness.vlguard_task": "the same",
     "conversion.random_checkpoint": "tests, in the package so that an installed wheel can be tried without weights",
+    "engines.grounding.command": "the command of the data engines, by the engine's name",
     "serving.endpoint": "handler.py at the root",
 }
 
