@@ -54,6 +54,7 @@ def make_tokenizer() -> Any:
             "end_of_utterance_token": "<end_of_utterance>",
         },
         model_max_length=2048,
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 
