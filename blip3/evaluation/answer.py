@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from transformers import BatchFeature
 
@@ -13,6 +13,20 @@ from ..images import turns_upright
 from .tasks import Question
 
 STOPS = ("<|end|>", "<|endofchunk|>")
+
+
+def find_stops(processor: Any, model: Any) -> list[int]:
+    """Give the ids that end an answer: the markers the tokenizer knows, and the checkpoint's own.
+
+    Args:
+        processor: with a `tokenizer`.
+        model: with a `generation_config`.
+    """
+    tokenizer, own = processor.tokenizer, model.generation_config.eos_token_id
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[marker] for marker in STOPS if marker in vocabulary]
+    ids += own if isinstance(own, list) else [own] if own is not None else []
+    return sorted({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
 
 
 class Respondent(Protocol):
@@ -55,7 +69,7 @@ class Checkpoint:
         self.answerer = Answerer.load(folder, subfolder, dtype=dtype, device=device)
         self.processor, self.model = self.answerer.processor, self.answerer.model
         self.base_resolution, self.max_new_tokens = base_resolution, max_new_tokens
-        self.stop_ids = self._find_stops()
+        self.stop_ids = find_stops(self.processor, self.model)
 
     @property
     def image_options(self) -> dict[str, bool]:
@@ -98,11 +112,3 @@ class Checkpoint:
             pad_token_id=self.processor.tokenizer.pad_token_id,
         )
         return [answer.text for answer in answers]
-
-    def _find_stops(self) -> list[int]:
-        """Ids that end an answer: the markers the tokenizer knows, and the checkpoint's own."""
-        tokenizer, own = self.processor.tokenizer, self.model.generation_config.eos_token_id
-        vocabulary = tokenizer.get_vocab()
-        ids = [vocabulary[marker] for marker in STOPS if marker in vocabulary]
-        ids += own if isinstance(own, list) else [own] if own is not None else []
-        return sorted({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})

@@ -31,12 +31,20 @@ from ..data.images import ImageSource
 from ..data.records import IMAGE_TOKEN, Record, write_jsonl
 from ..files import only_writer_in, write_text, writing
 from ..refusals import check_positive
+from .layouts.lmms_lab import write_lmms_lab
 from .layouts.posttraining import write_hallusionbench, write_pope, write_vlguard
-from .settings import WorldSettings, with_defaults
+from .layouts.vlmevalkit import write_vlmevalkit
+from .settings import WorldSettings, load_settings, with_defaults
 from .splits import SPLITS
 from .tasks import TASKS, rendered_records
 
-LAYOUTS = {"pope": write_pope, "hallusionbench": write_hallusionbench, "vlguard": write_vlguard}
+LAYOUTS = {
+    "hallusionbench": write_hallusionbench,
+    "lmms-lab": write_lmms_lab,
+    "pope": write_pope,
+    "vlguard": write_vlguard,
+    "vlmevalkit": write_vlmevalkit,
+}
 """Files of public benchmarks to write held-out records in: (folder, count, seed, settings) -> files."""
 
 
@@ -283,6 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--layout", choices=LAYOUTS, help="the columns and names of public benchmarks instead of records"
     )
+    parser.add_argument("--world", metavar="FILE", help="settings of the world (default: those of settings.py)")
     parser.add_argument("--sides", type=int, nargs=2, metavar=("MIN", "MAX"), help="of scenes and pages, in pixels")
     parser.add_argument("--fonts", nargs="+", help="faces (default: all)")
     goal = parser.add_mutually_exclusive_group(required=True)
@@ -294,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tasks = list(TASKS) if "all" in given.task else given.task
     chosen: dict[str, Any] = {name: tuple(getattr(given, name)) for name in ("sides", "fonts") if getattr(given, name)}
     try:
-        settings = WorldSettings(**chosen)
+        settings = replace(load_settings(given.world) if given.world else WorldSettings(), **chosen)
         if given.preview:
             render_contact_sheet(tasks, given.split, given.seed, settings).save(given.preview)
             return 0
