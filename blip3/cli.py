@@ -47,6 +47,7 @@ COMMANDS = {
     "posttraining": Command(
         "evaluation.posttraining", "score checkpoints before and after post-training", "evaluation"
     ),
+    "ablate": Command("evaluation.ablate", "train and score the rows of an ablation, and compare them", "evaluation"),
     "verify": Command("evaluation.golden", "check weight files and outputs of the shipped models", "demo"),
     "bench": Command("benchmarks.run", "measure speed and memory beside the peers", "benchmarks"),
 }
