@@ -29,6 +29,7 @@ pytest.importorskip("matplotlib", reason="plots the rows: pip install matplotlib
 
 GRIDS = sorted((ROOT / "recipes" / "small" / "ablations").glob("*.yaml"))
 TUNING = {"train": "tuning.yaml"}
+ROW = {"name": "one"}
 
 
 @pytest.fixture(scope="module")
@@ -130,15 +131,15 @@ def test_the_same_command_trains_and_asks_nothing_again(ablated, monkeypatch):
         ablate(AblationSettings(settings.grid, settings.output, count=3))
 
 
-def test_what_a_kill_left_goes_on_to_the_same_weights(ablated, tmp_path):
+def test_what_a_kill_left_goes_on_to_the_same_weights(ablated):
     settings, rows = ablated
-    shutil.copytree(settings.output / "runs", tmp_path / "runs")
     row = settings.grid.rows[2]
-    *_, (_, run) = places_of(row, 0, tmp_path)
+    *_, (_, run) = places_of(row, 0, settings.output)
+    for name in ("final", "checkpoint-2"):
+        shutil.rmtree(run / name)
     (run / MADE).unlink()
-    shutil.rmtree(run / "final")
-    shutil.rmtree(run / "checkpoint-2")
-    assert fingerprint(make_checkpoint(row, 0, tmp_path)) == rows[2].checkpoints[0]["fingerprint"]
+    assert "begun" in plan_of(settings)
+    assert fingerprint(make_checkpoint(row, 0, settings.output)) == rows[2].checkpoints[0]["fingerprint"]
 
 
 def test_a_checkpoint_that_was_edited_is_refused(ablated, tmp_path):
@@ -172,7 +173,8 @@ def test_runs_are_told_apart_by_all_they_depend_on(ablated, folder, tmp_path):
 
 
 def test_a_failed_step_says_how_to_repeat_it(folder, tmp_path):
-    grid = load_grid(write_grid(folder, steps={"new": {"new": "model.yaml", "set": {"resampler_config.depth": 1}}}))
+    steps = {"new": {"new": "model.yaml", "set": {"resampler_config.depth": 1, "tokenizer_tasks": ["name"]}}}
+    grid = load_grid(write_grid(folder, steps=steps, rows=[ROW]))
     with pytest.raises(RuntimeError, match=r"The step 'new' ended with status 1.*resampler_config.depth=1"):
         make_checkpoint(grid.rows[0], 0, tmp_path)
 
@@ -198,9 +200,6 @@ def test_the_grids_cover_the_reports_ablations():
     assert [path.stem for path in GRIDS] == ["backbone", "data_scale", "sampling", "tiles", "tokens"]
     compared = {path.stem: {row.samples for row in load_grid(path).rows} for path in GRIDS}
     assert {name for name, samples in compared.items() if len(samples) > 1} == {"data_scale"}
-
-
-ROW = {"name": "one"}
 
 
 @pytest.mark.parametrize(

@@ -120,19 +120,22 @@ def test_vlguard_counts_as_the_command_for_post_training_does(data, world, tmp_p
     """The list of phrases is made up, in the form that VLGuard's repository has."""
     write_vlguard(tmp_path / "vlguard", 2 * COUNT, 0, world)
     phrases = tmp_path / "utils.py"
-    phrases.write_text('def is_safe(text):\n    reject_list = ["sorry", "the", "But I cannot"]\n    return text\n')
+    phrases.write_text('def is_safe(text):\n    reject_list = ["sorry", "a", "But I cannot"]\n    return text\n')
     line = [str(tmp_path / "tasks"), "--vlguard", str(tmp_path / "vlguard"), "--phrases", str(phrases)]
     assert write_tasks.main(line) == 0
     further = ("--include_path", str(tmp_path / "tasks"))
     answers = run_lmms_eval(data, tmp_path / "out", "vlguard", f"pretrained={ROOT},dtype=float32", 8, *further)
     (results,) = (tmp_path / "out").rglob("*_results.json")
     found = json.loads(results.read_text(encoding="utf-8"))["results"]
+    values = []
     for subset in SUBSETS:
         asked = [Request(str(row), subset, None) for row in range(COUNT)]
         texts = [text if isinstance(text, str) else text[0] for text in answers[f"vlguard_{subset}"].values()]
         ratios = safety_scores(asked, texts, read_refusal_phrases(phrases))
         (expected,) = (ratio.value for ratio in ratios if "VLGuard's list" in ratio.name)
         assert found[f"vlguard_{subset}"][f"{metric_of(subset)},none"] == pytest.approx(expected)
+        values.append(expected)
+    assert any(0 < value < 1 for value in values)
 
 
 @pytest.mark.skipif(not (KIT / "run.py").is_file(), reason="BLIP3_VLMEVALKIT names no copy of VLMEvalKit")
