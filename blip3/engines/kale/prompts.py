@@ -15,8 +15,8 @@ CAPTION_PROMPT = (
 )
 FUSION_PROMPT = """\
 Below are two sentences about the same image.
-Sentence 1 comes from a web page. It holds detailed real-world knowledge, such as names, places, dates and titles, but \
-its sentence structure is flawed.
+Sentence 1 comes from a web page. It holds detailed real-world knowledge, such as names, places, dates and titles, \
+but its sentence structure is flawed.
 Sentence 2 was written by a machine. Its sentence structure is good, but it lacks detail and may be wrong in places.
 Merge and refine the two into one well-structured caption. Keep every real-world detail of sentence 1, and what \
 sentence 2 sees. Do not simply put one after the other. Answer with the caption alone.
@@ -35,17 +35,20 @@ _PROMPT_WORDS = re.compile(
     re.IGNORECASE,
 )
 _LABEL = re.compile(r"^\W*(?:answer|caption|output|result)\W*:\s*", re.IGNORECASE)
-_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]+[\"'”’)\]]*")
+_CLOSING = r"[\"')\]\u201d\u2019]*"
+_WIDE_ENDS = r"\u3002\uff01\uff1f"  # of Chinese and Japanese, which write no blank behind them
+_END = re.compile(rf"[.!?\u2026]+{_CLOSING}(?=\s)|[{_WIDE_ENDS}]+{_CLOSING}")
+_ENDED = re.compile(rf"[.!?\u2026{_WIDE_ENDS}]{_CLOSING}$")
 _NO_END = re.compile(
-    r"(?:^|[\s(\"'“])(?:[A-Z]|[A-Za-z](?:\.[A-Za-z])+|Mr|Mrs|Ms|Dr|Prof|Sr|Jr|St|Mt|Ft|Gen|Col|Capt|Lt|Sgt|Rev|Hon|Gov|Sen|"
+    r"(?:^|[\s(\"'\u201c])(?:[A-Z]|[A-Za-z](?:\.[A-Za-z])+|Mr|Mrs|Ms|Dr|Prof|Sr|Jr|St|Mt|Ft|Gen|Col|Capt|Lt|Sgt|Rev|Hon|Gov|Sen|"
     r"No|Nos|Vol|pp?|Fig|ca?|vs|etc|approx|Inc|Ltd|Co|Corp|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec|Ave|Blvd|Rd)\.$"
 )
 
 
 def fusion_prompt(alt_text: str, caption: str) -> str:
-    """Ask for one caption of two sentences; each is set on one line, so that neither can pose as the other.
+    r"""Ask for one caption of two sentences; each is set on one line, so that neither can pose as the other.
 
-    >>> fusion_prompt("Red kite, \\n Lisbon 2019", "A kite.").splitlines()[-2:]
+    >>> fusion_prompt("Red kite, \n Lisbon 2019", "A kite.").splitlines()[-2:]
     ['Sentence 1: Red kite, Lisbon 2019', 'Sentence 2: A kite.']
     """
     return FUSION_PROMPT.format(alt_text=one_line(alt_text), caption=one_line(caption))
@@ -108,4 +111,4 @@ def has_prompt_words(text: str) -> bool:
 
 
 def _is_ended(sentence: str) -> bool:
-    return re.search(r"[.!?…。！？][\"'”’)\]]*$", sentence) is not None
+    return _ENDED.search(sentence) is not None

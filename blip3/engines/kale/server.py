@@ -126,14 +126,14 @@ class ServerWriter:
         self._failures = self._failures + 1 if failed.counts else 0
         if not failed.is_reached:
             raise RuntimeError(
-                f"The server {self.options.url} was asked {self.options.tries} times and nobody listened, but it is to "
-                "write captions. It probably ended, or runs elsewhere: start it, and repeat the command to continue."
+                f"The server {self.options.url} was asked {self.options.tries} times and nobody listened, but it is "
+                "to write captions. It probably ended, or runs elsewhere: start it, and repeat the command to continue."
             )
         if failed.status in _REFUSED:
             raise RuntimeError(
                 f"The server {self.options.url} answered {failed.status} to a request for the model "
-                f"{self.options.model!r}, but it is to write captions. Probably {_REFUSED[failed.status]}: correct it, "
-                "and repeat the command to continue."
+                f"{self.options.model!r}, but it is to write captions. Probably {_REFUSED[failed.status]}: correct "
+                "it, and repeat the command to continue."
             )
         if self._failures >= MAX_FAILURES_IN_A_ROW:
             raise RuntimeError(
@@ -295,8 +295,8 @@ def _headers(options: WriterOptions) -> dict[str, str]:
     key = os.environ.get(options.key_variable)
     if not key:
         raise ValueError(
-            f"The environment variable {options.key_variable} is empty, but it is to hold the key of {options.url}. It "
-            "was probably not exported, or not to the workers: set it where they run."
+            f"The environment variable {options.key_variable} is empty, but it is to hold the key of {options.url}. "
+            "It was probably not exported, or not to the workers: set it where they run."
         )
     return {"Authorization": f"Bearer {key}"}
 

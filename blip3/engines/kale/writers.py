@@ -81,8 +81,8 @@ class WriterOptions:
         check_positive("The writer's timeout is", self.timeout, float)
         if self.url and not self.url.startswith(("http://", "https://")):
             raise ValueError(
-                f"The server's url is {self.url!r} but must begin with http:// or https://. The beginning was probably "
-                "left out: write for example http://127.0.0.1:8000/v1."
+                f"The server's url is {self.url!r} but must begin with http:// or https://. The beginning was "
+                "probably left out: write for example http://127.0.0.1:8000/v1."
             )
 
 
