@@ -15,7 +15,7 @@ import numpy as np
 
 from ..data.records import Record
 from ..refusals import check_choice
-from . import alignment, documents, scenes, sequences, text_pages
+from . import alignment, documents, fusion, scenes, sequences, text_pages
 from .settings import WorldSettings
 from .splits import SPLITS
 
@@ -49,6 +49,7 @@ TASKS = {
     "repetition": Task(sequences.repetition_task, "interleaved"),
     "word_rule": Task(sequences.word_rule_task, "few_shot"),
     "show_and_say": Task(sequences.show_and_say_task, "few_shot"),
+    "fusion": Task(fusion.fusion_task, "instruction"),
     "dialogue": Task(scenes.dialogue_task, "instruction"),
     "quiz": Task(scenes.quiz_task, "instruction"),
     "pair_quiz": Task(sequences.pair_quiz_task, "instruction"),

@@ -3,6 +3,7 @@
 
 llava         read_mixture("mix.yaml"), read_llava_json          {file: num_samples} of LLaVA JSON
 captions      read_captions(...)                                 KALE, Datacomp, CC, SBU, VG
+              read_fusions(...)                                  KALE as a task: image and alt-text -> caption
               read_ocr(stream_rows("ocr/*.parquet"))             BLIP3-OCR
               read_grounding(...)                                BLIP3-GROUNDING
 interleaved   read_interleaved(...)                              OBELICS, MINT-1T, MMC4
@@ -15,7 +16,7 @@ Readers are generators: nothing is held but one row (a LLaVA list, which is one 
 message names the file or row and the field at fault; `skip_faulty=True` logs and counts faulty rows instead.
 """
 
-from .captions import read_captions, read_grounding, read_ocr
+from .captions import read_captions, read_fusions, read_grounding, read_ocr
 from .interleaved import read_interleaved
 from .llava import read_llava_json, read_mixture
 from .preference import read_preferences
@@ -24,6 +25,7 @@ from .safety import read_safety
 
 __all__ = [
     "read_captions",
+    "read_fusions",
     "read_grounding",
     "read_interleaved",
     "read_llava_json",

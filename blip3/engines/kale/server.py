@@ -127,7 +127,7 @@ class ServerWriter:
         if not failed.is_reached:
             raise RuntimeError(
                 f"The server {self.options.url} was asked {self.options.tries} times and nobody listened, but it is "
-                "to write captions. It probably ended, or runs elsewhere: start it, and repeat the command to continue."
+                "to write captions. It probably ended, or runs elsewhere: start it, and repeat the command to go on."
             )
         if failed.status in _REFUSED:
             raise RuntimeError(
