@@ -46,6 +46,7 @@ class ServerWriter:
 
     def __init__(self, options: WriterOptions):
         self.options, self._http = options, _import_httpx()
+        self._certificates = self._http.create_ssl_context()  # read once: that takes longer than a request
         self._failures = 0
         self._not_before = 0.0  # no request starts earlier, by time.monotonic
 
@@ -60,7 +61,8 @@ class ServerWriter:
     async def _write(self, requests: Sequence[Request]) -> list[Reply]:
         gate = asyncio.Semaphore(self.options.concurrency)
         timeout = self._http.Timeout(self.options.timeout)
-        async with self._http.AsyncClient(headers=_headers(self.options), timeout=timeout) as client:
+        given = {"headers": _headers(self.options), "timeout": timeout, "verify": self._certificates}
+        async with self._http.AsyncClient(**given) as client:
 
             async def reply(request: Request) -> Reply:
                 async with gate:
