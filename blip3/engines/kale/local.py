@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    BatchFeature,
 )
 
 from ...answering import IMAGE_TOKEN, Answerer, pick_device, render_question, to_device
@@ -147,7 +148,7 @@ class ChatWriter:
         return self._generate(rows[:half]) + self._generate(rows[half:])
 
     def _generate_at_once(self, rows: list[tuple[str, Any]]) -> list[Reply]:
-        inputs = self._encode(rows).to(self.model.device, self.model.dtype)
+        inputs = BatchFeature(dict(self._encode(rows))).to(self.model.device, self.model.dtype)
         options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1}
         with torch.inference_mode():
             ids = self.model.generate(**inputs, **options, pad_token_id=self.tokenizer.pad_token_id)

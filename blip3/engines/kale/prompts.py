@@ -31,10 +31,12 @@ _PROMPT_WORDS = re.compile(
     r"|\b(?:merg|refin|rewrit|rephras|fus|combin)\w* (?:the |both |these |two |of )*(?:sentence|caption)s?\b"
     r"|\b(?:fused|merged|refined|revised|final|new) (?:caption|sentence)\b"
     r"|\balt[- ]texts?\b|\b(?:synthetic|raw) captions?\b"
-    r"|\bas an ai\b|\blanguage model\b",
+    r"|\bas an ai\b|\blanguage model\b|^\W*(?:sure|certainly|of course)\W*$",
     re.IGNORECASE,
 )
-_LABEL = re.compile(r"^\W*(?:answer|caption|output|result)\W*:\s*", re.IGNORECASE)
+_OPENING = re.compile(r"^([^:]{1,100}):\s*")
+_LABEL = re.compile(r"^\W*(?:answer|caption|output|result)\W*$", re.IGNORECASE)
+_ECHO = re.compile(r"\bsentences? (?:1|2|one|two)\b|\bI\b|^note\b", re.IGNORECASE)
 _CLOSING = r"[\"')\]\u201d\u2019]*"
 _WIDE_ENDS = r"\u3002\uff01\uff1f"  # of Chinese and Japanese, which write no blank behind them
 _END = re.compile(rf"[.!?\u2026]+{_CLOSING}(?=\s)|[{_WIDE_ENDS}]+{_CLOSING}")
@@ -87,7 +89,7 @@ def clean_caption(text: str, is_finished: bool = True) -> str:
     Returns:
         the rest in one line; empty if nothing is left.
 
-    >>> clean_caption("Here is the merged sentence: it keeps real-world details. A red kite over Lisbon.")
+    >>> clean_caption("Here is the merged caption: A red kite over Lisbon. It keeps all real-world details.")
     'A red kite over Lisbon.'
     >>> clean_caption("A red kite over Lisbon. It is a", is_finished=False)
     'A red kite over Lisbon.'
@@ -95,7 +97,7 @@ def clean_caption(text: str, is_finished: bool = True) -> str:
     sentences = split_sentences(text)
     if sentences and not is_finished and not _is_ended(sentences[-1]):
         del sentences[-1]
-    kept = [_LABEL.sub("", sentence) for sentence in sentences if not has_prompt_words(sentence)]
+    kept = [sentence for sentence in map(_without_opening, sentences) if not has_prompt_words(sentence)]
     whole = one_line(" ".join(kept))
     is_quoted = len(whole) > 1 and whole[0] == whole[-1] == '"' and whole.count('"') == 2
     return whole[1:-1].strip() if is_quoted else whole
@@ -108,6 +110,14 @@ def has_prompt_words(text: str) -> bool:
     (True, False)
     """
     return _PROMPT_WORDS.search(text) is not None
+
+
+def _without_opening(sentence: str) -> str:
+    """Remove what leads up to the caption, `Here is the merged caption:`; a line of the prompt said again stays."""
+    match = _OPENING.match(sentence)
+    if match and (_LABEL.match(match[1]) or (has_prompt_words(match[1]) and not _ECHO.search(match[1]))):
+        return sentence[match.end() :]
+    return sentence
 
 
 def _is_ended(sentence: str) -> bool:
