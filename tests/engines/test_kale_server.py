@@ -99,12 +99,12 @@ BROKEN = {
     ),
     "moved": (Scripted(status=307, headers={"Location": "/v2"}), False, "The server answered 307."),
     "bad JSON": (Scripted(b'{"choices": [{]'), False, "The server's reply is no chat completion."),
-    "wrong length": (Scripted(says("A whole reply").body, length=30), False, "The server's reply is no chat completion."),
+    "wrong length": (Scripted(says("A reply").body, length=30), False, "The server's reply is no chat completion."),
     "other JSON": (Scripted(b"[1, 2]"), False, "The server's reply is no chat completion."),
     "no choice": (Scripted(b'{"choices": []}'), False, "The server's reply is no chat completion."),
     "no text": (says(None), False, "The server's reply holds no text."),
     "bytes": (Scripted(b"\xff\xfe\x00"), False, "The server's reply is no chat completion."),
-    "endless": (Scripted(b" " * (server.MAX_REPLY_BYTES + 9)), False, "The server's reply is longer than 4194304 bytes."),
+    "endless": (Scripted(b" " * 2**23), False, "The server's reply is longer than 4194304 bytes."),
 }  # fmt: skip
 
 
