@@ -130,6 +130,7 @@ def test_a_sentence_about_the_task_goes_whole(leak):
         ("A prisoner hears his sentence.", "A prisoner hears his sentence."),
         ("A new caption is printed on the shirt.", ""),
         ("", ""),
+        (". 2.", ""),
     ],
 )
 def test_what_else_is_tidied(text, expected):

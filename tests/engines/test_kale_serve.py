@@ -11,7 +11,7 @@ import pytest
 
 from blip3.answering import Answerer, render_question
 from blip3.engines.kale.command import add_options, plan
-from blip3.engines.kale.prompts import CAPTION_PROMPT, clean_caption, has_prompt_words
+from blip3.engines.kale.prompts import clean_caption, has_prompt_words
 from blip3.engines.kale.server import data_url
 from blip3.world.tasks import rendered_records
 from support import IS_TRANSFORMERS_5
@@ -21,6 +21,7 @@ from support.serving import SMALL_MODEL, Server, complete_folder, serving
 
 MISSING = [name for name in ("fastapi", "httpx", "uvicorn") if find_spec(name) is None]
 START = "from transformers.cli.transformers import main; main()"
+QUESTION = "What is in the picture?"  # the small model was trained on questions of this kind
 
 pytestmark = [
     pytest.mark.skipif(
@@ -58,7 +59,7 @@ def test_images_are_captioned_by_one_server_and_fused_by_another(server, folder)
     parser = argparse.ArgumentParser()
     add_options(parser)
     with chatting(fuse, ["fuser"]) as fuser:
-        given = ["--captioner-url", url, "--captioner", str(folder), "--captioner-tokens", "60"]
+        given = ["--captioner-url", url, "--captioner", str(folder), "--caption-prompt", QUESTION]
         made = plan(parser.parse_args([*given, "--rewriter-url", fuser.url]))
         rows = run_stages([spec.stage(**spec.options) for spec in made.stages], samples, slice_size=4)
     assert [row.get("error") for row in rows] == [None] * 4
@@ -66,8 +67,8 @@ def test_images_are_captioned_by_one_server_and_fused_by_another(server, folder)
     assert made.settings["captioner"]["model"] == str(folder)
 
     alone = Answerer.load(folder, device="cpu")
-    prompt = render_question(alone.processor, CAPTION_PROMPT, 1)
+    prompt = render_question(alone.processor, QUESTION, 1)
     sent = [base64.b64decode(data_url(record.images[0].open()).partition(",")[2]) for record in records]
-    answers = alone.answer([prompt] * 4, [[jpeg] for jpeg in sent], max_new_tokens=60, do_sample=False)
+    answers = alone.answer([prompt] * 4, [[jpeg] for jpeg in sent], max_new_tokens=256, do_sample=False)
     assert [row["cogvlm_caption"] for row in rows] == [clean_caption(answer.text) for answer in answers]
     assert len({row["cogvlm_caption"] for row in rows}) > 1

@@ -87,7 +87,7 @@ def clean_caption(text: str, is_finished: bool = True) -> str:
         is_finished: False where the answer came to its limit of tokens: then a last sentence without an end goes too.
 
     Returns:
-        the rest in one line; empty if nothing is left.
+        the rest in one line; empty if no letter is left.
 
     >>> clean_caption("Here is the merged caption: A red kite over Lisbon. It keeps all real-world details.")
     'A red kite over Lisbon.'
@@ -99,6 +99,8 @@ def clean_caption(text: str, is_finished: bool = True) -> str:
         del sentences[-1]
     kept = [sentence for sentence in map(_without_opening, sentences) if not has_prompt_words(sentence)]
     whole = one_line(" ".join(kept))
+    if not any(map(str.isalpha, whole)):
+        return ""
     is_quoted = len(whole) > 1 and whole[0] == whole[-1] == '"' and whole.count('"') == 2
     return whole[1:-1].strip() if is_quoted else whole
 
