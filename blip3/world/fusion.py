@@ -7,6 +7,8 @@
 The things are in the image alone, the event, the place and the year in the alt-text alone.
 """
 
+from collections.abc import Callable
+
 from ..data.records import Record
 from .scenes import Rng, crowd, describe, make_record, pick
 from .settings import WORDS, WorldSettings
@@ -23,6 +25,7 @@ _FORMS = (
     "{year} {event}, {place}",
     "{event} - {place} - {year}",
 )
+_CASES: tuple[Callable[[str], str], ...] = (str, str, str.upper, str.lower)
 _BEFORE = ("", "", "IMG_{number} ", "DSC{number}: ", "Free download ")
 _AFTER = ("", "", " | stock photo", " for sale", " - image {number}", " click to enlarge")
 
@@ -49,5 +52,4 @@ def _name(rng: Rng) -> tuple[str, str]:
 
 def _in_any_case(rng: Rng, form: str, names: dict[str, str]) -> str:
     """Write names as people type them."""
-    cases = (str, str, str.upper, str.lower)
-    return form.format(**{key: pick(rng, cases)(name) for key, name in names.items()})
+    return form.format(**{key: pick(rng, _CASES)(name) for key, name in names.items()})

@@ -239,7 +239,7 @@ def test_a_plan_with_a_server_asks_it_for_its_model_and_writes_captions():
         return says(reply.text)
 
     with chatting(script, ["fuser-7b"]) as running:
-        made = planned("--caption-column", "dense", "--rewriter-url", running.url, "--concurrency", 2)
+        made = planned("--dense-column", "dense", "--rewriter-url", running.url, "--concurrency", 2)
         stages = [spec.stage(**json.loads(json.dumps(spec.options))) for spec in made.stages]
         samples = [text_sample(text, str(index), dense="A kite.") for index, text in enumerate(HARD)]
         rows = run_stages(stages, samples)
@@ -249,7 +249,7 @@ def test_a_plan_with_a_server_asks_it_for_its_model_and_writes_captions():
     slower = argparse.ArgumentParser()
     add_options(slower)
     with chatting(script, ["fuser-7b"]) as moved:
-        again = planned("--caption-column", "dense", "--rewriter-url", moved.url, "--timeout", 9)
+        again = planned("--dense-column", "dense", "--rewriter-url", moved.url, "--timeout", 9)
     assert again.settings == made.settings  # a run goes on with another server of the same model
 
 
@@ -259,9 +259,9 @@ def test_a_plan_with_a_server_asks_it_for_its_model_and_writes_captions():
         [],
         ["--captioner", "a"],
         ["--rewriter", "a"],
-        ["--captioner", "a", "--caption-column", "b", "--rewriter", "c"],
+        ["--captioner", "a", "--dense-column", "b", "--rewriter", "c"],
         ["--distilled", "a", "--rewriter", "b"],
-        ["--distilled", "a", "--caption-column", "b"],
+        ["--distilled", "a", "--dense-column", "b"],
     ],
 )
 def test_a_caption_has_one_way_to_be_written(arguments):

@@ -180,5 +180,5 @@ class Faces:
 def _missing(package: str, error: ImportError) -> ImportError:
     return ImportError(
         f"A filter needs {package}, which cannot be imported ({error}). The extra was probably left out: pip install "
-        f"'blip3[filters]', or pip install {package}."
+        f"'blip3[engines]', or pip install {package}."
     )

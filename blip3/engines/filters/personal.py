@@ -50,6 +50,6 @@ def _has_phone(text: str, region: str) -> bool:
     except ImportError as error:
         raise ImportError(
             f"Phone numbers are to be found but phonenumbers cannot be imported ({error}). The extra was probably "
-            "left out: pip install 'blip3[filters]', or pip install phonenumbers."
+            "left out: pip install 'blip3[engines]', or pip install phonenumbers."
         ) from error
     return any(True for _ in phonenumbers.PhoneNumberMatcher(text, region.upper() or None))

@@ -237,7 +237,7 @@ def open_identifier(languages: Sequence[str]) -> Callable[[str], str]:
     except ImportError as error:
         raise ImportError(
             f"The language of texts is to be told but py3langid cannot be imported ({error}). The extra was probably "
-            "left out: pip install 'blip3[filters]', or pip install py3langid."
+            "left out: pip install 'blip3[engines]', or pip install py3langid."
         ) from error
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
     unknown = set(languages) - set(identifier.labels)

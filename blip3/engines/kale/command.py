@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         add(f"--{role}-licence", default="", metavar="TEXT", help="of the model, for the manifest")
     group = parser.add_argument_group("captions")
     add = group.add_argument
-    add("--caption-column", metavar="NAME", help=f"of the shards, such as {DENSE}, in place of a captioner")
+    add("--dense-column", metavar="NAME", help=f"of the shards, such as {DENSE}, in place of a captioner")
     add("--caption-prompt", default=CAPTION_PROMPT, metavar="TEXT", help="of the captioner; default: our own")
     add("--writer-dtype", default="auto", metavar="TYPE", help="of models in this process; default: the checkpoint's")
     add("--writer-batch", type=int, default=8, metavar="N", help="requests at a time in this process; default: 8")
@@ -58,7 +58,7 @@ def plan(options: argparse.Namespace) -> EnginePlan:
     writers = {role: _writer(options, role) for role in ROLES if _is_given(options, role)}
     stages = tuple(_stages(options, writers))
     asked = {"captioner": options.caption_prompt, "rewriter": FUSION_PROMPT}
-    settings: dict[str, Any] = {"caption_column": options.caption_column}
+    settings: dict[str, Any] = {"dense_column": options.dense_column}
     for role in ROLES:
         settings[role] = _rows_depend_on(writers[role]) | {"prompt": asked.get(role)} if role in writers else None
     return EnginePlan("kale", stages, SCHEMA, settings, _made_with(options, writers))
@@ -70,14 +70,14 @@ def _is_given(options: argparse.Namespace, role: str) -> bool:
 
 def _check_roles(options: argparse.Namespace) -> None:
     given = [role for role in ROLES if _is_given(options, role)]
-    column = ["caption column"] if options.caption_column else []
+    column = ["dense column"] if options.dense_column else []
     fits = given == ["distilled"] and not column
     fits |= given == ["captioner", "rewriter"] and not column
     fits |= given == ["rewriter"] and bool(column)
     if not fits:
         raise ValueError(
             f"The options name {', '.join([*given, *column]) or 'no model'}, but a caption needs a captioner and a "
-            "rewriter, a --caption-column and a rewriter, or a distilled model alone. One was probably left out or is "
+            "rewriter, a --dense-column and a rewriter, or a distilled model alone. One was probably left out or is "
             "too many: name a model by its folder or by its server's url."
         )
 
@@ -108,8 +108,8 @@ def _writer(options: argparse.Namespace, role: str) -> WriterOptions:
 def _stages(options: argparse.Namespace, writers: dict[str, WriterOptions]) -> list[StageSpec]:
     if "distilled" in writers:
         return [_spec(options, "distilled", writers, FuseAtOnce)]
-    if options.caption_column:
-        first = StageSpec(TakeCaption, {"column": options.caption_column})
+    if options.dense_column:
+        first = StageSpec(TakeCaption, {"column": options.dense_column})
     else:
         first = _spec(options, "captioner", writers, DenseCaption, prompt=options.caption_prompt)
     return [first, _spec(options, "rewriter", writers, Fuse)]
