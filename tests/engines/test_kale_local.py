@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from blip3.answering import Answerer, render_question
-from blip3.engines.kale.writers import Request, WriterOptions, open_writer
+from blip3.engines.kale.stages import open_writer
+from blip3.engines.kale.writers import Request, WriterOptions
 from support import ROOT, render_image
 
 TEXT = {

@@ -13,7 +13,8 @@ from PIL import Image
 
 from blip3.engines.kale import server
 from blip3.engines.kale.server import MAX_FAILURES_IN_A_ROW, ServerWriter, served_model
-from blip3.engines.kale.writers import Request, WriterOptions, open_writer
+from blip3.engines.kale.stages import open_writer
+from blip3.engines.kale.writers import Request, WriterOptions
 from support import render_image
 from support.chat import Scripted, chatting, prompt_of, says
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ..stages import Sample, Values
 from .prompts import CAPTION_PROMPT, clean_caption, fusion_prompt, one_line
-from .writers import Reply, Request, Writer, WriterOptions, open_writer
+from .writers import Reply, Request, Writer, WriterOptions
 
 DENSE = "cogvlm_caption"
 """Column of the dense caption, as published, whichever model wrote it."""
@@ -115,3 +115,20 @@ def _values_of(reply: Reply, column: str) -> Values:
         return {"error": reply.error}
     caption = clean_caption(reply.text, reply.is_finished)
     return {column: caption} if caption else {"filtered_by": EMPTY}
+
+
+def open_writer(options: WriterOptions) -> Writer:
+    """Make a writer; a model in this process is loaded.
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+        ImportError: if the writer's package is not installed.
+        ValueError: if the model cannot do it.
+    """
+    if options.url:
+        from .server import ServerWriter
+
+        return ServerWriter(options)
+    from .local import open_local
+
+    return open_local(options)

@@ -84,20 +84,3 @@ class WriterOptions:
                 f"The server's url is {self.url!r} but must begin with http:// or https://. The beginning was "
                 "probably left out: write for example http://127.0.0.1:8000/v1."
             )
-
-
-def open_writer(options: WriterOptions) -> Writer:
-    """Make a writer; a model in this process is loaded.
-
-    Raises:
-        FileNotFoundError: if there is no such model.
-        ImportError: if the writer's package is not installed.
-        ValueError: if the model cannot do it.
-    """
-    if options.url:
-        from .server import ServerWriter
-
-        return ServerWriter(options)
-    from .local import open_local
-
-    return open_local(options)
