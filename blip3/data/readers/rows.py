@@ -138,9 +138,14 @@ def need(row: Row, place: str, *names: str) -> Any:
 def convert_rows(
     rows: Iterable[Any], source: str, convert: Callable[[Any, str], Iterable[Record]], skip: bool
 ) -> Iterator[Record]:
-    """Convert rows one by one, raising or counting the faulty ones."""
+    """Convert rows one by one, raising or counting the faulty ones.
+
+    A row that a data engine wrote for an image that failed, or that a filter dropped, is passed over.
+    """
     skipped = 0
     for number, row in enumerate(rows, start=1):
+        if isinstance(row, dict) and (row.get("error") or row.get("filtered_by")):
+            continue
         try:
             yield from convert(row, f"{source} row {number}")
         except RecordError as error:
