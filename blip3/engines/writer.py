@@ -119,11 +119,11 @@ class ShardWriter:
     def _read(self, unit: dict[str, Any]) -> Iterator[Slice]:
         first = 0
         for table in read_unit(unit, self.settings.slice_size):
-            rows = [self._row(row) for row in table.to_pylist()]
+            rows = [self._row(row, unit["id"]) for row in table.to_pylist()]
             yield Slice(first, rows)
             first += len(rows)
 
-    def _row(self, row: dict[str, Any]) -> Row:
+    def _row(self, row: dict[str, Any], shard: str) -> Row:
         rest = json.loads(row["rest"])
         known = {name: rest.pop(column, None) for name, column in self.settings.columns.items()}
         known |= {name: json.loads(row[name]) for name in self.settings.columns if name in row}
@@ -134,7 +134,7 @@ class ShardWriter:
             image = read_image(row["kind"], row["image"])
         except ValueError as problem:
             error = {"error": one_sentence(problem)}
-        return Row(Sample(str(json.loads(row["id"])), image, **texts, values=values), error)
+        return Row(Sample(str(json.loads(row["id"])), image, **texts, shard=shard, values=values), error)
 
 
 def steps_of(plan: EnginePlan) -> list[tuple[bool, tuple[StageSpec, ...]]]:
