@@ -46,7 +46,7 @@ class TarSample:
                 values = dict(json.loads(self.texts["json"]))
             except (ValueError, TypeError):
                 raise ValueError(
-                    f"The file {self.key}.json of {len(self.texts['json'])} bytes is no object."
+                    f"The file {self.key}.json of {len(self.texts['json'])} bytes is no JSON object."
                 ) from None
         if "txt" in self.texts and values.get("caption") is None:
             values["caption"] = self.texts["txt"].decode("utf-8", "replace")

@@ -19,7 +19,7 @@ from blip3.engines.run import RunSettings, run_engine
 from blip3.engines.stages import EnginePlan, Sample, StageSpec, Values
 
 DEADLY = (13, 17)  # (height, width) of the image that ends the process opening it
-SCHEMA = {"height": "int64", "width": "int64", "colour": "string", "pid": "int64", "caption_length": "int64"}
+SCHEMA = {"height": "int64", "width": "int64", "colour": "string", "caption_length": "int64"}
 
 
 class Measure:
@@ -42,9 +42,9 @@ class Measure:
             while time.process_time() < end:
                 pass
             colour = "#{:02x}{:02x}{:02x}".format(*image.getpixel((0, 0)))
-            found.append({"height": image.height, "width": image.width, "colour": colour, "pid": os.getpid()})
+            found.append({"height": image.height, "width": image.width, "colour": colour})
             if self.log:
-                self._write(f"{sample.key} {len(samples)}")
+                self._write(f"{os.getpid()} {sample.key}")
         return found
 
     def _write(self, line: str) -> None:
