@@ -237,6 +237,9 @@ def start_ray(workers: int, num_pool_cpus: int = 0) -> int:
 
     Returns:
         How many CPU cores each worker should ask for.
+
+    Raises:
+        RuntimeError: if Ray does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -249,7 +252,13 @@ def start_ray(workers: int, num_pool_cpus: int = 0) -> int:
     num_cpus = (
         cpus_per_worker * workers + num_pool_cpus + 2
     )  # reading and cutting into batches must never wait for a worker to end
-    ray.init(num_cpus=num_cpus, _node_ip_address="127.0.0.1", include_dashboard=False, **quiet)
+    try:
+        ray.init(num_cpus=num_cpus, _node_ip_address="127.0.0.1", include_dashboard=False, **quiet)
+    except Exception as error:  # Ray raises no narrower one after its 30 s
+        raise RuntimeError(
+            f"Ray did not start on this machine ({' '.join(str(error).split())[:200]}), but the job runs on it. The "
+            "machine is probably busy with other work: run the same command again when it is less so."
+        ) from error
     return cpus_per_worker
 
 

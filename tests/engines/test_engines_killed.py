@@ -138,7 +138,7 @@ def check_rows(folder: Path) -> None:
 
 
 def test_three_killed_workers_and_two_killed_drivers_lose_and_double_nothing(folder):
-    slowly = ("--burn", "0.05")
+    slowly = ("--pause", "0.05")
     first = Driver(folder, *slowly)
     first.kill_a_worker()
     first.stop(signal.SIGINT)
@@ -160,7 +160,7 @@ def test_three_killed_workers_and_two_killed_drivers_lose_and_double_nothing(fol
 
 
 def test_a_stage_in_processes_of_its_own_outlives_an_image_too(folder):
-    driver = Driver(folder, "--pooled", "--burn", "0.02")
+    driver = Driver(folder, "--pooled", "--pause", "0.02")
     driver.kill_a_worker()
     assert "In all 300 rows: 296 kept, 3 in error" in driver.finish()
     check_rows(folder)

@@ -3,7 +3,7 @@
 
 Run as a script it is the driver of a job, whose workers then need nothing of this folder:
 
-    python tests/support/engine.py INPUT OUTPUT [--workers 2] [--pooled] [--burn SECONDS] [--log FILE]
+    python tests/support/engine.py INPUT OUTPUT [--pooled] [--burn SECONDS] [--pause SECONDS] [--log FILE]
 """
 
 import argparse
@@ -27,8 +27,8 @@ class Measure:
 
     needs_images = True
 
-    def __init__(self, burn: float = 0.0, log: str | None = None):
-        self.burn, self.log = burn, log
+    def __init__(self, burn: float = 0.0, pause: float = 0.0, log: str | None = None):
+        self.burn, self.pause, self.log = burn, pause, log
         if log:
             self._write(f"start {os.getpid()}")
 
@@ -38,6 +38,7 @@ class Measure:
         for sample, image in zip(samples, images, strict=True):
             if (image.height, image.width) == DEADLY:
                 os._exit(1)
+            time.sleep(self.pause)
             end = time.process_time() + self.burn
             while time.process_time() < end:
                 pass
@@ -69,9 +70,19 @@ class ShortCaptions:
         ]
 
 
-def plan(burn: float = 0.0, pooled: bool = False, log: str | None = None, least: int = 3) -> EnginePlan:
-    """Give the engine: a filter, then the measuring, in the writer or in two processes of its own."""
-    measure = StageSpec(Measure, {"burn": burn, "log": log}, workers=2 if pooled else 0)
+def plan(
+    burn: float = 0.0, pause: float = 0.0, pooled: bool = False, log: str | None = None, least: int = 3
+) -> EnginePlan:
+    """Give the engine: a filter, then the measuring, in the writer or in two processes of its own.
+
+    Args:
+        burn: seconds of computing for each image.
+        pause: seconds of waiting for each image.
+        pooled: whether the measuring has processes of its own.
+        log: a file that gets a line for each image measured.
+        least: letters of a caption.
+    """
+    measure = StageSpec(Measure, {"burn": burn, "pause": pause, "log": log}, workers=2 if pooled else 0)
     settings = {"least": least}
     return EnginePlan("measure", (StageSpec(ShortCaptions, {"least": least}), measure), SCHEMA, settings)
 
@@ -85,10 +96,11 @@ def main() -> None:
     parser.add_argument("--slice", type=int, default=8)
     parser.add_argument("--pooled", action="store_true")
     parser.add_argument("--burn", type=float, default=0.0)
+    parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--log")
     args = parser.parse_args()
     settings = RunSettings(args.input, args.output, args.workers, args.slice)
-    print(run_engine(settings, plan(args.burn, args.pooled, args.log)))
+    print(run_engine(settings, plan(args.burn, args.pause, args.pooled, args.log)))
 
 
 if __name__ == "__main__":
