@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A sheet of what an engine wrote: each image with numbered boxes, and beside it the texts of its row."""
 
+import contextlib
 import json
 import random
 import textwrap
@@ -102,14 +103,11 @@ def kind_of(row: Mapping[str, Any]) -> str:
 
 
 def _images_of(unit: dict[str, Any], keys: set[str]) -> Iterator[tuple[str, bytes]]:
-    for table in read_unit(unit, 64):
-        for row in table.to_pylist():
-            key = str(json.loads(row["id"]))
+    for row in (row for table in read_unit(unit, 64) for row in table.to_pylist()):
+        key = str(json.loads(row["id"]))
+        with contextlib.suppress(ValueError):  # the row says what is wrong with its image
             if key in keys:
-                try:
-                    yield key, read_image(row["kind"], row["image"])
-                except ValueError:
-                    continue
+                yield key, read_image(row["kind"], row["image"])
 
 
 def render_row(row: Mapping[str, Any], data: bytes | None) -> Image.Image:
