@@ -50,15 +50,21 @@ def read_json(path: Path) -> dict:
     """Read a JSON object.
 
     Raises:
-        ValueError: if the file is not JSON.
+        ValueError: if the file is not JSON, or another value than an object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) is not JSON ({error}); expected an object. It is probably cut off "
             "or a Git LFS pointer: download it again."
         ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) holds a JSON {type(content).__name__}; expected an object with "
+            "names. It is probably another file under this name: download it again."
+        )
+    return content
 
 
 def optional_json(path: Path) -> dict | None:
@@ -72,11 +78,25 @@ def template() -> dict:
 
 
 def build_config(config: dict, config_class: Any = None) -> Any:
-    """Build, and so validate, the configuration object of a config.json."""
+    """Build, and so validate, the configuration object of a config.json.
+
+    Raises:
+        ValueError: if a value is refused.
+    """
     if config_class is None:
         config_class = model_code("configuration_blip3.Blip3Config")
     ignored = ("dtype", "auto_map", "transformers_version")
-    return config_class.from_dict({key: value for key, value in config.items() if key not in ignored})
+    try:
+        return config_class.from_dict({key: value for key, value in config.items() if key not in ignored})
+    except ValueError:
+        raise
+    except Exception as error:  # transformers' own checks raise many kinds, all about the values
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"transformers refuses the configuration ({type(error).__name__}: {reason}); expected the values of a "
+            "released config.json. A value of the source's is probably of another kind, such as a text in place of a "
+            "number: download its config.json again."
+        ) from error
 
 
 # -- Parts of our config.json -----------------------------------------------------------------------------------------
