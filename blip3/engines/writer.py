@@ -149,7 +149,14 @@ def steps_of(plan: EnginePlan) -> list[tuple[bool, tuple[StageSpec, ...]]]:
 def pools_of(plan: EnginePlan) -> list[PoolSpec]:
     """Name the pools that the stages of a plan ask for."""
     return [
-        PoolSpec(Work, (specs,), max(1, specs[0].workers), specs[0].num_cpus, specs[0].num_gpus)
+        PoolSpec(
+            Work,
+            f"the stage {specs[0].stage.__name__}",
+            (specs,),
+            max(1, specs[0].workers),
+            specs[0].num_cpus,
+            specs[0].num_gpus,
+        )
         for is_pooled, specs in steps_of(plan)
         if is_pooled
     ]

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes that several workers share: a stage that needs a GPU, or more memory than each worker can have.
 
-    pool = PoolSpec(Detector, ("folder",), workers=1, num_gpus=1)     ray_run.run(..., pools=[pool])
-    in the worker, whose class gets the pools as its last argument:
-        for results in shared.stream(batches):                        in order, a few batches in flight
+    ray_run.run(plan, output, Worker, workers=8, pools=[PoolSpec(Detector, "Detector", ("folder",), num_gpus=1)])
+
+    class Worker:                                               gets the pools as its last argument
+        def __init__(self, pools): ...
+        def __call__(self, shard):
+            for page, boxes in self.pools[0].stream(pages):     in order, a few batches in flight
 
 A pool is called with a list and returns a list as long. Its processes are restarted as often as they die. A batch that
 kills one goes again one item at a time, and an item that does so each time is named by `DeadlyItem` in its place.
 """
 
 import collections
+import os
 import random
 import time
 from collections.abc import Iterable, Iterator
@@ -27,6 +31,8 @@ class PoolSpec:
 
     work: type
     """A class whose instances turn a list into a list as long."""
+    name: str = "a stage"
+    """For messages."""
     arguments: tuple = ()
     workers: int = 1
     num_cpus: float = 1
@@ -88,7 +94,7 @@ def _get(future: Any) -> list | None:
 
     try:
         return ray.get(future)
-    except ray.exceptions.RayActorError:
+    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
         return None
 
 
@@ -119,15 +125,39 @@ class _PoolWorker:
 
 
 def start_pools(specs: Iterable[PoolSpec]) -> list[Pool]:
-    """Start the processes of pools on a Ray that runs; they end with this process."""
+    """Start the processes of pools on a Ray that runs, and wait until each has loaded what it needs.
+
+    They end with this process.
+
+    Raises:
+        RuntimeError: if there are too few GPUs on this machine, or a process cannot be made.
+    """
     import ray
 
     pools = []
     for spec in specs:
+        _check_gpus(spec, float(ray.cluster_resources().get("GPU", 0)))
         actor = ray.remote(_PoolWorker).options(
             num_cpus=spec.num_cpus, num_gpus=spec.num_gpus, max_restarts=-1, max_task_retries=0
         )
         actors = [actor.remote(spec.work, spec.arguments) for _ in range(spec.workers)]
-        name = getattr(spec.work, "__name__", "a pool")
-        pools.append(Pool(name, actors))
+        try:
+            ray.get([actor.work.remote([]) for actor in actors])
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[-1][:300]
+            raise RuntimeError(
+                f"A process of a pool could not be made ({reason}), but {spec.workers} are needed. The cause is "
+                "probably in that message: a model that is not there, or too little memory."
+            ) from error
+        pools.append(Pool(spec.name, actors))
     return pools
+
+
+def _check_gpus(spec: PoolSpec, num_gpus: float) -> None:
+    """Refuse what would wait for ever; a cluster may still grow."""
+    wanted = spec.workers * spec.num_gpus
+    if wanted > num_gpus and not os.environ.get("RAY_ADDRESS"):
+        raise RuntimeError(
+            f"{spec.name} asks for {wanted:g} GPUs, but Ray finds {num_gpus:g} on this machine. It was probably meant "
+            "for another: run it on the CPU, or give each of its processes a fraction of a GPU."
+        )

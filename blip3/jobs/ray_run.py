@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .inputs import Plan, Reader, read_unit
 from .output import Output
 from .pools import PoolSpec, start_pools
 
+MOST_STARTS = 3
 MAX_BLOCK_BYTES = 8 * 2**20  # of images on their way between two of Ray's processes
 
 
@@ -252,14 +253,29 @@ def start_ray(workers: int, num_pool_cpus: int = 0) -> int:
     num_cpus = (
         cpus_per_worker * workers + num_pool_cpus + 2
     )  # reading and cutting into batches must never wait for a worker to end
-    try:
-        ray.init(num_cpus=num_cpus, _node_ip_address="127.0.0.1", include_dashboard=False, **quiet)
-    except Exception as error:  # Ray raises no narrower one after its 30 s
-        raise RuntimeError(
-            f"Ray did not start on this machine ({' '.join(str(error).split())[:200]}), but the job runs on it. The "
-            "machine is probably busy with other work: run the same command again when it is less so."
-        ) from error
+    options = {"num_cpus": num_cpus, "_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    _start_patiently(lambda: ray.init(**options, **quiet))
     return cpus_per_worker
+
+
+def _start_patiently(start: Callable[[], Any]) -> None:
+    """Start Ray again where it gave up after its 30 s, as it does on a busy machine.
+
+    Raises:
+        RuntimeError: if it does not start.
+    """
+    for attempt in range(1, MOST_STARTS + 1):
+        try:
+            start()
+        except Exception as error:  # Ray raises no narrower one
+            if attempt == MOST_STARTS or "timed out during startup" not in str(error):
+                raise RuntimeError(
+                    f"Ray did not start on this machine ({' '.join(str(error).split())[:200]}), tried {attempt} times, "
+                    "but the job runs on it. The machine is probably busy with other work: run the same command again "
+                    "when it is less so."
+                ) from error
+        else:
+            return
 
 
 def check_ray() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import pytest
 from blip3 import jobs
 from blip3.jobs.inputs import Columns, plan_shards
 from blip3.jobs.output import Output
-from blip3.jobs.ray_run import Summary, run
+from blip3.jobs.ray_run import Summary, run, start_ray
 from blip3.jobs.starts import killed_its_worker
 from support import render_image
 
@@ -30,6 +31,7 @@ import io
 import os
 import sys
 import time
+import types
 from pathlib import Path
 
 import pyarrow
@@ -194,3 +196,26 @@ def test_a_row_that_kills_its_worker_is_an_error_and_the_job_ends(tmp_path):
     assert {line["id"]: line["error"] for line in lines if line["error"]} == {"07.png": killed_its_worker()}
     assert (tmp_path / "opened.txt").read_text().split().count("07.png") == 3
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "rows.jsonl"]
+
+
+def test_ray_is_started_again_on_a_busy_machine(monkeypatch):
+    calls, answers = [], []
+
+    def init(**options: object) -> None:
+        calls.append(options)
+        if answers:
+            raise answers.pop()
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(init=init))
+    answers.append(Exception("The current node timed out during startup."))
+    assert start_ray(2, num_pool_cpus=3) == max(1, (os.cpu_count() or 1) // 2)
+    assert len(calls) == 2
+    assert calls[0]["num_cpus"] == 2 * max(1, (os.cpu_count() or 1) // 2) + 3 + 2
+    answers += [Exception("The current node timed out during startup.")] * 3
+    with pytest.raises(RuntimeError, match=r"timed out during startup\.\), tried 3 times, but the job runs on it"):
+        start_ray(2)
+    answers.clear()
+    answers.append(ValueError("no such option"))
+    with pytest.raises(RuntimeError, match=r"no such option\), tried 1 times"):
+        start_ray(2)
