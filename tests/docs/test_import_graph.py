@@ -28,6 +28,7 @@ def test_a_circle_is_found():
 
 USED_FROM_OUTSIDE = {
     "conversion.random_checkpoint": "tests, in the package so that an installed wheel can be tried without weights",
+    "engines.grounding.command": "the command of the data engines, by the engine's name",
     "serving.endpoint": "handler.py at the root",
 }
 
