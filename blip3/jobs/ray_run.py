@@ -271,8 +271,8 @@ def _start_patiently(start: Callable[[], Any]) -> None:
             if attempt == MOST_STARTS or "timed out during startup" not in str(error):
                 raise RuntimeError(
                     f"Ray did not start on this machine ({' '.join(str(error).split())[:200]}), tried {attempt} "
-                    "times, but the job runs on it. The machine is probably busy with other work: run the same command "
-                    "again when it is less so."
+                    "times, but the job runs on it. The machine is probably busy with other work: run the same "
+                    "command again when it is less so."
                 ) from error
         else:
             return
