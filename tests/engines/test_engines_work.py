@@ -106,6 +106,7 @@ def test_what_cannot_be_opened_is_said(data, message):
         open_image(data)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_an_image_of_too_many_pixels_is_not_decoded():
     wide = io.BytesIO()
     Image.new("1", (20_000, 6_000)).save(wide, "PNG")
