@@ -46,6 +46,9 @@ test-backends:  ## the page in headless Chromium, batches on Ray Data, quantizat
 test-engines:  ## the data engines on Ray with their readers, OCR and filters (environment of its own, 2 GB)
 	$(PYTHON) tests/run.py engines
 
+test-harness:  ## lmms-eval, and VLMEvalKit where a copy is named, on look-alikes (environment of its own, 2.4 GB)
+	$(PYTHON) tests/run.py harness
+
 test-wheel:  ## the package installed as a wheel, without the repository (environment of its own, 2 GB)
 	$(PYTHON) tests/run.py wheel
 
@@ -67,4 +70,4 @@ check: setup  ## lint and types
 fix: setup  ## format
 	$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
 
-.PHONY: help setup demo examples test test-slow test-common test-vllm test-backends test-engines test-wheel soak bench check fix
+.PHONY: help setup demo examples test test-slow test-common test-vllm test-backends test-engines test-harness test-wheel soak bench check fix
