@@ -132,7 +132,7 @@ def write_ocr(
 def parse_ocr(text: str) -> list[tuple[str, Box]]:
     """Find the strings of an OCR text that has boxes (granularity 3, 4 or 5), in either published spelling.
 
-    >>> parse_ocr('A sign. "A" starts at [0.1, 0.2] and extends upto [0.3, 0.4], <ocr>B</ocr><bbox>[0, 0][1, 1]</bbox>')
+    >>> parse_ocr('Sign. "A" starts at [0.1, 0.2] and extends upto [0.3, 0.4], <ocr>B</ocr><bbox>[0, 0][1, 1]</bbox>')
     [('A', (0.1, 0.2, 0.3, 0.4)), ('B', (0.0, 0.0, 1.0, 1.0))]
     """
     corner = rf"\[{_NUMBER},{_NUMBER}\]"

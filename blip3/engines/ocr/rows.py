@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lines of text -> the two columns of BLIP3-OCR: `captions` and `metadata`, both JSON.
+
+captions  [{"text", "granularity", "include_datacomp_raw_cap"}, ...]: six granularities, 0 to 5, without and with the
+          raw caption in front. Readers select by granularity, never by place.
+metadata  {"length", "entries": [{"text", "bbox", "confidence", "granularity"...}], ...}: the strings themselves
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...data.formats import OCR_GRANULARITIES, UP_TO, Box, write_ocr
+from .boxes import bounding_box, reading_order, tighten
+from .readers import Line, Reading
+
+BOX_DECIMALS = 4
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One string, as a row has it."""
+
+    text: str
+    box: Box
+    """Of the ink, normalised."""
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What of a reading becomes a row, and how much does not."""
+
+    entries: tuple[Entry, ...]
+    num_unsure: int = 0
+    """Lines below the least confidence."""
+    num_signs: int = 0
+    """Lines of too few letters."""
+
+
+def letters_share(text: str) -> float:
+    """Give the share of letters and digits, of any script, among the characters that are no space.
+
+    >>> letters_share("No. 7"), letters_share("***")
+    (0.75, 0.0)
+    """
+    characters = [character for character in text if not character.isspace()]
+    return sum(character.isalnum() for character in characters) / len(characters) if characters else 0.0
+
+
+def keep_lines(
+    reading: Reading, size: tuple[int, int], dilation: float, min_confidence: float = 0.0, min_letters: float = 0.0
+) -> Kept:
+    """Tighten, order and filter the lines of an image.
+
+    Args:
+        reading: of a reader.
+        size: (height, width) of the image in pixels.
+        dilation: of the reader.
+        min_confidence: 0 to 1; less sure lines are dropped and counted.
+        min_letters: share of letters and digits; lines with fewer are dropped and counted.
+    """
+    sure = [line for line in reading.lines if line.confidence >= min_confidence]
+    kept = [line for line in sure if letters_share(line.text) >= min_letters]
+    quads = [tighten(line.quad, dilation) for line in kept]
+    entries = [_entry(kept[index], bounding_box(quads[index], size)) for index in reading_order(quads)]
+    return Kept(tuple(entries), len(reading.lines) - len(sure), len(sure) - len(kept))
+
+
+def _entry(line: Line, box: Box) -> Entry:
+    x1, y1, x2, y2 = (round(edge, BOX_DECIMALS) for edge in box)
+    return Entry(" ".join(line.text.split()), (x1, y1, x2, y2), round(line.confidence, 4))
+
+
+def write_captions(entries: Sequence[Entry], raw_caption: str = "", up_to: str = UP_TO) -> str:
+    """Write the column `captions`: six entries, and six more if there is a raw caption.
+
+    Args:
+        entries: in reading order.
+        raw_caption: the alt-text; without one there is nothing to put in front.
+        up_to: one of `formats.UP_TO_SPELLINGS`.
+    """
+    strings = [(entry.text, entry.box) for entry in entries]
+    raw = " ".join(raw_caption.split())
+    captions = [
+        {
+            "text": write_ocr(strings, granularity, raw if has_caption else "", up_to=up_to),
+            "granularity": granularity,
+            "include_datacomp_raw_cap": has_caption,
+        }
+        for granularity in OCR_GRANULARITIES
+        for has_caption in ((False, True) if raw else (False,))
+    ]
+    return json.dumps(captions, ensure_ascii=False)
+
+
+def write_metadata(kept: Kept, scale: float = 1.0) -> str:
+    """Write the column `metadata`.
+
+    Args:
+        kept: of an image.
+        scale: of the reading; written where it is below 1.
+    """
+    entries = [{"text": entry.text, "bbox": list(entry.box), "confidence": entry.confidence} for entry in kept.entries]
+    values = {
+        "length": len(entries),
+        "entries": entries,
+        "dropped": {"confidence": kept.num_unsure, "letters": kept.num_signs},
+        **({"scale": round(scale, 4)} if scale < 1 else {}),
+    }
+    return json.dumps(values, ensure_ascii=False)
