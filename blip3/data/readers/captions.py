@@ -88,6 +88,8 @@ def _leveled(
     wanted, with_caption, seed = options
 
     def convert(row: Row, place: str) -> Iterator[Record]:
+        if row.get("error") or row.get("filtered_by"):  # of a data engine of ours, which keeps these rows
+            return
         identity = identity_of(row, place)
         chosen = _choose(_parse_captions(need(row, place, "captions"), place), wanted, with_caption, identity, seed)
         if chosen is None:

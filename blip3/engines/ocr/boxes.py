@@ -46,6 +46,35 @@ def tighten(quad: Quad, dilation: float) -> Quad:
     return first, second, third, fourth
 
 
+def cut_quad(quad: Quad, part: PixelBox, dilation: float) -> Quad:
+    """Cut a part out of a quadrilateral and grow it so that `tighten` gives the part.
+
+    Args:
+        quad: of a line.
+        part: (x1, y1, x2, y2) as shares of its width and height.
+        dilation: as `tighten` takes it.
+
+    >>> piece = cut_quad(((0, 0), (100, 0), (100, 20), (0, 20)), (0.5, 0.25, 1.0, 0.75), 0.5)
+    >>> [[round(value, 3) for value in corner] for corner in tighten(piece, 0.5)]
+    [[50.0, 5.0], [100.0, 5.0], [100.0, 15.0], [50.0, 15.0]]
+    """
+    corners = np.asarray(quad, dtype=np.float64)
+    x1, y1, x2, y2 = part
+    shares = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)])
+    across, below = shares[:, :1], shares[:, 1:]
+    top = corners[0] + (corners[1] - corners[0]) * across
+    bottom = corners[3] + (corners[2] - corners[3]) * across
+    first, second, third, fourth = ((float(x), float(y)) for x, y in top + (bottom - top) * below)
+    inner: Quad = (first, second, third, fourth)
+    width, height = (float(np.hypot(*(np.subtract(corner, first)))) for corner in (second, fourth))
+    distance = 0.0
+    for _ in range(30):  # d depends on the sides it gives; it converges because it grows more slowly than they do
+        wide, high = width + 2 * distance, height + 2 * distance
+        distance = dilation * wide * high / (2 * (wide + high))
+    grown_by = -2 * (width + height) / (width * height) * distance if width and height else 0.0
+    return tighten(inner, grown_by)
+
+
 def bounding_box(quad: Quad, size: tuple[int, int]) -> PixelBox:
     """Give the upright box (x1, y1, x2, y2) around a quadrilateral, normalised and within the image.
 

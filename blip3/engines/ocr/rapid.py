@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .boxes import Quad, join_views, thickness
+from .boxes import Quad, cut_quad, join_views, thickness
+from .gaps import find_strings
 from .readers import About, Line, Reading
 from .views import OVERLAP, View, plan_views
 
@@ -117,7 +118,11 @@ class Reader:
     def _recognise(self, pixels: np.ndarray, quads: list[Quad]) -> list[Line]:
         if not quads:
             return []
-        crops = self._engine.crop_text_regions(pixels, np.asarray(quads, dtype=np.float32))
+        crops = self._crop(pixels, quads)
+        pieces = [split_line(quad, crop, self.dilation) for quad, crop in zip(quads, crops, strict=True)]
+        if any(len(piece) > 1 for piece in pieces):
+            quads = [quad for piece in pieces for quad in piece]
+            crops = self._crop(pixels, quads)
         if self._turned_text:
             crops, _ = self._engine.cls_and_rotate(crops)
         read = self._engine.recognize_txt(crops)
@@ -126,6 +131,30 @@ class Reader:
             for text, quad, score in zip(read.txts, quads, read.scores, strict=True)
             if text.strip()
         ]
+
+    def _crop(self, pixels: np.ndarray, quads: list[Quad]) -> list[np.ndarray]:
+        """Cut lines out, turned so that they run from left to right."""
+        return self._engine.crop_text_regions(pixels, np.asarray(quads, dtype=np.float32))
+
+
+def split_line(quad: Quad, crop: np.ndarray, dilation: float) -> list[Quad]:
+    """Split a line where it holds several strings side by side.
+
+    Args:
+        quad: of the line.
+        crop: (height, width, 3), cut out along it; a line that runs downwards is turned by 90 degrees.
+        dilation: of the detector.
+    """
+    strings = find_strings(crop)
+    if not strings:
+        return [quad]
+    height, width = crop.shape[:2]
+    (x1, y1), (x2, y2), _, (x4, y4) = quad
+    runs_down = np.hypot(x4 - x1, y4 - y1) >= 1.5 * np.hypot(x2 - x1, y2 - y1)  # as the package turns them
+    parts = [(left / width, top / height, right / width, bottom / height) for left, top, right, bottom in strings]
+    if runs_down:  # turned against the clock: the line's right side lies on top
+        parts = [(1 - bottom, left, 1 - top, right) for left, top, right, bottom in parts]
+    return [cut_quad(quad, part, dilation) for part in parts]
 
 
 def _quad(corners: Any) -> Quad:

@@ -68,8 +68,9 @@ class About:
     """Names and licences, for the reader of the manifest."""
 
 
-_MODULES = {"rapidocr": "rapid", "paddleocr": "paddle", "tesseract": "tesseract"}
-READERS = tuple(_MODULES)
+MODULES = {"rapidocr": "rapid", "paddleocr": "paddle", "tesseract": "tesseract"}
+"""Reader -> module of this folder, with a class `Reader` and a function `about` of the same arguments."""
+READERS = tuple(MODULES)
 
 
 def make_reader(name: str, options: Mapping[str, Any]) -> OcrReader:
@@ -92,5 +93,5 @@ def describe_reader(name: str, options: Mapping[str, Any]) -> About:
 
 
 def _module(name: str) -> Any:
-    check_choice("The OCR reader is", name, READERS)
-    return importlib.import_module(f"..{_MODULES[name]}", __name__)
+    check_choice("The OCR reader is", name, MODULES)
+    return importlib.import_module(f"..{MODULES[name]}", __name__)
