@@ -4,6 +4,7 @@
 import argparse
 import doctest
 import importlib
+import itertools
 import json
 import math
 import stat
@@ -116,7 +117,7 @@ def test_views_cover_the_image_at_full_size_and_overlap(size):
     for side, starts in ((width, {(v.left, v.right) for v in views}), (height, {(v.top, v.bottom) for v in views})):
         spans = sorted(starts)
         assert (spans[0][0], spans[-1][1]) == (0, side)
-        assert all(one[1] - other[0] >= OVERLAP - 1 for one, other in zip(spans, spans[1:], strict=False))
+        assert all(one[1] - other[0] >= OVERLAP - 1 for one, other in itertools.pairwise(spans))
 
 
 def test_a_gigantic_image_is_shrunk_and_says_so():
