@@ -34,6 +34,8 @@ class Counts:
     """That the reader gave."""
     num_exact: int = 0
     num_exact_without_spaces: int = 0
+    num_in_line: int = 0
+    """Strings that are whole words of a line, such as the names below neighbouring bars of a chart."""
     ious: list[float] = field(default_factory=list)
     """Of the exact strings' boxes."""
     cpu_seconds: float = 0.0
@@ -46,6 +48,7 @@ class Counts:
         self.num_lines += len(entries)
         self.num_exact += len(ious)
         self.ious += ious
+        self.num_in_line += sum(any(f" {text} " in f" {entry.text} " for entry in entries) for text, _ in strings)
         bare = [(text.replace(" ", ""), box) for text, box in strings]
         joined = [Entry(entry.text.replace(" ", ""), entry.box, entry.confidence) for entry in entries]
         self.num_exact_without_spaces += len(match(bare, joined))
@@ -110,7 +113,8 @@ def measure(
         settings: of the pages.
 
     Returns:
-        figures by name: `exact` is the share of strings found exactly, `seconds` those of one core for an image.
+        figures by name: `exact` is the share of strings that are a line of their own, `in_line` that of strings that
+        are a line or whole words of one, `seconds` are those of one core for an image.
     """
     counts = {task: Counts() for task in TASKS}
     for task, count in counts.items():
@@ -128,6 +132,7 @@ def _figures(counts: dict[str, Counts]) -> dict[str, float]:
     figures["exact"] = sum(count.num_exact for count in counts.values()) / figures["strings"]
     without = sum(count.num_exact_without_spaces for count in counts.values())
     figures["exact_without_spaces"] = without / figures["strings"]
+    figures["in_line"] = sum(count.num_in_line for count in counts.values()) / figures["strings"]
     bare = [counts[task] for task in WITHOUT_FURNITURE]
     figures["precision"] = sum(count.num_exact for count in bare) / max(1, sum(count.num_lines for count in bare))
     ious = [iou for count in counts.values() for iou in count.ious]
@@ -139,6 +144,7 @@ def _figures(counts: dict[str, Counts]) -> dict[str, float]:
     for task, count in counts.items():
         figures[f"{task}.exact"] = count.num_exact / count.num_strings
         figures[f"{task}.exact_without_spaces"] = count.num_exact_without_spaces / count.num_strings
+        figures[f"{task}.in_line"] = count.num_in_line / count.num_strings
         figures[f"{task}.mean_iou"] = sum(count.ious) / max(1, len(count.ious))
         figures[f"{task}.seconds"] = count.cpu_seconds / count.num_pages
         if task in WITHOUT_FURNITURE:

@@ -25,6 +25,7 @@ MOST_ENLARGED = 1.75
 """The package enlarges until the shorter side has 736 pixels, however small the image: that takes twice the time, and
 more neighbours are taken for one line. Enlarged less than 1.5 times, boxes become coarse (200 rendered strings)."""
 _STRIDE = 32  # the detector's input is a multiple of it
+_FRAME = 16  # around a view, in pixels of the detector's input: a box that the edge cut could not be tightened
 _MAX_BOXES = 100_000  # of a view; the package's own limit of 1,000 would lose text without a word
 
 
@@ -107,13 +108,16 @@ class Reader:
 
         cut = pixels[view.top : view.bottom, view.left : view.right]
         height, width = cut.shape[:2]
-        rows, columns = (max(_STRIDE, round(side * view.scale / _STRIDE) * _STRIDE) for side in (height, width))
+        rows, columns = (max(1, round(side * view.scale)) for side in (height, width))
         method = cv2.INTER_AREA if view.scale < 1 else cv2.INTER_LINEAR
-        found = self._engine(cv2.resize(cut, (columns, rows), interpolation=method), use_cls=False, use_rec=False)
+        scaled = cv2.resize(cut, (columns, rows), interpolation=method)
+        down, across = (-(-(side + 2 * _FRAME) // _STRIDE) * _STRIDE - side - _FRAME for side in (rows, columns))
+        framed = cv2.copyMakeBorder(scaled, _FRAME, down, _FRAME, across, cv2.BORDER_REPLICATE)
+        found = self._engine(framed, use_cls=False, use_rec=False)
         if found.boxes is None:
             return []
         ratio, corner = np.array([width / columns, height / rows]), np.array([view.left, view.top])
-        quads = [_quad(box * ratio + corner) for box in np.asarray(found.boxes, dtype=np.float64)]
+        quads = [_quad((box - _FRAME) * ratio + corner) for box in np.asarray(found.boxes, dtype=np.float64)]
         return [quad for quad in quads if not view.is_whole or thickness(quad) > OVERLAP / 2]
 
     def _recognise(self, pixels: np.ndarray, quads: list[Quad]) -> list[Line]:
