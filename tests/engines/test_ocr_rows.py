@@ -19,7 +19,7 @@ from blip3.data.canvas import load_font, text_box
 from blip3.data.formats import OCR_GRANULARITIES, parse_ocr
 from blip3.data.readers import read_ocr
 from blip3.engines.ocr import command, readers
-from blip3.engines.ocr.boxes import bounding_box, cut_quad, order_corners, reading_order, thickness, tighten
+from blip3.engines.ocr.boxes import bounding_box, cut_quad, growth, order_corners, reading_order, thickness, tighten
 from blip3.engines.ocr.check import box_iou, match
 from blip3.engines.ocr.gaps import find_strings
 from blip3.engines.ocr.readers import Line, Reading, make_reader
@@ -56,16 +56,17 @@ def test_docstring_examples(module):
 @pytest.mark.parametrize("degrees", [0, 15, 90, 200])
 def test_turned_text_is_tightened_along_its_own_sides(degrees):
     """The same line, turned: each side moves in by the same distance, whatever its direction."""
+    by = 2 * growth(60, 20)
     angle = math.radians(degrees)
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     turned = tuple(map(tuple, np.array(quad(0, 0, 60, 20)) @ turn))
-    back = np.array(tighten(turned, 0.8)) @ turn.T
-    assert back == pytest.approx(np.array(quad(6, 6, 54, 14)))
+    back = np.array(tighten(turned, 2.0)) @ turn.T
+    assert back == pytest.approx(np.array(quad(by, by, 60 - by, 20 - by)))
 
 
 def test_a_part_of_a_line_is_tightened_to_itself():
     slanted = ((0.0, 0.0), (100.0, 20.0), (96.0, 40.0), (-4.0, 20.0))
-    piece = tighten(cut_quad(slanted, (0.25, 0.2, 0.5, 0.8), 0.5), 0.5)
+    piece = tighten(cut_quad(slanted, (0.25, 0.2, 0.5, 0.8), 1.0), 1.0)
     assert np.array(piece) == pytest.approx(np.array([(24.2, 9), (49.2, 14), (46.8, 26), (21.8, 21)]), abs=0.3)
 
 

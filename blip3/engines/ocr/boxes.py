@@ -12,6 +12,8 @@ import numpy as np
 Quad = tuple[tuple[float, float], tuple[float, float], tuple[float, float], tuple[float, float]]
 PixelBox = tuple[float, float, float, float]
 
+_SHORT_LINE, _LONG_LINE, _SHORTNESS = 0.16, 0.075, 0.19
+"""Of `growth`."""
 _SAME_LINE = 0.5
 """Share of the lower of two lines' heights by which they overlap, from which on they stand beside each other."""
 _THICKER = 1.3
@@ -20,27 +22,41 @@ _COVERED = 0.5
 """Share of a piece inside another, from which on it is a part of that one."""
 
 
-def tighten(quad: Quad, dilation: float) -> Quad:
-    """Move each side of a quadrilateral in by d = dilation * w * h / (2 (w + h)), w and h its own sides.
+def growth(width: float, height: float) -> float:
+    """Give by how many pixels a detector of the PP-OCR family grew each side of a line, in the mean.
 
-    Detectors of the PP-OCR family grow what they find by area * ratio / perimeter (DB, arXiv:1911.08947, section 3.4):
-    good for reading, but the box then holds more than the ink.
+    Such a detector finds the middle of a line and grows it (DB, arXiv:1911.08947, section 3.4): good for reading, but
+    the box then holds more than the ink. Measured on lines of known ink in 20 faces: a sixth of the shorter side for
+    a short word, half as much for a long line.
 
     Args:
-        quad: as detected.
+        width: of the grown box, along the line or across it.
+        height: the other side.
+    """
+    short, long = sorted((width, height))
+    return short * min(_SHORT_LINE, _LONG_LINE + _SHORTNESS * short / long) if long else 0.0
+
+
+def tighten(quad: Quad, dilation: float) -> Quad:
+    """Move each side of a quadrilateral in by `dilation` times what a detector grew it by (`growth`).
+
+    Args:
+        quad: as detected, turned as it may be.
         dilation: 0 leaves it as it is.
 
-    >>> tighten(((0, 0), (40, 0), (40, 20), (0, 20)), 0.75)
-    ((5.0, 5.0), (35.0, 5.0), (35.0, 15.0), (5.0, 15.0))
+    >>> tighten(((0, 0), (40, 0), (40, 20), (0, 20)), 1.0)
+    ((3.2, 3.2), (36.8, 3.2), (36.8, 16.8), (3.2, 16.8))
     """
     corners = np.asarray(quad, dtype=np.float64)  # (4, 2)
     along = (corners[1] - corners[0] + corners[2] - corners[3]) / 2
     down = (corners[3] - corners[0] + corners[2] - corners[1]) / 2
+    return _move_in(corners, along, down, dilation * growth(float(np.hypot(*along)), float(np.hypot(*down))))
+
+
+def _move_in(corners: np.ndarray, along: np.ndarray, down: np.ndarray, distance: float) -> Quad:
+    """Move the sides of a quadrilateral in, or out if the distance is negative; pixels."""
     width, height = float(np.hypot(*along)), float(np.hypot(*down))
-    if not (dilation and width and height):
-        return quad
-    distance = dilation * width * height / (2 * (width + height))
-    across, below = along / width * distance, down / height * distance
+    across, below = (side / length * distance if length else side for side, length in ((along, width), (down, height)))
     moved = corners + np.array([across + below, below - across, -across - below, across - below])
     first, second, third, fourth = ((float(x), float(y)) for x, y in moved)
     return first, second, third, fourth
@@ -54,8 +70,8 @@ def cut_quad(quad: Quad, part: PixelBox, dilation: float) -> Quad:
         part: (x1, y1, x2, y2) as shares of its width and height.
         dilation: as `tighten` takes it.
 
-    >>> piece = cut_quad(((0, 0), (100, 0), (100, 20), (0, 20)), (0.5, 0.25, 1.0, 0.75), 0.5)
-    >>> [[round(value, 3) for value in corner] for corner in tighten(piece, 0.5)]
+    >>> piece = cut_quad(((0, 0), (100, 0), (100, 20), (0, 20)), (0.5, 0.25, 1.0, 0.75), 1.0)
+    >>> [[round(value, 3) for value in corner] for corner in tighten(piece, 1.0)]
     [[50.0, 5.0], [100.0, 5.0], [100.0, 15.0], [50.0, 15.0]]
     """
     corners = np.asarray(quad, dtype=np.float64)
@@ -64,15 +80,13 @@ def cut_quad(quad: Quad, part: PixelBox, dilation: float) -> Quad:
     across, below = shares[:, :1], shares[:, 1:]
     top = corners[0] + (corners[1] - corners[0]) * across
     bottom = corners[3] + (corners[2] - corners[3]) * across
-    first, second, third, fourth = ((float(x), float(y)) for x, y in top + (bottom - top) * below)
-    inner: Quad = (first, second, third, fourth)
-    width, height = (float(np.hypot(*(np.subtract(corner, first)))) for corner in (second, fourth))
+    inner = top + (bottom - top) * below
+    along, down = inner[1] - inner[0], inner[3] - inner[0]
+    width, height = float(np.hypot(*along)), float(np.hypot(*down))
     distance = 0.0
-    for _ in range(30):  # d depends on the sides it gives; it converges because it grows more slowly than they do
-        wide, high = width + 2 * distance, height + 2 * distance
-        distance = dilation * wide * high / (2 * (wide + high))
-    grown_by = -2 * (width + height) / (width * height) * distance if width and height else 0.0
-    return tighten(inner, grown_by)
+    for _ in range(30):  # the growth depends on the sides it gives; it converges because it is a small share of them
+        distance = dilation * growth(width + 2 * distance, height + 2 * distance)
+    return _move_in(inner, along, down, -distance)
 
 
 def bounding_box(quad: Quad, size: tuple[int, int]) -> PixelBox:

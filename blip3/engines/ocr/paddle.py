@@ -84,7 +84,7 @@ class Reader:
         ImportError: if the package is not installed.
     """
 
-    dilation = 0.5  # measured with RapidOCR, whose detector grows boxes alike; not with this package's own models
+    dilation = 1.0  # measured with RapidOCR, whose detector grows boxes alike; not with this package's own models
 
     def __init__(self, detection: str = "", recognition: str = "", orientation: str = ""):
         models = _models(_folders(detection, recognition, orientation))

@@ -69,7 +69,7 @@ class Reader:
         ImportError: if the package or its models are not there.
     """
 
-    dilation = 0.5
+    dilation = 1.0
 
     def __init__(self, turned_text: bool = False):
         folder = _model_folder()
