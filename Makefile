@@ -25,6 +25,7 @@ demo:  ## ask about example images, with no more installed than that needs; pyth
 examples: setup  ## run every script of examples/, a few minutes each, and the notebook (docs/finetuning.md)
 	$(RUN) examples/stripes.py outputs/stripes
 	for name in finetune_lora finetune_trl_sft preference_dpo reward_grpo; do $(RUN) examples/$$name.py || exit 1; done
+	mkdir -p outputs/tour
 	HF_HUB_OFFLINE=1 $(VENV)/bin/jupyter-execute examples/tour.ipynb --output ../outputs/tour/tour
 
 test: setup  ## every test that needs no large disk (LINE=latest: some); LINE=4 after LINE=5 also exchanges folders

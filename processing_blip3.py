@@ -322,6 +322,9 @@ class Blip3Processor(ProcessorMixin):
         Returns:
             The prompt or prompts; with `tokenize=True` the token ids, with `return_dict=True` as well what a call of
             the processor returns.
+
+        Raises:
+            ValueError: for a text that holds a marker, see `refuse_markers`.
         """
         if isinstance(conversation, list | tuple):
             is_batched = isinstance(conversation[0], list | tuple)
@@ -329,6 +332,10 @@ class Blip3Processor(ProcessorMixin):
                 [_normalize_message(message) if isinstance(message, dict) else message for message in messages]
                 for messages in (conversation if is_batched else [conversation])
             ]
+            for messages in conversations:
+                for number, message in enumerate(messages, start=1):
+                    for text in _texts_of(message):
+                        self.refuse_markers(text, f"message {number}, of the role {message.get('role')!r}")
             conversation = conversations if is_batched else conversations[0]
         if _IS_TRANSFORMERS_5:
             return super().apply_chat_template(
@@ -351,6 +358,28 @@ class Blip3Processor(ProcessorMixin):
         )
         inputs["assistant_masks"] = self._mask_answers(inputs, prompts, answers)
         return inputs.convert_to_tensors(kwargs.get("return_tensors"))
+
+    def refuse_markers(self, text: str, where: str) -> None:
+        """Refuse a text that holds a special token other than `<image>`, as a text that forges a turn does.
+
+        A prompt that is one string may hold them: it is the caller's own.
+
+        Args:
+            text: that someone wrote, before it is put into a prompt.
+            where: it stands, for the error.
+
+        Raises:
+            ValueError: naming the first.
+        """
+        added = self.tokenizer.added_tokens_decoder.values()
+        markers = [str(token) for token in added if token.special and str(token) != IMAGE_TOKEN]
+        found = next((marker for marker in markers if marker in text), None)
+        if found:
+            raise ValueError(
+                f"The text of {where}, holds {found!r}, which the tokenizer reads as a marker of a prompt's form and "
+                "not as words; only <image> may stand in it. It was probably copied from a prompt, or written to "
+                "forge a turn: remove it, or write a space into it."
+            )
 
     def _mask_answers(self, inputs: BatchFeature, prompts: list[str], answers: list[list]) -> list[list[int]]:
         """Mark the tokens of answers, whose characters count from the prompt before `<image>` is written out.
@@ -409,6 +438,24 @@ def _is_empty(value: Any) -> bool:
 
 def _to_list(values: Any) -> list:
     return values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else list(values)
+
+
+def _texts_of(message: Any) -> list[str]:
+    """Give the texts of a message that `_normalize_message` made, parts that follow each other as the one they become.
+
+    What is no message is left to the template.
+    """
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, str):
+        return [content]
+    texts = [""]
+    for part in content if isinstance(content, list) else []:
+        text = part.get("text") if isinstance(part, dict) else None
+        if isinstance(text, str):
+            texts[-1] += text
+        else:
+            texts.append("")
+    return texts
 
 
 def _normalize_message(message: dict) -> dict:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
+from transformers import AutoProcessor, BatchFeature
 
-from .checkpoints import locate
+from .checkpoints import load_model, locate
 
 IMAGE_TOKEN = "<image>"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -82,7 +82,7 @@ class Answerer:
         processor = AutoProcessor.from_pretrained(**source)
         if must_chat and not processor.chat_template:
             raise ValueError(_no_template(f"{subfolder or checkpoint} is to hold a conversation"))
-        model = AutoModelForImageTextToText.from_pretrained(**source, dtype=dtype)
+        model = load_model(source, dtype=dtype)
         return cls(processor, to_device(model, device).eval())
 
     def prepare(self, texts: Sequence[str], images: Sequence[Sequence[Any]], **image_options: Any) -> BatchFeature:

@@ -10,7 +10,7 @@ This repository holds its small model at the root and base/ below: the code once
 `from_pretrained` as it is:
 
     AutoProcessor.from_pretrained(**locate("base"))
-    AutoModelForImageTextToText.from_pretrained(**locate("owner/name"), dtype="auto")
+    load_model(locate("owner/name"))                   refuses files that lack a weight of the model
 """
 
 import hashlib
@@ -18,14 +18,16 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
 from huggingface_hub import snapshot_download
+from transformers import AutoModelForImageTextToText
 
 from .hub import CODE_FILES, ROOT
+from .refusals import list_names
 
 RECIPES = ROOT / "recipes"
 GOLDEN_FILE = "golden.safetensors"  # what a shipped model gives (evaluation/golden.py); no part of the model
@@ -73,6 +75,36 @@ def locate(checkpoint: str | Path, subfolder: str = "", *, only_small_files: boo
     _check_processor_above(folder, code)
     _check_code_is_alone(code)
     return {"pretrained_model_name_or_path": str(code), "subfolder": inside, "trust_remote_code": True}
+
+
+def load_model(source: Mapping[str, Any], dtype: Any = "auto") -> Any:
+    """Load a checkpoint's model, and be sure that every weight is the checkpoint's.
+
+    transformers initialises a weight that it does not find at random and only logs so.
+
+    Args:
+        source: as `locate` gives it.
+        dtype: of torch; `auto` takes the checkpoint's.
+
+    Raises:
+        ValueError: if the files lack a weight of the model, or hold one that is none of its.
+    """
+    model, found = AutoModelForImageTextToText.from_pretrained(**source, dtype=dtype, output_loading_info=True)
+    is_quantized = getattr(model, "is_quantized", False)  # whose files hold scales too, which are no weights
+    missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"]) * (not is_quantized)
+    if missing or unexpected:
+        folder = Path(source["pretrained_model_name_or_path"], source.get("subfolder", ""))
+        what = [
+            f"{len(names)} weights {how} ({list_names(names)})"
+            for names, how in ((missing, "are missing"), (unexpected, "are none of the model's"))
+            if names
+        ]
+        raise ValueError(
+            f"Of the {len(model.state_dict())} weights that the model in {folder} has, {' and '.join(what)} in its "
+            "files. Weights that are missing would be random numbers. The download probably stopped early, or the "
+            "files are another model's: download them again, or convert again with --verify."
+        )
+    return model
 
 
 def folder_of(checkpoint: str | Path, subfolder: str = "", *, only_small_files: bool = False) -> Path:

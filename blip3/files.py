@@ -8,6 +8,9 @@
 
 Whoever reads `path` sees the earlier file or the whole new one. A kill may leave the temporary file
 (`.NAME.PROCESS-NUMBER.unfinished`), which nobody reads and `remove_unfinished` removes.
+
+    only_writer(output)       one process at a time writes an output; a second one is refused
+    only_writer_in(folder)    the same for a folder that is written in place
 """
 
 import contextlib
@@ -204,8 +207,75 @@ def _cut_half_line(file: BinaryIO) -> None:
     file.truncate(0)
 
 
-def lock(file: BinaryIO, path: Path) -> None:
-    """Keep other processes from writing an open file; the system lets go of it however this process ends.
+@contextlib.contextmanager
+def only_writer(output: str | Path) -> Iterator[None]:
+    """Be the only process that writes an output, a file or a folder, for as long as the block takes.
+
+    The lock is a hidden file beside the output (`.NAME.lock`), which is removed at the end. The system lets go of it
+    however this process ends, so a file that a kill left behind locks nothing.
+
+    Raises:
+        ValueError: if another process is writing it.
+    """
+    output = Path(output).absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path = output.with_name(f".{output.name}.lock")
+    file = _lock_file(path, output)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows, where no open file is removed
+            path.unlink()  # while it is still ours
+        file.close()
+
+
+@contextlib.contextmanager
+def only_writer_in(folder: str | Path) -> Iterator[None]:
+    """Be the only process that writes into a folder, which is made if need be and not replaced meanwhile.
+
+    A folder that was made and is empty at the end, because something was refused, is removed again.
+
+    Raises:
+        ValueError: if another process is writing into it.
+    """
+    folder = Path(folder).absolute()
+    was_there = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if os.name != "nt":  # where folders cannot be opened, nor locked
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            lock(descriptor, folder)
+        if not was_there:
+            stack.callback(_remove_if_empty, folder)
+        yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _lock_file(path: Path, output: Path) -> BinaryIO:
+    """Open and lock a file that its earlier owner may remove at any time."""
+    while True:
+        file = path.open("a+b")
+        try:
+            lock(file, output)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass  # removed between the two calls: another one holds the place now, or nobody
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def lock(file: BinaryIO | int, path: Path) -> None:
+    """Keep other processes from writing an open file, or into an open folder, until it is closed.
+
+    The system closes it however this process ends.
 
     On Windows, which has no such lock, the file is not locked.
 

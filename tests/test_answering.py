@@ -43,7 +43,7 @@ def test_a_question_is_the_message_that_says_the_same(answerer, monkeypatch):
 
 def test_a_base_checkpoint_that_must_chat_is_refused_before_its_weights_are_read(tiny_repo, monkeypatch):
     monkeypatch.setattr(answering.AutoProcessor, "from_pretrained", lambda **_: SimpleNamespace(chat_template=None))
-    monkeypatch.setattr(answering.AutoModelForImageTextToText, "from_pretrained", lambda **_: pytest.fail("read"))
+    monkeypatch.setattr(answering, "load_model", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(ValueError, match="no chat template"):
         Answerer.load(tiny_repo, must_chat=True)
 

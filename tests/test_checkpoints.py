@@ -12,10 +12,13 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from blip3 import checkpoints
-from blip3.checkpoints import RECIPES, find_code, fingerprint, locate
+from blip3.answering import Answerer
+from blip3.checkpoints import RECIPES, find_code, fingerprint, load_model, locate
+from blip3.hub import CODE_FILES
 from support import IS_TRANSFORMERS_5, ROOT, render_image
 
 SMALL_MODEL = ROOT
@@ -86,7 +89,8 @@ def test_code_is_found_in_the_checkpoint_or_above_it(tmp_path):
 def test_a_name_on_the_hub_is_fetched_and_then_a_folder_like_any(hub, tmp_path):
     """In a process of its own, because the Hub's cache is named when huggingface_hub is imported."""
     code = (
-        "from blip3.checkpoints import *\nfrom transformers import AutoModelForImageTextToText as Auto\n"
+        "from blip3.checkpoints import fingerprint, locate\n"
+        "from transformers import AutoModelForImageTextToText as Auto\n"
         "source = locate('someone/blip3-tiny')\nprint(source['pretrained_model_name_or_path'])\n"
         "print(type(Auto.from_pretrained(**source)).__name__, fingerprint('someone/blip3-tiny'))\n"
         "locate('someone/blip3-absent')\n"
@@ -95,6 +99,7 @@ def test_a_name_on_the_hub_is_fetched_and_then_a_folder_like_any(hub, tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | variables, cwd=tmp_path, capture_output=True, text=True
     )
+    assert len(run.stdout.splitlines()) == 2, run.stderr
     folder, model, error = *run.stdout.splitlines(), run.stderr.strip().splitlines()[-1]
     snapshot = hub / "models--someone--blip3-tiny" / "snapshots" / COMMIT
     assert folder == str(snapshot)
@@ -111,7 +116,7 @@ def recipes_with_models() -> list[tuple[str, str, str]]:
     found = []
     for path in sorted(RECIPES.rglob("*.yaml")):
         model = re.search(r"^model: (\S+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        if model:
+        if model and model[1] != ".":  # the root is always there
             found.append((path.relative_to(ROOT).as_posix(), model[1], model[1].removesuffix("/final")))
     return found
 
@@ -331,3 +336,28 @@ def test_a_model_is_spread_over_devices_by_from_pretrained(language_model, tmp_p
     with torch.no_grad():
         assert torch.equal(whole(**inputs).logits, spread(**inputs).logits)
     assert any(weight.is_meta for weight in spread.parameters()) == (language_model == "disk")
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_weights_that_are_not_the_models_are_refused(tmp_path, change):
+    """A model with a resampler at random answers fluently, and about nothing; transformers only logs it."""
+    folder = shutil.copytree(ROOT / "base", tmp_path / "base")
+    for name in CODE_FILES:
+        shutil.copyfile(ROOT / name, folder / name)
+    tensors = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        tensors |= load_file(path)
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    if change == "missing":
+        removed = [name for name in tensors if "resampler" in name]
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in removed}
+        expected = f"{len(removed)} weights are missing"
+    else:
+        tensors["model.resampler.extra.weight"] = torch.zeros(2)
+        expected = r"1 weights are none of the model's \(model.resampler.extra.weight\)"
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=expected):
+        load_model(locate(folder))
+    with pytest.raises(ValueError, match=expected):
+        Answerer.load(folder)

@@ -147,3 +147,53 @@ def test_doctests():
     result = doctest.testmod(files)
     assert result.attempted
     assert not result.failed
+
+
+HOLDS_AN_OUTPUT = """
+import sys
+from blip3 import files
+with getattr(files, sys.argv[2])(sys.argv[1]):
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("name", ["only_writer", "only_writer_in"])
+def test_a_second_writer_of_an_output_is_refused(tmp_path, name):
+    output, hold = tmp_path / "deep" / "out", getattr(files, name)
+    command = [sys.executable, "-c", HOLDS_AN_OUTPUT, str(output), name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(ValueError, match="is being written by another process"), hold(output):
+            pytest.fail("two writers")
+        other.kill()  # whatever it leaves behind locks nothing
+    with hold(output):
+        pass
+    assert not any(path.is_file() for path in output.parent.rglob("*"))
+
+
+def test_many_writers_take_turns(tmp_path):
+    """Each waits until the file of the lock, which its owners remove, is free: never are two of them inside."""
+    inside, seen = 0, []
+
+    def write(number: int) -> None:
+        nonlocal inside
+        done = 0
+        while done < 50:
+            try:
+                with files.only_writer(tmp_path / "out"):
+                    inside += 1
+                    seen.append(inside)
+                    inside -= 1
+                    done += 1
+            except ValueError:
+                continue
+
+    writers = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert seen == [1] * 200
+    assert not any(tmp_path.iterdir())

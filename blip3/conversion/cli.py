@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import write_json
+from ..files import only_writer, write_json
 from . import quantized
 from .card import size_line, write_attributes, write_card
 from .configs import Checkpoint, optional_json, original_configs, read_json
@@ -54,20 +54,38 @@ MERGE = (
 def main(argv: list[str] | None = None) -> int:
     """Convert; return 0, or 1 after printing an error."""
     args = parse_args(argv)
-    dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
     try:
-        prepare_output(
-            args.output, [path for path in (args.source, args.vision, args.text, args.tokenizer, args.base) if path]
-        )
-        checkpoint = load_source(args)
-        if checkpoint.quantization is not None:
-            write_quantized(checkpoint, args)
-        else:
-            (write_original if args.to_original else write_ours)(checkpoint, args, dtype)
+        with only_writer(args.output):
+            convert(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Do what the command line asks for.
+
+    Raises:
+        FileNotFoundError: if something is missing.
+        ValueError: if a source, an option or OUTPUT is refused.
+    """
+    dtype = None if args.dtype == "keep" else getattr(torch, args.dtype)
+    sources = [path for path in (args.source, args.vision, args.text, args.tokenizer, args.base) if path]
+    prepare_output(args.output, sources)
+    try:
+        checkpoint = load_source(args)
+    except (TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(
+            f"{' and '.join(map(str, sources))} cannot be read ({reason}). A JSON file there probably holds a value "
+            "of another kind than expected, a text in place of a number or a list in place of an object: download the "
+            "small files again, or compare them with the release's."
+        ) from error
+    if checkpoint.quantization is not None:
+        write_quantized(checkpoint, args)
+    else:
+        (write_original if args.to_original else write_ours)(checkpoint, args, dtype)
 
 
 def parse_size(text: str) -> int:
@@ -93,7 +111,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--dtype", choices=("keep", "float32", "bfloat16", "float16"), default="keep", help="default: %(default)s")
     add("--max-shard-size", type=parse_size, default="5GB", help="bytes, with unit; default: %(default)s")
-    add("--text-layout", choices=("phi3", "unfused"), help="unfused: mistral; default: phi3, or as SOURCE if ours")
+    add(
+        "--text-layout",
+        choices=("fused", "unfused"),
+        help="unfused: mistral; default: fused as phi3, or as SOURCE if ours",
+    )
     add(
         "--vision-config",
         type=Path,

@@ -40,7 +40,7 @@ class Checkpoint:
     small_files: dict[str, Path] = field(default_factory=dict)  # original files by name, kept for the way back
     is_ours: bool = False
     dtype_changed: bool = False  # since the release
-    text_layout: str = "phi3"  # of the source: "phi3" or "unfused"
+    text_layout: str = "fused"  # of the source: "fused" or "unfused"
     template_folders: tuple[Path, ...] = (TEMPLATES,)  # where files that are copied are looked for, in this order
     quantization: str | None = None  # method, where the weights are no tensors of the model
     origin: Any = None  # `conversion.card.Origin`
@@ -50,15 +50,21 @@ def read_json(path: Path) -> dict:
     """Read a JSON object.
 
     Raises:
-        ValueError: if the file is not JSON.
+        ValueError: if the file is not JSON, or another value than an object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) is not JSON ({error}); expected an object. It is probably cut off "
             "or a Git LFS pointer: download it again."
         ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) holds a JSON {type(content).__name__}; expected an object with "
+            "names. It is probably another file under this name: download it again."
+        )
+    return content
 
 
 def optional_json(path: Path) -> dict | None:
@@ -72,11 +78,25 @@ def template() -> dict:
 
 
 def build_config(config: dict, config_class: Any = None) -> Any:
-    """Build, and so validate, the configuration object of a config.json."""
+    """Build, and so validate, the configuration object of a config.json.
+
+    Raises:
+        ValueError: if a value is refused.
+    """
     if config_class is None:
         config_class = model_code("configuration_blip3.Blip3Config")
     ignored = ("dtype", "auto_map", "transformers_version")
-    return config_class.from_dict({key: value for key, value in config.items() if key not in ignored})
+    try:
+        return config_class.from_dict({key: value for key, value in config.items() if key not in ignored})
+    except ValueError:
+        raise
+    except Exception as error:  # transformers' own checks raise many kinds, all about the values
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"transformers refuses the configuration ({type(error).__name__}: {reason}); expected the values of a "
+            "released config.json. A value of the source's is probably of another kind, such as a text in place of a "
+            "number: download its config.json again."
+        ) from error
 
 
 # -- Parts of our config.json -----------------------------------------------------------------------------------------
@@ -177,7 +197,7 @@ def unfused_text_config(config: dict) -> dict:
     if config.get("rope_scaling") or config.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
             f"text_config has rope_scaling {config.get('rope_scaling')!r}, which the mistral architecture does not "
-            "compute as phi3 does. Only the 4k text model can be unfused: use --text-layout phi3."
+            "compute as phi3 does. Only the 4k text model can be unfused: use --text-layout fused."
         )
     dropped = ("original_max_position_embeddings", "embd_pdrop", "resid_pdrop")
     head_dim = config["hidden_size"] // config["num_attention_heads"]
@@ -315,7 +335,7 @@ def complete_config(config: dict) -> tuple[dict, str]:
     """Write out what our config.json leaves unsaid: 4.57 leaves out values that equal the class's defaults.
 
     Returns:
-        config.json with a phi3 text_config, and the text layout it had, `phi3` or `unfused`.
+        config.json with a phi3 text_config, and the text layout it had, `fused` or `unfused`.
 
     Raises:
         ValueError: if `Blip3Config` refuses it.
@@ -327,7 +347,7 @@ def complete_config(config: dict) -> tuple[dict, str]:
         known = template()[name]
         values = {key: value for key, value in sub_config.to_dict().items() if key in known}
         config[name] = values | config[name] | {"model_type": known["model_type"]}
-    return config, "unfused" if built.text_config.model_type == "mistral" else "phi3"
+    return config, "unfused" if built.text_config.model_type == "mistral" else "fused"
 
 
 # -- Whole files, from our form to the released one -------------------------------------------------------------------

@@ -44,7 +44,7 @@ ENDPOINT_FILES = ("requirements.txt", *files_behind("handler.py"))
 
 
 def plan_ours(checkpoint: Checkpoint, text_layout: str) -> Views:
-    """Return the tensors of our folder under our names, in the requested text layout, `phi3` or `unfused`."""
+    """Return the tensors of our folder under our names, in the requested text layout, `fused` or `unfused`."""
     views = checkpoint.views
     if text_layout == "unfused":
         views = split_text(views, checkpoint.config["text_config"])
@@ -94,7 +94,7 @@ def write_small_files(
     Args:
         folder: where to write.
         checkpoint: what to describe.
-        text_layout: `phi3` or `unfused`.
+        text_layout: `fused` or `unfused`.
         dtype: that the config names.
         size: the card's line about the weights.
         args: the command line, for the card.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """OUTPUT as a whole: it appears at once, replaces an earlier one, and keeps what the user put beside it.
 
-Everything is written to a hidden folder beside OUTPUT, flushed to disk and renamed. SHA256SUMS in it lists what this
-script wrote, so that a later run knows an earlier output and tells our files from the user's:
+Everything is written to a hidden folder beside OUTPUT, flushed to disk and renamed. Such folders carry a mark, and
+only marked ones are ever removed. SHA256SUMS in it lists what this script wrote, so that a later run knows an earlier
+output and tells our files from the user's:
 
     listed, unchanged     replaced, or removed if the new output has no such file
     listed, changed       the run refuses and names it
@@ -12,6 +13,7 @@ script wrote, so that a later run knows an earlier output and tells our files fr
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,8 @@ from .configs import optional_json
 from .tensors import progress_bar
 
 MANIFEST = "SHA256SUMS"  # in the format of `sha256sum -c`
+MARK = ".written-by-convert-weights"  # in a folder that is ours to remove
+PARTIAL, OLD, REMOVED = ".partial", ".old", ".removed"
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 CACHE = "__pycache__"  # of importing handler.py; made again when needed
 
@@ -42,16 +46,12 @@ def is_our_output(folder: Path) -> bool:
 def prepare_output(output: Path, sources: list[Path]) -> None:
     """Recover from a killed run, then refuse an OUTPUT that is not ours to replace.
 
+    To be called, and followed by `replacing`, inside `files.only_writer(output)`.
+
     Raises:
         ValueError: if OUTPUT is something else, holds a source, or was changed since it was written.
     """
-    partial, old = _siblings(output)
-    if partial.exists():
-        shutil.rmtree(partial)
-    if old.exists() and not output.exists():
-        old.rename(output)
-    elif old.exists():
-        shutil.rmtree(old)
+    _recover(output)
     for source in sources:
         if output.resolve() == source.resolve() or output.resolve() in source.resolve().parents:
             raise ValueError(
@@ -127,7 +127,7 @@ def _files_in(folder: Path) -> list[str]:
     for parent, folders, files in os.walk(folder):
         links = [name for name in folders if Path(parent, name).is_symlink()]
         found += [Path(parent, name).relative_to(folder).as_posix() for name in (*files, *links)]
-    return sorted(name for name in found if name != MANIFEST)
+    return sorted(name for name in found if name not in (MANIFEST, MARK))
 
 
 def _changed_files(folder: Path, listed: dict[str, str]) -> list[str]:
@@ -165,8 +165,10 @@ def replacing(output: Path) -> Iterator[Path]:
     Raises:
         ValueError: if a file of the user's is in the way of a new one.
     """
-    partial, old = _siblings(output)
+    output = output.absolute()
+    partial, old = _sibling(output, PARTIAL), _sibling(output, OLD)
     partial.mkdir(parents=True)
+    (partial / MARK).write_text("Written by convert_weights.py; may be removed.\n", encoding="utf-8")
     try:
         yield partial
         write_manifest(partial)
@@ -174,15 +176,55 @@ def replacing(output: Path) -> Iterator[Path]:
             _keep_added_files(output, partial)
         sync_folder(partial)
         if output.exists():
+            (output / MARK).write_text("Replaced by convert_weights.py; may be removed.\n", encoding="utf-8")
             output.rename(old)
         partial.rename(output)
-        sync_folder(output.absolute().parent)
+        (output / MARK).unlink()
+        sync_folder(output.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not output.exists():
-            old.rename(output)
+        _put_back(old, output)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _recover(output: Path) -> None:
+    """Remove what killed runs left beside OUTPUT, and put back what one of them had moved away.
+
+    Only folders with our mark are touched; a user may have one of such a name.
+    """
+    output = output.absolute()
+    if not output.parent.is_dir():
+        return
+    (output / MARK).unlink(missing_ok=True)
+    beside = [path for path in output.parent.iterdir() if path.name.startswith(f".{output.name}.")]
+    marked = [path for path in sorted(beside) if (path / MARK).is_file()]
+    for path in marked:
+        if path.suffix == OLD:
+            _put_back(path, output)
+    for path in marked:
+        if path.suffix in (PARTIAL, OLD, REMOVED):
+            _remove(path)
+
+
+def _put_back(old: Path, output: Path) -> None:
+    """Make an output that was moved away the output again, unless a new one is there."""
+    if old.exists() and not output.exists():
+        old.rename(output)
+        (output / MARK).unlink(missing_ok=True)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a marked folder; renamed first, so that what a kill leaves of it is never put back."""
+    if folder.exists():
+        removed = folder.with_suffix(REMOVED)
+        folder.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def _sibling(output: Path, suffix: str) -> Path:
+    """Name a hidden folder beside OUTPUT that no other run has."""
+    return output.with_name(f".{output.name}.{os.getpid()}-{secrets.token_hex(4)}{suffix}")
 
 
 def _keep_added_files(output: Path, partial: Path) -> None:
@@ -202,8 +244,3 @@ def _keep_added_files(output: Path, partial: Path) -> None:
             shutil.copy2(output / name, partial / name, follow_symlinks=False)
     if added:
         print(f"kept {len(added)} files that this script did not write: {list_names(added)}")
-
-
-def _siblings(output: Path) -> tuple[Path, Path]:
-    output = output.absolute()
-    return output.with_name(f".{output.name}.partial"), output.with_name(f".{output.name}.old")

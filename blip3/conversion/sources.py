@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -72,6 +73,7 @@ from .tensors import (
 )
 from .tokenizer_files import TOKENIZER_FILES, count_ids, present_files
 
+FILE_NAME = re.compile(r"[^/\\\0]*[^/\\\0.][^/\\\0]*")  # no path, and not only dots
 ORIGINAL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.model")
 
 
@@ -102,6 +104,7 @@ def open_reader(path: Path) -> Reader:
 
 def _open_index(index_path: Path) -> Reader:
     weight_map = read_json(index_path).get("weight_map", {})
+    _check_weight_map(weight_map, index_path)
     shards = sorted(set(weight_map.values()))
     missing = [name for name in shards if not (index_path.parent / name).is_file()]
     if missing:
@@ -117,6 +120,18 @@ def _open_index(index_path: Path) -> Reader:
                 f"{list_names(names)}. Shards and index are probably of two revisions: download all of one revision."
             )
     return reader
+
+
+def _check_weight_map(weight_map: Any, index_path: Path) -> None:
+    """Refuse an index that is not names of tensors and of files beside it."""
+    names = weight_map.values() if isinstance(weight_map, dict) else [weight_map]
+    wrong = [name for name in names if not isinstance(name, str) or not FILE_NAME.fullmatch(name)]
+    if wrong or not weight_map:
+        raise ValueError(
+            f"{index_path} gives {repr(wrong[0])[:80] if wrong else 'no shard'} as the file of a tensor, but "
+            "weight_map must name files beside it, one for each tensor. The index was probably edited or damaged: "
+            "download it again."
+        )
 
 
 def check_known_release(folder: Path) -> str | None:

@@ -9,6 +9,7 @@ both only rearrange such ranges, so a conversion is planned from headers alone a
 `CHUNK_BYTES` of memory when it is written.
 """
 
+import itertools
 import json
 import math
 import sys
@@ -23,10 +24,12 @@ import torch
 from tqdm import tqdm
 
 from ..files import writing
+from ..refusals import list_names
 from .names import DEAD_ROWS, FOLDED, POOLING_HEAD, projection_widths
 
 CHUNK_BYTES = 32 * 2**20
 REMAP_BYTES = 512 * 2**20  # a mapped .pt is mapped anew after this much was read, so that its pages leave memory
+MAX_STATE_DEPTH = 4  # of a state dict inside the dicts of a .pt; deeper is none of a training we know, or has no end
 SEED = 0
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -259,10 +262,11 @@ class SafetensorsReader:
             try:
                 if length + 8 > size or length > 2**27:
                     raise ValueError(f"header length {length}, file length {size}")
-                header = json.loads(file.read(length))
+                header = json.loads(file.read(length), object_pairs_hook=_refuse_repeated_names)
                 metadata = dict(header.pop("__metadata__", None) or {})
                 specs = {name: self._spec(entry) for name, entry in header.items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                _refuse_overlaps(header)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(
                     f"{path} has {size} bytes and no readable safetensors header ({error}); expected a header and "
                     "float tensors. The file is probably damaged or of another kind: download it again."
@@ -273,9 +277,19 @@ class SafetensorsReader:
                 f"{path} has {size} bytes but its header describes {end}, so {end - size} are missing. The download "
                 "was probably cut off: download the file again."
             )
+        self._refuse_doubled(path, specs)
         self.specs |= specs
         self.metadata |= metadata
         self._places |= {name: (path, 8 + length + entry["data_offsets"][0]) for name, entry in header.items()}
+
+    def _refuse_doubled(self, path: Path, specs: dict[str, Spec]) -> None:
+        doubled = sorted(self.specs.keys() & specs.keys())
+        if doubled:
+            raise ValueError(
+                f"{len(doubled)} tensors stand in two files, in {path} and in {self._places[doubled[0]][0].name}: "
+                f"{list_names(doubled)}. Each must stand in one, or which is read is a matter of luck. Shards of two "
+                "revisions were probably mixed: download all of one revision."
+            )
 
     @staticmethod
     def _spec(entry: dict) -> Spec:
@@ -291,6 +305,22 @@ class SafetensorsReader:
         count = (stop - start) * spec.row_bytes
         data = np.fromfile(path, np.uint8, count, offset=offset + start * spec.row_bytes)
         return torch.from_numpy(data).view(spec.dtype).reshape(stop - start, *spec.shape[1:])
+
+
+def _refuse_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON, unless a name stands in it twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"a name stands twice among {list_names(sorted(name for name, _ in pairs))}")
+    return found
+
+
+def _refuse_overlaps(header: dict[str, Any]) -> None:
+    """Refuse tensors that share bytes of a file."""
+    places = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+    for (_, end, name), (begin, _, following) in itertools.pairwise(places):
+        if begin < end:
+            raise ValueError(f"{name} and {following} share {end - begin} bytes")
 
 
 class TorchReader:
@@ -317,10 +347,12 @@ class TorchReader:
                 "expected a file of torch.save with tensors only. It is probably cut off or of another kind: copy it "
                 "again, or save its state dict anew with torch.save."
             ) from error
-        while isinstance(state, dict) and not any(isinstance(value, torch.Tensor) for value in state.values()):
+        for _ in range(MAX_STATE_DEPTH):
+            if not isinstance(state, dict) or any(isinstance(value, torch.Tensor) for value in state.values()):
+                break
             inner = [state[key] for key in ("model_state_dict", "state_dict", "model") if key in state]
             state = inner[0] if inner else None
-        if not isinstance(state, dict):
+        if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
             raise ValueError(
                 f"{self.path} holds no state dict; expected names and tensors, bare or under 'model_state_dict'. It "
                 "is probably an optimizer state or a pickled model: save model.state_dict() instead."
@@ -368,7 +400,7 @@ def chunks(view: View) -> Iterator[np.ndarray]:
     """Yield the bytes (1-dimensional uint8) of a view in its dtype, at most about `CHUNK_BYTES` of source at a time.
 
     Raises:
-        ValueError: if a value does not fit float16.
+        ValueError: if a value is no finite number, or does not fit float16.
     """
     for part in view.parts:
         step = max(1, CHUNK_BYTES // max(1, part.reader.specs[part.name].row_bytes))
@@ -379,6 +411,13 @@ def chunks(view: View) -> Iterator[np.ndarray]:
                 raise ValueError(
                     f"{part.name} holds values up to {tensor.abs().max().item():g}, but float16 ends at 65504. The "
                     "weights were trained in a dtype with a wider range: use --dtype bfloat16."
+                )
+            if not tensor.isfinite().all():
+                count = tensor.isfinite().logical_not().sum().item()
+                raise ValueError(
+                    f"{part.name} holds {count} values that are no numbers (NaN or infinite) in its rows {start} to "
+                    f"{start + len(tensor) - 1}, and no model computes with them. Its training probably diverged, or "
+                    "the file is damaged: convert an earlier checkpoint, or download it again."
                 )
             yield converted.contiguous().reshape(-1).view(torch.uint8).numpy()
 

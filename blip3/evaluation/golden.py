@@ -25,9 +25,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
-from ..checkpoints import CODE_FILES, GOLDEN_FILE, folder_of, locate
+from ..checkpoints import CODE_FILES, GOLDEN_FILE, folder_of, load_model, locate
 from ..hub import ROOT
 
 SHIPPED = (ROOT, ROOT / "base")
@@ -170,7 +170,7 @@ def check_golden(folder: Path) -> str:
 def _load(folder: Path) -> tuple[Any, Any]:
     """Load model and processor as a user does, on the CPU in float32."""
     source = locate(folder)
-    model = AutoModelForImageTextToText.from_pretrained(**source, dtype=torch.float32)
+    model = load_model(source, dtype=torch.float32)
     return model.eval(), AutoProcessor.from_pretrained(**source)
 
 

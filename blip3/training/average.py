@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText
 
-from ..checkpoints import folder_of, locate
+from ..checkpoints import folder_of, load_model, locate
+from ..files import only_writer_in
 from .recipe import plain_errors
 from .trainer import SAVED_RECIPE, copy_present, copy_processor
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("sources", type=Path, nargs="+", help="trained folders, such as outputs/run/final")
     args = parser.parse_args()
-    with plain_errors():
+    with plain_errors(), only_writer_in(args.output):
         average(args.sources, args.output)
 
 
@@ -49,7 +49,7 @@ def average(sources: Sequence[Path], output: Path) -> None:
     total: dict[str, torch.Tensor] = {}
     located = [locate(source) for source in sources]
     for source, arguments in zip(sources, located, strict=True):
-        model = AutoModelForImageTextToText.from_pretrained(**arguments, dtype=torch.float32)
+        model = load_model(arguments, dtype=torch.float32)
         weights = model.state_dict()
         total = total or {name: torch.zeros_like(weight) for name, weight in weights.items()}
         differing = _shapes(weights) ^ _shapes(total)

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
 from ..answering import pick_device
-from ..checkpoints import locate
+from ..checkpoints import load_model, locate
 from .encode import Collator, Encoder
 from .mixture import Mixture
 from .recipe import Recipe, load_recipe, plain_errors, recipe_arguments
@@ -46,7 +46,7 @@ def measure(recipe: Recipe, num_batches: int) -> dict[str, dict[str, float]]:
     """
     source = locate(recipe.model)
     processor = AutoProcessor.from_pretrained(**source)
-    model = AutoModelForImageTextToText.from_pretrained(**source, dtype=torch.float32)
+    model = load_model(source, dtype=torch.float32)
     model.to(pick_device()).train()
     freeze(model, recipe)
     encoder = Encoder(

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
 from .. import images
-from ..checkpoints import locate
+from ..checkpoints import load_model, locate
 from ..data.images import ImageSource
 from ..data.records import Record
 from .encode import Collator, Encoder, TooLongError
@@ -70,7 +70,7 @@ def train(recipe: Recipe) -> Path:
     checkpoint = resume_or_refuse(recipe)
     with arguments.main_process_first(desc="copying the model's code into the cache"):
         processor = AutoProcessor.from_pretrained(**source)
-        model = AutoModelForImageTextToText.from_pretrained(**source, dtype=torch.float32)
+        model = load_model(source, dtype=torch.float32)
     freeze(model, recipe)
     encoder = Encoder(
         processor, recipe.max_length, recipe.any_resolution, recipe.learn_end_of_chunk, recipe.learn_questions

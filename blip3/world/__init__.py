@@ -3,7 +3,9 @@
 
     settings                                                  how large, which words, which fonts
     splits                                                    train or held out, by a hash of the content
-    scenes, text_pages, documents, sequences, alignment       the tasks, by family
+    instructions                                              what evaluation harnesses put around a question
+    scenes, text_pages, documents, sequences,
+    descriptions, alignment, cards, contrasts                 the tasks, by family
     tasks                                                     every task by name
     build                                                     records to files; a sheet of samples to look at
 

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from ..data.fonts import load_font, shorten, wrap
 from ..data.images import ImageSource
 from ..data.records import IMAGE_TOKEN, Record, write_jsonl
-from ..files import write_text, writing
+from ..files import only_writer_in, write_text, writing
 from ..refusals import check_positive
 from .settings import WorldSettings
 from .splits import SPLITS
@@ -286,7 +286,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             render_contact_sheet(tasks, given.split, given.seed, settings).save(given.preview)
             return 0
         options = {"shard_size": given.shard_size, "format": given.format, "images": given.images}
-        build(tasks, given.split, given.seed, given.count, given.output, settings, **options)
+        with only_writer_in(given.output):
+            build(tasks, given.split, given.seed, given.count, given.output, settings, **options)
     except (ValueError, ImportError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -361,7 +361,7 @@ def quiz_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     else:
         count, target = int(rng.integers(1, settings.max_count + 1)), pick(rng, ("thing", "colour", "both"))
         scene = sample_scene(rng, compose(rng, split, lambda: _counted(rng, settings, count, target)), settings)
-    return ask_many(rng, "quiz", _quiz_questions(scene, settings), [scene], "<image>\n", settings)
+    return ask_many(rng, "quiz", short_questions(scene, settings), [scene], "<image>\n", settings)
 
 
 def ask_many(
@@ -393,7 +393,7 @@ def ask_many(
     return make_record(name, "instruction", turns, images, turns[-1][1])
 
 
-def _quiz_questions(scene: Scene, settings: WorldSettings) -> list[list[tuple[str, str]]]:
+def short_questions(scene: Scene, settings: WorldSettings) -> list[list[tuple[str, str]]]:
     """Every question about a scene that has one answer, with it: names, counts, relations, boxes."""
     both, colours, things = (Counter(each) for each in (scene.composition, *zip(*scene.composition, strict=True)))
     names, counts, boxes = [], [], []

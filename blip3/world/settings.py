@@ -100,6 +100,9 @@ class WorldSettings:
     """Fewest and most questions of the `quiz` and `pair_quiz` tasks; one that is rendered twice is asked once."""
     quiz_counts: float = 0.4
     """Share of quizzes about scenes with several equal things, to count, or, of two images, to compare in number."""
+    usual_instructions: float = 0.0
+    """Share of questions with short answers that end as evaluation harnesses end them ("Answer the question using a
+    single word or phrase."); see `instructions.py`."""
     num_shots: int = 8
     """Shots of a few-shot record; `to_few_shot_prompt` can keep fewer."""
     rule_attributes: tuple[str, ...] = RULE_ATTRIBUTES
@@ -143,7 +146,7 @@ class WorldSettings:
                     f"WorldSettings.{name} is {(low, high)} but must be (smallest, largest), both positive. The two "
                     "were probably swapped: exchange them."
                 )
-        for name in ("made_up_words", "quiz_counts", "rule_named"):
+        for name in ("made_up_words", "quiz_counts", "usual_instructions", "rule_named"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
                     f"WorldSettings.{name} is {getattr(self, name)} but must be a share, from 0 to 1. A percentage "

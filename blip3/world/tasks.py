@@ -15,7 +15,8 @@ import numpy as np
 
 from ..data.records import Record
 from ..refusals import check_choice
-from . import alignment, documents, scenes, sequences, text_pages
+from . import alignment, cards, contrasts, descriptions, documents, scenes, sequences, text_pages
+from .instructions import instruct
 from .settings import WorldSettings
 from .splits import SPLITS
 
@@ -30,15 +31,17 @@ class Task:
     """Of its records."""
     is_scored: bool = False
     """Whether `annotations["answer"]` is a short answer to compare with."""
+    is_closed: bool = False
+    """Whether its questions have short answers, so that `WorldSettings.usual_instructions` applies to them."""
 
 
 TASKS = {
-    "read": Task(text_pages.read_task, "instruction", True),
-    "name": Task(scenes.name_task, "instruction", True),
-    "count": Task(scenes.count_task, "instruction", True),
-    "relation": Task(scenes.relation_task, "instruction", True),
+    "read": Task(text_pages.read_task, "instruction", True, True),
+    "name": Task(scenes.name_task, "instruction", True, True),
+    "count": Task(scenes.count_task, "instruction", True, True),
+    "relation": Task(scenes.relation_task, "instruction", True, True),
     "box": Task(scenes.box_task, "instruction", True),
-    "compare": Task(sequences.compare_task, "instruction", True),
+    "compare": Task(sequences.compare_task, "instruction", True, True),
     "rule": Task(sequences.rule_task, "few_shot", True),
     "caption": Task(scenes.caption_task, "caption"),
     "inventory": Task(scenes.inventory_task, "caption"),
@@ -50,12 +53,20 @@ TASKS = {
     "word_rule": Task(sequences.word_rule_task, "few_shot"),
     "show_and_say": Task(sequences.show_and_say_task, "few_shot"),
     "dialogue": Task(scenes.dialogue_task, "instruction"),
-    "quiz": Task(scenes.quiz_task, "instruction"),
-    "pair_quiz": Task(sequences.pair_quiz_task, "instruction"),
+    "quiz": Task(scenes.quiz_task, "instruction", is_closed=True),
+    "pair_quiz": Task(sequences.pair_quiz_task, "instruction", is_closed=True),
     "multi_image": Task(sequences.multi_image_task, "instruction"),
-    "form": Task(documents.form_task, "instruction", True),
-    "table": Task(documents.table_task, "instruction", True),
-    "chart": Task(documents.chart_task, "instruction", True),
+    "form": Task(documents.form_task, "instruction", True, True),
+    "table": Task(documents.table_task, "instruction", True, True),
+    "chart": Task(documents.chart_task, "instruction", True, True),
+    "describe": Task(descriptions.describe_task, "instruction"),
+    "exist": Task(descriptions.exist_task, "instruction", True, True),
+    "choose": Task(descriptions.choose_task, "instruction", True),
+    "interview": Task(descriptions.interview_task, "instruction", is_closed=True),
+    "card": Task(cards.card_task, "instruction", True, True),
+    "say": Task(cards.say_task, "instruction"),
+    "contrast": Task(contrasts.contrast_task, "preference"),
+    "decline": Task(cards.decline_task, "refusal"),
     "preference": Task(alignment.preference_task, "preference"),
     "refusal": Task(alignment.refusal_task, "refusal"),
 }
@@ -85,7 +96,10 @@ def rendered_record(
         )
     task_number = int.from_bytes(hashlib.sha256(task.encode()).digest()[:4], "big")
     rng = np.random.Generator(np.random.PCG64([seed, index, SPLITS.index(split), task_number]))
-    record = TASKS[task].sample(rng, split, settings or WorldSettings())
+    settings = settings or WorldSettings()
+    record = TASKS[task].sample(rng, split, settings)
+    if TASKS[task].is_closed:
+        record = instruct(rng, record, settings.usual_instructions)
     annotations = {"task": task, "split": split, **record.annotations}
     return replace(record, id=f"{task}-{split}-{seed}-{index}", annotations=annotations)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of OUTPUT: only our own is replaced, and a kill at any moment leaves it whole."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -227,3 +228,55 @@ def test_kill_in_the_middle_of_writing(tmp_path, ours):
     assert run.stdout.split() == ["old"] * 5
     convert(ours, output)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "source"}
+
+
+def test_folders_without_our_mark_are_the_users(tmp_path, ours):
+    """A name like that of our unfinished folders does not make a folder ours."""
+    names = [".out.partial", ".out.old", ".out.1-0a.partial", ".out.1-0a.old", ".out.1-0a.removed"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    convert(ours, tmp_path / "out")
+    convert(ours, tmp_path / "out")
+    assert all((tmp_path / name / "mine.txt").read_text() == "mine" for name in names)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *names}
+
+
+TWO_WRITERS = """
+    import json, os, sys
+    from pathlib import Path
+    from blip3.hub import model_code
+    configuration_blip3 = model_code("configuration_blip3")
+    from blip3.conversion import cli as convert_weights
+    from blip3.conversion import tensors
+    tensors.CHUNK_BYTES = 2**16
+    output, statuses = sys.argv[2], []
+    for number in range(int(sys.argv[3])):
+        children = []
+        for dtype in ("float32", "bfloat16"):
+            child = os.fork()
+            if child == 0:
+                sys.stdout = sys.stderr = open(os.devnull, "w")
+                os._exit(convert_weights.main([sys.argv[1], output, "--dtype", dtype]))
+            children.append(child)
+        ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        specs = tensors.SafetensorsReader([Path(output, "model.safetensors")]).specs.values()
+        kinds = {str(spec.dtype) for spec in specs}
+        config = json.loads(Path(output, "config.json").read_text())
+        assert kinds == {"torch." + config["dtype"]}, kinds
+        assert 0 in ends, ends
+        statuses.append(ends)
+    print(json.dumps(statuses))
+"""
+
+
+def test_two_writers_of_one_output_never_mix(tmp_path, ours):
+    """Of two conversions to one OUTPUT at once, one is refused while the other works, and OUTPUT is of one model."""
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(TWO_WRITERS), str(ours), str(tmp_path / "out"), "12"],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    statuses = json.loads(run.stdout)
+    assert any(1 in ends for ends in statuses)  # they did meet
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}

@@ -68,7 +68,7 @@ def test_real_index_is_used_up(real_plan):
     assert config["text_config"]["sliding_window"] == 2048
 
 
-@pytest.mark.parametrize("layout", ["phi3", "unfused"])
+@pytest.mark.parametrize("layout", ["fused", "unfused"])
 def test_real_plan_equals_the_model(real_plan, layout):
     used, unused, config = real_plan
     checkpoint = Checkpoint(used, unused, config, {}, {}, "base", "the index", tokenizer=RELEASE)

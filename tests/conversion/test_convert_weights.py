@@ -94,7 +94,7 @@ def test_usage_errors_exit_with_2(tmp_path, capsys):
     assert (convert_weights.parse_size("5GB"), convert_weights.parse_size("1KiB")) == (5_000_000_000, 1024)
 
 
-@pytest.mark.parametrize("layout", ["phi3", "unfused"])
+@pytest.mark.parametrize("layout", ["fused", "unfused"])
 def test_back_to_original_bit_for_bit(tmp_path, tiny, layout, capsys):
     convert(TINY, tmp_path / "ours", "--vision-config", TINY_VISION, "--text-layout", layout, "--verify")
     convert(tmp_path / "ours", tmp_path / "back", "--to-original", "--verify", "--max-shard-size", "2MB")
@@ -106,7 +106,7 @@ def test_back_to_original_bit_for_bit(tmp_path, tiny, layout, capsys):
     assert same_bits(tensors_of(tmp_path / "twice"), tensors_of(tmp_path / "ours"))
 
 
-@pytest.mark.parametrize("layout", ["phi3", "unfused"])
+@pytest.mark.parametrize("layout", ["fused", "unfused"])
 def test_back_without_the_unused_file(tmp_path, tiny, layout, capsys):
     convert(TINY, tmp_path / "ours", "--vision-config", TINY_VISION, "--text-layout", layout)
     shutil.rmtree(tmp_path / "ours" / "original")
@@ -138,7 +138,7 @@ def test_unfused_split(tmp_path, tiny):
     assert text["sliding_window"] == 2048
 
 
-@pytest.mark.parametrize("layout", ["phi3", "unfused"])
+@pytest.mark.parametrize("layout", ["fused", "unfused"])
 def test_converted_model_gives_the_reference_logits(tmp_path, layout):
     """The release's sliding window plus one and the relabelling as mistral, seen from outside."""
     from transformers import AutoModelForImageTextToText
@@ -164,7 +164,7 @@ def test_our_output_again(tmp_path, ours, ours_tensors, tiny):
     assert config["text_config"]["model_type"] == "mistral"
     convert(tmp_path / "half", tmp_path / "same")
     assert same_bits(tensors_of(tmp_path / "same"), tensors_of(tmp_path / "half"))
-    convert(tmp_path / "half", tmp_path / "fused", "--verify", "--text-layout", "phi3")
+    convert(tmp_path / "half", tmp_path / "fused", "--verify", "--text-layout", "fused")
     halved = {name: tensor.to(torch.bfloat16) for name, tensor in ours_tensors.items()}
     assert same_bits(tensors_of(tmp_path / "fused"), halved)
     convert(tmp_path / "fused", tmp_path / "back", "--to-original")

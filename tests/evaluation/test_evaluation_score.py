@@ -88,7 +88,8 @@ def global_model(tiny_repo: Path) -> Checkpoint:
 
 
 def test_every_scored_task_of_the_world_is_here():
-    assert {name for name, task in RENDERED.items() if task.is_scored} | {"caption", "refusal"} == set(TASKS)
+    short = {name for name, task in RENDERED.items() if task.is_scored}
+    assert short | {"caption", "decline", "describe", "refusal"} == set(TASKS)
 
 
 def test_the_truth_scores_everything(settings):

@@ -72,6 +72,19 @@ def test_each_stage_goes_on_from_the_one_before(chain, before, after, trained):
     assert changed == trained
 
 
+def test_the_model_at_the_root_goes_on_to_learn(tmp_path):
+    """The head's command, two steps: the folder that has everything beside its weights is a start like any other."""
+    command = [sys.executable, "-m", *head_commands("3_sft_talk")[0], f"output={tmp_path}", *TINY]
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    old, new = (load_model(folder).float().state_dict() for folder in (ROOT, tmp_path / "final"))
+    assert old.keys() == new.keys()
+    changed = {name.removeprefix("model.").split(".")[0] for name in new if not torch.equal(old[name], new[name])}
+    assert changed == {"language_model", "lm_head"}
+    processor = AutoProcessor.from_pretrained(tmp_path / "final", trust_remote_code=True)
+    inputs = processor(text="<image>What", images=render_image(96, 200), return_tensors="pt")
+    assert torch.isfinite(load_model(tmp_path / "final").eval()(**inputs).logits).all()
+
+
 # -- provenance -------------------------------------------------------------------------------------------------------
 
 

@@ -31,10 +31,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ...checkpoints import CODE_FILES, folder_of, locate
+from ...checkpoints import CODE_FILES, folder_of, load_model, locate
 from ...conversion.names import tower_weights_for
 from ...data.records import Record
 from ...data.yaml_files import read_yaml
+from ...files import only_writer_in
 from ...hub import RELEASE, ROOT
 from ...refusals import check_keys
 from ...world.settings import WorldSettings, load_settings
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--around", type=Path, help="trained model, all of which is taken but its resampler")
     args = parser.parse_intermixed_args()
     trained = (args.resampler, args.around)
-    with plain_errors():
+    with plain_errors(), only_writer_in(args.output):
         make_model(args.sizes, args.output, args.seed, args.samples, args.tower, args.overrides, *trained)
 
 
@@ -184,7 +185,7 @@ def take_all_but_resampler(model: Any, source: Path, tokenizer: PreTrainedTokeni
             f"{source} has another vocabulary than the tokenizer just trained, so its language model would read other "
             "words. It was probably made from other sizes or with another number of samples: repeat those here."
         )
-    trained = AutoModelForImageTextToText.from_pretrained(**located, dtype=torch.float32)
+    trained = load_model(located, dtype=torch.float32)
     for part in ("vision_tower", "language_model", "lm_head"):
         getattr(model, part).load_state_dict(getattr(trained, part).state_dict())
 

@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
 
-from ...checkpoints import GOLDEN_FILE, code_folder, folder_of, locate
+from ...checkpoints import GOLDEN_FILE, code_folder, folder_of, load_model, locate
 from ...conversion.names import with_inner
 from ...data.records import Record, to_few_shot_prompt
 from ...evaluation.golden import write_golden
+from ...files import only_writer_in
 from ...hub import ROOT
 from ...world.settings import WorldSettings, load_settings
 from ...world.tasks import rendered_record
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="of the weights (default: %(default)s)")
     parser.add_argument("--max-shard-size", default="5MB", help="of each safetensors file (default: %(default)s)")
     args = parser.parse_args()
-    with plain_errors():
+    with plain_errors(), only_writer_in(args.output):
         publish_all(args)
 
 
@@ -97,7 +97,7 @@ def publish(source: Path, output: Path, dtype: str = "bfloat16", max_shard_size:
         dtype: of the weights, a name of torch.
         max_shard_size: of each safetensors file.
     """
-    model = AutoModelForImageTextToText.from_pretrained(**locate(source), dtype=getattr(torch, dtype))
+    model = load_model(locate(source), dtype=getattr(torch, dtype))
     output.mkdir(parents=True, exist_ok=True)
     for old in (*output.glob("model*.safetensors*"), *output.glob(GOLDEN_FILE)):
         old.unlink()
@@ -124,7 +124,7 @@ def publish_tower(source: Path, output: Path, dtype: str = "bfloat16") -> None:
         output: made if need be.
         dtype: of the weights, a name of torch.
     """
-    model = AutoModelForImageTextToText.from_pretrained(**locate(source), dtype=getattr(torch, dtype))
+    model = load_model(locate(source), dtype=getattr(torch, dtype))
     model.vision_tower.save_pretrained(output)
     if load_recipe(folder_of(source) / SAVED_RECIPE, TowerRecipe).resampler:
         save_file(model.model.resampler.state_dict(), output / RESAMPLER_FILE, metadata={"format": "pt"})

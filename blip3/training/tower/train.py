@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 
-from ...checkpoints import locate
+from ...checkpoints import load_model, locate
 from ...conversion.names import tower_weights_for
 from ...hub import model_code
 from ...world.settings import WorldSettings, settings_from
@@ -63,7 +63,7 @@ def train_tower(recipe: TowerRecipe) -> Path:
     checkpoint = resume_or_refuse(recipe)
     image_processor = AutoImageProcessor.from_pretrained(**source)
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    model = AutoModelForImageTextToText.from_pretrained(**source, dtype=torch.float32)
+    model = load_model(source, dtype=torch.float32)
     settings = settings_from(recipe.world)
     resampler = model.model.resampler if recipe.resampler else None
     siglip = PatchSiglip(model.vision_tower, tokenizer, recipe, resampler)

@@ -22,7 +22,7 @@ from ..own_environment import ROOT, make_environment, parse_expression, run_pyte
 
 ENVIRONMENT = ROOT / ".venv-backends"
 CONSTRAINTS = ROOT / "constraints" / "serving.txt"
-PACKAGES = ["pytest", "psutil", "--editable", f"{ROOT}[app,batch,data,quantize]"]
+PACKAGES = ["hypothesis", "pytest", "psutil", "--editable", f"{ROOT}[app,batch,data,quantize]"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # as tests/serving/test_page_app.py looks for them
 FILES = [
     "test_page_app.py",

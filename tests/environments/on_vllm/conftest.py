@@ -35,7 +35,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folders(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Converted folders by name: both text layouts, and settings that change what an image or a window is."""
     root = tmp_path_factory.mktemp("folders")
-    for layout in ("phi3", "unfused"):
+    for layout in ("fused", "unfused"):
         vision_config = source / "siglip_vision_config.json"
         convert(source, root / layout, "--vision-config", vision_config, "--text-layout", layout)
         silence_bytes(root / layout)
@@ -45,8 +45,8 @@ def folders(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "no tiles": use_no_tiles,
     }
     for name, apply in changes.items():
-        apply(shutil.copytree(root / "phi3", root / name.replace(" ", "-")))
-    return {name: root / name.replace(" ", "-") for name in ("phi3", "unfused", *changes)}
+        apply(shutil.copytree(root / "fused", root / name.replace(" ", "-")))
+    return {name: root / name.replace(" ", "-") for name in ("fused", "unfused", *changes)}
 
 
 def change(folder: Path, file: str, keys: list[str], **values: Any) -> None:

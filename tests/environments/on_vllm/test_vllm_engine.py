@@ -23,7 +23,7 @@ from .vllm_support import (
 )
 
 
-@pytest.fixture(scope="module", params=["phi3", "unfused"])
+@pytest.fixture(scope="module", params=["fused", "unfused"])
 def layout(request):
     return request.param
 

@@ -14,7 +14,7 @@ from .vllm_support import GLOBAL_ROWS, IMAGES, MAX_LENGTH, MOST_IMAGES, ROWS, Ro
 NUM_TILES = {"square": 5, "wide": 4, "high": 4, "landscape": 3, "portrait": 3, "tiny": 3, "grey": 5}
 NUM_LATENTS = 8
 TILE_SLOTS = 5
-NAMES = ["phi3", "unfused", "fixed sampling", "no tiles"]
+NAMES = ["fused", "unfused", "fixed sampling", "no tiles"]
 
 
 def config_of(folder: Path, **options: Any) -> Any:
@@ -65,7 +65,7 @@ def test_the_folder_is_served_by_the_transformers_backend(folders, name):
     assert config.architecture == "TransformersMultiModalForCausalLM"
 
 
-@pytest.mark.parametrize("name", ["phi3", "unfused"])
+@pytest.mark.parametrize("name", ["fused", "unfused"])
 def test_the_sliding_window_is_that_of_the_configuration(folders, name):
     assert config_of(folders[name]).get_sliding_window() == 2048
 
@@ -80,7 +80,7 @@ def test_memory_is_planned_for_the_largest_image(folders, name):
 def test_memory_is_planned_for_global_views_where_every_request_has_them(folders):
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
-    config = config_of(folders["phi3"], mm_processor_kwargs={"do_image_splitting": False})
+    config = config_of(folders["fused"], mm_processor_kwargs={"do_image_splitting": False})
     info = MULTIMODAL_REGISTRY.create_processor(config).info
     assert info.get_mm_max_tokens_per_item(MAX_LENGTH, {"image": 1}) == {"image": NUM_LATENTS}
 
@@ -109,7 +109,7 @@ def test_ids_places_and_tensors_are_those_of_the_processor(folders, name, row):
 
 def test_the_same_image_has_one_hash_and_another_option_another(folders):
     whole, parts = (Row("<image> and <image>", ("wide", "wide"), splits) for splits in (False, True))
-    hashes = [read(folders["phi3"], row)["mm_hashes"]["image"] for row in (whole, parts)]
+    hashes = [read(folders["fused"], row)["mm_hashes"]["image"] for row in (whole, parts)]
     assert all(len(set(row)) == 1 for row in hashes)
     assert hashes[0][0] != hashes[1][0]
 

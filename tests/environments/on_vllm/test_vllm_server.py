@@ -20,7 +20,7 @@ CONVERSATIONS = {
 MODEL = "blip3"
 
 
-@pytest.fixture(scope="module", params=["phi3", "unfused"])
+@pytest.fixture(scope="module", params=["fused", "unfused"])
 def folder(folders, request):
     return folders[request.param]
 

@@ -9,7 +9,7 @@ from .vllm_support import GLOBAL_ROWS, ROWS, Row, answers_of_transformers, answe
 
 ADAPTED = {
     "unfused": r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
-    "phi3": r".*language_model\..*\.(o_proj|down_proj)",  # vLLM refuses adapters of the fused qkv_proj
+    "fused": r".*language_model\..*\.(o_proj|down_proj)",  # vLLM refuses adapters of the fused qkv_proj
 }
 
 
@@ -26,31 +26,31 @@ def test_another_configuration(folders, expected, name):
 
 
 def test_the_other_configurations_answer_differently(expected):
-    assert all(expected["phi3"] != expected[name] for name in ("short window", "fixed sampling", "no tiles"))
-    assert expected["phi3"] == expected["unfused"]
+    assert all(expected["fused"] != expected[name] for name in ("short window", "fixed sampling", "no tiles"))
+    assert expected["fused"] == expected["unfused"]
 
 
 def test_no_cache_of_images(folders, expected):
-    with engine(folders["phi3"], mm_processor_cache_gb=0, enable_prefix_caching=False) as llm:
+    with engine(folders["fused"], mm_processor_cache_gb=0, enable_prefix_caching=False) as llm:
         for _ in range(2):
-            assert answers_of_vllm(llm, ROWS) == expected["phi3"]
+            assert answers_of_vllm(llm, ROWS) == expected["fused"]
 
 
 def test_prompts_read_in_pieces_shorter_than_their_images(folders, expected):
-    with engine(folders["phi3"], max_num_batched_tokens=64, enable_prefix_caching=False) as llm:
-        assert answers_of_vllm(llm, ROWS) == expected["phi3"]
+    with engine(folders["fused"], max_num_batched_tokens=64, enable_prefix_caching=False) as llm:
+        assert answers_of_vllm(llm, ROWS) == expected["fused"]
 
 
 def test_global_views_alone_for_every_request(folders, elsewhere):
     rows = [Row(row.prompt, row.names) for row in GLOBAL_ROWS]
-    with engine(folders["phi3"], mm_processor_kwargs={"do_image_splitting": False}) as llm:
+    with engine(folders["fused"], mm_processor_kwargs={"do_image_splitting": False}) as llm:
         answers = answers_of_vllm(llm, rows)
-    assert answers == elsewhere(answers_of_transformers, folders["phi3"], GLOBAL_ROWS)
+    assert answers == elsewhere(answers_of_transformers, folders["fused"], GLOBAL_ROWS)
 
 
 def test_a_compiled_decoder(folders, expected):
-    with engine(folders["phi3"], enforce_eager=False) as llm:
-        assert answers_of_vllm(llm, ROWS) == expected["phi3"]
+    with engine(folders["fused"], enforce_eager=False) as llm:
+        assert answers_of_vllm(llm, ROWS) == expected["fused"]
 
 
 @pytest.mark.parametrize("name", ADAPTED)
@@ -72,10 +72,10 @@ def test_an_adapter_of_fused_projections_is_refused(folders, elsewhere, tmp_path
     from vllm.lora.request import LoRARequest
 
     adapter = tmp_path / "adapter"
-    elsewhere(save_random_adapter, folders["phi3"], r".*language_model\..*\.qkv_proj", adapter)
+    elsewhere(save_random_adapter, folders["fused"], r".*language_model\..*\.qkv_proj", adapter)
     request = LoRARequest("adapter", 1, str(adapter))
     refusal = pytest.raises(ValueError, match="expected target modules")
-    with engine(folders["phi3"], enable_lora=True, max_lora_rank=8) as llm, refusal:
+    with engine(folders["fused"], enable_lora=True, max_lora_rank=8) as llm, refusal:
         answers_of_vllm(llm, ROWS[:1], lora_request=request)
 
 
