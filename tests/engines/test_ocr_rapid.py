@@ -118,7 +118,7 @@ def test_text_on_its_head_is_turned_round_on_request(reader):
 
 
 def test_table_cells_are_strings_of_their_own(reader):
-    image, boxes = page((240, 60), ("383", 12, 12, 30), ("284", 72, 12, 30), ("335", 132, 12, 30))
+    image, boxes = page((240, 60), ("383", 7, 12, 30), ("284", 67, 12, 30), ("335", 127, 12, 30))
     pen = ImageDraw.Draw(image)
     for x in (62, 122, 182):
         pen.line((x, 0, x, 60), "#9a9a9a")

@@ -13,7 +13,7 @@ from .stages import HD_SIDE, ReadText
 
 SCHEMA = {"captions": "string", "metadata": "string"}
 MIN_CONFIDENCE = 0.8
-"""In photographs without text, what was read into textures had 0.1 to 0.9, and most of it less than 0.8."""
+"""In 25 photographs without text, what was read into them had 0.1 to 0.91; `rows.least_confidence` has the rest."""
 MIN_LETTERS = 0.5
 
 
