@@ -15,7 +15,7 @@ from blip3.data.canvas import load_font
 from blip3.engines.ocr import command, rendered
 from blip3.engines.ocr.boxes import bounding_box, tighten
 from blip3.engines.ocr.check import box_iou
-from blip3.engines.ocr.readers import describe_reader, make_reader
+from blip3.engines.ocr.choice import describe_reader, make_reader
 from blip3.engines.ocr.stages import ReadText
 from blip3.engines.stages import Sample
 from blip3.images import turn_upright

@@ -18,11 +18,12 @@ from PIL import Image, ImageDraw
 from blip3.data.canvas import load_font, text_box
 from blip3.data.formats import OCR_GRANULARITIES, parse_ocr
 from blip3.data.readers import read_ocr
-from blip3.engines.ocr import command, readers
+from blip3.engines.ocr import choice, command
 from blip3.engines.ocr.boxes import bounding_box, cut_quad, growth, order_corners, reading_order, thickness, tighten
 from blip3.engines.ocr.check import box_iou, match
+from blip3.engines.ocr.choice import make_reader
 from blip3.engines.ocr.gaps import find_strings
-from blip3.engines.ocr.readers import Line, Reading, make_reader
+from blip3.engines.ocr.readers import Line, Reading
 from blip3.engines.ocr.rendered import as_read
 from blip3.engines.ocr.rows import Entry, keep_lines, letters_share, write_captions, write_metadata
 from blip3.engines.ocr.stages import ReadText
@@ -219,8 +220,7 @@ def scripted(monkeypatch):
     """The name of a reader whose lines are known."""
     module = types.ModuleType("scripted")
     module.Reader = Scripted
-    monkeypatch.setitem(readers.MODULES, "scripted", "scripted")
-    monkeypatch.setitem(sys.modules, "blip3.engines.ocr.scripted", module)
+    monkeypatch.setitem(choice.READERS, "scripted", module)
     return "scripted"
 
 

@@ -8,7 +8,7 @@ from ...data.formats import AS_PUBLISHED, UP_TO
 from ...refusals import check_positive
 from ..stages import EnginePlan, StageSpec
 from .check import measure
-from .readers import READERS, describe_reader, make_reader
+from .choice import READERS, describe_reader, make_reader
 from .stages import HD_SIDE, ReadText
 
 SCHEMA = {"captions": "string", "metadata": "string"}
@@ -19,7 +19,7 @@ MIN_LETTERS = 0.5
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the engine."""
-    parser.add_argument("--reader", choices=READERS, default=READERS[0], help=f"what reads (default: {READERS[0]})")
+    parser.add_argument("--reader", choices=READERS, default="rapidocr", help="what reads (default: rapidocr)")
     parser.add_argument(
         "--min-text-confidence",
         type=_share,

@@ -88,6 +88,7 @@ class Reader:
                 "Det.limit_type": "max",
                 "Det.limit_side_len": 2**16,
                 "Det.max_candidates": _MAX_BOXES,
+                "Rec.rec_batch_num": 1,  # padding to the longest line of a batch costs more than a batch saves
                 "Det.use_dilation": False,  # it joins neighbours that stand close together
                 **{f"{part}.model_path": str(folder / name) for part, name in MODELS.items()},
             }

@@ -1,21 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What reads the text of an image: the protocol, and the readers by name.
+"""What reads the text of an image: the protocol, and what it gives; `choice.py` has the readers by name."""
 
-    rapidocr   PP-OCRv6 small, inside the package's wheel, on onnxruntime: the default
-    paddleocr  the report's engine, with models from folders that you name
-    tesseract  the program `tesseract`, for printed pages
-
-Each limits itself to one thread: there is one reader in each worker, and a worker for each core.
-"""
-
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from PIL import Image
 
-from ...refusals import check_choice
 from .boxes import Quad
 
 
@@ -66,32 +57,3 @@ class About:
     """What its lines depend on: versions and the sha256 of its models."""
     made_with: Mapping[str, Any]
     """Names and licences, for the reader of the manifest."""
-
-
-MODULES = {"rapidocr": "rapid", "paddleocr": "paddle", "tesseract": "tesseract"}
-"""Reader -> module of this folder, with a class `Reader` and a function `about` of the same arguments."""
-READERS = tuple(MODULES)
-
-
-def make_reader(name: str, options: Mapping[str, Any]) -> OcrReader:
-    """Load a reader.
-
-    Args:
-        name: one of `READERS`.
-        options: keyword arguments of its class.
-
-    Raises:
-        ValueError: for an unknown name, or options it cannot work with.
-        ImportError: if its package is not installed.
-    """
-    return _module(name).Reader(**options)
-
-
-def describe_reader(name: str, options: Mapping[str, Any]) -> About:
-    """Say what a reader is made of, without loading its models; raises as `make_reader`."""
-    return _module(name).about(**options)
-
-
-def _module(name: str) -> Any:
-    check_choice("The OCR reader is", name, MODULES)
-    return importlib.import_module(f"..{MODULES[name]}", __name__)

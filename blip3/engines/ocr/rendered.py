@@ -22,7 +22,8 @@ from ...world.splits import SPLITS
 from ...world.tasks import rendered_record, rendered_records
 from ...world.wording import side_of_center
 from . import command
-from .readers import OcrReader, make_reader
+from .choice import make_reader
+from .readers import OcrReader
 from .rows import Entry, keep_lines
 
 

@@ -3,7 +3,8 @@
 
 captions  [{"text", "granularity", "include_datacomp_raw_cap"}, ...]: six granularities, 0 to 5, without and with the
           raw caption in front. Readers select by granularity, never by place.
-metadata  {"length", "entries": [{"text", "bbox", "confidence", "granularity"...}], ...}: the strings themselves
+metadata  {"length", "entries": [{"text", "bbox", "confidence"}], "dropped", "scale"}: the strings themselves, how many
+          lines were dropped and why, and by how much a gigantic image was shrunk
 """
 
 import json

@@ -9,7 +9,7 @@ from PIL import Image
 from ...data.formats import UP_TO
 from ...jobs.inputs import one_sentence
 from ..stages import Sample, Values
-from .readers import make_reader
+from .choice import make_reader
 from .rows import keep_lines, write_captions, write_metadata
 
 HD_SIDE = 512
@@ -20,7 +20,7 @@ class ReadText:
     """Reads the text of each image, with a reader of its own.
 
     Args:
-        reader: one of `readers.READERS`.
+        reader: one of `choice.READERS`.
         reader_options: keyword arguments of its class.
         min_confidence: of a line, 0 to 1.
         min_letters: share of letters and digits of a line, 0 to 1.

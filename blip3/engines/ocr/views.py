@@ -14,6 +14,10 @@ from dataclasses import dataclass
 
 VIEW_SIDE = 1600
 """Longest side of a view, in pixels of the image."""
+ENLARGED_SIDE = 800
+"""Longest side of a small image that is enlarged, in pixels of the detector's input."""
+OVERVIEW_SIDE = 736
+"""Longest side of a shrunk view: letters of more than about 200 pixels are not seen as words."""
 OVERLAP = 240
 """Of two views, in pixels: a line of text up to this height is whole in one of them across its direction."""
 MAX_VIEWS = 81
@@ -51,7 +55,7 @@ def plan_views(size: tuple[int, int], short_side: int, most_enlarged: float) -> 
     """
     height, width = size
     shrunk = min(1.0, _affordable_scale(size))
-    enlarged = max(1.0, min(short_side / min(size), most_enlarged, VIEW_SIDE / max(size)))
+    enlarged = max(1.0, min(short_side / min(size), most_enlarged, ENLARGED_SIDE / max(size)))
     if max(size) <= VIEW_SIDE:
         return [View(0, 0, width, height, enlarged)]
     scale = shrunk if shrunk < 1 else max(1.0, min(short_side / min(size), most_enlarged))
@@ -59,7 +63,7 @@ def plan_views(size: tuple[int, int], short_side: int, most_enlarged: float) -> 
     rows, columns = _spans(height, side, int(OVERLAP / shrunk)), _spans(width, side, int(OVERLAP / shrunk))
     views = [View(left, top, right, bottom, scale) for top, bottom in rows for left, right in columns]
     is_strip = len(rows) == 1 or len(columns) == 1
-    whole = [] if is_strip and min(size) <= OVERLAP else [View(0, 0, width, height, VIEW_SIDE / max(size), True)]
+    whole = [] if is_strip and min(size) <= OVERLAP else [View(0, 0, width, height, OVERVIEW_SIDE / max(size), True)]
     return whole + views
 
 
