@@ -333,9 +333,7 @@ class Blip3Processor(ProcessorMixin):
                 for messages in (conversation if is_batched else [conversation])
             ]
             for messages in conversations:
-                for number, message in enumerate(messages, start=1):
-                    for text in _texts_of(message):
-                        self.refuse_markers(text, f"message {number}, of the role {message.get('role')!r}")
+                self._refuse_markers_in(messages)
             conversation = conversations if is_batched else conversations[0]
         if _IS_TRANSFORMERS_5:
             return super().apply_chat_template(
@@ -358,6 +356,11 @@ class Blip3Processor(ProcessorMixin):
         )
         inputs["assistant_masks"] = self._mask_answers(inputs, prompts, answers)
         return inputs.convert_to_tensors(kwargs.get("return_tensors"))
+
+    def _refuse_markers_in(self, messages: Any) -> None:
+        for number, message in enumerate(messages, start=1):
+            for text in _texts_of(message):
+                self.refuse_markers(text, f"message {number}, of the role {message.get('role')!r}")
 
     def refuse_markers(self, text: str, where: str) -> None:
         """Refuse a text that holds a special token other than `<image>`, as a text that forges a turn does.

@@ -169,11 +169,11 @@ def fingerprint(checkpoint: str | Path, subfolder: str = "") -> str:
     digest = hashlib.sha256()
     for path in sorted(folder_of(checkpoint, subfolder).iterdir()):
         if path.is_file() and path.suffix in _FINGERPRINTED and path.name != GOLDEN_FILE:
-            digest.update(path.name.encode() + _digest_of(path))
+            digest.update(path.name.encode() + digest_of(path))
     return f"sha256:{digest.hexdigest()[:32]}"
 
 
-def _digest_of(path: Path) -> bytes:
+def digest_of(path: Path) -> bytes:
     """Hash a small file whole, of a large one its size and blocks spread over it."""
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -38,12 +38,19 @@ def write_box(box: Sequence[float], decimals: int = 3) -> str:
 
 
 def parse_boxes(text: str) -> list[Box]:
-    """Find every box in a text: `[x1, y1][x2, y2]`, with or without spaces, or `<bbox>x1,y1,x2,y2</bbox>`.
+    """Find every box in a text, in each published form, with or without spaces.
+
+    The forms are `[x1, y1][x2, y2]`, `<bbox>x1,y1,x2,y2</bbox>`, and `starts at [x1, y1] and extends up to [x2, y2]`,
+    which the report writes with round brackets too and the published rows with "upto".
 
     >>> parse_boxes("at [0.1, 0.2][0.3, 0.4] and <bbox>0,0,1,1</bbox>")
     [(0.1, 0.2, 0.3, 0.4), (0.0, 0.0, 1.0, 1.0)]
+    >>> parse_boxes("starts at [0.1, 0.2] and extends upto [0.3, 0.4]")
+    [(0.1, 0.2, 0.3, 0.4)]
     """
-    pairs = rf"\[{_NUMBER},{_NUMBER}\]\s*\[{_NUMBER},{_NUMBER}\]"
+    corner = rf"[\[(]{_NUMBER},{_NUMBER}[\])]"
+    between = "|".join(UP_TO_SPELLINGS)
+    pairs = rf"\[{_NUMBER},{_NUMBER}\]\s*\[{_NUMBER},{_NUMBER}\]|starts at {corner} and extends (?:{between}) {corner}"
     flat = rf"<bbox>{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}</bbox>"
     found = re.finditer(f"{pairs}|{flat}", text)
     return [tuple(float(group) for group in match.groups() if group is not None) for match in found]  # type: ignore[misc]
@@ -146,11 +153,22 @@ def parse_ocr(text: str) -> list[tuple[str, Box]]:
     return found  # type: ignore[return-value]
 
 
-def ground(phrase: str, box: Sequence[float], granularity: int) -> str:
+def ground(phrase: str, box: Sequence[float], granularity: int, as_published: bool = False) -> str:
     """Write a phrase with where it is, at one of the three granularities (0 coarse, 1 middle, 2 fine).
 
+    The middle one has the report's `object ( grounding_info )`, and inside it the words and brackets of the published
+    rows; those write "upto", the report "up to".
+
+    >>> ground("football player", (0.015, 0.005, 0.845, 0.993), 1)
+    'football player (starts at [0.015, 0.005] and extends up to [0.845, 0.993])'
     >>> ground("football player", (0.015, 0.005, 0.845, 0.993), 2)
     '<object>football player</object><bbox>[0.015, 0.005][0.845, 0.993]</bbox>'
+
+    Args:
+        phrase: of the caption.
+        box: of what it names.
+        granularity: 0 to 2.
+        as_published: write "upto".
 
     Raises:
         ValueError: for a granularity outside 0..2.
@@ -159,7 +177,7 @@ def ground(phrase: str, box: Sequence[float], granularity: int) -> str:
         return f"{phrase} ({place_name(box)})"
     if granularity == 1:
         x1, y1, x2, y2 = (round(edge, 3) for edge in box)
-        return f"{phrase} starts at ({x1}, {y1}) and extends up to ({x2}, {y2})"
+        return f"{phrase} (starts at [{x1}, {y1}] and extends up{'' if as_published else ' '}to [{x2}, {y2}])"
     if granularity == 2:
         return f"<object>{phrase}</object><bbox>{write_box(box)}</bbox>"
     raise ValueError(

@@ -533,10 +533,15 @@ def test_grounding_granularities_are_those_of_the_report():
     box = (0.015, 0.005, 0.845, 0.993)
     assert [ground("football player", box, level) for level in range(3)] == [
         "football player (in the center)",
-        "football player starts at (0.015, 0.005) and extends up to (0.845, 0.993)",
+        "football player (starts at [0.015, 0.005] and extends up to [0.845, 0.993])",
         "<object>football player</object><bbox>[0.015, 0.005][0.845, 0.993]</bbox>",
     ]
+    assert ground("it", box, 1, as_published=True).endswith("and extends upto [0.845, 0.993])")
     assert parse_boxes(f"{write_box(box)} <bbox>0.1,0.2,0.3,1</bbox>") == [box, (0.1, 0.2, 0.3, 1.0)]
+    with_words = [ground("it", box, 1), ground("it", box, 1, as_published=True), ocr_item("A", box, 4)]
+    with_words.append("it starts at (0.015, 0.005) and extends up to (0.845, 0.993)")  # as the report's table has it
+    assert [parse_boxes(text) for text in with_words] == [[box]] * 4
+    assert parse_boxes("it starts at [0.015, 0.005] or at [0.845, 0.993]") == []
     with pytest.raises(ValueError, match="0 \\(coarse\\)"):
         ground("cat", box, 3)
 
