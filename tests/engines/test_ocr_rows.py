@@ -10,6 +10,7 @@ import math
 import stat
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,17 +19,18 @@ from PIL import Image, ImageDraw
 from blip3.data.canvas import load_font, text_box
 from blip3.data.formats import OCR_GRANULARITIES, parse_ocr
 from blip3.data.readers import read_ocr
+from blip3.engines import filters
 from blip3.engines.ocr import choice, command
 from blip3.engines.ocr.boxes import bounding_box, cut_quad, growth, order_corners, reading_order, thickness, tighten
 from blip3.engines.ocr.check import box_iou, match
 from blip3.engines.ocr.choice import make_reader
 from blip3.engines.ocr.gaps import find_strings
-from blip3.engines.ocr.readers import Line, Reading
+from blip3.engines.ocr.readers import About, Line, Reading
 from blip3.engines.ocr.rendered import as_read
-from blip3.engines.ocr.rows import Entry, keep_lines, letters_share, write_captions, write_metadata
-from blip3.engines.ocr.stages import ReadText
+from blip3.engines.ocr.rows import Entry, keep_lines, write_captions, write_metadata
+from blip3.engines.ocr.stages import ReadText, WriteRows
 from blip3.engines.ocr.views import MAX_VIEWS, OVERLAP, VIEW_SIDE, plan_views
-from blip3.engines.stages import Sample
+from blip3.engines.stages import Sample, Values
 from blip3.world.tasks import rendered_record
 
 SQUARE = ((0.0, 0.0), (10.0, 0.0), (10.0, 10.0), (0.0, 10.0))
@@ -41,6 +43,7 @@ def quad(x1: float, y1: float, x2: float, y2: float):
 def options_of(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     command.add_options(parser)
+    filters.add_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -183,7 +186,7 @@ def test_rows_have_every_granularity_with_and_without_the_raw_caption():
 
 def test_what_is_dropped_is_counted():
     kept = keep_lines(Reading(LINES, 0.5), (100, 100), 0.0, 0.5, 0.5)
-    assert json.loads(write_metadata(kept, 0.5)) == {
+    assert json.loads(write_metadata(kept.entries, kept.dropped, 0.5)) == {
         "length": 2,
         "entries": [
             {"text": "Autumn offer", "bbox": [0.1, 0.1, 0.9, 0.3], "confidence": 0.98},
@@ -194,11 +197,6 @@ def test_what_is_dropped_is_counted():
     }
 
 
-def test_letters_are_those_of_any_script():
-    assert letters_share("发票") == letters_share("Привет 7") == 1.0
-    assert letters_share("") == letters_share("- . -") == 0.0
-
-
 # -- the stage --------------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +204,9 @@ class Scripted:
     """A reader that reads what an image's width says."""
 
     dilation = 0.0
+
+    def __init__(self, turned_text: bool = False):
+        assert not turned_text
 
     def read(self, image: Image.Image) -> Reading:
         if image.width == 13:
@@ -220,8 +221,9 @@ def scripted(monkeypatch):
     """The name of a reader whose lines are known."""
     module = types.ModuleType("scripted")
     module.Reader = Scripted
-    monkeypatch.setitem(choice.READERS, "scripted", module)
-    return "scripted"
+    module.about = lambda **options: About({}, {})
+    monkeypatch.setitem(choice.READERS, "rapidocr", module)
+    return "rapidocr"
 
 
 @pytest.fixture
@@ -229,25 +231,44 @@ def stage(scripted):
     return ReadText(scripted, min_confidence=0.5, min_letters=0.5)
 
 
-def values_of(stage: ReadText, width: int, height: int = 100, caption: str = "") -> dict:
-    (values,) = stage([Sample("k", b"", caption=caption)], [Image.new("RGB", (width, height))])
+def run(stages, samples: list[Sample], images: list[Image.Image]) -> list[Values]:
+    """Run stages as an engine does: each sees the samples that no stage before it dropped."""
+    rows: list[Values] = [{} for _ in samples]
+    for stage in stages:
+        left = [index for index, row in enumerate(rows) if not {"error", "filtered_by"} & set(row)]
+        given = [replace(samples[index], values=rows[index]) for index in left]
+        for index, values in zip(left, stage(given, [images[index] for index in left]), strict=True):
+            rows[index] = {**rows[index], **values}
+    return rows
+
+
+def read(stage: ReadText, width: int, height: int = 100) -> Values:
+    (values,) = run([stage], [Sample("k", b"")], [Image.new("RGB", (width, height))])
     return values
 
 
 def test_an_exception_of_the_reader_is_an_error_of_its_row(stage):
     samples = [Sample(str(width), b"") for width in (100, 13, 14, 15)]
-    rows = stage(samples, [Image.new("RGB", (int(sample.key), 100)) for sample in samples])
-    assert set(rows[0]) == {"captions", "metadata"}
-    assert rows[1] == {"error": "RuntimeError."}
-    assert rows[2] == {"error": "The strip is thin."}
-    assert rows[3]["filtered_by"] == "no_text"
-    assert json.loads(rows[3]["metadata"])["length"] == 0
+    rows = run([stage, WriteRows()], samples, [Image.new("RGB", (int(sample.key), 100)) for sample in samples])
+    assert {"captions", "metadata"} <= set(rows[0])
+    assert rows[1:] == [{"error": "RuntimeError."}, {"error": "The strip is thin."}, {"filtered_by": "no_text"}]
 
 
 def test_hd_goes_by_the_sides_of_the_image_itself(scripted):
     stage = ReadText(scripted, is_hd=True)
-    assert values_of(stage, 512, 2000) == values_of(stage, 2000, 512) == {"filtered_by": "hd"}
-    assert "captions" in values_of(stage, 513, 513)
+    assert read(stage, 512, 2000) == read(stage, 2000, 512) == {"filtered_by": "hd"}
+    assert "entries" in read(stage, 513, 513)
+
+
+def test_filters_of_lines_stand_between_reading_and_writing(scripted):
+    plan = command.plan(options_of("--reader", scripted, "--min-text-area", "0.1", "--min-confidence", "0"))
+    stages = [spec.stage(**spec.options) for spec in plan.stages]
+    (row,) = run(stages, [Sample("k", b"")], [Image.new("RGB", (100, 100))])
+    metadata = json.loads(row["metadata"])
+    assert [entry["text"] for entry in metadata["entries"]] == ["Autumn offer", "O", "SALE"]
+    assert metadata["dropped"] == {"letters": 1, "text_area": 1}
+    assert plan.settings["min_confidence"] == 0
+    assert {"filter": "TextArea", "least": 0.1} in plan.settings["line_filters"]
 
 
 def test_training_reads_what_the_engine_writes(stage, tmp_path):
@@ -255,7 +276,7 @@ def test_training_reads_what_the_engine_writes(stage, tmp_path):
     images = [Image.new("RGB", (width, 100)) for width in (100, 200, 13)]
     rows = [
         {"uid": "", "url": "", "key": sample.key, "error": None, "filtered_by": None, **values}
-        for sample, values in zip(samples, stage(samples, images), strict=True)
+        for sample, values in zip(samples, run([stage, WriteRows()], samples, images), strict=True)
     ]
     records = list(read_ocr(rows, (4,), with_caption=False, image_folder=str(tmp_path)))
     assert [record.images[0].path for record in records] == [str(tmp_path / "a.jpg"), str(tmp_path / "b.png")]
@@ -375,7 +396,7 @@ def test_options_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"--turned-text was given with --reader tesseract"):
         command.plan(options_of("--reader", "tesseract", "--turned-text"))
     with pytest.raises(SystemExit):
-        options_of("--min-text-confidence", "90")
+        options_of("--min-confidence", "90")
     with pytest.raises(ValueError, match="must be one of rapidocr, paddleocr, tesseract"):
         make_reader("rapid", {})
 

@@ -30,7 +30,10 @@ def shard(tmp_path_factory):
             x1, y1, x2, y2 = (edge * side for edge, side in zip(string["box"], (width, height) * 2, strict=True))
             lines.append(Line(string["text"], ((x1, y1), (x2, y1), (x2, y2), (x1, y2)), 0.99))
         kept = keep_lines(Reading(tuple(lines)), (height, width), 0.0)
-        values = {"captions": write_captions(kept.entries, "A page."), "metadata": write_metadata(kept)}
+        values = {
+            "captions": write_captions(kept.entries, "A page."),
+            "metadata": write_metadata(kept.entries, kept.dropped),
+        }
         rows.append({"uid": f"u{number}", "url": "", "key": f"{number:05}", **values, "error": None})
     rows.append({"uid": "bad", "url": "", "key": "bad", "error": "It has 0 bytes."})
     names = ("uid", "url", "key", *SCHEMA, "error", "filtered_by")

@@ -16,6 +16,8 @@ _SHORT_LINE, _LONG_LINE, _SHORTNESS = 0.16, 0.075, 0.19
 """Of `growth`."""
 _SAME_LINE = 0.5
 """Share of the lower of two lines' heights by which they overlap, from which on they stand beside each other."""
+_ALIKE = 0.4
+"""Share of the higher one's height that the lower must have for it."""
 _THICKER = 1.3
 """How much thicker than the thicker of two pieces their union may be and still be one line."""
 _COVERED = 0.5
@@ -116,8 +118,8 @@ def reading_order(quads: Sequence[Quad]) -> list[int]:
         if rows:
             last = rows[-1][-1]
             shared = min(bottoms[index], bottoms[last]) - max(tops[index], tops[last])
-            lower = min(bottoms[index] - tops[index], bottoms[last] - tops[last])
-            if shared > _SAME_LINE * lower:
+            lower, higher = sorted(bottoms[each] - tops[each] for each in (index, last))
+            if shared > _SAME_LINE * lower and lower > _ALIKE * higher:
                 rows[-1].append(index)
                 continue
         rows.append([index])

@@ -6,34 +6,22 @@ from typing import Any
 
 from ...data.formats import AS_PUBLISHED, UP_TO
 from ...refusals import check_positive
+from ..filters import between
 from ..stages import EnginePlan, StageSpec
 from .check import measure
 from .choice import READERS, describe_reader, make_reader
-from .stages import HD_SIDE, ReadText
+from .stages import HD_SIDE, ReadText, WriteRows
 
 SCHEMA = {"captions": "string", "metadata": "string"}
 MIN_CONFIDENCE = 0.8
 """In 25 photographs without text, what was read into them had 0.1 to 0.91; `rows.least_confidence` has the rest."""
 MIN_LETTERS = 0.5
+"""Both unless the filters' --min-confidence and --min-letters say otherwise; 0 keeps everything."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the engine."""
+    """Add the options of the engine; those of the filters (`filters.add_options`) belong to it too."""
     parser.add_argument("--reader", choices=READERS, default="rapidocr", help="what reads (default: rapidocr)")
-    parser.add_argument(
-        "--min-text-confidence",
-        type=_share,
-        default=MIN_CONFIDENCE,
-        metavar="SHARE",
-        help=f"drop lines that the reader is less sure of, 0 to 1 (default: {MIN_CONFIDENCE})",
-    )
-    parser.add_argument(
-        "--min-text-letters",
-        type=_share,
-        default=MIN_LETTERS,
-        metavar="SHARE",
-        help=f"drop lines with a smaller share of letters and digits, 0 to 1 (default: {MIN_LETTERS})",
-    )
     parser.add_argument(
         "--turned-text",
         action="store_true",
@@ -59,14 +47,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--verify-seed", type=int, default=0, metavar="N", help="of the rendered pages (default: 0)")
 
 
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share: pass a number from 0 to 1, such as 0.5")
-    return value
+def thresholds(options: argparse.Namespace) -> tuple[float, float]:
+    """Give the least confidence and share of letters of a line: those of the filters, or defaults of the engine."""
+    confidence = MIN_CONFIDENCE if options.min_confidence is None else options.min_confidence
+    return confidence, MIN_LETTERS if options.min_letters is None else options.min_letters
 
 
 def reader_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -96,20 +80,25 @@ def plan(options: argparse.Namespace) -> EnginePlan:
         ImportError: if the reader's package is not installed.
     """
     about = describe_reader(options.reader, reader_options(options))
-    stage = {
+    min_confidence, min_letters = thresholds(options)
+    read = {
         "reader": options.reader,
-        "reader_options": reader_options(options),
-        "min_confidence": options.min_text_confidence,
-        "min_letters": options.min_text_letters,
-        "up_to": AS_PUBLISHED if options.as_published else UP_TO,
+        "min_confidence": min_confidence,
+        "min_letters": min_letters,
         "is_hd": options.hd,
     }
-    settings = {name: value for name, value in stage.items() if name != "reader_options"}
+    write = {"up_to": AS_PUBLISHED if options.as_published else UP_TO}
+    filters = between(options)
+    described = [{"filter": spec.stage.__name__, **spec.options} for spec in filters]
     return EnginePlan(
         name="ocr",
-        stages=(StageSpec(ReadText, stage),),
+        stages=(
+            StageSpec(ReadText, {**read, "reader_options": reader_options(options)}),
+            *filters,
+            StageSpec(WriteRows, write),
+        ),
         schema=SCHEMA,
-        settings={**settings, "reader_is": dict(about.settings)},
+        settings={**read, **write, "reader_is": dict(about.settings), "line_filters": described},
         made_with=dict(about.made_with),
     )
 
@@ -123,5 +112,4 @@ def verify(options: argparse.Namespace) -> dict[str, float]:
     """
     check_positive("--verify-strings is", options.verify_strings)
     reader = make_reader(options.reader, reader_options(options))
-    thresholds = (options.min_text_confidence, options.min_text_letters)
-    return measure(reader, options.verify_strings, options.verify_seed, *thresholds)
+    return measure(reader, options.verify_strings, options.verify_seed, *thresholds(options))

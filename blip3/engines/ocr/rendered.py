@@ -21,6 +21,7 @@ from ...world.settings import WorldSettings, load_settings
 from ...world.splits import SPLITS
 from ...world.tasks import rendered_record, rendered_records
 from ...world.wording import side_of_center
+from .. import filters
 from . import command
 from .choice import make_reader
 from .readers import OcrReader
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the series (default: 0)")
     parser.add_argument("--world", help="YAML file of world settings (default: those of the world)")
     command.add_options(parser)
+    filters.add_options(parser)
     given = parser.parse_args(arguments)
     check_positive("--count is", given.count)
     settings = load_settings(given.world) if given.world else WorldSettings()
@@ -76,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for record in rendered_records("ocr", given.split, given.seed, given.count, settings)
             if record.id not in done
         )
-        for record in read_pages(reader, missing, given.min_text_confidence, given.min_text_letters):
+        for record in read_pages(reader, missing, *command.thresholds(given)):
             lines.append([to_json(record.to_json())])
     indices = (int(record.id.rsplit("-", 1)[1]) for record in read_jsonl(path))
     pages = (rendered_record("ocr", given.split, given.seed, index, settings) for index in indices)

@@ -8,10 +8,12 @@ metadata  {"length", "entries": [{"text", "bbox", "confidence"}], "dropped", "sc
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...data.formats import OCR_GRANULARITIES, UP_TO, Box, write_ocr
+from ..filters.texts import letters
 from .boxes import bounding_box, reading_order, tighten
 from .readers import Line, Reading
 
@@ -27,26 +29,24 @@ class Entry:
     """Of the ink, normalised."""
     confidence: float
 
+    def to_json(self) -> dict[str, Any]:
+        """Give the form of `metadata`."""
+        return {"text": self.text, "bbox": list(self.box), "confidence": self.confidence}
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "Entry":
+        """Read the form of `metadata`."""
+        x1, y1, x2, y2 = values["bbox"]
+        return Entry(values["text"], (x1, y1, x2, y2), values["confidence"])
+
 
 @dataclass(frozen=True)
 class Kept:
     """What of a reading becomes a row, and how much does not."""
 
     entries: tuple[Entry, ...]
-    num_unsure: int = 0
-    """Lines below the least confidence."""
-    num_signs: int = 0
-    """Lines of too few letters."""
-
-
-def letters_share(text: str) -> float:
-    """Give the share of letters and digits, of any script, among the characters that are no space.
-
-    >>> letters_share("No. 7"), letters_share("***")
-    (0.75, 0.0)
-    """
-    characters = [character for character in text if not character.isspace()]
-    return sum(character.isalnum() for character in characters) / len(characters) if characters else 0.0
+    dropped: dict[str, int]
+    """Why -> number of lines: `confidence`, `letters`."""
 
 
 def least_confidence(text: str, min_confidence: float) -> float:
@@ -74,10 +74,11 @@ def keep_lines(
         min_letters: share of letters and digits; lines with fewer are dropped and counted.
     """
     sure = [line for line in reading.lines if line.confidence >= least_confidence(line.text, min_confidence)]
-    kept = [line for line in sure if letters_share(line.text) >= min_letters]
+    kept = [line for line in sure if letters(line.text) >= min_letters]
     quads = [tighten(line.quad, dilation) for line in kept]
     entries = [_entry(kept[index], bounding_box(quads[index], size)) for index in reading_order(quads)]
-    return Kept(tuple(entries), len(reading.lines) - len(sure), len(sure) - len(kept))
+    dropped = {"confidence": len(reading.lines) - len(sure), "letters": len(sure) - len(kept)}
+    return Kept(tuple(entries), {name: count for name, count in dropped.items() if count})
 
 
 def _entry(line: Line, box: Box) -> Entry:
@@ -107,18 +108,18 @@ def write_captions(entries: Sequence[Entry], raw_caption: str = "", up_to: str =
     return json.dumps(captions, ensure_ascii=False)
 
 
-def write_metadata(kept: Kept, scale: float = 1.0) -> str:
+def write_metadata(entries: Sequence[Entry], dropped: Mapping[str, int], scale: float = 1.0) -> str:
     """Write the column `metadata`.
 
     Args:
-        kept: of an image.
+        entries: in reading order.
+        dropped: name of a filter -> number of lines it dropped.
         scale: of the reading; written where it is below 1.
     """
-    entries = [{"text": entry.text, "bbox": list(entry.box), "confidence": entry.confidence} for entry in kept.entries]
     values = {
         "length": len(entries),
-        "entries": entries,
-        "dropped": {"confidence": kept.num_unsure, "letters": kept.num_signs},
+        "entries": [entry.to_json() for entry in entries],
+        "dropped": dict(dropped),
         **({"scale": round(scale, 4)} if scale < 1 else {}),
     }
     return json.dumps(values, ensure_ascii=False)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one stage of the engine: image -> the columns `captions` and `metadata`."""
+"""The stages of the engine: image -> lines -> the columns `captions` and `metadata`.
+
+Filters of lines stand between the two (`filters.between`): lines are `entries` among a sample's values, and
+`dropped_entries` counts those that a filter's name dropped.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,9 +12,10 @@ from PIL import Image
 
 from ...data.formats import UP_TO
 from ...jobs.inputs import one_sentence
+from ..filters.texts import DROPPED, ENTRIES
 from ..stages import Sample, Values
 from .choice import make_reader
-from .rows import keep_lines, write_captions, write_metadata
+from .rows import Entry, keep_lines, write_captions, write_metadata
 
 HD_SIDE = 512
 """BLIP3-OCR-HD takes images of which both sides are longer, in pixels (report, version 4)."""
@@ -24,7 +29,6 @@ class ReadText:
         reader_options: keyword arguments of its class.
         min_confidence: of a line, 0 to 1.
         min_letters: share of letters and digits of a line, 0 to 1.
-        up_to: one of `formats.UP_TO_SPELLINGS`.
         is_hd: drop images with a side of `HD_SIDE` or less.
     """
 
@@ -36,18 +40,16 @@ class ReadText:
         reader_options: Mapping[str, Any] | None = None,
         min_confidence: float = 0.0,
         min_letters: float = 0.0,
-        up_to: str = UP_TO,
         is_hd: bool = False,
     ):
         self._reader = make_reader(reader, reader_options or {})
-        self._min_confidence, self._min_letters = min_confidence, min_letters
-        self._up_to, self._is_hd = up_to, is_hd
+        self._min_confidence, self._min_letters, self._is_hd = min_confidence, min_letters, is_hd
 
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
-        """Read the text of the samples' images; see `Stage`."""
-        return [self._read(sample, image) for sample, image in zip(samples, images, strict=True)]
+        """Add `entries`, `dropped_entries` and `scale`; drop images without text."""
+        return [self._read(image) for image in images]
 
-    def _read(self, sample: Sample, image: Image.Image) -> Values:
+    def _read(self, image: Image.Image) -> Values:
         if self._is_hd and min(image.size) <= HD_SIDE:
             return {"filtered_by": "hd"}
         try:
@@ -56,7 +58,32 @@ class ReadText:
             return {"error": one_sentence(error)}
         size = (image.height, image.width)
         kept = keep_lines(reading, size, self._reader.dilation, self._min_confidence, self._min_letters)
-        metadata = write_metadata(kept, reading.scale)
         if not kept.entries:
-            return {"filtered_by": "no_text", "metadata": metadata}
-        return {"captions": write_captions(kept.entries, sample.caption, self._up_to), "metadata": metadata}
+            return {"filtered_by": "no_text"}
+        entries = [entry.to_json() for entry in kept.entries]
+        return {ENTRIES: entries, DROPPED: kept.dropped, "scale": reading.scale}
+
+
+class WriteRows:
+    """Writes the lines of each image at every granularity.
+
+    Args:
+        up_to: one of `formats.UP_TO_SPELLINGS`.
+    """
+
+    needs_images = False
+
+    def __init__(self, up_to: str = UP_TO):
+        self._up_to = up_to
+
+    def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
+        """Add `captions` and `metadata`."""
+        return [self._write(sample) for sample in samples]
+
+    def _write(self, sample: Sample) -> Values:
+        entries = [Entry.from_json(values) for values in sample.values[ENTRIES]]
+        captions = write_captions(entries, sample.caption, self._up_to)
+        return {
+            "captions": captions,
+            "metadata": write_metadata(entries, sample.values[DROPPED], sample.values["scale"]),
+        }
