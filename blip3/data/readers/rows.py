@@ -190,13 +190,14 @@ def image_from(value: Any, place: str, name: str, folder: str = "") -> ImageSour
 
 
 def image_of(row: Row, place: str, folder: str) -> ImageSource:
-    """Find a row's image: a column of its own, or `key`.jpg in a folder that img2dataset filled."""
+    """Find a row's image: a column of its own, or in a folder `key`.jpg, as img2dataset fills it, or `key` itself."""
     for name in ("image", "jpg", "jpeg", "png", "webp"):
         if row.get(name) is not None:
             return image_from(row[name], place, name, folder)
     key = row.get("key") or row.get("__key__") or row.get("uid")
     if folder and key:
-        return ImageSource(path=str(Path(folder, f"{key}.jpg")))
+        is_file = Path(str(key)).suffix.lower() in Image.registered_extensions()
+        return ImageSource(path=str(Path(folder, str(key) if is_file else f"{key}.jpg")))
     return image_from(None, place, "image")
 
 
