@@ -5,7 +5,6 @@ import hashlib
 import logging
 import secrets
 import traceback
-from collections.abc import Mapping
 
 # Loggers of libraries that write down what passes through them at DEBUG or INFO: tags and texts of images, URLs,
 # headers, fields of forms.
@@ -36,12 +35,12 @@ def pseudonym(text: str) -> str:
 
 def silence_libraries() -> None:
     """Keep loggers of libraries, those below them too, from saying anything less than a warning."""
-    known: Mapping[str, object] = logging.root.manager.loggerDict
-    below = [name for name in known if name.split(".")[0] in LIBRARIES]
+    beginnings = tuple(f"{name}." for name in LIBRARIES)
+    below = [name for name in logging.root.manager.loggerDict if name.startswith(beginnings)]
     for name in {*LIBRARIES, *below}:
         logger = logging.getLogger(name)
-        is_whole = name in LIBRARIES
-        if logger.level < logging.WARNING and (is_whole or logger.level != logging.NOTSET):
+        inherits = logger.level == logging.NOTSET and name not in LIBRARIES
+        if logger.level < logging.WARNING and not inherits:
             logger.setLevel(logging.WARNING)
 
 
