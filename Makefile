@@ -46,8 +46,9 @@ test-backends:  ## the page in headless Chromium, batches on Ray Data, quantizat
 test-wheel:  ## the package installed as a wheel, without the repository (environment of its own, 2 GB)
 	$(PYTHON) tests/run.py wheel
 
-soak: setup  ## ten minutes of load on the handler, then on `transformers serve` (LINE=5 only)
+soak: setup  ## ten minutes of load on the handler, ten with hostile files, ten on `transformers serve` (LINE=5 only)
 	$(RUN) tests/run.py soak --backend handler
+	$(RUN) tests/run.py soak --backend handler --hostile
 	$(RUN) tests/run.py soak --backend http
 
 bench: setup  ## speed and memory beside the peers (docs/speed.md); an environment of its own, with torchvision

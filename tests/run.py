@@ -4,6 +4,7 @@
     python tests/run.py backends                          the page in a browser, batches on Ray Data, quantization
     python tests/run.py common -k save_load               transformers' own tests, those whose name matches
     python tests/run.py soak --backend http --minutes 10  a server under load
+    python tests/run.py soak --hostile --minutes 10       the handler, a quarter of whose requests are hostile files
     python tests/run.py vllm                              vLLM on the CPU
     python tests/run.py wheel                             the package installed without the repository
 

@@ -52,7 +52,7 @@ class RequestLimits:
     max_new_tokens: int = 1024
     max_sequences: int = 16
     generate_seconds: float = 120.0
-    total_seconds: float = 300.0
+    total_seconds: float = 180.0
     max_requests: int = 64
     max_held_bytes: int = 2**30
     max_opened_bytes: int = 2**31
