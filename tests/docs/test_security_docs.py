@@ -28,10 +28,5 @@ def test_every_section_begins_with_a_command_that_exists(section):
 
 
 def test_the_policy_names_what_is_out_of_its_hands_and_how_to_report():
-    for text in (
-        "trust_remote_code",
-        "transformers serve",
-        "vLLM renders|It renders chat templates",
-        "private reports",
-    ):
-        assert re.search(text, POLICY), text
+    for text in ("trust_remote_code", "transformers serve", "renders chat templates by itself", "private reports"):
+        assert text in POLICY
