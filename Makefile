@@ -43,6 +43,9 @@ test-vllm:  ## vLLM's engine and OpenAI server on the CPU (environment of its ow
 test-backends:  ## the page in headless Chromium, batches on Ray Data, quantization (environment of its own, 2 GB)
 	$(PYTHON) tests/run.py backends
 
+test-harness:  ## lmms-eval, and VLMEvalKit where a copy is named, on look-alikes (environment of its own, 2.4 GB)
+	$(PYTHON) tests/run.py harness
+
 test-wheel:  ## the package installed as a wheel, without the repository (environment of its own, 2 GB)
 	$(PYTHON) tests/run.py wheel
 

@@ -41,7 +41,12 @@ COMMANDS = {
     "average": Command("training.average", "average the weights of models trained from one another", "train"),
     "publish": Command("training.small.publish", "write trained models as shipped, with example images", "train"),
     "packing": Command("training.measure_packing", "measure tokens a second, padded and packed", "train"),
+    "noised-answers": Command("training.noised_answers", "write answers about noised images, or scan steps", "train"),
+    "preference-speed": Command("training.measure_preference", "measure seconds a pair, beside TRL", "train"),
     "score": Command("evaluation.score", "score checkpoints on the held-out rendered world", "evaluation"),
+    "posttraining": Command(
+        "evaluation.posttraining", "score checkpoints before and after post-training", "evaluation"
+    ),
     "verify": Command("evaluation.golden", "check weight files and outputs of the shipped models", "demo"),
     "bench": Command("benchmarks.run", "measure speed and memory beside the peers", "benchmarks"),
 }

@@ -22,6 +22,8 @@ class Sample:
     uid: str = ""
     caption: str = ""
     """The raw alt-text."""
+    shard: str = ""
+    """Its shard's path inside the input: with `key` it names the image among all."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """All other columns of the shard's row, and what earlier stages added."""
 

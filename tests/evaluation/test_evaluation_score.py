@@ -14,11 +14,14 @@ import torch
 from blip3.checkpoints import fingerprint
 from blip3.evaluation import score as score_module
 from blip3.evaluation.answer import Checkpoint
+from blip3.evaluation.asking import parse_models
 from blip3.evaluation.metrics import wilson_interval
+from blip3.evaluation.posttraining import make_parser
 from blip3.evaluation.report import Result, make_plot, summarise
-from blip3.evaluation.score import ScoreSettings, main, parse_arguments, parse_models, score
+from blip3.evaluation.score import ScoreSettings, main, parse_arguments, score
 from blip3.evaluation.tasks import TASKS, Question, is_refusal, make_questions
 from blip3.files import JsonLines
+from blip3.world import build
 from blip3.world.settings import WorldSettings
 from blip3.world.tasks import TASKS as RENDERED
 from support import ROOT
@@ -141,6 +144,19 @@ def test_half_right_is_half_and_groups_add_up(settings, capsys):
     assert saved["results"] == [summary]
     assert saved["settings"]["count"] == 10
     assert (settings.output / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_series_ask_other_questions_and_are_named(settings):
+    chosen = run(settings, oracle())["read"]
+    reported = run(change(settings, series="report", output=settings.output / "report"), oracle())["read"]
+    assert {question.id.rsplit("-", 2)[1] for question in chosen.questions} == {"0"}
+    assert {question.id.rsplit("-", 2)[1] for question in reported.questions} == {"1000000"}
+    assert "series choose, seed 0" in (settings.output / "table.md").read_text()
+    assert "series report, seed 0" in (settings.output / "report" / "table.md").read_text()
+    with pytest.raises(ValueError, match="what a choice was made on must not be reported"):
+        change(settings, seed=1_000_000)
+    with pytest.raises(ValueError, match="seed = 0, but this run has 1000000"):
+        run(change(settings, series="report"), oracle())
 
 
 def test_case_counts_in_strings_and_not_in_words(settings):
@@ -595,7 +611,9 @@ def test_the_documentation_names_every_task_file_and_option():
     text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     for name in (*TASKS, *(path.name for path in (ROOT / "blip3" / "evaluation").glob("[a-z]*.py"))):
         assert f"`{name}`" in text or f"evaluation/{name}" in text, name
-    known = set(re.findall(r'add\(\s*"(--[a-z-]+)"', Path(score_module.__file__).read_text(encoding="utf-8")))
+    sources = [Path(module.__file__).read_text(encoding="utf-8") for module in (score_module, build)]
+    known = set(re.findall(r'add(?:_argument)?\(\s*"(--[a-z-]+)"', "\n".join(sources)))
+    known |= set(re.findall(r"--[a-z]+(?:-[a-z]+)*", make_parser().format_help()))
     assert set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", text)) <= known
     for task in TASKS.values():
         assert task.metric.split(" >")[0] in text
