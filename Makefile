@@ -43,6 +43,9 @@ test-vllm:  ## vLLM's engine and OpenAI server on the CPU (environment of its ow
 test-backends:  ## the page in headless Chromium, batches on Ray Data, quantization (environment of its own, 2 GB)
 	$(PYTHON) tests/run.py backends
 
+test-engines:  ## the data engines on Ray with their readers, OCR and filters (environment of its own, 2 GB)
+	$(PYTHON) tests/run.py engines
+
 test-harness:  ## lmms-eval, and VLMEvalKit where a copy is named, on look-alikes (environment of its own, 2.4 GB)
 	$(PYTHON) tests/run.py harness
 
@@ -67,4 +70,4 @@ check: setup  ## lint and types
 fix: setup  ## format
 	$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
 
-.PHONY: help setup demo examples test test-slow test-common test-vllm test-backends test-wheel soak bench check fix
+.PHONY: help setup demo examples test test-slow test-common test-vllm test-backends test-engines test-harness test-wheel soak bench check fix

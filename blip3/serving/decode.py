@@ -112,9 +112,10 @@ def check_image(
 def _load(image: Image.Image, limits: ImageLimits, max_pixels: int | None) -> Image.Image:
     height, width, left = image.height, image.width, limits.max_pixels if max_pixels is None else max_pixels
     if max(height, width) > limits.max_side or height * width > min(limits.max_pixels, left):
+        left_over = "" if max_pixels is None else f" and {left} left in this request"
         raise ValueError(
             f"it has {height} x {width} pixels (height x width) but at most {limits.max_side} a side, "
-            f"{limits.max_pixels} in all and {left} left in this request are decoded. It is probably an original from "
+            f"{limits.max_pixels} in all{left_over} are decoded. It is probably an original from "
             "a camera: scale it down."
         )
     try:
