@@ -220,7 +220,7 @@ def record_from_json(values: Any, place: str = "A record") -> Record:
     if unknown or missing:
         raise RecordError(
             place,
-            (unknown + missing)[0],
+            (unknown + missing)[0] or "''",
             f"unknown fields {show(unknown)}, missing fields {missing}",
             f"a record has {', '.join(types)} and may have {', '.join(optional)}",
             "The line is probably of another format.",
