@@ -23,11 +23,13 @@ SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "soap")
 LOSSES = ("next_token", "preference")
 NOISE_PIXELS = ("normalised", "unit")
+_COUNTED = ("max_steps", "batch_size", "accumulation", "log_every", "save_every", "keep_checkpoints", "max_length")
 _BOUNDS: dict[str, Bounds] = {
+    **dict.fromkeys(_COUNTED, (1, 2**31)),
     "seed": (0, 2**32 - 1),  # what numpy takes
     "learning_rate": (0, None),
     "vision_learning_rate": (0, None),
-    "warmup_steps": (0, None),
+    "warmup_steps": (0, 2**31),
     "weight_decay": (0, None),
     "adam_beta2": (0, 1 - 1e-9),
     "max_grad_norm": (0, None),
@@ -35,10 +37,10 @@ _BOUNDS: dict[str, Bounds] = {
     "noise_step": (0, 999),
     "anchor": (0, None),
     "noised_weight": (0, None),
-    "parts": (1, None),
-    "text_width": (1, None),
-    "text_layers": (1, None),
-    "caption_length": (1, None),
+    "parts": (1, 1000),
+    "text_width": (1, 2**16),
+    "text_layers": (1, 1000),
+    "caption_length": (1, 2**16),
     "image_weight": (0, None),
 }
 LORA_LAYERS = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -95,7 +97,7 @@ class RunRecipe:
     """Source of each value that has one; not read by the code."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "accumulation", "log_every", "save_every", "keep_checkpoints"):
+        for name in _COUNTED[:-1]:
             check_positive(f"The recipe has {name}", getattr(self, name))
         self._check_numbers()
         check_fields("The recipe has", self, _BOUNDS)
@@ -137,7 +139,7 @@ class LoraSettings:
     def __post_init__(self) -> None:
         check_positive("lora has rank", self.rank)
         check_positive("lora has alpha", self.alpha)
-        check_fields("lora has", self)
+        check_fields("lora has", self, {"rank": (1, 2**16), "alpha": (1, 2**16)})
         if not 0 <= self.dropout < 1:
             raise ValueError(
                 f"lora has dropout {self.dropout!r} but it must be a share from 0 to below 1. A percentage was "
@@ -422,9 +424,10 @@ def recipe_arguments(description: str | None) -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def plain_errors(*others: type[Exception]) -> Iterator[None]:
     """End a command with the message alone where a file, a recipe or a record is at fault, or for other errors."""
+    known: tuple[type[Exception], ...] = (FileNotFoundError, RecipeError, RecordError, *others)
     try:
         yield
-    except (*others, FileNotFoundError, RecipeError, RecordError) as error:
+    except known as error:
         raise SystemExit(f"error: {error}") from None
 
 
