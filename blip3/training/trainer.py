@@ -116,14 +116,20 @@ class RecipeTrainer(Trainer):
         self.recipe = recipe
         super().__init__(**kwargs)
         self.bad_steps = self.bad_in_a_row = 0
+        self.had_bad_loss = False  # since the last line of the log
         self.is_loss_bad = torch.zeros((), dtype=torch.bool, device=self.args.device)
         self.add_callback(StepGuard(self))
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute a batch's gradients, and remember whether its loss is finite."""
+        """Compute a batch's gradients, and remember whether its loss is finite.
+
+        `Trainer` adds losses up, also beyond a line of the log: one NaN would stay in the sum for good. So `log`
+        writes it in its line, and the sum goes without it.
+        """
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self.is_loss_bad |= ~loss.detach().isfinite().all().to(self.is_loss_bad.device)
-        return loss
+        is_finite = loss.isfinite()
+        self.is_loss_bad |= ~is_finite.to(self.is_loss_bad.device)
+        return loss.where(is_finite, 0.0)
 
     def leave_out_bad_step(self) -> None:
         """Drop the gradients of a step that has no finite loss and gradient.
@@ -132,9 +138,11 @@ class RecipeTrainer(Trainer):
             DivergedError: if there were too many.
         """
         gradients = [local(each.grad) for each in self.model.parameters() if each.grad is not None]
-        is_bad = bool(self.is_loss_bad) or not bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        is_gradient_bad = not bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        had_bad_loss, had_bad_gradient = self.are_so_anywhere(bool(self.is_loss_bad), is_gradient_bad)
+        self.had_bad_loss |= had_bad_loss
         self.is_loss_bad.zero_()
-        if not self.is_so_anywhere(is_bad):
+        if not had_bad_loss and not had_bad_gradient:
             self.bad_in_a_row = 0
             return
         self.bad_steps += 1
@@ -159,15 +167,15 @@ class RecipeTrainer(Trainer):
             name for name, each in self.model.named_parameters()
             if each.is_floating_point() and not bool(local(each.detach()).isfinite().all())
         ]  # fmt: skip
-        if self.is_so_anywhere(bool(bad)):
+        if any(self.are_so_anywhere(bool(bad))):
             raise DivergedError(
                 f"After step {self.state.global_step} {len(bad)} weights are not finite (NaN or infinity), "
                 f"{list_names(bad, 2)}, but a model needs numbers; they were not saved. {self._advice()}"
             )
 
-    def is_so_anywhere(self, value: bool) -> bool:
-        """Whether something is so in any of the processes."""
-        return bool(self.accelerator.gather(torch.tensor([value], device=self.args.device)).any())
+    def are_so_anywhere(self, *values: bool) -> list[bool]:
+        """Tell of each value whether it is true in any of the processes."""
+        return self.accelerator.gather(torch.tensor([values], device=self.args.device)).any(0).tolist()
 
     def _advice(self) -> str:
         checkpoint = next((path.name for path in reversed(checkpoints_in(Path(self.args.output_dir)))), "none")
@@ -177,7 +185,9 @@ class RecipeTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
-        """Write a line of the log, with the number of steps that were left out."""
+        """Write a line of the log, with the number of steps that were left out; a loss that was NaN stays NaN."""
+        if "loss" in logs and self.had_bad_loss:
+            logs, self.had_bad_loss = logs | {"loss": float("nan")}, False
         super().log(logs | ({"skipped_steps": self.bad_steps} if self.bad_steps else {}), *args)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

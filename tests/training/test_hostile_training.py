@@ -323,6 +323,7 @@ KILLED = """
         if choose.random() < 0.4:
             damage()
     assert not attempt()
+    print(f"{kills} kills in all")
 """
 
 
@@ -337,4 +338,4 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(straight,
     path = write_recipe(tmp_path / "run.yaml", small_model, **SMALL)
     output = kill_often(path, 5, tmp_path / "modules")
     assert_same(tmp_path / "run", straight)
-    assert output.count("killed") == 5
+    assert "5 kills in all" in output
