@@ -290,18 +290,21 @@ def read_jsonl(path: str | Path, skip_faulty: bool = False) -> Iterator[Record]:
         RecordError: naming file, line and field of the first wrong record.
     """
     skipped = 0
-    with Path(path).open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield _record_of_line(line, Path(path), f"{path} line {number}")
-            except RecordError as error:
-                if not skip_faulty:
-                    raise
-                skipped += 1
-                log_skipped(error, skipped)
+    for number, line in _lines_of(Path(path)):
+        try:
+            yield _record_of_line(line, Path(path), f"{path} line {number}")
+        except RecordError as error:
+            if not skip_faulty:
+                raise
+            skipped += 1
+            log_skipped(error, skipped)
     log_skipped_in_all(skipped, str(path))
+
+
+def _lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Give the lines that are not empty, with their numbers from 1."""
+    with path.open("rb") as lines:
+        yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
 def _record_of_line(line: bytes, path: Path, place: str) -> Record:

@@ -160,19 +160,19 @@ def places_in(value, path=()):
 
 
 @st.composite
-def mutated(draw, row):
+def mutated(choose, row):
     """A good row with one to three places removed, replaced, doubled or given another name."""
     row = copy.deepcopy(row)
-    for _ in range(draw(st.integers(1, 3))):
-        path = draw(st.sampled_from(list(places_in(row))))
+    for _ in range(choose(st.integers(1, 3))):
+        path = choose(st.sampled_from(list(places_in(row))))
         if not path:
-            if draw(st.integers(0, 9)) == 0:
-                return draw(VALUES)
+            if choose(st.integers(0, 9)) == 0:
+                return choose(VALUES)
             continue
         holder = row
         for key in path[:-1]:
             holder = holder[key]
-        change = draw(st.sampled_from(["remove", "replace", "rename", "wrap", "cut"]))
+        change = choose(st.sampled_from(["remove", "replace", "rename", "wrap", "cut"]))
         value = holder[path[-1]]
         if change == "remove":
             del holder[path[-1]]
@@ -183,7 +183,7 @@ def mutated(draw, row):
         elif change == "cut" and isinstance(value, str | bytes | list):
             holder[path[-1]] = value[: len(value) // 2]
         else:
-            holder[path[-1]] = draw(VALUES)
+            holder[path[-1]] = choose(VALUES)
     return row
 
 
