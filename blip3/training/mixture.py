@@ -32,6 +32,7 @@ from ..world.tasks import TASKS, rendered_record
 
 READERS: dict[str, Callable[..., Iterator[Record]]] = {
     "captions": readers.read_captions,
+    "fusions": readers.read_fusions,
     "grounding": readers.read_grounding,
     "interleaved": readers.read_interleaved,
     "ocr": readers.read_ocr,

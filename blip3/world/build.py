@@ -18,7 +18,7 @@ import io
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from .settings import WorldSettings, load_settings, with_defaults
 from .splits import SPLITS
 from .tasks import TASKS, rendered_records
 
-LAYOUTS = {
+LAYOUTS: dict[str, Callable[..., Any]] = {
     "hallusionbench": write_hallusionbench,
     "lmms-lab": write_lmms_lab,
     "pope": write_pope,

@@ -17,6 +17,7 @@ from blip3.data.images import MAX_PIXELS, ImageSource, RecordError
 from blip3.data.readers import (
     read_captions,
     read_coco,
+    read_fusions,
     read_grounding,
     read_hallusionbench,
     read_interleaved,
@@ -44,6 +45,7 @@ WORSE = {name: {"Rating": "1"} for name in RATINGS}
 CAPTIONS = [["A cat.", 0, False], ["A cat (in the center)", 1, True]]
 TURNS = [{"role": "user", "text": "<image>\nWhat?"}, {"role": "assistant", "text": "A cat."}]
 ROWS = {
+    "fusions": {"key": "k", "image": encoded(), "alt_text": "cat.jpg", "caption": "A cat."},
     "captions": {"uid": "a", "image": encoded(), "caption": "A cat."},
     "ocr": {"uid": "a", "key": "k", "image": {"bytes": encoded(), "path": None}, "captions": json.dumps(CAPTIONS)},
     "grounding": {"uid": "a", "image": "a.png", "captions": repr(CAPTIONS)},
@@ -120,6 +122,7 @@ def read_pope_rows(rows, folder, skip):
 
 READERS = {
     "captions": in_memory(read_captions),
+    "fusions": in_memory(read_fusions),
     "ocr": in_memory(read_ocr, granularities=None),
     "grounding": in_memory(read_grounding),
     "aligned": in_memory(read_interleaved),
@@ -229,6 +232,7 @@ def test_what_is_no_row_is_named(form, row, tmp_path):
         ("captions", "caption", 7),
         ("captions", "caption", b"\xff\xfe"),
         ("captions", "uid", {"a": 1}),
+        ("fusions", "alt_text", ["cat"]),
         ("ocr", "captions", "[" * 5000),
         ("ocr", "captions", {"a": 1}),
         ("aligned", "images", 3),

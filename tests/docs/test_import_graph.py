@@ -32,6 +32,8 @@ USED_FROM_OUTSIDE = {
     "evaluation.harness.vlguard_task": "the same",
     "conversion.random_checkpoint": "tests, in the package so that an installed wheel can be tried without weights",
     "engines.grounding.command": "the command of the data engines, by the engine's name",
+    "engines.hashes.command": "the command of the data engines, by the engine's name",
+    "engines.kale.command": "the command of the data engines, by the engine's name",
     "serving.endpoint": "handler.py at the root",
 }
 

@@ -3,6 +3,7 @@
 
 llava         read_mixture("mix.yaml"), read_llava_json          {file: num_samples} of LLaVA JSON
 captions      read_captions(...)                                 KALE, Datacomp, CC, SBU, VG
+              read_fusions(...)                                  KALE as a task: image and alt-text -> caption
               read_ocr(stream_rows("ocr/*.parquet"))             BLIP3-OCR
               read_grounding(...)                                BLIP3-GROUNDING
 interleaved   read_interleaved(...)                              OBELICS, MINT-1T, MMC4
@@ -18,7 +19,7 @@ message names the file or row and the field at fault; `skip_faulty=True` logs an
 """
 
 from .benchmarks import read_coco, read_hallusionbench, read_pope, read_vlguard
-from .captions import read_captions, read_grounding, read_ocr
+from .captions import read_captions, read_fusions, read_grounding, read_ocr
 from .interleaved import read_interleaved
 from .llava import read_llava_json, read_mixture
 from .preference import read_preferences
@@ -28,6 +29,7 @@ from .safety import read_safety
 __all__ = [
     "read_captions",
     "read_coco",
+    "read_fusions",
     "read_grounding",
     "read_hallusionbench",
     "read_interleaved",

@@ -221,6 +221,8 @@ def convert_rows(
 ) -> Iterator[Record]:
     """Convert rows one by one, raising or counting the faulty ones.
 
+    A row that a data engine wrote for an image that failed, or that a filter dropped, is passed over.
+
     Args:
         rows: mappings, or the `RecordError` of what could not be read.
         source: of the rows, for messages; `Rows` know their file themselves.
@@ -254,6 +256,8 @@ def convert_rows(
 def _converted(row: Any, place: str, convert: Callable[[Any, str], Iterable[Record]]) -> list[Record]:
     if isinstance(row, RecordError):
         raise row
+    if isinstance(row, dict) and (row.get("error") or row.get("filtered_by")):
+        return []
     if not isinstance(row, dict) or not all(isinstance(name, str) for name in row):
         raise fault(place, "(whole row)", row, "it must be an object with names", *OTHER_FORM)
     try:
@@ -349,13 +353,15 @@ def image_from(value: Any, place: str, name: str, folder: str = "") -> ImageSour
 
 
 def image_of(row: Row, place: str, folder: str) -> ImageSource:
-    """Find a row's image: a column of its own, or `key`.jpg in a folder that img2dataset filled."""
+    """Find a row's image: a column of its own, or in a folder `key`.jpg, as img2dataset fills it, or `key` itself."""
     for name in ("image", "jpg", "jpeg", "png", "webp"):
         if row.get(name) is not None:
             return image_from(row[name], place, name, folder)
     name = next((name for name in ("key", "__key__", "uid") if row.get(name)), "")
     if folder and name:
-        return image_from(f"{_a_name(row[name], place, name)}.jpg", place, name, folder)
+        key = _a_name(row[name], place, name)
+        is_file = Path(key).suffix.lower() in Image.registered_extensions()
+        return image_from(key if is_file else f"{key}.jpg", place, name, folder)
     return image_from(None, place, "image")
 
 
