@@ -147,7 +147,7 @@ def nested(depth: int) -> list:
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.just("\udc80\ud800"),
-    st.just("<|end|>"), st.just("\0"), st.just(10**400), st.just("[" * 3000), st.just(nested(150)),
+    st.just("<|end|>"), st.just("\0"), st.just(10**400), st.just("[" * 3000), st.builds(nested, st.just(60)),
 )  # fmt: skip
 VALUES = st.recursive(
     SCALARS, lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=4), inside), max_leaves=4
@@ -170,7 +170,7 @@ def mutated(choose, row):
         path = choose(st.sampled_from(list(places_in(row))))
         if not path:
             if choose(st.integers(0, 9)) == 0:
-                return choose(VALUES)
+                return copy.deepcopy(choose(VALUES))
             continue
         holder = row
         for key in path[:-1]:
@@ -186,7 +186,7 @@ def mutated(choose, row):
         elif change == "cut" and isinstance(value, str | bytes | list):
             holder[path[-1]] = value[: len(value) // 2]
         else:
-            holder[path[-1]] = choose(VALUES)
+            holder[path[-1]] = copy.deepcopy(choose(VALUES))
     return row
 
 
