@@ -77,7 +77,7 @@ def test_every_field_refuses_other_types(kind, values, tmp_path):
         ("learning_rate: .nan", "learning_rate nan but it must be a number, and a finite one"),
         ("learning_rate: 1e999", "learning_rate inf but it must be a number, and a finite one"),
         ("adam_beta2: 1", r"adam_beta2 1\.0 .* out of range"),
-        ("warmup_steps: -3", "warmup_steps -3 .* numbers 0 or more"),
+        ("warmup_steps: -3", "warmup_steps -3 .* numbers from 0 to"),
         ("keep_checkpoints: 0", "keep_checkpoints 0 but it must be a positive integer"),
         ("model: ''", "model '' but it must name a folder"),
         ("trainable: resampler", "trainable"),
