@@ -48,7 +48,15 @@ COMMANDS = {
     "posttraining": Command(
         "evaluation.posttraining", "score checkpoints before and after post-training", "evaluation"
     ),
+    "ablate": Command("evaluation.ablate", "train and score the rows of an ablation, and compare them", "evaluation"),
+    "write-tasks": Command(
+        "evaluation.harness.write_tasks", "write tasks for lmms-eval: few-shot, VLGuard", "evaluation"
+    ),
+    "neighbours": Command("evaluation.harness.neighbours", "find similar demonstrations for few shots", "evaluation"),
+    "vlmevalkit": Command("evaluation.harness.vlmevalkit", "run VLMEvalKit on a checkpoint", "evaluation"),
+    "collect": Command("evaluation.harness.collect", "make tables of what harnesses measured", "evaluation"),
     "verify": Command("evaluation.golden", "check weight files and outputs of the shipped models", "demo"),
+    "duplicates": Command("engines.filters.duplicates", "find images that look alike across shards", "engines"),
     "bench": Command("benchmarks.run", "measure speed and memory beside the peers", "benchmarks"),
 }
 
