@@ -264,7 +264,7 @@ def test_damaged_releases(tmp_path, tiny, capsys):
     assert "is not JSON" in error(lambda folder: (folder / "config.json").write_text("{"))
     assert "config.json does not exist" in error(lambda folder: (folder / "config.json").unlink())
     moved = {name: tensor for name, tensor in load_safely(tiny).items() if "to_q" not in name}
-    assert "shards" in error(lambda folder: save_file(moved, folder / second))
+    assert "stand in two files" in error(lambda folder: save_file(moved, folder / second))
     assert list(tmp_path.glob("out*")) == []
 
 
