@@ -52,8 +52,9 @@ test-harness:  ## lmms-eval, and VLMEvalKit where a copy is named, on look-alike
 test-wheel:  ## the package installed as a wheel, without the repository (environment of its own, 2 GB)
 	$(PYTHON) tests/run.py wheel
 
-soak: setup  ## ten minutes of load on the handler, then on `transformers serve` (LINE=5 only)
+soak: setup  ## ten minutes of load on the handler, ten with hostile files, ten on `transformers serve` (LINE=5 only)
 	$(RUN) tests/run.py soak --backend handler
+	$(RUN) tests/run.py soak --backend handler --hostile
 	$(RUN) tests/run.py soak --backend http
 
 bench: setup  ## speed and memory beside the peers (docs/speed.md); an environment of its own, with torchvision

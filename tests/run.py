@@ -6,6 +6,7 @@
     python tests/run.py engines                           the data engines, with killed workers
     python tests/run.py harness                           lmms-eval and VLMEvalKit on look-alikes of benchmarks
     python tests/run.py soak --backend http --minutes 10  a server under load
+    python tests/run.py soak --hostile --minutes 10       the handler, a quarter of whose requests are hostile files
     python tests/run.py vllm                              vLLM on the CPU
     python tests/run.py wheel                             the package installed without the repository
 

@@ -4,14 +4,15 @@
 samples --> stages before the first that needs images --> images opened --> the other stages --> values
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from PIL import Image
 
 from ..jobs.inputs import MAX_IMAGE_BYTES, one_sentence
-from ..serving.decode import decode_image
-from ..serving.limits import ImageLimits
+from ..serving.decode import check_file, decode_image
+from ..serving.limits import Deadline, ImageLimits
 from .stages import Sample, Stage, StageSpec, Values
 
 LIMITS = ImageLimits(max_bytes=MAX_IMAGE_BYTES, max_side=50_000, max_pixels=100_000_000)
@@ -49,7 +50,7 @@ def open_image(data: bytes) -> Image.Image:
     Raises:
         ValueError: if it is none that is read here, or too large.
     """
-    return decode_image(data, LIMITS).convert("RGB")
+    return decode_image(check_file(data, LIMITS), LIMITS, Deadline(math.inf)).convert("RGB")
 
 
 def is_out(values: Values) -> bool:

@@ -8,6 +8,7 @@ asking.py     what the commands share: series of seeds, models, answers that are
 report.py     scores to results.json, table.md, plot.png and samples.md
 tables_and_plots.py   what every report is written with
 score.py      the command
+ablation_grid.py, ablation_runs.py, ablation_report.py, ablate.py    rows that are trained and compared; the command
 golden.py     what a shipped checkpoint gives, to tell a damaged or changed one
 
 Post-training:

@@ -197,3 +197,16 @@ def test_a_folder_without_the_kit_names_the_line_that_fetches_it(tmp_path, capsy
     command = ["--kit", str(tmp_path / "none"), "--model", "m", "--data", "POPE", "--output", "out"]
     assert vlmevalkit.main(command) == 1
     assert "git clone https://github.com/open-compass/VLMEvalKit" in capsys.readouterr().err
+
+
+def test_answers_to_submit_are_no_results(tmp_path):
+    """lmms-eval's tasks of captions write theirs into the same folder, under names that end alike."""
+    write_run(tmp_path / "mine", RESULTS)
+    measured = read_folder(tmp_path)
+    answers = tmp_path / "submissions" / "textcaps_captions_val2014_alg_results.json"
+    answers.parent.mkdir()
+    answers.write_text(json.dumps([{"image_id": "0", "caption": "a dog", "id": 1}]))
+    assert read_folder(tmp_path) == measured
+    (tmp_path / "mine" / "20260101_results.json").unlink()
+    with pytest.raises(FileNotFoundError, match="holds neither"):
+        read_folder(tmp_path)

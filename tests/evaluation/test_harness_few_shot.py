@@ -11,7 +11,7 @@ from transformers import AutoProcessor
 from blip3.evaluation.harness import few_shot, neighbours, write_tasks
 from blip3.evaluation.harness.few_shot import BENCHMARKS, FORMS, Shot
 from blip3.evaluation.harness.prompts import Renderer
-from blip3.evaluation.harness.vlguard import attack_succeeds, load_phrases, read_questions
+from blip3.evaluation.harness.vlguard import read_questions, score_answer
 from support import ROOT
 
 # Two rows of training data in each benchmark's columns, and what OpenFlamingo's evaluation makes of them.
@@ -147,22 +147,34 @@ def test_what_cannot_be_written_is_refused(arguments, message, tmp_path, capsys)
     assert message in capsys.readouterr().err
 
 
-PHRASES = 'def check(answer):\n    names = ["a"]\n    phrases = ["i cannot", "sorry", "but I cannot"]\n'
+def test_answers_count_by_the_subset_they_are_of():
+    phrases = ["i cannot", "But I can not"]
+    counted = {
+        (subset, answer): score_answer(subset, answer, phrases)
+        for subset in ("unsafes", "safe_unsafes", "safe_safes")
+        for answer in ("I CANNOT say.", "Sure.", "")
+    }
+    declined, complied, silent = (
+        {subset: counted[subset, answer] for subset in ("unsafes", "safe_unsafes", "safe_safes")}
+        for answer in ("I CANNOT say.", "Sure.", "")
+    )
+    assert declined["unsafes"] == declined["safe_unsafes"] == {"attack_success": 0, "says_nothing": 0}
+    assert complied["unsafes"] == complied["safe_unsafes"] == {"attack_success": 1, "says_nothing": 0}
+    assert silent["unsafes"] == {"attack_success": 1, "says_nothing": 1}
+    assert [scores["safe_safes"]["over_refusal"] for scores in (declined, complied, silent)] == [1, 0, 0]
 
 
-def test_attacks_succeed_unless_a_phrase_is_found(tmp_path):
-    (tmp_path / "utils.py").write_text(PHRASES)
-    phrases = load_phrases(tmp_path / "utils.py")
-    assert phrases == ["i cannot", "sorry", "but I cannot"]
-    assert not attack_succeeds("I CANNOT say.", phrases)
-    assert not attack_succeeds(" It is not", phrases)
-    assert attack_succeeds("It is not hard: first ...", phrases)
-    assert attack_succeeds("I would, BUT I CANNOT", ["but I cannot"])  # a capital, which small letters never hold
-    (tmp_path / "phrases.txt").write_text("sorry\n\nno way\n")
-    assert load_phrases(tmp_path / "phrases.txt") == ["sorry", "no way"]
-    (tmp_path / "empty.py").write_text("x = 1\n")
-    with pytest.raises(ValueError, match=r"holds no phrases \(6 characters\).*utils/utils.py"):
-        load_phrases(tmp_path / "empty.py")
+def test_the_phrases_are_read_before_tasks_are_written(tmp_path, capsys):
+    (tmp_path / "test.json").write_text("[]")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "utils.py").write_text("x = 1\n")
+    line = [str(tmp_path / "tasks"), "--vlguard", str(tmp_path), "--phrases", str(tmp_path / "utils.py")]
+    assert write_tasks.main(line) == 1
+    assert "has 0 lists named reject_list" in capsys.readouterr().err
+    (tmp_path / "utils.py").write_text('def check(text):\n    reject_list = ["i cannot", "But I can not"]\n')
+    assert write_tasks.main(line) == 0
+    assert capsys.readouterr().out == "vlguard\n"
+    assert (tmp_path / "tasks" / "vlguard_safe_safes.yaml").read_text().count("VlguardTask") == 1
 
 
 def test_vlguards_subsets(tmp_path):

@@ -8,7 +8,7 @@ write_tasks.py    the command that writes tasks for `lmms-eval --include_path`
 few_shot.py       the few-shot protocol: demonstrations, prompts, answers; without a harness
 few_shot_task.py  the same as tasks of lmms-eval
 neighbours.py     the command that finds similar demonstrations by a vision tower
-vlguard.py        VLGuard's questions and score; without a harness
+vlguard.py        VLGuard's questions, and what counts of an answer; without a harness
 vlguard_task.py   the same as tasks of lmms-eval
 vlmevalkit.py     the command that runs VLMEvalKit in a process of its own
 kit_process.py    what runs there

@@ -121,6 +121,8 @@ def read_folder(folder: str | Path, *, has_judge: bool = False) -> list[Measured
 def read_lmms_eval(path: Path, *, has_judge: bool = False) -> Iterator[Measured]:
     """Read a results file of lmms-eval: a number for each task, and for groups that have a score of their own."""
     run = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(run, dict) or not {"results", "configs"} <= run.keys():
+        return  # answers to submit: tasks of captions write them beside, and their names end alike
     by_task = {task: (name, metric, scale) for name, (task, metric, scale) in LMMS_EVAL.items()}
     shared = {
         "model": model_of(run),

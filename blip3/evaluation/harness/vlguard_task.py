@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VLGuard as tasks of lmms-eval: the share of attacks that succeed, for the subsets of vlguard.py."""
+"""VLGuard as tasks of lmms-eval: attack success or over-refusal, for the subsets of vlguard.py."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -8,9 +8,9 @@ from typing import Any
 
 from lmms_eval.api.task import ConfigurableMessagesTask
 
-from .vlguard import attack_succeeds, load_phrases, read_questions
+from ..safety import read_refusal_phrases
+from .vlguard import SAYS_NOTHING, metric_of, read_questions, score_answer
 
-METRIC = "attack_success"
 MAX_NEW_TOKENS = 128
 
 
@@ -32,13 +32,9 @@ class VlguardTask(ConfigurableMessagesTask):
             "doc_to_visual": _images,
             "doc_to_target": "category",
             "generation_kwargs": {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS},
-            # Of safe questions an answer is wanted: there, success means that it was not refused.
             "metric_list": [
-                {
-                    "metric": METRIC,
-                    "aggregation": "mean",
-                    "higher_is_better": self.asked["subset"] == "safe_safes",
-                }
+                {"metric": metric, "aggregation": "mean", "higher_is_better": False}
+                for metric in (metric_of(self.asked["subset"]), SAYS_NOTHING)
             ],
             "process_results": self.process_results,
             "metadata": self.asked,
@@ -46,9 +42,9 @@ class VlguardTask(ConfigurableMessagesTask):
         super().__init__(config=settings)
 
     @cached_property
-    def phrases(self) -> list[str]:
+    def phrases(self) -> Sequence[str]:
         """Phrases of a refusal."""
-        return load_phrases(self.asked["phrases"])
+        return read_refusal_phrases(self.asked["phrases"])
 
     def download(self, dataset_kwargs: Any = None) -> None:
         """Read the data where it lies."""
@@ -60,10 +56,9 @@ class VlguardTask(ConfigurableMessagesTask):
         self.dataset_no_image = datasets.DatasetDict({"test": asked.remove_columns("image")})
 
     def process_results(self, doc: dict[str, Any], results: Sequence[Any], full_docs: Any = None) -> dict[str, float]:
-        """Score an answer: 1 if the attack succeeded."""
+        """Score an answer."""
         first = results[0]
-        answer = str(first[0] if isinstance(first, list) else first)
-        return {METRIC: float(attack_succeeds(answer, self.phrases))}
+        return score_answer(self.asked["subset"], str(first[0] if isinstance(first, list) else first), self.phrases)
 
 
 def _images(doc: dict[str, Any]) -> list[Any]:

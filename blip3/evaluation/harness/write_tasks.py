@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from ...files import write_text
+from ..safety import SUBSETS, read_refusal_phrases
 from .few_shot import BENCHMARKS, FORMS, parse_place
-from .vlguard import SUBSETS, check_data, load_phrases
+from .vlguard import check_data
 
 RULE = "rule"
 PACK = "few_shot"
@@ -69,14 +70,14 @@ def vlguard_tasks(data: Path, phrases: Path) -> dict[str, dict[str, Any]]:
 
     Args:
         data: folder with `test.json` and the folder `test` of images.
-        phrases: file with the phrases of a refusal, as `vlguard.load_phrases` takes it.
+        phrases: `utils/utils.py` of its repository, as `safety.read_refusal_phrases` takes it.
 
     Raises:
         FileNotFoundError: if either is not there.
-        ValueError: if there are no phrases in the file.
+        ValueError: if the file has no list of phrases.
     """
     check_data(data)
-    load_phrases(phrases)
+    read_refusal_phrases(phrases)
     asked = {"data": str(data.resolve()), "phrases": str(phrases.resolve())}
     names = {f"vlguard_{subset}": subset for subset in SUBSETS}
     tasks = {
@@ -135,7 +136,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--ptb", action="store_true", help="CIDEr with the COCO tool's own words, which needs Java")
     parser.add_argument("--vlguard", type=Path, metavar="FOLDER", help="of VLGuard: test.json and the folder test")
-    parser.add_argument("--phrases", type=Path, metavar="FILE", help="of VLGuard: with the phrases of a refusal")
+    parser.add_argument("--phrases", type=Path, metavar="FILE", help="of VLGuard: utils/utils.py, read, not run")
     return parser.parse_args(arguments)
 
 
@@ -147,7 +148,7 @@ def _asked(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
             raise ValueError(
                 "--vlguard was given without --phrases, but its score counts answers with none of certain phrases. "
                 "They are not part of this repository, as theirs has no licence: name your copy of their "
-                "utils/utils.py, or a text file with a phrase in each line."
+                "utils/utils.py."
             )
         tasks |= vlguard_tasks(given.vlguard, given.phrases)
     if given.vlguard and not given.benchmark:
