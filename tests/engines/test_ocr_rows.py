@@ -145,7 +145,7 @@ def line_of(*strings: tuple[str, int], rules: tuple[int, ...] = (), width: int =
 
 
 def test_cells_are_told_apart_by_rules_and_wide_gaps():
-    assert find_strings(line_of(("383", 10), ("two words", 80))) != []
+    assert len(find_strings(line_of(("383", 10), ("two words", 110)))) == 2
     cells = find_strings(line_of(("383", 10), ("284", 70), ("335", 130), rules=(60, 120), width=200))
     assert [(left // 60, right // 60) for left, _, right, _ in cells] == [(0, 0), (1, 1), (2, 2)]
     left, top, right, bottom = text_box("383", "Aileron", 24)
@@ -154,6 +154,7 @@ def test_cells_are_told_apart_by_rules_and_wide_gaps():
 
 def test_words_of_a_line_stay_together():
     assert find_strings(line_of(("The quick brown fox", 10), width=260)) == []
+    assert find_strings(line_of(("justified", 10), ("print", 130), width=220)) == []
     assert find_strings(line_of(("lIl1l |lI", 10), width=120)) == [], "strokes of letters are no rules"
     assert find_strings(np.full((40, 300, 3), 200, np.uint8)) == []
     noise = np.random.default_rng(0).integers(0, 255, (40, 300, 3), dtype=np.uint8)

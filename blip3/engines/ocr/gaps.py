@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Strings side by side, such as the cells of a table, which a detector took for one line.
 
-They are told apart by what stands between them: a rule from top to bottom of the line, or a gap as wide as the letters
+They are told apart by what stands between them: a rule from top to bottom of the line, or a gap wider than the letters
 are high. A space between two words is neither.
 """
 
@@ -15,8 +15,9 @@ _RULE = 0.12
 """Of that contrast: a blank column that differs so much from those beside it is a rule."""
 _MARGIN = 0.1
 """Share of the line's height left out above and below, where its neighbours may reach in."""
-_WIDE_GAP = 0.5
-"""Share of the line's height, which a detector grew to twice the letters' own."""
+_WIDE_GAP = 1.0
+"""Share of the height of a line as it was detected, which is a fifth or more above that of its letters. Spaces of
+justified print reach two thirds of it."""
 _WIDEST_RULE = 0.2
 """Share of the line's height."""
 
