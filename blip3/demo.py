@@ -121,13 +121,13 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         SystemExit: with one line, if there is no such file or it is no image.
     """
-    try:
-        return ImageSource(path=str(path)).open()
-    except FileNotFoundError:
+    if not path.exists():
         raise SystemExit(
             f"error: The image {str(path)!r} cannot be opened: no such file. An image file is expected. The name is "
             "probably misspelt or starts in another folder: correct it, or pass the whole path."
-        ) from None
+        )
+    try:
+        return ImageSource(path=str(path)).open()
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
 

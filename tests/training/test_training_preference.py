@@ -194,7 +194,7 @@ def test_both_terms_teach_and_the_reference_stays(adapted, processor, records, a
     learned = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-2)
     rewards = []
-    for _ in range(8):
+    for _ in range(16):
         loss, figures = objective(adapted, batch)
         loss.backward()
         optimizer.step()
