@@ -7,13 +7,35 @@ The files of the model (`*_blip3.py`) import nothing of this package and word th
 import difflib
 import math
 import reprlib
+import sys
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 SLIP = "It was probably left empty, written as text or meant to mean 'no limit': write a plain number"
+
+
+def exit_status(command: Callable[[], Any], *refusals: type[Exception]) -> int:
+    """Run a command that continues when it is given again.
+
+    Args:
+        command: gives its status; anything but a number is 0.
+        refusals: what it raises for a user to read.
+
+    Returns:
+        its status, 1 after printing an error, or 130 when interrupted.
+    """
+    try:
+        status = command()
+        return status if isinstance(status, int) else 0
+    except refusals as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted: the same command continues.\n")
+        return 130
 
 
 def did_you_mean(given: Any, known: Iterable[str], otherwise: str) -> str:

@@ -9,13 +9,14 @@ parquet file, complete or absent; the same command continues. docs/engines.md ha
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from ..refusals import did_you_mean
+from ..refusals import did_you_mean, exit_status
 from .run import TEXT_COLUMNS, RunSettings, run_engine
 from .stages import EnginePlan
 
@@ -40,14 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = did_you_mean(name, known, "Without a subcommand, they are listed.")
         print(f"error: The subcommand is {name!r} but must be one of {', '.join(known)}. {hint}", file=sys.stderr)
         return 2
-    try:
-        return run_command(name, rest) if name in ENGINES else COMMANDS[name][1](rest)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted: the same command continues.", file=sys.stderr)
-        return 130
+    run = functools.partial(run_command, name) if name in ENGINES else COMMANDS[name][1]
+    return exit_status(lambda: run(rest), ValueError, OSError, ImportError, RuntimeError)
 
 
 def usage() -> str:

@@ -24,6 +24,7 @@ import yaml
 
 from ..checkpoints import fingerprint
 from ..files import only_writer
+from ..refusals import exit_status
 from .ablation_grid import Grid, Row, load_grid
 from .ablation_report import ScoredRow, write_ablation
 from .ablation_runs import is_made, make_checkpoint, places_of
@@ -187,17 +188,11 @@ def _overrides(given: Sequence[str]) -> Mapping[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line: 0, 1 after printing an error, or 130 when interrupted."""
     settings, is_plan = parse_arguments(arguments)
-    try:
-        if is_plan:
-            print(plan_of(settings))
-            return 0
-        ablate(settings)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted: the same command continues.", file=sys.stderr)
-        return 130
+    errors = (ValueError, OSError, ImportError, RuntimeError)
+    if is_plan:
+        return exit_status(lambda: print(plan_of(settings)), *errors)
+    if status := exit_status(lambda: ablate(settings), *errors):
+        return status
     print((settings.output / "table.md").read_text(encoding="utf-8").strip())
     print(f"\n{settings.output / 'table.md'}, results.json, plot.png")
     return 0

@@ -5,6 +5,7 @@ FOLDER/request.json                     what was asked for; other settings in th
 FOLDER/predictions/MODEL/NAME.jsonl     every answer; complete files are kept, unfinished ones continued
 """
 
+import argparse
 import json
 import platform
 import re
@@ -15,11 +16,12 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..answering import DTYPES
 from ..checkpoints import fingerprint
 from ..files import UNFINISHED, JsonLines, read_json_lines, to_json, write_json, write_json_lines
 from ..jobs.output import check_settings
 from ..refusals import check_choice
-from ..world.settings import with_defaults
+from ..world.settings import WorldSettings, load_settings, with_defaults
 from .answer import Respondent
 from .tasks import Question
 
@@ -49,9 +51,6 @@ def seed_of_series(series: str, seed: int) -> int:
             "in the series."
         )
     return seed + FIRST_REPORTED_SEED * (series == REPORT)
-
-
-_REMEDY = "delete the file, its questions are then asked again"
 
 
 def _ask(respondent: Respondent, path: Path, questions: Sequence[Question], batch_size: int, description: str) -> None:
@@ -98,6 +97,56 @@ def read_answers(path: Path, questions: Sequence[Question]) -> list[str]:
             "changed since: delete the file to ask again, or name another output."
         )
     return [line["answer"] for line in lines]
+
+
+def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Add the options that every scoring command has.
+
+    Args:
+        parser: of the command.
+        max_new_tokens: of one answer by default.
+    """
+    add = parser.add_argument
+    add("--subfolder", default="", help="inside each folder (default: none)")
+    add(
+        "--world", type=Path, metavar="FILE", help="YAML of world settings (default: those of blip3/world/settings.py)"
+    )
+    add("--count", type=int, default=1000, help="questions of each rendered task (default: 1000)")
+    add("--series", choices=SERIES, default=CHOOSE, help="what the numbers are for (default: choose)")
+    add("--seed", type=int, default=0, help="number of the seed within its series (default: 0)")
+    add(
+        "--base-resolution",
+        nargs="*",
+        metavar="NAME",
+        help="show these models (without names: all) each image as its global view alone (default: as each model's "
+        "image processor is configured)",
+    )
+    add("--batch-size", type=int, default=16, help="questions at once (default: 16)")
+    add("--max-new-tokens", type=int, default=max_new_tokens, help="tokens of one answer (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's (default: auto)")
+    add("--device", default="auto", help="cpu, cuda, ... (default: a GPU where there is one)")
+    add("--output", type=Path, required=True, metavar="FOLDER", help="for answers and report; continued if there")
+
+
+def read_options(given: argparse.Namespace, models: Sequence[str]) -> dict[str, Any]:
+    """Give the fields of a command's settings that `add_options` asks for, and its models.
+
+    Args:
+        given: as parsed.
+        models: as `parse_models` takes them.
+
+    Raises:
+        ValueError: for models or a world that are refused.
+        OSError: if the world's file cannot be read.
+    """
+    named = parse_models(models, given.subfolder)
+    same = ("output", "count", "seed", "series", "subfolder", "batch_size", "max_new_tokens", "dtype", "device")
+    return {
+        **{name: getattr(given, name) for name in same},
+        "models": named,
+        "world": WorldSettings() if given.world is None else load_settings(given.world),
+        "base_resolution": () if given.base_resolution is None else tuple(given.base_resolution or named),
+    }
 
 
 def parse_models(given: Sequence[str], subfolder: str = "") -> dict[str, Path]:

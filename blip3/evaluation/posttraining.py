@@ -24,19 +24,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..answering import DTYPES, pick_device
-from ..refusals import check_choice, check_positive
-from ..world.settings import WorldSettings, load_settings
+from ..answering import pick_device
+from ..refusals import check_choice, check_positive, exit_status
+from ..world.settings import WorldSettings
 from .answer import Checkpoint, Respondent
 from .asking import (
     CHOOSE,
     REPORT,
-    SERIES,
+    add_options,
     answers_of,
     check_request,
     describe_models,
     made_with,
-    parse_models,
+    read_options,
     seed_of_series,
 )
 from .grader import ChatGrader, Grader, StringParser
@@ -210,8 +210,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m blip3.evaluation.posttraining", description=summary)
     add = parser.add_argument
     add("models", nargs="+", metavar="[NAME=]FOLDER", help="checkpoints; differences are taken from the first")
-    add("--subfolder", default="", help="inside each folder (default: none)")
-    add("--world", type=Path, metavar="FILE", help="YAML of world settings (default: blip3/world/settings.py)")
     add(
         "--task",
         nargs="+",
@@ -229,15 +227,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar=("URL", "MODEL"),
         help="OpenAI-compatible, for HallusionBench (default: a string parser, which each score names)",
     )
-    add("--series", choices=SERIES, default=CHOOSE, help="what the numbers are for (default: choose)")
-    add("--count", type=int, default=1000, help="questions of each rendered task (default: 1000)")
-    add("--seed", type=int, default=0, help="number of the seed within its series (default: 0)")
-    add("--base-resolution", nargs="*", metavar="NAME", help="models shown the global view alone (without names: all)")
-    add("--batch-size", type=int, default=16, help="questions at once (default: 16)")
-    add("--max-new-tokens", type=int, default=256, help="tokens of one answer (default: 256)")
-    add("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's (default: auto)")
-    add("--device", default="auto", help="cpu, cuda, ... (default: a GPU where there is one)")
-    add("--output", type=Path, required=True, metavar="FOLDER", help="for answers and report; continued if there")
+    add_options(parser, max_new_tokens=256)
     return parser
 
 
@@ -246,27 +236,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PostTrainingSetti
     parser = make_parser()
     given = parser.parse_args(arguments)
     try:
-        models = parse_models(given.models, given.subfolder)
-        base = () if given.base_resolution is None else tuple(given.base_resolution or models)
         paths = {name: getattr(given, name) for name in PUBLISHED if getattr(given, name)}
         tasks = (*RENDERED, *KEPT) if "all" in given.task else tuple(dict.fromkeys(given.task))
         return PostTrainingSettings(
-            models=models,
-            output=given.output,
+            **read_options(given, given.models),
             tasks=tuple(task for task in tasks if task != "none"),
             published={name: Files(tuple(files[:-1]), files[-1]) for name, files in paths.items()},
             phrases=given.vlguard_phrases,
             grader=ChatGrader(*given.grader) if given.grader else StringParser(),
-            world=WorldSettings() if given.world is None else load_settings(given.world),
-            count=given.count,
-            seed=given.seed,
-            series=given.series,
-            base_resolution=base,
-            subfolder=given.subfolder,
-            batch_size=given.batch_size,
-            max_new_tokens=given.max_new_tokens,
-            dtype=given.dtype,
-            device=given.device,
         )
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -275,14 +252,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PostTrainingSetti
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line: 0, 1 after printing an error, or 130 when interrupted."""
     settings = parse_arguments(arguments)
-    try:
-        score(settings)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted: the same command continues.", file=sys.stderr)
-        return 130
+    if status := exit_status(lambda: score(settings), ValueError, OSError, ImportError):
+        return status
     print((settings.output / "table.md").read_text(encoding="utf-8"))
     print(f"{settings.output / 'table.md'}, results.json, samples.md")
     return 0

@@ -20,18 +20,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..answering import DTYPES, pick_device
-from ..refusals import check_choice, check_positive
-from ..world.settings import WorldSettings, load_settings
+from ..answering import pick_device
+from ..refusals import check_choice, check_positive, exit_status
+from ..world.settings import WorldSettings
 from .answer import Checkpoint, Respondent
 from .asking import (
     CHOOSE,
-    SERIES,
+    add_options,
     answers_of,
     check_request,
     describe_models,
     made_with,
-    parse_models,
+    read_options,
     seed_of_series,
 )
 from .report import Result, write_report
@@ -199,46 +199,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ScoreSettings:
     parser = argparse.ArgumentParser(prog="python -m blip3.evaluation.score", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", nargs="+", required=True, metavar="[NAME=]FOLDER", help="checkpoints, side by side in one table")
-    add("--subfolder", default="", help="inside each folder (default: none)")
-    add(
-        "--world", type=Path, metavar="FILE", help="YAML of world settings (default: those of blip3/world/settings.py)"
-    )
     add("--task", nargs="+", choices=["all", *TASKS], default=["all"], help="tasks (default: all)")
-    add("--count", type=int, default=1000, help="questions of each task (default: 1000)")
-    add("--series", choices=SERIES, default=CHOOSE, help="what the numbers are for (default: choose)")
-    add("--seed", type=int, default=0, help="number of the seed within its series (default: 0)")
     add("--shots", type=int, nargs="+", default=[0, 4, 8], help="of the task rule, a row each (default: 0 4 8)")
-    add(
-        "--base-resolution",
-        nargs="*",
-        metavar="NAME",
-        help="show these models (without names: all) each image as its global view alone (default: as each model's "
-        "image processor is configured)",
-    )
-    add("--batch-size", type=int, default=16, help="questions at once (default: 16)")
-    add("--max-new-tokens", type=int, default=48, help="tokens of one answer (default: 48)")
-    add("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's (default: auto)")
-    add("--device", default="auto", help="cpu, cuda, ... (default: a GPU where there is one)")
-    add("--output", type=Path, required=True, metavar="FOLDER", help="for answers and report; continued if there")
+    add_options(parser, max_new_tokens=48)
     given = parser.parse_args(arguments)
     try:
-        models = parse_models(given.model, given.subfolder)
-        base = () if given.base_resolution is None else tuple(given.base_resolution or models)
         return ScoreSettings(
-            models=models,
-            output=given.output,
+            **read_options(given, given.model),
             tasks=tuple(TASKS) if "all" in given.task else tuple(dict.fromkeys(given.task)),
-            world=WorldSettings() if given.world is None else load_settings(given.world),
-            count=given.count,
-            seed=given.seed,
-            series=given.series,
             shots=tuple(sorted(set(given.shots))),
-            base_resolution=base,
-            subfolder=given.subfolder,
-            batch_size=given.batch_size,
-            max_new_tokens=given.max_new_tokens,
-            dtype=given.dtype,
-            device=given.device,
         )
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -247,14 +216,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ScoreSettings:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line: 0, 1 after printing an error, or 130 when interrupted."""
     settings = parse_arguments(arguments)
-    try:
-        score(settings)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted: the same command continues.", file=sys.stderr)
-        return 130
+    if status := exit_status(lambda: score(settings), ValueError, OSError, ImportError):
+        return status
     table = (settings.output / "table.md").read_text(encoding="utf-8")
     print(table.split("\n## ")[0].strip())
     print(f"\n{settings.output / 'table.md'}, results.json, plot.png, samples.md")

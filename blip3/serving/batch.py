@@ -36,7 +36,7 @@ from ..checkpoints import CODE_FILES, GOLDEN_FILE, fingerprint, folder_of, locat
 from ..jobs.inputs import Columns, one_sentence, plan_rows, read_image
 from ..jobs.output import MANIFEST, Output
 from ..jobs.ray_run import Summary, check_ray, line_table, run
-from ..refusals import check_choice, check_positive
+from ..refusals import check_choice, check_positive, exit_status
 
 ENGINES = ("transformers", "vllm")
 ANSWERS = "answers.jsonl"
@@ -369,15 +369,7 @@ def parse_args(argv: list[str] | None = None) -> BatchSettings:
 def main(argv: list[str] | None = None) -> int:
     """Run; return 0 (also with images reported as errors), 1 after printing an error, or 130 when interrupted."""
     settings = parse_args(argv)
-    try:
-        print(run_batch(settings))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted: the same command continues.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: print(run_batch(settings)), ValueError, OSError, ImportError, RuntimeError)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,41 @@ def run_pytest(
     return subprocess.run(command, cwd=ROOT, env=os.environ | dict(variables), check=False).returncode
 
 
+def run_in_environment(
+    description: str,
+    environment: Path,
+    constraints: Path,
+    packages: Sequence[str],
+    harmful: Sequence[str],
+    advice: str,
+    folder: Path,
+    variables: Mapping[str, str],
+) -> int:
+    """Read the command line, make the environment, run a folder of tests in it.
+
+    Args:
+        description: of the command.
+        environment: folder.
+        constraints: pins.
+        packages: to install.
+        harmful: what they bring and must be removed again.
+        advice: end of the message when pip fails.
+        folder: of tests.
+        variables: of their environment.
+
+    Returns:
+        pytest's status; 2 when the environment cannot be made.
+    """
+    expression = parse_expression(description)
+    install = ["install", "--quiet", "--constraint", str(constraints), *packages]
+    try:
+        make_environment(environment, constraints, [install, ["uninstall", "-y", *harmful]], advice)
+    except (OSError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return run_pytest(environment, expression, [folder], variables)
+
+
 def check_nothing_was_skipped(report: Path, may_lack: Sequence[str] = ()) -> int:
     """Read pytest's report; returns 1 if a test was skipped, which must not happen where everything is installed.
 

@@ -80,61 +80,59 @@ class CaptionLength:
         return [{} if fit else {"filtered_by": "caption_length"} for fit in fits]
 
 
-class Confidence:
-    """Drops lines that the reader is not sure of.
+class _Lines:
+    """Drops lines of which something is less than a bound; a subclass says what.
 
     Args:
-        least: confidence, of 0 to 1.
+        least: of 0 to 1.
     """
 
     needs_images = False
+    name: str
+    """Of the filter, for the counts."""
 
     def __init__(self, least: float):
         self.least = least
 
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
-        """Drop lines by `confidence`."""
+        """Drop lines by the filter's name."""
         return [
-            drop_entries(sample, "confidence", lambda entry: entry["confidence"] >= self.least) for sample in samples
+            drop_entries(sample, self.name, lambda entry: self.share_of(entry) >= self.least) for sample in samples
         ]
 
-
-class Letters:
-    """Drops lines of marks: `***`, `--|`.
-
-    Args:
-        least: share of letters and digits among what is no blank, of 0 to 1.
-    """
-
-    needs_images = False
-
-    def __init__(self, least: float):
-        self.least = least
-
-    def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
-        """Drop lines by `letters`."""
-        return [
-            drop_entries(sample, "letters", lambda entry: letters(entry["text"]) >= self.least) for sample in samples
-        ]
+    def share_of(self, entry: Entry) -> float:
+        """Give what is compared, of 0 to 1."""
+        raise NotImplementedError
 
 
-class TextArea:
-    """Drops lines that are too small to be read.
+class Confidence(_Lines):
+    """Drops lines that the reader is not sure of."""
 
-    Args:
-        least: share of the image's area, of 0 to 1.
-    """
+    name = "confidence"
 
-    needs_images = False
+    def share_of(self, entry: Entry) -> float:
+        """Give the reader's confidence."""
+        return entry["confidence"]
 
-    def __init__(self, least: float):
-        self.least = least
 
-    def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
-        """Drop lines by `text_area`."""
-        return [
-            drop_entries(sample, "text_area", lambda entry: area(entry["bbox"]) >= self.least) for sample in samples
-        ]
+class Letters(_Lines):
+    """Drops lines of marks: `***`, `--|`."""
+
+    name = "letters"
+
+    def share_of(self, entry: Entry) -> float:
+        """Give the share of letters and digits among what is no blank."""
+        return letters(entry["text"])
+
+
+class TextArea(_Lines):
+    """Drops lines that are too small to be read."""
+
+    name = "text_area"
+
+    def share_of(self, entry: Entry) -> float:
+        """Give the share of the image's area."""
+        return area(entry["bbox"])
 
 
 class TextLanguage:

@@ -12,9 +12,7 @@ it and the interpreter of an environment with its requirements; without them the
 pytest's; 2 when the environment cannot be made.
 """
 
-import sys
-
-from ..own_environment import ROOT, make_environment, parse_expression, run_pytest
+from ..own_environment import ROOT, run_in_environment
 
 ENVIRONMENT = ROOT / ".venv-harness"
 CONSTRAINTS = ROOT / "constraints" / "harness.txt"
@@ -26,11 +24,6 @@ VARIABLES = {"BLIP3_HARNESS_TESTS": "1", "HF_HUB_OFFLINE": "1"}  # conftest.py c
 
 def main() -> int:
     """Make the environment, run the tests."""
-    expression = parse_expression("Run harnesses on the small model and look-alikes of benchmarks.")
-    install = ["install", "--quiet", "--constraint", str(CONSTRAINTS), *PACKAGES]
-    try:
-        make_environment(ENVIRONMENT, CONSTRAINTS, [install, ["uninstall", "-y", *HARMFUL]], ADVICE)
-    except (OSError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return run_pytest(ENVIRONMENT, expression, [ROOT / "tests" / "environments" / "harness"], VARIABLES)
+    folder = ROOT / "tests" / "environments" / "harness"
+    description = "Run harnesses on the small model and look-alikes of benchmarks."
+    return run_in_environment(description, ENVIRONMENT, CONSTRAINTS, PACKAGES, HARMFUL, ADVICE, folder, VARIABLES)

@@ -10,9 +10,7 @@ torch; where the package index has the CUDA build only, set PIP_EXTRA_INDEX_URL=
 The exit status is pytest's; 2 when the environment cannot be made.
 """
 
-import sys
-
-from ..own_environment import ROOT, make_environment, parse_expression, run_pytest
+from ..own_environment import ROOT, run_in_environment
 
 ENVIRONMENT = ROOT / ".venv-vllm"
 CONSTRAINTS = ROOT / "constraints" / "vllm.txt"
@@ -35,11 +33,6 @@ VARIABLES = {
 
 def main() -> int:
     """Make the environment, run the tests."""
-    expression = parse_expression("Serve converted folders with vLLM on the CPU and compare answers.")
-    install = ["install", "--quiet", "--constraint", str(CONSTRAINTS), *PACKAGES]
-    try:
-        make_environment(ENVIRONMENT, CONSTRAINTS, [install, ["uninstall", "-y", *HARMFUL]], ADVICE)
-    except (OSError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return run_pytest(ENVIRONMENT, expression, [ROOT / "tests" / "environments" / "on_vllm"], VARIABLES)
+    folder = ROOT / "tests" / "environments" / "on_vllm"
+    description = "Serve converted folders with vLLM on the CPU and compare answers."
+    return run_in_environment(description, ENVIRONMENT, CONSTRAINTS, PACKAGES, HARMFUL, ADVICE, folder, VARIABLES)
