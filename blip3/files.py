@@ -14,6 +14,7 @@ Whoever reads `path` sees the earlier file or the whole new one. A kill may leav
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -42,6 +43,12 @@ def writing(path: str | Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's sha256 in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: str | Path) -> None:

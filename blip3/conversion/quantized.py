@@ -13,10 +13,9 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ..files import write_json, write_text
+from ..files import sha256_of, write_json, write_text
 from ..refusals import list_names
 from .configs import Checkpoint, read_json
-from .replace import sha256_of
 
 REQUIREMENTS = {
     "bitsandbytes": ("accelerate>=1.10", "bitsandbytes>=0.46.1"),

@@ -11,7 +11,6 @@ output and tells our files from the user's:
 """
 
 import contextlib
-import hashlib
 import os
 import secrets
 import shutil
@@ -19,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..checkpoints import GOLDEN_FILE
-from ..files import sync_folder, write_text
+from ..files import sha256_of, sync_folder, write_text
 from ..refusals import list_names
 from .configs import optional_json
 from .tensors import progress_bar
@@ -101,12 +100,6 @@ def write_manifest(folder: Path) -> None:
             lines.append(f"{sha256_of(folder / name)}  {name}\n")
             progress.update((folder / name).stat().st_size)
     write_text(folder / MANIFEST, "".join(lines))
-
-
-def sha256_of(path: Path) -> str:
-    """Return a file's sha256 in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def are_weights_as_written(folder: Path) -> bool:

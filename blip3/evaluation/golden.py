@@ -12,7 +12,6 @@ The file belongs to its weights: nothing copies it to another folder, and `blip3
 """
 
 import argparse
-import hashlib
 import json
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from safetensors.torch import save_file
 from transformers import AutoProcessor
 
 from ..checkpoints import CODE_FILES, GOLDEN_FILE, folder_of, load_model, locate
+from ..files import sha256_of
 from ..hub import ROOT
 
 SHIPPED = (ROOT, ROOT / "base")
@@ -105,11 +105,7 @@ def compute(model: Any, processor: Any) -> dict[str, torch.Tensor]:
 
 def checksums(folder: Path) -> dict[str, str]:
     """Give the sha256 of each weight file, as hexadecimal digits, by name."""
-    found = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {path.name: sha256_of(path) for path in sorted(folder.glob("model*.safetensors"))}
 
 
 def write_golden(folder: Path, code: Path | None = None) -> Path:

@@ -9,7 +9,6 @@ damaged later. Either is passed over, with a line in the log, and written again 
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 
 from transformers import set_seed
 
-from ..files import only_writer_in, remove_unfinished, sync_folder, write_json
+from ..files import only_writer_in, remove_unfinished, sha256_of, sync_folder, write_json
 from .recipe import RunRecipe, load_recipe, save_recipe
 
 SAVED_RECIPE = "recipe.yaml"
@@ -155,7 +154,7 @@ def what_is_wrong(folder: Path) -> str:
             return f"{name} is not there"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size:,} bytes but was written with {size}"
-        if _sha256(path) != digest:
+        if sha256_of(path) != digest:
             return f"{name} has other contents than were written"
     return "" if expected else f"its {MANIFEST} names no file"
 
@@ -164,14 +163,10 @@ def write_manifest(folder: Path) -> None:
     """Write down what a checkpoint consists of, once all of it is there."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     values = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in files
     }
     write_json(folder / MANIFEST, {"files": values})
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove_checkpoint(folder: Path) -> None:
