@@ -304,8 +304,8 @@ def check_original_form(config: dict) -> bool:
     if not is_first and (tower != "siglip_vision_model" or not hides or asks):
         raise ValueError(
             f"The model has a {tower}, hide_padding {hides} and num_text_queries {int(asks)}, but the original "
-            "layouts are SigLIP with hidden padding (r-v1.5) and CLIP that reads it (r-v1). It was probably built anew "
-            "from parts: it has no original form."
+            "layouts are SigLIP with hidden padding (r-v1.5) and CLIP that reads it (r-v1). It was probably built "
+            "anew from parts: it has no original form."
         )
     return is_first
 
