@@ -47,6 +47,30 @@ def one_cache(cache: Any, past_key_values: Any) -> Any:
     return past_key_values
 
 
+def check_query_ids(query_ids: torch.Tensor | None, num_images: int, width: int) -> None:
+    """Refuse text queries that are missing, not asked for, or not one row per image.
+
+    Args:
+        query_ids: (I, W), or None.
+        num_images: I.
+        width: the most there may be, `num_text_queries`; 0 where images depend on no prompt.
+
+    Raises:
+        ValueError: naming what came.
+    """
+    if not width and query_ids is None:
+        return
+    fits = width > 0 and query_ids is not None and query_ids.ndim == 2 and len(query_ids) == num_images
+    if query_ids is None or not fits or query_ids.shape[1] > width or not (query_ids >= 0).any(-1).all():
+        expected = f"({num_images}, at most {width}), with at least one id a row" if width else "none"
+        raise ValueError(
+            f"query_ids is {None if query_ids is None else tuple(query_ids.shape)} for {num_images} images, but "
+            f"resampler_config.num_text_queries is {width}: expected {expected}. With text queries image tokens "
+            "depend on the prompt; an engine that encodes images apart from it (vLLM) cannot run such a model. Pass "
+            "everything the processor returns, and load both from one folder."
+        )
+
+
 def check_same_question(features: BaseModelOutputWithPooling, query_ids: torch.Tensor | None) -> None:
     """Refuse images that were encoded for another prompt than the one they come with.
 

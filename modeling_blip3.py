@@ -16,8 +16,8 @@
 A view is an image's global view or one of its tiles. Letters: B rows, L tokens, K tokens with logits asked for, I
 images in reading order, T view slots, N views in use, S side of a view in pixels, P = p * p patches per view, D vision
 width, G groups (resampler calls), V visible patches of all groups, Q latents, W text queries, E text width. Sizes are
-(height, width), grids (rows, columns). Which patches are visible is in tiling_blip3.py, how `generate` reads prompts
-in generation_blip3.py.
+(height, width), grids (rows, columns). Which patches are visible is in tiling_blip3.py, how towers differ in
+towers_blip3.py, how `generate` reads prompts in generation_blip3.py.
 """
 
 from collections.abc import Callable
@@ -44,11 +44,13 @@ from .generation_blip3 import (
     CACHE_NAME,
     IS_TRANSFORMERS_5,
     Blip3GenerationMixin,
+    check_query_ids,
     check_same_question,
     one_cache,
     run_decoder,
 )
 from .tiling_blip3 import count_image_tokens, count_views, grid_of, visible_patches
+from .towers_blip3 import accept_checkpoint_names, first_layer, key_mapping_for, patch_tokens
 
 try:  # transformers 5: initialisers that leave loaded weights alone
     from transformers import initialization as init
@@ -223,11 +225,8 @@ class Blip3PreTrainedModel(PreTrainedModel):
             if isinstance(part, Blip3Resampler):
                 self._require_grads_hooks.append(part.register_forward_pre_hook(_require_grad_of_patches))
             elif isinstance(part, Blip3Model):
-                tower = part.vision_tower
-                timm_model: Any = getattr(tower, "timm_model", None)
-                embeddings = tower.get_input_embeddings() if timm_model is None else timm_model.patch_embed
-                hook = partial(_require_grad_if_trained, tower)
-                self._require_grads_hooks.append(embeddings.register_forward_hook(hook))
+                hook = partial(_require_grad_if_trained, part.vision_tower)
+                self._require_grads_hooks.append(first_layer(part.vision_tower).register_forward_hook(hook))
         self._require_grads_hook = self._require_grads_hooks[0]  # the name on transformers 4
 
     def disable_input_require_grads(self) -> None:
@@ -339,42 +338,6 @@ class Blip3Resampler(Blip3PreTrainedModel):
 # -- the model --------------------------------------------------------------------------------------------------------
 
 
-_INNER_TOWERS = ("vision_model", "timm_model")
-
-
-def _accept_checkpoint_names(vision_tower: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
-    """Let `load_state_dict` read a vision tower under the names that checkpoints and adapters have.
-
-    Those of transformers 4.57 hold a `vision_model` that 5.x lacks, and 5.x leaves a timm tower's `timm_model` out.
-    from_pretrained and save_pretrained translate; Trainer does not when it resumes, and would keep the tower as it was
-    (huggingface/transformers#43701), and PEFT does not when it loads an adapter.
-    """
-    inner = next((name for name in _INNER_TOWERS if name in vision_tower._modules), None)
-    complete: dict[str, str] | None = None
-    for name in [name for name in state_dict if name.startswith(prefix)]:
-        outer, _, rest = name.removeprefix(prefix).partition(".")
-        if inner == (outer if outer in _INNER_TOWERS else None):
-            continue
-        own = rest if outer in _INNER_TOWERS else name.removeprefix(prefix)
-        own = own if inner is None else f"{inner}.{own}"
-        complete = _names_without_adapter(vision_tower) if complete is None else complete
-        state_dict[prefix + complete.get(own, own)] = state_dict.pop(name)
-
-
-def _names_without_adapter(module: nn.Module) -> dict[str, str]:
-    """Map `layer.lora_A.weight` to `layer.lora_A.default.weight`, as PEFT does for names it knows.
-
-    Of several adapters the last one counts, which is the one that is being loaded.
-    """
-    names = {}
-    for name in module.state_dict():
-        path = name.split(".")
-        adapter = next((index for index, part in enumerate(path) if part.startswith("lora_")), None)
-        if adapter is not None and len(path) > adapter + 1:
-            names[".".join(path[: adapter + 1] + path[adapter + 2 :])] = name
-    return names
-
-
 def _check_exactly_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError(
@@ -400,7 +363,7 @@ class Blip3Model(Blip3PreTrainedModel):
     def __init__(self, config: Blip3Config):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.vision_tower.register_load_state_dict_pre_hook(_accept_checkpoint_names)
+        self.vision_tower.register_load_state_dict_pre_hook(accept_checkpoint_names)
         self.resampler = Blip3Resampler._from_config(
             config.resampler_config, output_size=config.text_config.hidden_size
         )
@@ -452,7 +415,7 @@ class Blip3Model(Blip3PreTrainedModel):
                 f"image_sizes is {tuple(image_sizes.shape)} but must be (I, 2), one (height, width) per image. The "
                 "batch dimension was probably dropped or a collator stacked it: pass what the processor returns."
             )
-        self._check_query_ids(query_ids, len(image_sizes))
+        check_query_ids(query_ids, len(image_sizes), self.config.resampler_config.num_text_queries)
         sizes = [tuple(size) for size in image_sizes.tolist()]
         grids = [grid_of(size, self.config.tile_grids, self.config.tile_size) for size in sizes]
         views = self._used_views(pixel_values, [count_views(grid) for grid in grids])
@@ -469,21 +432,6 @@ class Blip3Model(Blip3PreTrainedModel):
             query_ids=query_ids,
         )
 
-    def _check_query_ids(self, query_ids: torch.Tensor | None, num_images: int) -> None:
-        """Refuse text queries that are missing, not asked for, or not one row per image."""
-        width = self.config.resampler_config.num_text_queries
-        if not width and query_ids is None:
-            return
-        fits = width > 0 and query_ids is not None and query_ids.ndim == 2 and len(query_ids) == num_images
-        if query_ids is None or not fits or query_ids.shape[1] > width or not (query_ids >= 0).any(-1).all():
-            expected = f"({num_images}, at most {width}), with at least one id a row" if width else "none"
-            raise ValueError(
-                f"query_ids is {None if query_ids is None else tuple(query_ids.shape)} for {num_images} images, but "
-                f"resampler_config.num_text_queries is {width}: expected {expected}. With text queries image tokens "
-                "depend on the prompt; an engine that encodes images apart from it (vLLM) cannot run such a model. "
-                "Pass everything the processor returns, and load both from one folder."
-            )
-
     def _encode_views(self, views: torch.Tensor, **kwargs: bool) -> BaseModelOutputWithPooling:
         """Run the vision tower on (N, 3, S, S).
 
@@ -493,39 +441,13 @@ class Blip3Model(Blip3PreTrainedModel):
         is_bound_by_memory = views.device.type == "cpu" and dtype == torch.float32
         gives_more = bool(kwargs or settings.output_hidden_states or settings.output_attentions)
         if not is_bound_by_memory or gives_more or torch.is_grad_enabled() or self._is_sharded:
-            return self._patch_tokens(self.vision_tower(views.to(dtype), return_dict=True, **kwargs))
+            outputs = self.vision_tower(views.to(dtype), return_dict=True, **kwargs)
+            return patch_tokens(self.vision_tower, outputs, self.config)
         num_values = self.config.patches_per_side**2 * settings.hidden_size
         runs = views.split(max(1, self.values_at_once // num_values))
         tokens = [self.vision_tower(run.to(dtype), return_dict=True).last_hidden_state for run in runs]
-        return self._patch_tokens(BaseModelOutputWithPooling(last_hidden_state=torch.cat(tokens)))
-
-    def _patch_tokens(self, outputs: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
-        """Keep of a tower's tokens those of its patches, after its last norm.
-
-        Some towers put a class token (CLIP, DINOv2) and registers before them. CLIP itself norms its class token
-        alone.
-
-        Raises:
-            ValueError: if the number of tokens is not that of the patches, with or without these.
-        """
-        tokens, settings = outputs.last_hidden_state, self.config.vision_config
-        timm_model: Any = getattr(self.vision_tower, "timm_model", None)
-        num_registers = getattr(settings, "num_register_tokens", 0)
-        known = (0, 1, 1 + num_registers) if timm_model is None else (getattr(timm_model, "num_prefix_tokens", 0),)
-        num_prefix = tokens.shape[1] - self.config.patches_per_side**2
-        if tokens.ndim != 3 or num_prefix not in known:
-            raise ValueError(
-                f"The vision tower ({settings.model_type}) gives {tokens.shape[1]} tokens a view but its image_size "
-                f"and patch_size make {self.config.patches_per_side**2} patches: expected that many, behind "
-                f"{' or '.join(map(str, dict.fromkeys(known)))} special tokens. It probably merges patches or has "
-                "other special tokens: use a tower that keeps one token a patch, such as SigLIP, CLIP or DINOv2."
-            )
-        patches = tokens[:, num_prefix:]
-        if settings.model_type == "clip_vision_model":
-            clip: Any = getattr(self.vision_tower, "vision_model", self.vision_tower)  # 4.57 has one inside the other
-            patches = clip.post_layernorm(patches)
-        outputs.last_hidden_state = patches
-        return outputs
+        outputs = BaseModelOutputWithPooling(last_hidden_state=torch.cat(tokens))
+        return patch_tokens(self.vision_tower, outputs, self.config)
 
     def _used_views(self, pixel_values: torch.Tensor, num_views: list[int]) -> torch.Tensor:
         """Drop the slots without a view: (I, T, 3, S, S) -> (N, 3, S, S)."""
@@ -769,10 +691,8 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, Blip3GenerationMixin):
         Given an absolute path, transformers forgets `subfolder` for generation_config.json alone: a model in base/
         would stop at the token ids of the model around it.
         """
-        vision_config = getattr(kwargs.get("config"), "vision_config", None)
-        if not IS_TRANSFORMERS_5 and getattr(vision_config, "model_type", None) == "timm_wrapper":
-            # the names that transformers 5 writes
-            kwargs.setdefault("key_mapping", {r"vision_tower\.(?!timm_model\.)": "vision_tower.timm_model."})
+        if not IS_TRANSFORMERS_5 and (mapping := key_mapping_for(kwargs.get("config"))):
+            kwargs.setdefault("key_mapping", mapping)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         if kwargs.get("subfolder") and kwargs.get("generation_config") is None:
             folder = Path(pretrained_model_name_or_path, kwargs["subfolder"])

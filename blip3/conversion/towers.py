@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..refusals import list_names
-from .names import INNER, PROJECTION, TIMM, TOWER, Pairs, swap_prefix
+from .names import INNER, PROJECTION, TIMM, TIMM_PART, TOWER, Pairs, swap_prefix
 from .tensors import Views, concat
 
 PREFIX = "vision_encoder."
@@ -68,7 +68,9 @@ def find_tower(views: Views, description: str, given: dict | None = None) -> Vie
             return _from_timm(_below(prefix, views), str(settings.get("architecture", "siglip")))
     for prefix in ("vlm.vision_encoder.", PREFIX, "visual.", ""):
         if prefix + "conv1.weight" in views:
-            return from_open_clip({PREFIX + name: view for name, view in _below(prefix, views).items()})
+            tower = from_open_clip({PREFIX + name: view for name, view in _below(prefix, views).items()})
+            kept = tuple(PREFIX + name for name in KEPT)
+            return {name: view for name, view in tower.items() if name.startswith(kept) or name == PROJECTION}
     raise ValueError(
         f"{description} has {len(views)} tensors ({list_names(views)}) and none is a patch embedding, in the naming "
         "of transformers (embeddings.patch_embedding), timm (patch_embed.proj) or open_clip (conv1). It is probably "
@@ -82,7 +84,7 @@ def _below(prefix: str, views: Views) -> Views:
 
 def _from_timm(views: Views, architecture: str) -> Views:
     """Rename SigLIP and CLIP; a ViT that transformers has no class for keeps timm's names."""
-    views = {name: view for name, view in views.items() if not name.startswith(("attn_pool.", "head.", "fc_norm."))}
+    views = {name: view for name, view in views.items() if TIMM_PART.match(name) and not name.startswith("fc_norm.")}
     if not re.search("siglip|clip", architecture):
         return {PREFIX + TIMM + name: view for name, view in views.items()}
     result: Views = {}

@@ -127,7 +127,7 @@ def write_clip(folder: Path, naming: str) -> Path:
         config = None
         (folder / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP))
     else:
-        stored = timm_names(tensors)
+        stored = timm_names(tensors) | {"logit_scale": torch.zeros(1)}
         size = {"input_size": [3, 28, 28], "mean": [0.4, 0.4, 0.4], "std": [0.2, 0.2, 0.2]}
         config = {"architecture": "vit_tiny_patch7_clip_quickgelu_28", "pretrained_cfg": size, "num_features": 32}
     if config is not None:

@@ -55,7 +55,7 @@ IMAGE, OTHER = render_image(90, 60), render_image(60, 90, seed=1)
 
 
 def test_a_row_is_asked_the_same_alone_and_in_a_batch(model, processor):
-    texts = [prompt("What?"), prompt("How many dogs are there in this picture?"), "No image at all."]
+    texts = [prompt("What?"), prompt("How many dogs are there in this image?"), "No image at all."]
     images = [[IMAGE], [OTHER], []]
     batch = processor(text=texts, images=images, padding=True, return_tensors="pt")
     assert batch["query_ids"].shape == (2, 16)
