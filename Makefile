@@ -43,11 +43,18 @@ test-vllm:  ## vLLM's engine and OpenAI server on the CPU (environment of its ow
 test-backends:  ## the page in headless Chromium, batches on Ray Data, quantization (environment of its own, 2 GB)
 	$(PYTHON) tests/run.py backends
 
+test-engines:  ## the data engines on Ray with their readers, OCR and filters (environment of its own, 2 GB)
+	$(PYTHON) tests/run.py engines
+
+test-harness:  ## lmms-eval, and VLMEvalKit where a copy is named, on look-alikes (environment of its own, 2.4 GB)
+	$(PYTHON) tests/run.py harness
+
 test-wheel:  ## the package installed as a wheel, without the repository (environment of its own, 2 GB)
 	$(PYTHON) tests/run.py wheel
 
-soak: setup  ## ten minutes of load on the handler, then on `transformers serve` (LINE=5 only)
+soak: setup  ## ten minutes of load on the handler, ten with hostile files, ten on `transformers serve` (LINE=5 only)
 	$(RUN) tests/run.py soak --backend handler
+	$(RUN) tests/run.py soak --backend handler --hostile
 	$(RUN) tests/run.py soak --backend http
 
 bench: setup  ## speed and memory beside the peers (docs/speed.md); an environment of its own, with torchvision
@@ -64,4 +71,4 @@ check: setup  ## lint and types
 fix: setup  ## format
 	$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
 
-.PHONY: help setup demo examples test test-slow test-common test-vllm test-backends test-wheel soak bench check fix
+.PHONY: help setup demo examples test test-slow test-common test-vllm test-backends test-engines test-harness test-wheel soak bench check fix

@@ -14,12 +14,12 @@ The endpoint carries this file, so it imports nothing of evaluation, data or tra
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, BatchFeature
+from transformers import AutoProcessor, BatchFeature, StoppingCriteria
 
 from .checkpoints import load_model, locate
 
@@ -42,6 +42,21 @@ class Answer:
     """Read, those of images among them."""
     is_finished: bool
     """Whether it came to its end, rather than to the limit of tokens or of time."""
+
+
+class StopWhen(StoppingCriteria):
+    """Ends generation at the next token once something is so.
+
+    Args:
+        is_over: says whether it is.
+    """
+
+    def __init__(self, is_over: Callable[[], bool]):
+        self.is_over = is_over
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Say for each row whether it is finished."""
+        return torch.full((input_ids.shape[0],), self.is_over(), dtype=torch.bool, device=input_ids.device)
 
 
 class Answerer:

@@ -33,6 +33,7 @@ COMMANDS = {
     "convert": Command("conversion.cli", "convert released weights, and back", "demo"),
     "page": Command("serving.page.app", "serve a page to talk about images in the browser", "app"),
     "batch": Command("serving.batch", "ask about many images with Ray Data, resumably", "batch"),
+    "engines": Command("engines.__main__", "make OCR, grounding and knowledge captions from image shards", "engines"),
     "memory": Command("serving.memory", "compute or measure what a checkpoint needs in memory"),
     "build": Command("world.build", "write rendered records to disk, or preview every rendered task", "data"),
     "train": Command("training.train", "train a stage of the recipe", "train"),
@@ -41,8 +42,21 @@ COMMANDS = {
     "average": Command("training.average", "average the weights of models trained from one another", "train"),
     "publish": Command("training.small.publish", "write trained models as shipped, with example images", "train"),
     "packing": Command("training.measure_packing", "measure tokens a second, padded and packed", "train"),
+    "noised-answers": Command("training.noised_answers", "write answers about noised images, or scan steps", "train"),
+    "preference-speed": Command("training.measure_preference", "measure seconds a pair, beside TRL", "train"),
     "score": Command("evaluation.score", "score checkpoints on the held-out rendered world", "evaluation"),
+    "posttraining": Command(
+        "evaluation.posttraining", "score checkpoints before and after post-training", "evaluation"
+    ),
+    "ablate": Command("evaluation.ablate", "train and score the rows of an ablation, and compare them", "evaluation"),
+    "write-tasks": Command(
+        "evaluation.harness.write_tasks", "write tasks for lmms-eval: few-shot, VLGuard", "evaluation"
+    ),
+    "neighbours": Command("evaluation.harness.neighbours", "find similar demonstrations for few shots", "evaluation"),
+    "vlmevalkit": Command("evaluation.harness.vlmevalkit", "run VLMEvalKit on a checkpoint", "evaluation"),
+    "collect": Command("evaluation.harness.collect", "make tables of what harnesses measured", "evaluation"),
     "verify": Command("evaluation.golden", "check weight files and outputs of the shipped models", "demo"),
+    "duplicates": Command("engines.filters.duplicates", "find images that look alike across shards", "engines"),
     "bench": Command("benchmarks.run", "measure speed and memory beside the peers", "benchmarks"),
 }
 

@@ -56,8 +56,8 @@ def sync_folder(folder: str | Path) -> None:
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Remove what killed processes left behind; only for a folder that no other process is writing to."""
-    for path in Path(folder).glob(f".*{UNFINISHED}"):
+    """Remove what killed processes left in a folder and below; only where no other process is writing."""
+    for path in Path(folder).rglob(f".*{UNFINISHED}"):
         path.unlink(missing_ok=True)
 
 

@@ -4,15 +4,17 @@
 import io
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
-from ..images import turn_upright, turns_upright
+from ..images import size_of, turn_upright, turns_upright
 from .canvas import Drawing
+
+Value = TypeVar("Value")
 
 
 class RecordError(ValueError):
@@ -73,10 +75,19 @@ class ImageSource:
         """
         if self.drawing is not None:
             return self.drawing.paint()
+        return self._read(folder, lambda image: (turn_upright(image) if upright else image).convert("RGB"))
+
+    def size(self, folder: str | Path = "", upright: bool = True) -> tuple[int, int]:
+        """Give (height, width) in pixels without decoding the image; arguments and errors are those of `open`."""
+        if self.drawing is not None:
+            return self.drawing.size
+        return self._read(folder, lambda image: size_of(image, upright))
+
+    def _read(self, folder: str | Path, use: Callable[[Image.Image], Value]) -> Value:
         source = io.BytesIO(self.data) if self.data is not None else Path(folder, self.path or "")
         try:
             with Image.open(source) as image:
-                return (turn_upright(image) if upright else image).convert("RGB")
+                return use(image)
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"The image {str(source)!r} does not exist (no such file), but a record names it. The image folder "

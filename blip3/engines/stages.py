@@ -22,6 +22,8 @@ class Sample:
     uid: str = ""
     caption: str = ""
     """The raw alt-text."""
+    shard: str = ""
+    """Its shard's path inside the input: with `key` it names the image among all."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """All other columns of the shard's row, and what earlier stages added."""
 
@@ -59,6 +61,14 @@ class StageSpec:
     num_cpus: float = 1
     num_gpus: float = 0
     """Of one worker; a fraction shares a card."""
+    workers: int = 0
+    """Processes of its own that all shards share. 0 runs the stage in the process of each shard, if it asks for one
+    CPU and no GPU; else it gets one process."""
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether it has processes of its own."""
+        return bool(self.workers or self.num_gpus or self.num_cpus != 1)
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,30 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from transformers import BatchFeature
 
 from ..answering import Answerer, count_tokens, render
 from ..data.images import open_images
+from ..images import turns_upright
 from .tasks import Question
 
 STOPS = ("<|end|>", "<|endofchunk|>")
+
+
+def find_stops(processor: Any, model: Any) -> list[int]:
+    """Give the ids that end an answer: the markers the tokenizer knows, and the checkpoint's own.
+
+    Args:
+        processor: with a `tokenizer`.
+        model: with a `generation_config`.
+    """
+    tokenizer, own = processor.tokenizer, model.generation_config.eos_token_id
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[marker] for marker in STOPS if marker in vocabulary]
+    ids += own if isinstance(own, list) else [own] if own is not None else []
+    return sorted({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
 
 
 class Respondent(Protocol):
@@ -54,7 +69,7 @@ class Checkpoint:
         self.answerer = Answerer.load(folder, subfolder, dtype=dtype, device=device)
         self.processor, self.model = self.answerer.processor, self.answerer.model
         self.base_resolution, self.max_new_tokens = base_resolution, max_new_tokens
-        self.stop_ids = self._find_stops()
+        self.stop_ids = find_stops(self.processor, self.model)
 
     @property
     def image_options(self) -> dict[str, bool]:
@@ -62,8 +77,9 @@ class Checkpoint:
         return {"do_image_splitting": False} if self.base_resolution else {}
 
     def length(self, question: Question) -> int:
-        """Count the tokens of the prompt and of its images, without painting them."""
-        sizes = [image.drawing.size for image in question.images if image.drawing is not None]
+        """Count the tokens of the prompt and of its images, without painting or decoding them."""
+        upright = turns_upright(self.processor)
+        sizes = [image.size(upright=upright) for image in question.images]
         return count_tokens(self.processor, self.render(question), sizes, **self.image_options)
 
     def render(self, question: Question) -> str:
@@ -96,11 +112,3 @@ class Checkpoint:
             pad_token_id=self.processor.tokenizer.pad_token_id,
         )
         return [answer.text for answer in answers]
-
-    def _find_stops(self) -> list[int]:
-        """Ids that end an answer: the markers the tokenizer knows, and the checkpoint's own."""
-        tokenizer, own = self.processor.tokenizer, self.model.generation_config.eos_token_id
-        vocabulary = tokenizer.get_vocab()
-        ids = [vocabulary[marker] for marker in STOPS if marker in vocabulary]
-        ids += own if isinstance(own, list) else [own] if own is not None else []
-        return sorted({*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})

@@ -4,8 +4,10 @@
 Shares are 0..1, not percent. Boxes are (x1, y1, x2, y2) in any unit, the same for both.
 """
 
+import collections
 import itertools
 import re
+import shutil
 from collections.abc import Sequence
 from statistics import NormalDist
 
@@ -55,6 +57,20 @@ def normalise_vqa(text: str) -> str:
     text = re.sub(r"[^\w\s':.]|_", " ", text)
     words = (_DIGITS.get(word, word) for word in text.split())
     return " ".join(word for word in words if word not in _ARTICLES)
+
+
+def word_f1(answer: str, reference: str) -> float:
+    """Score a text by the words that it shares with a reference, as SQuAD does (Rajpurkar et al. 2016).
+
+    2 n / (words of the answer + words of the reference), with n the words in both, repeated ones as often as both
+    have them (arXiv:1606.05250). Words are compared after `normalise_vqa`.
+
+    >>> word_f1("The red star", "a red car"), word_f1("", "a red car")
+    (0.5, 0.0)
+    """
+    given, wanted = (collections.Counter(normalise_vqa(text).split()) for text in (answer, reference))
+    total = given.total() + wanted.total()
+    return 2 * (given & wanted).total() / total if total else 1.0
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
@@ -128,7 +144,7 @@ def anls(answer: str, references: Sequence[str], threshold: float = 0.5) -> floa
     return best
 
 
-def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+def cider(answers: Sequence[str], references: Sequence[Sequence[str]], *, is_ptb: bool = False) -> list[float]:
     """Score captions by CIDEr-D (Vedantam et al. 2015, arXiv:1411.5726), computed by `pycocoevalcap`.
 
     The scale is that of published tables (100 times the library's), where one reference repeated word by word gives
@@ -140,6 +156,7 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
     Args:
         answers: N captions.
         references: N lists of references.
+        is_ptb: take the COCO tool's own words; needs Java.
 
     Returns:
         N scores; their mean is the corpus score.
@@ -147,6 +164,7 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
     Raises:
         ValueError: for lists of different lengths, fewer than two captions, or a caption without references.
         ImportError: without pycocoevalcap.
+        FileNotFoundError: without Java, where it is asked for.
     """
     if len(answers) != len(references) or len(answers) < 2 or not all(references):
         raise ValueError(
@@ -162,9 +180,23 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
             "pip install 'blip3[evaluation]' or pip install pycocoevalcap."
         ) from error
     scorer = CiderScorer()
-    for answer, several in zip(answers, references, strict=True):
-        scorer += (_words(answer), [_words(each) for each in several])
+    texts = [[answer, *several] for answer, several in zip(answers, references, strict=True)]
+    for answer, *several in _ptb_words(texts) if is_ptb else [[_words(text) for text in row] for row in texts]:
+        scorer += (answer, several)
     return [100.0 * float(score) for score in scorer.compute_score()[1]]
+
+
+def _ptb_words(texts: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Split captions as the COCO tool does, by Stanford's tokenizer, which `pycocoevalcap` brings and Java runs."""
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    if shutil.which("java") is None:
+        raise FileNotFoundError(
+            "CIDEr with the COCO tool's own words was asked for, which a Java program splits, but there is no java on "
+            "PATH. Java is probably not installed: install a runtime (8 or later), or score without them."
+        )
+    split = PTBTokenizer().tokenize({row: [{"caption": text} for text in each] for row, each in enumerate(texts)})
+    return [split[row] for row in range(len(texts))]
 
 
 def _words(text: str) -> str:

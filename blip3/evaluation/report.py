@@ -10,7 +10,7 @@ from typing import Any
 
 from ..files import write_json, write_text
 from .metrics import bootstrap_interval, commonest_share, mean_and_interval
-from .tables_and_plots import markdown_table, new_figure
+from .tables_and_plots import escape, markdown_table, new_figure
 from .tasks import TASKS, Question, Scores
 
 Numbers = dict[str, Any]
@@ -164,8 +164,8 @@ def _table(results: Sequence[Result], summaries: list[Numbers], differences: lis
         )
     settings = about["settings"]
     lines = [
-        f"Held-out rendered world, seed {settings['seed']}, {settings['count']} questions a task, intervals of "
-        f"{CONFIDENCE}; made by `blip3.evaluation.score`.",
+        f"Held-out rendered world, series {settings['series']}, seed {settings['number_in_series']}, "
+        f"{settings['count']} questions a task, intervals of {CONFIDENCE}; made by `blip3.evaluation.score`.",
         "",
         *markdown_table(head, rows),
         *_other_scores(by_row, models),
@@ -217,10 +217,6 @@ def _cell(numbers: Numbers, task: str) -> str:
     return f"{score:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def _escape(text: str) -> str:
-    return " ".join(re.sub(r"([\\|`*_<>\[\]])", r"\\\1", text).split())
-
-
 def _samples(results: Sequence[Result]) -> str:
     """List the first right and wrong answers of each task; where the score is no share, the best and the worst."""
     lines = ["# Samples", "", f"Up to {SAMPLES} of the best and {SAMPLES} of the worst answers of each task."]
@@ -233,7 +229,7 @@ def _samples(results: Sequence[Result]) -> str:
         for mark, chosen in (("+", best), ("-", worst)):
             for index in chosen:
                 question, answer = result.questions[index], result.answers[index]
-                texts = (_escape(text) for text in (question.text, question.reference, answer))
+                texts = (escape(text) for text in (question.text, question.reference, answer))
                 rows.append([mark, question.id, *texts, f"{main[index]:g}"])
         head = ["", "record", "question", "truth", "answer", TASKS[result.task].metric]
         lines += ["", f"## {result.model}: {result.label}", "", *markdown_table(head, rows)]

@@ -13,24 +13,27 @@ Run the same command again after an interruption. More tasks and more models may
 
 import argparse
 import dataclasses
+import functools
 import json
-import platform
-import re
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from ..answering import DTYPES, pick_device
-from ..checkpoints import fingerprint
-from ..files import UNFINISHED, JsonLines, read_json_lines, to_json, write_json, write_json_lines
-from ..jobs.output import check_settings
 from ..refusals import check_choice, check_positive
 from ..world.settings import WorldSettings, load_settings
 from .answer import Checkpoint, Respondent
+from .asking import (
+    CHOOSE,
+    SERIES,
+    answers_of,
+    check_request,
+    describe_models,
+    made_with,
+    parse_models,
+    seed_of_series,
+)
 from .report import Result, write_report
 from .tasks import SPLIT, TASKS, Question, make_questions
 
@@ -52,7 +55,9 @@ class ScoreSettings:
     count: int = 1000
     """Questions of each task."""
     seed: int = 0
-    """Of every task's series."""
+    """Of every task's questions, within the series."""
+    series: str = CHOOSE
+    """One of `asking.SERIES`: no question of one series is asked in the other on purpose."""
     shots: tuple[int, ...] = (0, 4, 8)
     """For the task `rule`: a row for each number of shots."""
     base_resolution: tuple[str, ...] = ()
@@ -76,6 +81,7 @@ class ScoreSettings:
                 "1 caption was asked for but CIDEr counts rare words over several. A trial run was probably meant: "
                 "ask for 2, or name other tasks."
             )
+        seed_of_series(self.series, self.seed)
         for task in self.tasks:
             check_choice("The task is", task, TASKS)
         if "rule" in self.tasks and not all(0 <= shots <= self.world.num_shots for shots in self.shots):
@@ -89,6 +95,11 @@ class ScoreSettings:
                 f"The base resolution is asked for {unknown} but the models are {list(self.models)}. A name was "
                 "probably left out: write --model NAME=FOLDER."
             )
+
+    @property
+    def series_seed(self) -> int:
+        """Seed of the rendered world."""
+        return seed_of_series(self.series, self.seed)
 
     @property
     def jobs(self) -> list[Job]:
@@ -125,26 +136,25 @@ def score(settings: ScoreSettings, load: Callable[[ScoreSettings, str], Responde
         ValueError: if the output folder holds answers of other settings.
         FileNotFoundError: if a folder holds no checkpoint.
     """
-    settings.output.mkdir(parents=True, exist_ok=True)
-    about = _check_request(settings)
+    compared = _compared(settings)
+    models = describe_models(settings.models, settings.subfolder, settings.base_resolution)
+    check_request(settings.output, compared, models)
     rendered: dict[Job, list[Question]] = {}
     results = []
     for name in settings.models:
-        respondent: Respondent | None = None
+        # Loaded once, and only if a question is left.
+        respondent = functools.cache(functools.partial(load, settings, name))
         for task, num_shots in settings.jobs:
             if (task, num_shots) not in rendered:
                 rendered[task, num_shots] = make_questions(
-                    task, settings.count, settings.seed, settings.world, num_shots
+                    task, settings.count, settings.series_seed, settings.world, num_shots
                 )
             questions, job = rendered[task, num_shots], _job_name(task, num_shots)
             path = settings.output / "predictions" / name / f"{job}.jsonl"
-            if not path.is_file():
-                respondent = respondent or load(settings, name)
-                _ask(respondent, path, questions, settings.batch_size, f"{name}: {job}")
-            answers = read_answers(path, questions)
+            answers = answers_of(respondent, path, questions, settings.batch_size, f"{name}: {job}")
             scores = TASKS[task].score(questions, answers)
             results.append(Result(name, task, num_shots, questions, answers, scores))
-    write_report(results, settings.output, about)
+    write_report(results, settings.output, _about(settings, compared, models))
     return results
 
 
@@ -152,64 +162,11 @@ def _job_name(task: str, num_shots: int | None) -> str:
     return task if num_shots is None else f"{task}-{num_shots}-shots"
 
 
-_REMEDY = "delete the file, its questions are then asked again"
-
-
-def _ask(respondent: Respondent, path: Path, questions: Sequence[Question], batch_size: int, description: str) -> None:
-    """Ask what is left, batches of similar length, the longest first so that memory runs out early or never.
-
-    Answers are appended to the unfinished file beside `path`, and put in order at the end.
-    """
-    by_length = sorted(questions, key=lambda question: (-respondent.length(question), question.id))
-    batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
-    with JsonLines(path.with_name(f"{path.name}{UNFINISHED}"), ("id", "answer"), "an answer", _REMEDY) as lines:
-        answers: dict[str, str] = {line["id"]: line["answer"] for line in lines}
-        bar = tqdm(total=len(questions), desc=description, unit="question", disable=None)
-        for batch in batches:
-            # A batch counts as a whole: asked in other company, a question could get another answer by rounding.
-            if not all(question.id in answers for question in batch):
-                new = dict(zip([question.id for question in batch], respondent.answer(batch), strict=True))
-                lines.append(to_json({"id": name, "answer": answer}) for name, answer in new.items())
-                answers |= new
-            bar.update(len(batch))
-        bar.close()
-        write_json_lines(path, (_line(question) | {"answer": answers[question.id]} for question in questions))
-        lines.remove()
-
-
-def _line(question: Question) -> dict[str, str]:
-    """What stands beside each answer of a complete file."""
-    return {"id": question.id, "question": question.text, "truth": question.reference}
-
-
-def read_answers(path: Path, questions: Sequence[Question]) -> list[str]:
-    """Give the answers of a complete file, in the order of the questions.
-
-    Raises:
-        ValueError: if the file is of other questions.
-    """
-    lines = list(read_json_lines(path, ("id", "question", "truth", "answer"), "an answer", _REMEDY))
-    found = [{name: line[name] for name in ("id", "question", "truth")} for line in lines]
-    wanted = list(map(_line, questions))
-    if found != wanted:
-        row = next((row for row, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]), None)
-        place = f"line {row + 1}" if row is not None else f"{len(found)} lines for {len(wanted)} questions"
-        raise ValueError(
-            f"{path} does not answer the questions of this run ({place}). The world or the file was probably "
-            "changed since: delete the file to ask again, or name another output."
-        )
-    return [line["answer"] for line in lines]
-
-
-def _check_request(settings: ScoreSettings) -> dict[str, Any]:
-    """Compare with what the folder holds, write the union, and give what results.json says about the run.
-
-    Raises:
-        ValueError: if an answer would depend on other settings than those already there.
-    """
-    compared: dict[str, Any] = {
+def _compared(settings: ScoreSettings) -> dict[str, Any]:
+    """Give the settings that an answer depends on."""
+    return {
         "split": SPLIT,
-        "seed": settings.seed,
+        "seed": settings.series_seed,
         "count": settings.count,
         "world": json.loads(json.dumps(dataclasses.asdict(settings.world))),
         "batch_size": settings.batch_size,
@@ -217,52 +174,24 @@ def _check_request(settings: ScoreSettings) -> dict[str, Any]:
         "dtype": settings.dtype,
         "device": pick_device(settings.device),
     }
-    models = {
-        name: {
-            "files": fingerprint(folder, settings.subfolder),
-            "base_resolution": name in settings.base_resolution,
-        }
-        for name, folder in settings.models.items()
+
+
+def _about(settings: ScoreSettings, compared: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
+    """Give what results.json says about the run."""
+    asked = {
+        "series": settings.series,
+        "number_in_series": settings.seed,
+        "tasks": list(settings.tasks),
+        "shots": list(settings.shots),
     }
-    path = settings.output / "request.json"
-    if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        ours = {"settings": compared, "models": models}
-        for section, values in ours.items():
-            shared = {name: value for name, value in values.items() if name in there[section]}
-            check_settings(settings.output, there[section], shared, "answers", section)
-        models = there["models"] | models
-    write_json(path, {"settings": compared, "models": models})
-    packages = ("numpy", "pillow", "tokenizers", "torch", "transformers")
     return {
-        "settings": compared | {"tasks": list(settings.tasks), "shots": list(settings.shots)},
+        "settings": compared | asked,
         "models": {name: {"folder": str(settings.models[name]), **models[name]} for name in settings.models},
-        "made_with": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "made_with": made_with(),
     }
 
 
 # --------------------------------------------------------------------------------------------------- command line
-
-
-def parse_models(given: Sequence[str], subfolder: str = "") -> dict[str, Path]:
-    """Read `NAME=FOLDER` or `FOLDER`, which is then named after itself (or after the subfolder).
-
-    Raises:
-        ValueError: for a name that is no file name, or given twice.
-    """
-    models: dict[str, Path] = {}
-    for text in given:
-        name, sign, folder = text.partition("=")
-        if not sign or Path(text).is_dir():
-            folder, name = text, subfolder or Path(text).resolve().name
-        name = name.replace("/", "-") if not sign else name
-        if not re.fullmatch(r"\w[\w.+-]*", name) or name in models:
-            raise ValueError(
-                f"The model {text!r} is named {name!r}, but names are letters, digits, . + - and _, each once"
-                f"{f' (so far {list(models)})' if models else ''}. Two folders probably end alike: write NAME=FOLDER."
-            )
-        models[name] = Path(folder)
-    return models
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> ScoreSettings:
@@ -276,7 +205,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ScoreSettings:
     )
     add("--task", nargs="+", choices=["all", *TASKS], default=["all"], help="tasks (default: all)")
     add("--count", type=int, default=1000, help="questions of each task (default: 1000)")
-    add("--seed", type=int, default=0, help="of the series (default: 0)")
+    add("--series", choices=SERIES, default=CHOOSE, help="what the numbers are for (default: choose)")
+    add("--seed", type=int, default=0, help="number of the seed within its series (default: 0)")
     add("--shots", type=int, nargs="+", default=[0, 4, 8], help="of the task rule, a row each (default: 0 4 8)")
     add(
         "--base-resolution",
@@ -301,6 +231,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ScoreSettings:
             world=WorldSettings() if given.world is None else load_settings(given.world),
             count=given.count,
             seed=given.seed,
+            series=given.series,
             shots=tuple(sorted(set(given.shots))),
             base_resolution=base,
             subfolder=given.subfolder,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every report is written with: Markdown tables and matplotlib figures."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,15 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
     ['| a | b |', '| --- | --- |', '| 1 | 2 |']
     """
     return ["| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows]]
+
+
+def escape(text: str) -> str:
+    r"""Write a text on one line of a Markdown table, as it is.
+
+    >>> print(escape("a|b"))
+    a\|b
+    """
+    return " ".join(re.sub(r"([\\|`*_<>\[\]])", r"\\\1", text).split())
 
 
 def new_figure(size: tuple[float, float], extra: str) -> Any:

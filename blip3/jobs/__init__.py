@@ -13,9 +13,11 @@ There are two ways to cut the work:
              line, which the output keeps. `serving/batch.py` answers questions so.
     shards   `plan_shards`, no `batch_size`. One unit is one shard, and one worker reads it, works on it and writes
              its file whole or not at all (`files.writing`); the output keeps a line about the shard. Each worker has
-             one shard in hand. A shard that was killed is done again.
+             one shard in hand. A shard that was killed is done again. Work for a GPU can go to a few processes that
+             all workers share (`pools`). `engines` are jobs of this kind.
 
-What is wrong with one image is an error of its row, in one sentence (`inputs.one_sentence`), and never ends the run.
+Images lie in a folder, in parquet or in tars (`tars`). What is wrong with one image is an error of its row, in one
+sentence (`inputs.one_sentence`), and never ends the run; an image that kills its worker is found by marks (`starts`).
 
 An engine that measures the images of each parquet file of a folder:
 

@@ -4,15 +4,19 @@
     with batch_size     units --> tasks read --> batches of rows --> workers --> lines --> this process appends them
     without             units --> workers, one unit each at a time --> lines --> this process appends them
 
+A worker that dies is restarted. A batch of rows that kills its worker goes again one row at a time, and a row that
+does so again and again is an error (`starts`). A class that takes shards does the same with its slices.
+
 Ray is used as it is if it was started, else the cluster of RAY_ADDRESS, else this machine for as long as it takes.
 """
 
 import functools
 import json
 import logging
+import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +24,12 @@ from typing import Any
 from tqdm import tqdm
 
 from ..files import to_json
+from . import starts
 from .inputs import Plan, Reader, read_unit
 from .output import Output
+from .pools import PoolSpec, start_pools
 
+MOST_STARTS = 3
 MAX_BLOCK_BYTES = 8 * 2**20  # of images on their way between two of Ray's processes
 
 
@@ -66,6 +73,7 @@ def run(
     batch_size: int | None = None,
     num_gpus_per_worker: float = 0,
     read: Reader = read_unit,
+    pools: Sequence[PoolSpec] = (),
     description: str = "working",
     start: float | None = None,
 ) -> Summary:
@@ -75,13 +83,14 @@ def run(
         plan: of `inputs`; where it is empty, Ray is not started.
         output: open.
         work: a class whose instances are called in a process each: with `batch_size`, a table as `read` gives it to
-            a table of `line_table`; without, a unit to its line, a dict with the unit's `id` and the number of
-            `errors` in it.
+            a table of `line_table`, and its `refuse(row, message)` gives the line of a row that killed its workers;
+            without, a unit to its line, a dict with the unit's `id` and the number of `errors` in it.
         arguments: of the class.
         workers: instances.
         batch_size: rows of a table; None gives each worker whole units.
         num_gpus_per_worker: 0 stays on the CPU; a fraction shares one.
         read: unit, batch size -> tables.
+        pools: processes that the workers share; the class gets a list of them after its arguments, if there are any.
         description: of the progress bar, once it moves.
         start: of the clock (`time.perf_counter`), if the run began before this call.
 
@@ -91,8 +100,9 @@ def run(
     start = time.perf_counter() if start is None else start
     num_earlier, num_errors, kind = plan.num_rows - plan.num_missing, 0, "row" if batch_size else "shard"
     written: set[str] = set()
-    options: dict[str, Any] = {"workers": workers, "batch_size": batch_size, "read": read}
-    results = _stream(plan, work, arguments, num_gpus=num_gpus_per_worker, **options) if plan.num_missing else ()
+    options: dict[str, Any] = {"workers": workers, "batch_size": batch_size, "read": read, "pools": pools}
+    options |= {"num_gpus": num_gpus_per_worker, "marks": starts.folder_of(output.folder)}
+    results = _stream(plan, work, arguments, **options) if plan.num_missing else ()
     with tqdm(desc="starting", total=plan.num_rows, initial=num_earlier, unit=kind) as progress:
         for found in results:
             rows = [row for row in found if row["id"] not in written]  # a worker that died may repeat some
@@ -107,6 +117,7 @@ def run(
             f"Ray returned {len(written)} {kind}s but {plan.num_missing} were planned. The input probably changed "
             "meanwhile: run the same command again, it does what is missing."
         )
+    starts.remove_all(output.folder)
     seconds = time.perf_counter() - start
     counts = (plan.num_rows, len(written), num_errors, num_earlier, plan.num_skipped_files)
     return Summary(*counts, seconds, output.path, kind)
@@ -135,6 +146,8 @@ def _stream(
     batch_size: int | None,
     num_gpus: float,
     read: Reader,
+    pools: Sequence[PoolSpec],
+    marks: Path,
 ) -> Iterator[list[dict[str, Any]]]:
     """Run the plan on Ray and yield what is done, in the order of completion."""
     import ray
@@ -144,13 +157,14 @@ def _stream(
     context.target_max_block_size = MAX_BLOCK_BYTES
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     is_ours = not ray.is_initialized()
-    resources = {"num_cpus": start_ray(workers) if is_ours else 1, "num_gpus": num_gpus}
+    num_pool_cpus = math.ceil(sum(pool.workers * pool.num_cpus for pool in pools))
+    resources = {"num_cpus": start_ray(workers, num_pool_cpus) if is_ours else 1, "num_gpus": num_gpus}
     items = [{"unit": json.dumps(unit)} for unit in plan.units]
     try:
         if batch_size is None:
             units = ray.data.from_items(items, override_num_blocks=len(items))  # or one worker would get several
             pool = ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1)
-            constructor = (work, arguments)
+            constructor = (work, (*arguments, start_pools(pools)) if pools else arguments)
             done = units.map_batches(
                 _UnitWorker, fn_constructor_args=constructor, batch_size=1, compute=pool, **resources
             )
@@ -158,8 +172,8 @@ def _stream(
             units = ray.data.from_items(items)
             rows = units.map_batches(functools.partial(_read_units, read=read, batch_size=batch_size), batch_size=1)
             done = rows.repartition(target_num_rows_per_block=batch_size).map_batches(
-                work,
-                fn_constructor_args=arguments,
+                _RowWorker,
+                fn_constructor_args=(work, arguments, marks),
                 batch_size=batch_size,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=workers),
@@ -192,13 +206,41 @@ class _UnitWorker:
         }
 
 
-def start_ray(workers: int) -> int:
+class _RowWorker:
+    """A Ray actor that takes batches of rows, and outlives rows that kill it."""
+
+    def __init__(self, work: type, arguments: tuple, marks: Path):
+        self.work, self.marks = work(*arguments), marks
+
+    def __call__(self, batch: Any) -> Any:
+        import pyarrow
+
+        def refuse(index: int) -> Any:
+            (row,) = batch.slice(index, 1).to_pylist()
+            return line_table([self.work.refuse(row, starts.killed_its_worker())], [True])
+
+        begun = starts.Starts(self.marks, "\n".join(batch["id"].to_pylist()))
+        tables = starts.survive(
+            begun, "batch", len(batch), lambda first, end: [self.work(batch.slice(first, end - first))], refuse
+        )
+        begun.remove()
+        return pyarrow.concat_tables(tables)
+
+
+def start_ray(workers: int, num_pool_cpus: int = 0) -> int:
     """Connect to the cluster of RAY_ADDRESS, or start Ray on this machine.
 
     Ray's processes listen on every address of the machine; since Ray 2.59 they answer only who knows the user's token.
 
+    Args:
+        workers: that read, work and write.
+        num_pool_cpus: cores that pools ask for.
+
     Returns:
         How many CPU cores each worker should ask for.
+
+    Raises:
+        RuntimeError: if Ray does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -208,9 +250,32 @@ def start_ray(workers: int) -> int:
         ray.init(**quiet)
         return 1
     cpus_per_worker = max(1, (os.cpu_count() or 1) // workers)
-    num_cpus = cpus_per_worker * workers + 2  # reading and cutting into batches must never wait for a worker to end
-    ray.init(num_cpus=num_cpus, _node_ip_address="127.0.0.1", include_dashboard=False, **quiet)
+    num_cpus = (
+        cpus_per_worker * workers + num_pool_cpus + 2
+    )  # reading and cutting into batches must never wait for a worker to end
+    options = {"num_cpus": num_cpus, "_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    _start_patiently(lambda: ray.init(**options, **quiet))
     return cpus_per_worker
+
+
+def _start_patiently(start: Callable[[], Any]) -> None:
+    """Start Ray again where it gave up after its 30 s, as it does on a busy machine.
+
+    Raises:
+        RuntimeError: if it does not start.
+    """
+    for attempt in range(1, MOST_STARTS + 1):
+        try:
+            start()
+        except Exception as error:  # Ray raises no narrower one
+            if attempt == MOST_STARTS or "timed out during startup" not in str(error):
+                raise RuntimeError(
+                    f"Ray did not start on this machine ({' '.join(str(error).split())[:200]}), tried {attempt} "
+                    "times, but the job runs on it. The machine is probably busy with other work: run the same "
+                    "command again when it is less so."
+                ) from error
+        else:
+            return
 
 
 def check_ray() -> None:

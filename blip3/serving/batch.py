@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask many images with Ray Data: a folder or parquet files in, one line of JSON per image out.
+"""Ask many images with Ray Data: a folder, parquet files or tars in, one line of JSON per image out.
 
     python -m blip3.serving.batch --model FOLDER --input IMAGES --output ANSWERS --question "What does the sign say?"
 
@@ -11,9 +11,10 @@
 Each line is {"id", "question", "answer", "error"}. An image that cannot be read has the answer null and an error of
 one sentence. The same command continues after any interruption: lines that are complete stay, the rest is asked.
 
-Ids are paths inside the folder; in parquet the values of --id-column, or "file.parquet:row" without one. An image in
-parquet is bytes, a struct of bytes and path as `datasets` writes it, or a path beside the parquet file. The work is a
-job (`blip3/jobs`) of rows; here are what answers them, and the command.
+Ids are paths inside the folder; in parquet the values of --id-column, or "file.parquet:row" without one; in tars
+"file.tar:key". An image in parquet is bytes, a struct of bytes and path as `datasets` writes it, or a path beside the
+parquet file. An image that kills its worker again and again is an error of its row, too. The work is a job
+(`blip3/jobs`) of rows; here are what answers them, and the command.
 """
 
 import argparse
@@ -48,10 +49,11 @@ class BatchSettings:
 
     Attributes:
         model: a checkpoint, as `checkpoints.locate` takes it.
-        input: a folder of images, a parquet file or a folder of them; folders are read with all that is below.
+        input: a folder of images, a parquet file, a tar of webdataset or a folder of either; folders are read with
+            all that is below.
         output: a folder, made if need be.
         question: asked of each image whose row has none of its own.
-        question_column: of parquet.
+        question_column: of parquet, or key of the .json in tars.
         image_column: of parquet.
         id_column: of parquet; None takes `id` if there is one. Integers or texts, each once.
         engine: `transformers` or `vllm`.
@@ -167,10 +169,18 @@ class RowAnswerer:
             line["answer"] = next(answers) if line["error"] is None else None
         return line_table(lines, [line["error"] is not None for line in lines])
 
+    def refuse(self, row: dict[str, Any], message: str) -> dict[str, Any]:
+        """Give the line of a row that is not opened."""
+        line = {"id": json.loads(row["id"]), "question": self._question_of(row), "answer": None}
+        return {**line, "error": message}
+
+    def _question_of(self, row: dict[str, Any]) -> Any:
+        question = json.loads(row.get("question", "null"))
+        return self.question if question is None else question
+
     def _prepare(self, row: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         """Open one image; give its line, with what is wrong with it, and the engine's inputs."""
-        question = json.loads(row.get("question", "null"))
-        question = self.question if question is None else question
+        question = self._question_of(row)
         prepared = error = None
         try:
             if not isinstance(question, str) or not question.strip():
@@ -331,7 +341,7 @@ def parse_args(argv: list[str] | None = None) -> BatchSettings:
     parser = argparse.ArgumentParser(prog="python -m blip3.serving.batch", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="FOLDER", help="a checkpoint folder, or owner/name")
-    add("--input", type=Path, required=True, metavar="PATH", help="folder of images, parquet file or folder of them")
+    add("--input", type=Path, required=True, metavar="PATH", help="folder of images, or of parquet files or tars")
     add(
         "--output",
         type=Path,

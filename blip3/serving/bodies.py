@@ -21,6 +21,7 @@ from PIL import Image
 from ..answering import IMAGE_TOKEN
 from .limits import check_limits, shorten
 
+MAX_PARTS = 256  # of one message
 ROLES = ("system", "user", "assistant")
 Source = str | Image.Image
 
@@ -35,7 +36,11 @@ class RequestLimits:
         max_characters: of all texts of one row.
         max_new_tokens: highest value of the parameter.
         max_sequences: rows x beams.
-        generate_seconds: after which answers are returned as far as they are.
+        generate_seconds: of writing, after which answers are returned as far as they are.
+        total_seconds: of a request from its body to its answer; one whose turn has not come by then is refused.
+        max_requests: inside the server at once, the one being answered among them; more are refused as busy.
+        max_held_bytes: of the bodies and image files of all requests together; more are refused as busy.
+        max_opened_bytes: of the decoded images and model inputs of the one request being answered.
 
     Raises:
         ValueError: if a limit is not a number that can be kept.
@@ -47,6 +52,10 @@ class RequestLimits:
     max_new_tokens: int = 1024
     max_sequences: int = 16
     generate_seconds: float = 120.0
+    total_seconds: float = 180.0
+    max_requests: int = 64
+    max_held_bytes: int = 2**30
+    max_opened_bytes: int = 2**31
 
     def __post_init__(self) -> None:
         check_limits(self)
@@ -97,18 +106,24 @@ class _Range:
     kind: type
     low: float = 0
     high: float = 0
+    is_zero_allowed: bool = False
+    """Beside the range."""
 
     def __str__(self) -> str:
         if self.kind is bool:
             return "true or false"
-        return f"{'an integer' if self.kind is int else 'a number'} from {self.low} to {self.high}"
+        zero = "0 or " if self.is_zero_allowed else ""
+        return f"{zero}{'an integer' if self.kind is int else 'a number'} from {self.low} to {self.high}"
+
+    def __contains__(self, number: float) -> bool:
+        return self.low <= number <= self.high or (self.is_zero_allowed and number == 0)
 
 
 PARAMETERS = {
     "max_new_tokens": _Range(int, 1, 2**31),  # and RequestLimits.max_new_tokens
     "min_new_tokens": _Range(int, 0, 2**31),
     "do_sample": _Range(bool),
-    "temperature": _Range(float, 0, 5),  # 0 is greedy
+    "temperature": _Range(float, 0.01, 5, is_zero_allowed=True),  # 0 is greedy; 1e-38 would make scores infinite
     "top_p": _Range(float, 0.01, 1),
     "top_k": _Range(int, 1, 1000),
     "num_beams": _Range(int, 1, 8),
@@ -224,10 +239,11 @@ def _parse_message(message: Any, images: list[Source]) -> dict:
     role, content = message["role"], message["content"]
     if isinstance(content, str):
         return {"role": role, "content": [{"type": "text", "text": _check_text(content)}]}
-    if not isinstance(content, list) or not content:
+    if not isinstance(content, list) or not 1 <= len(content) <= MAX_PARTS:
+        given = f"a list of {len(content)}" if isinstance(content, list) else shorten(content)
         raise ValueError(
-            f"The content of a message is {shorten(content)} but a text or a list of parts is expected. It was "
-            "probably left empty: remove the message or write its text."
+            f"The content of a message is {given} but a text or a list of 1 to {MAX_PARTS} parts is expected. It was "
+            "probably left empty or cut into words: write its text as one part."
         )
     parts = [_parse_part(part, images) for part in content]
     if role == "assistant" and any(part["type"] == "image" for part in parts):
@@ -386,7 +402,7 @@ def _check_value(name: str, value: Any) -> Any:
     else:
         kinds = int if allowed.kind is int else (int, float)
         is_allowed = isinstance(number, kinds) and not isinstance(number, bool)
-        is_allowed = is_allowed and allowed.low <= number <= allowed.high
+        is_allowed = is_allowed and number in allowed
     if not is_allowed:
         raise ValueError(
             f"{name} is {shorten(value)} but {allowed} is expected. It is probably a percentage, a text or a typing "

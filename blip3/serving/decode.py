@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of a stranger to an image: base64 read strictly, format and size checked by the header, then decoded."""
+"""Bytes of a stranger to an image: base64 read strictly, structure and size checked, then decoded in time.
+
+    base64 --> file --- outline_of (structure.py) ---> format, size, blocks, checked --- decode ---> image
+
+What can be refused is refused before anything is decoded.
+"""
 
 import base64
 import io
 import math
 import re
+from typing import Any
 
 from PIL import Image
 
-from ..images import turn_upright
-from .limits import ImageLimits, shorten
+from ..images import orientation_in, turn
+from .limits import Deadline, ImageLimits, shorten
+from .structure import FORMATS, Outline, outline_of
 
-# TIFF is left out on purpose: it wraps many codecs, and browsers do not send it. MPO is what some cameras call JPEG.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-MAX_JPEG_SCANS = 32  # encoders write about ten; each scan costs a pass over the whole image
+PIXEL_BYTES = 4  # of a decoded image, whatever its mode
 
 
 def too_many_bytes(given: str, max_bytes: int) -> str:
@@ -57,71 +62,128 @@ def decode_base64(text: str, max_bytes: int) -> bytes:
         ) from None
 
 
-def decode_image(data: bytes, limits: ImageLimits, max_pixels: int | None = None, upright: bool = True) -> Image.Image:
-    """Decode an image's file; the first frame of animations.
+def check_file(data: bytes, limits: ImageLimits, max_pixels: int | None = None) -> Outline:
+    """Check an image's file without decoding it.
 
     Args:
         data: the file.
         limits: which sizes are accepted.
         max_pixels: what is left of the request's pixels.
-        upright: turn the image as its EXIF tag says.
 
     Raises:
-        ValueError: if it is no complete image of an accepted format and size.
+        ValueError: if it is of no accepted format or size, or built to take long.
     """
     if len(data) > limits.max_bytes:
         raise ValueError(too_many_bytes("more", limits.max_bytes))
-    # In a JPEG's compressed data FF is always followed by 00, so this counts scans (and those of thumbnails).
-    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:
-        raise ValueError(
-            f"it is a JPEG of more than {MAX_JPEG_SCANS} scans, the limit. It was probably built to take long to "
-            "decode: save it again with an ordinary encoder."
-        )
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Exception:  # decoders raise whatever a broken file makes them meet
-        raise ValueError(
-            f"its {len(data)} bytes are not the beginning of a {', '.join(FORMATS)} file of acceptable size. It is "
-            "probably of another type, a web page or empty: save it as JPEG or PNG."
-        ) from None
-    loaded = _load(image, limits, max_pixels)
-    return turn_upright(loaded) if upright else loaded
+    outline = outline_of(data)
+    if outline is None or min(outline.height, outline.width) < 1:
+        raise ValueError(_no_beginning(len(data)))
+    _check_size(outline.height, outline.width, limits, max_pixels)
+    return outline
 
 
-def check_image(
-    image: Image.Image, limits: ImageLimits, max_pixels: int | None = None, upright: bool = True
-) -> Image.Image:
-    """Check an image that a server has already opened from a body, and decode it by our own rules where it can.
+def decode_image(outline: Outline, limits: ImageLimits, deadline: Deadline, upright: bool = True) -> Image.Image:
+    """Decode a checked file; the first frame of animations.
 
-    An image that is no longer a file is left as it is, not turned.
+    Pillow reads a file a piece at a time, and no piece is given after the deadline. What it does with one piece, and
+    with the whole of a WebP, cannot be stopped: the limits of sides and pixels bound that.
+
+    Args:
+        outline: of `check_file`.
+        limits: which sizes are accepted.
+        deadline: for the last byte to be decoded.
+        upright: turn the image as its EXIF tag says.
+
+    Returns:
+        the image without metadata, which keeps nothing of the file.
 
     Raises:
-        ValueError: as `decode_image` does.
+        ValueError: if it is damaged, or time runs out.
+    """
+    try:
+        image = _open(outline, deadline)
+        _check_size(image.height, image.width, limits, None)  # of what will be decoded, whatever the walk has read
+        loaded = _load(image, deadline)
+    except TimeoutError:
+        raise ValueError(
+            f"its {len(outline.data)} bytes were not decoded in time ({limits.total_seconds:g} s for all images of a "
+            "request). There are probably too many large ones, or it was built to take long: send fewer, or scale "
+            "them down."
+        ) from None
+    info: dict[Any, Any] = {**loaded.info, **outline.info}
+    if outline.kind in ("GIF", "WEBP"):  # their decoders stay behind the image, with the file
+        loaded = loaded.copy()
+    loaded.info = {name: value for name, value in info.items() if name == "transparency"}
+    return turn(loaded, orientation_in(info) if upright else 1)
+
+
+def check_opened(image: Image.Image, limits: ImageLimits, max_pixels: int | None = None) -> Outline | Image.Image:
+    """Check an image that a server has already opened from a body: by its file, where that is still in memory.
+
+    Returns:
+        the file's outline; or the image, as it is and never turned, where it is no longer a file.
+
+    Raises:
+        ValueError: as `check_file` does.
     """
     file = getattr(image, "fp", None)
     if isinstance(file, io.BytesIO) and not file.closed:
-        return decode_image(file.getvalue(), limits, max_pixels, upright)
+        return check_file(file.getvalue(), limits, max_pixels)
     if image.format not in (None, "MPO", *FORMATS):
         raise ValueError(
             f"it is a {shorten(image.format)} but {', '.join(FORMATS)} are read. It is probably an original from a "
             "scanner: save it as JPEG or PNG."
         )
-    return _load(image, limits, max_pixels)
+    _check_size(image.height, image.width, limits, max_pixels)
+    return _load(image, Deadline(math.inf))
 
 
-def _load(image: Image.Image, limits: ImageLimits, max_pixels: int | None) -> Image.Image:
-    height, width, left = image.height, image.width, limits.max_pixels if max_pixels is None else max_pixels
-    if max(height, width) > limits.max_side or height * width > min(limits.max_pixels, left):
-        raise ValueError(
-            f"it has {height} x {width} pixels (height x width) but at most {limits.max_side} a side, "
-            f"{limits.max_pixels} in all and {left} left in this request are decoded. It is probably an original from "
-            "a camera: scale it down."
-        )
+class _TimedFile(io.BytesIO):
+    """Bytes of a file, until a deadline."""
+
+    def __init__(self, data: bytes, deadline: Deadline):
+        super().__init__(data)
+        self.deadline = deadline
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.deadline.remaining()
+        return super().read(size)
+
+
+def _open(outline: Outline, deadline: Deadline) -> Image.Image:
+    try:
+        return Image.open(_TimedFile(outline.data, deadline), formats=(outline.kind,))
+    except Exception:  # decoders raise whatever a broken file makes them meet
+        deadline.remaining()
+        raise ValueError(_no_beginning(len(outline.data))) from None
+
+
+def _load(image: Image.Image, deadline: Deadline) -> Image.Image:
+    height, width = image.height, image.width
     try:
         image.load()
     except Exception:  # decoders raise whatever a broken file makes them meet
+        deadline.remaining()
         raise ValueError(
             f"its {height} x {width} pixels (height x width) could not be decoded. It is probably cut or damaged: "
             "open it in a viewer and save it again."
         ) from None
     return image
+
+
+def _no_beginning(num_bytes: int) -> str:
+    return (
+        f"its {num_bytes} bytes are not the beginning of a {', '.join(FORMATS)} file of acceptable size. It is "
+        "probably of another type, a web page or empty: save it as JPEG or PNG."
+    )
+
+
+def _check_size(height: int, width: int, limits: ImageLimits, max_pixels: int | None) -> None:
+    left = limits.max_pixels if max_pixels is None else max_pixels
+    if max(height, width) > limits.max_side or height * width > min(limits.max_pixels, left):
+        left_over = "" if max_pixels is None else f" and {left} left in this request"
+        raise ValueError(
+            f"it has {height} x {width} pixels (height x width) but at most {limits.max_side} a side, "
+            f"{limits.max_pixels} in all{left_over} are decoded. It is probably an original from "
+            "a camera: scale it down."
+        )

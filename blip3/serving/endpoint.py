@@ -7,32 +7,56 @@ Bodies and parameters are described in `bodies.py`, how images are opened in `fe
     [{"generated_text": "No. 47", "finish_reason": "stop", "prompt_tokens": 402, "generated_tokens": 4}]
 """
 
-import hashlib
+import dataclasses
 import logging
+import threading
 import time
-from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
-from PIL import Image
 
-from ..answering import Answerer, render, render_question
+from ..answering import Answerer, StopWhen, render, render_question
 from ..images import turns_upright
 from .bodies import Options, Prompt, RequestLimits, check_slots, parse_body
-from .fetch import ImageFetcher
-from .limits import ImageLimits, read_limits
+from .decode import PIXEL_BYTES
+from .fetch import Checked, ImageFetcher
+from .limits import Deadline, ImageLimits, read_limits
+from .privacy import pseudonym
+from .room import Room, busy, bytes_of
 
 logger = logging.getLogger("blip3.serving")
 
 DEFAULT_QUESTION = "Describe the picture."  # for an image without text; base checkpoints just continue
+POLL_SECONDS = 0.25  # between two looks at whether a client is still there
+CONVERTING_BYTES = 12  # a pixel of the image that is being made RGB takes beside itself, at most
+
+Answers = list[dict[str, Any]]
+
+
+@dataclasses.dataclass
+class _Job:
+    """What one request leaves for the model's thread."""
+
+    texts: list[str]
+    files: list[list[Checked]]
+    options: Options
+    deadline: Deadline
+    is_dropped: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    def drop(self) -> None:
+        """Let go of all it holds: a queue may keep the job itself until its turn comes."""
+        self.is_dropped.set()
+        self.texts, self.files = [], []
 
 
 class EndpointHandler:
-    """Answers requests with one model, whichever thread asks; images are fetched in the caller's.
+    """Answers requests with one model, whichever thread asks; images are fetched and checked in the caller's.
 
     The model has a thread to itself and takes one request at a time: any thread that ran it would keep the memory of
-    its largest request.
+    its largest request. Images are decoded there too, so that only the request whose turn it is holds pixels; those
+    that wait hold their body and the files of their images, whose number and bytes are limited.
 
     Args:
         path: the repository's folder.
@@ -54,31 +78,37 @@ class EndpointHandler:
         self.fetcher = ImageFetcher(image_limits, public_loopback)
         self.limits = read_limits(RequestLimits, "BLIP3_REQUEST_") if request_limits is None else request_limits
         self.answerer = Answerer.load(path)
+        self.room = Room(self.limits.max_requests, self.limits.max_held_bytes)
         self._model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="blip3-model")
 
-    def __call__(self, data: dict[str, Any]) -> list[dict[str, Any]]:
+    def __call__(self, data: dict[str, Any], is_gone: Callable[[], bool] | None = None) -> Answers:
         """Answer one body.
 
         Args:
             data: `inputs` and, optionally, `parameters`.
+            is_gone: says whether the client has gone away, for servers that know; its request is dropped then. The
+                container gives none.
 
         Returns:
             One answer per prompt: `generated_text`, `finish_reason` ("stop" or "length", which includes running out
             of time), `prompt_tokens` and `generated_tokens`.
 
         Raises:
-            ValueError: if the body is refused.
+            ValueError: if the body is refused, or the server is busy.
+            ConnectionAbortedError: if the client is gone.
         """
-        start = time.perf_counter()
-        request = parse_body(data, self.limits)
-        texts = [self.render(prompt) for prompt in request.prompts]
-        rows = self._fetch_images(request.prompts)
-        answers = self._model_thread.submit(self._answer, texts, rows, request.options).result()
-        digest = hashlib.sha256("\0".join(texts).encode("utf-8")).hexdigest()[:12]
+        start, deadline = time.perf_counter(), Deadline(self.limits.total_seconds)
+        with self.room.enter() as guest:
+            request = parse_body(data, self.limits)
+            guest.hold(bytes_of(data))
+            texts = [self.render(prompt) for prompt in request.prompts]
+            files = self._fetch_files(request.prompts, deadline, guest.hold)
+            num_images, name = sum(map(len, files)), pseudonym("\0".join(texts))
+            answers = self._take_turn(_Job(texts, files, request.options, deadline), is_gone)
         num_generated = sum(answer["generated_tokens"] for answer in answers)
         logger.info(
-            "answered %d prompts (sha256 %s, %d characters, %d images) with %d tokens in %.2f s",
-            len(texts), digest, sum(map(len, texts)), sum(map(len, rows)), num_generated, time.perf_counter() - start,
+            "answered %d prompts (%s, %d characters, %d images) with %d tokens in %.2f s",
+            len(texts), name, sum(map(len, texts)), num_images, num_generated, time.perf_counter() - start,
         )  # fmt: skip
         return answers
 
@@ -93,23 +123,64 @@ class EndpointHandler:
         check_slots(rendered, prompt)
         return rendered
 
-    def _fetch_images(self, prompts: Collection[Prompt]) -> list[list[Image.Image]]:
-        """Open the images of all rows, under limits that hold for the request."""
-        upright = turns_upright(self.answerer.processor)
+    def _fetch_files(
+        self, prompts: Collection[Prompt], deadline: Deadline, hold: Callable[[int], None]
+    ) -> list[list[Checked]]:
+        """Fetch and check the images of all rows, under limits that hold for the request."""
         sources = [source for prompt in prompts for source in prompt.images]
-        images = iter(self.fetcher.fetch_images(sources, upright))
-        return [[next(images) for _ in prompt.images] for prompt in prompts]
+        found = self.fetcher.fetch_files(sources, deadline, hold)
+        num_bytes = self._opened_bytes(found)
+        if num_bytes > self.limits.max_opened_bytes:
+            raise ValueError(
+                f"The request's {len(found)} images would take {num_bytes} bytes once they are decoded, but at most "
+                f"{self.limits.max_opened_bytes} are given to one request. They are probably originals from a camera: "
+                "send fewer, or scale them down."
+            )
+        files = iter(found)
+        return [[next(files) for _ in prompt.images] for prompt in prompts]
 
-    def _answer(self, texts: list[str], rows: list[list[Image.Image]], options: Options) -> list[dict[str, Any]]:
+    def _opened_bytes(self, files: Sequence[Checked]) -> int:
+        """Bytes of decoded images, of the one being converted, and of model inputs in two dtypes."""
+        images = self.answerer.processor.image_processor
+        pixels = [file.height * file.width for file in files]
+        input_bytes = images.num_view_slots * 3 * images.tile_size**2 * 2 * torch.float32.itemsize
+        return PIXEL_BYTES * sum(pixels) + CONVERTING_BYTES * max(pixels, default=0) + input_bytes * len(files)
+
+    def _take_turn(self, job: _Job, is_gone: Callable[[], bool] | None) -> Answers:
+        """Wait for the model and its answers, as long as the deadline allows and the client is there."""
+        future = self._model_thread.submit(self._answer, job)
+        try:
+            return self._wait(future, job, is_gone)
+        finally:
+            future.cancel()  # if it never began
+            job.drop()
+
+    def _wait(self, future: "Future[Answers]", job: _Job, is_gone: Callable[[], bool] | None) -> Answers:
+        while not future.done():
+            if is_gone is not None and is_gone():
+                raise ConnectionAbortedError("The client went away before its answer was ready.")
+            seconds = job.deadline.end - time.monotonic()
+            if seconds <= 0 and future.cancel():
+                raise ValueError(busy(f"the model was not free within {self.limits.total_seconds:g} s"))
+            # After the deadline generation ends by itself: what is written until then is the answer.
+            wait([future], timeout=POLL_SECONDS if is_gone is not None else max(seconds, POLL_SECONDS))
+        return future.result()
+
+    def _answer(self, job: _Job) -> Answers:
         """Answer all prompts in one forward, unless the model's context cannot hold them."""
+        texts, files, options = job.texts, job.files, job.options
         splitting = options.do_image_splitting
         image_options = {} if splitting is None else {"do_image_splitting": splitting}
-        inputs = self.answerer.prepare(texts, rows, **image_options)
+        inputs = self.answerer.prepare(texts, self._decode(files, job.deadline), **image_options)
         num_tokens, generation = inputs["input_ids"].shape[1], options.generation
         self.answerer.check_context(num_tokens, generation["max_new_tokens"])
         try:
             answers = self.answerer.generate(
-                inputs, seed=options.seed, max_time=self.limits.generate_seconds, **generation
+                inputs,
+                seed=options.seed,
+                max_time=max(min(self.limits.generate_seconds, job.deadline.end - time.monotonic()), 0.0),
+                stopping_criteria=[StopWhen(job.is_dropped.is_set)],
+                **generation,
             )
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
@@ -126,3 +197,17 @@ class EndpointHandler:
             }
             for answer in answers
         ]
+
+    def _decode(self, rows: Sequence[Sequence[Checked]], deadline: Deadline) -> list[list[Any]]:
+        """Decode the images of all rows.
+
+        Raises:
+            ValueError: if one is damaged, or time runs out.
+        """
+        files = [file for row in rows for file in row]
+        upright = turns_upright(self.answerer.processor)
+        try:
+            images = iter(self.fetcher.decode_files(files, upright, deadline))
+        except TimeoutError:
+            raise ValueError(busy(f"the model was not free within {self.limits.total_seconds:g} s")) from None
+        return [[next(images) for _ in row] for row in rows]

@@ -6,31 +6,32 @@
          +------------------------------ redirect: all of it again -------------------------------------+         |
     data URL or base64 text --- check the length --- decode strictly ---------------------------------------------+
     PIL image (an image/* body) ----------------------------------------------------------------------------------+
-                                                              check format and size by the header, then decode <--+
+                                                            check structure, format and size, then decode in time <--+
 
 Nothing is opened by a path, environment proxies are not consulted, and no message or log line repeats a URL. On a
 network that reaches IPv4 through NAT64 only, remote images are refused: the embedded address is not looked at.
 """
 
-import hashlib
+import contextlib
 import http.client
 import io
 import ipaddress
 import logging
-import math
 import queue
 import re
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from PIL import Image
 
-from .decode import check_image, decode_base64, decode_image, strip_data_header, too_many_bytes
-from .limits import ImageLimits, read_limits, shorten
+from .decode import check_file, check_opened, decode_base64, decode_image, strip_data_header, too_many_bytes
+from .limits import Deadline, ImageLimits, read_limits, shorten
+from .privacy import pseudonym, silence_libraries
+from .structure import Outline
 from .urls import Address, Target, check_url, follow, is_public
 
 logger = logging.getLogger("blip3.serving")
@@ -39,6 +40,9 @@ MAX_ADDRESSES = 4  # tried one after the other
 REDIRECTS = (301, 302, 303, 307, 308)
 READ_BYTES = 65536
 
+Source = str | Image.Image
+Checked = Outline | Image.Image
+"""An image's file, or what a server has decoded already."""
 Resolver = Callable[[str, int], Sequence[str]]
 
 
@@ -47,31 +51,13 @@ def resolve_with_system(host: str, port: int) -> list[str]:
     return [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
-# -- Time -------------------------------------------------------------------------------------------------------------
-
-
-class _Deadline:
-    """A moment after which nothing may wait any longer."""
-
-    def __init__(self, seconds: float):
-        self.end = time.monotonic() + seconds
-
-    def remaining(self, at_most: float = math.inf) -> float:
-        """Seconds left, at most `at_most`.
-
-        Raises:
-            TimeoutError: if none are left.
-        """
-        left = self.end - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        return min(left, at_most)
+# -- Sockets ----------------------------------------------------------------------------------------------------------
 
 
 class _TimedReader(io.RawIOBase):
     """Bytes of a socket until a deadline, however slowly they drip."""
 
-    def __init__(self, sock: socket.socket, deadline: _Deadline):
+    def __init__(self, sock: socket.socket, deadline: Deadline):
         self.sock, self.deadline = sock, deadline
 
     def readable(self) -> bool:
@@ -85,7 +71,7 @@ class _TimedReader(io.RawIOBase):
 class _TimedSocket:
     """The part of a socket that http.client uses, against a deadline."""
 
-    def __init__(self, sock: socket.socket, deadline: _Deadline):
+    def __init__(self, sock: socket.socket, deadline: Deadline):
         self.sock, self.deadline = sock, deadline
 
     def sendall(self, data: bytes) -> None:
@@ -99,11 +85,20 @@ class _TimedSocket:
         """Leave it open: the response is still read after http.client is done; the fetcher closes the socket."""
 
 
+@contextlib.contextmanager
+def _named(index: int, num_images: int) -> Iterator[None]:
+    """Say in an error which image it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Image {index + 1} of {num_images}: {error}") from None
+
+
 # -- The fetcher ------------------------------------------------------------------------------------------------------
 
 
 class ImageFetcher:
-    """Opens the images of requests within limits, and nothing else.
+    """Opens the images of requests within limits, and nothing else; libraries that would log them are silenced.
 
     Args:
         limits: from the environment (`BLIP3_PICTURE_...`) by default.
@@ -122,6 +117,7 @@ class ImageFetcher:
         resolve: Resolver = resolve_with_system,
         tls_context: ssl.SSLContext | None = None,
     ):
+        silence_libraries()
         self.limits = read_limits(ImageLimits, "BLIP3_PICTURE_") if limits is None else limits
         self._public_loopback = frozenset(ipaddress.ip_address(address) for address in public_loopback)
         if not all(address.is_loopback for address in self._public_loopback):
@@ -133,51 +129,94 @@ class ImageFetcher:
         self._lookups = threading.BoundedSemaphore(8)  # a lookup cannot be stopped, so only so many may hang
         self._tls_context = ssl.create_default_context() if tls_context is None else tls_context
 
-    def fetch_images(self, sources: Sequence[str | Image.Image], upright: bool = True) -> list[Image.Image]:
-        """Open the images of one request, in order, completely decoded.
+    def fetch_images(self, sources: Sequence[Source], upright: bool = True) -> list[Image.Image]:
+        """Open the images of one request: `fetch_files` and `decode_files` in one."""
+        return self.decode_files(self.fetch_files(sources), upright)
+
+    def fetch_files(
+        self,
+        sources: Sequence[Source],
+        deadline: Deadline | None = None,
+        hold: Callable[[int], None] = lambda num_bytes: None,
+    ) -> list[Checked]:
+        """Fetch and check the files of one request's images, in order, and decode none.
 
         Args:
             sources: http(s) URLs, data URLs, base64 texts or PIL images.
-            upright: turn files as their EXIF tag says; False gives them as stored.
+            deadline: of the request; `total_seconds` hold besides.
+            hold: is told how many more bytes are about to be held, fewer where negative; may refuse.
 
         Raises:
             ValueError: naming the image, if one is refused or the request asks for too much.
         """
-        limits, deadline = self.limits, _Deadline(self.limits.total_seconds)
+        limits, deadline = self.limits, self._within(deadline)
         if len(sources) > limits.max_images:
             raise ValueError(
                 f"The request has {len(sources)} images but at most {limits.max_images} are read. It is probably "
                 "a batch: split it into several requests."
             )
-        images: list[Image.Image] = []
+        files: list[Checked] = []
         num_pixels = 0
         for index, source in enumerate(sources):
-            try:
-                image = self._open(source, deadline, limits.max_total_pixels - num_pixels, upright)
-            except ValueError as error:
-                raise ValueError(f"Image {index + 1} of {len(sources)}: {error}") from None
-            num_pixels += image.height * image.width
-            images.append(image)
+            expected = self._expected_bytes(source)
+            hold(expected)
+            with _named(index, len(sources)):
+                file = self._read_file(source, deadline, limits.max_total_pixels - num_pixels)
+            hold((len(file.data) if isinstance(file, Outline) else 0) - expected)
+            num_pixels += file.height * file.width
+            files.append(file)
+        return files
+
+    def decode_files(
+        self, files: Sequence[Checked], upright: bool = True, deadline: Deadline | None = None
+    ) -> list[Image.Image]:
+        """Decode what `fetch_files` gave.
+
+        Args:
+            files: of one request.
+            upright: turn files as their EXIF tag says; False gives them as stored.
+            deadline: of the request; `total_seconds` hold besides.
+
+        Raises:
+            ValueError: naming the image, if one is damaged or time runs out.
+        """
+        deadline = self._within(deadline)
+        images = []
+        for index, file in enumerate(files):
+            with _named(index, len(files)):
+                images.append(
+                    decode_image(file, self.limits, deadline, upright) if isinstance(file, Outline) else file
+                )
         return images
 
-    def _open(self, source: str | Image.Image, deadline: _Deadline, max_pixels: int, upright: bool) -> Image.Image:
+    def _within(self, deadline: Deadline | None) -> Deadline:
+        seconds = self.limits.total_seconds
+        return Deadline(seconds if deadline is None else deadline.remaining(seconds))
+
+    def _expected_bytes(self, source: Source) -> int:
         if isinstance(source, Image.Image):
-            return check_image(source, self.limits, max_pixels, upright)
+            return 0
+        is_url = re.match(r"https?:", source[:8], re.IGNORECASE)
+        return self.limits.max_bytes if is_url else min(len(source), self.limits.max_bytes)
+
+    def _read_file(self, source: Source, deadline: Deadline, max_pixels: int) -> Checked:
+        if isinstance(source, Image.Image):
+            return check_opened(source, self.limits, max_pixels)
         if re.match(r"data:", source, re.IGNORECASE):
             data = decode_base64(strip_data_header(source), self.limits.max_bytes)
         elif re.match(r"[a-z][a-z0-9+.-]*:", source[:64], re.IGNORECASE):
             data = self._fetch(source, deadline)
         else:
             data = decode_base64(source, self.limits.max_bytes)
-        return decode_image(data, self.limits, max_pixels, upright)
+        return check_file(data, self.limits, max_pixels)
 
-    def _fetch(self, url: str, deadline: _Deadline) -> bytes:
+    def _fetch(self, url: str, deadline: Deadline) -> bytes:
         """Download one image's file.
 
         Raises:
             ValueError: if the URL, an address, a redirect or the answer is refused, or time runs out.
         """
-        name, start = hashlib.sha256(url.encode("utf-8", "replace")).hexdigest()[:12], time.monotonic()
+        name, start = pseudonym(url), time.monotonic()
         for _ in range(self.limits.max_redirects + 1):
             target = check_url(url, self.limits.allowed_ports)
             if not self.limits.allow_remote:
@@ -187,7 +226,7 @@ class ImageFetcher:
                 )
             data, location = self._get(target, deadline)
             if location is None:
-                logger.info("fetched url sha256 %s: %d bytes in %.2f s", name, len(data), time.monotonic() - start)
+                logger.info("fetched url %s: %d bytes in %.2f s", name, len(data), time.monotonic() - start)
                 return data
             url = follow(url, location)
         raise ValueError(
@@ -195,7 +234,7 @@ class ImageFetcher:
             "page: send the last URL, or a data URL."
         )
 
-    def _get(self, target: Target, deadline: _Deadline) -> tuple[bytes, str | None]:
+    def _get(self, target: Target, deadline: Deadline) -> tuple[bytes, str | None]:
         """Ask one server once; returns the body, or where it redirects to."""
         try:
             with self._connect(target, deadline) as sock:
@@ -217,7 +256,7 @@ class ImageFetcher:
                 "check the URL, or send a data URL."
             ) from None
 
-    def _checked_addresses(self, target: Target, deadline: _Deadline) -> list[Address]:
+    def _checked_addresses(self, target: Target, deadline: Deadline) -> list[Address]:
         """Resolve a host and refuse it if any of its addresses is not public.
 
         A name that does not exist gets the same message, so that answers do not map an internal network.
@@ -264,7 +303,7 @@ class ImageFetcher:
         except queue.Empty:
             raise TimeoutError from None
 
-    def _connect(self, target: Target, deadline: _Deadline) -> socket.socket:
+    def _connect(self, target: Target, deadline: Deadline) -> socket.socket:
         """Connect to an address that was checked: the name is never resolved again."""
         addresses = self._checked_addresses(target, deadline)
         for index, address in enumerate(addresses):
@@ -282,7 +321,7 @@ class ImageFetcher:
                     raise
         raise OSError
 
-    def _ask(self, sock: socket.socket, target: Target, deadline: _Deadline) -> tuple[bytes, str | None]:
+    def _ask(self, sock: socket.socket, target: Target, deadline: Deadline) -> tuple[bytes, str | None]:
         """Send one GET over a connected socket and read the answer within the limits."""
         connection = http.client.HTTPConnection(target.host_header)
         connection.auto_open = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Limits of a server: dataclasses of numbers, checked, and read from environment variables.
+"""Limits of a server: dataclasses of numbers, checked, and read from environment variables; and a deadline.
 
 limits = read_limits(ImageLimits, "BLIP3_PICTURE_")      BLIP3_PICTURE_MAX_BYTES=1000000 sets max_bytes
 """
@@ -7,6 +7,7 @@ limits = read_limits(ImageLimits, "BLIP3_PICTURE_")      BLIP3_PICTURE_MAX_BYTES
 import dataclasses
 import math
 import os
+import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ class ImageLimits:
     Attributes:
         allow_remote: False refuses every URL but data URLs.
         connect_seconds: for resolving a name, and again for connecting with the TLS handshake.
-        total_seconds: for all remote images of one request, from the first name to the last byte.
+        total_seconds: to fetch all images of one request, from the first name to the last byte, and again to decode.
         max_redirects: per image; 0 refuses redirects.
         allowed_ports: of http and https URLs.
         max_bytes: of one image's file, downloaded or decoded from base64.
@@ -44,6 +45,28 @@ class ImageLimits:
 
     def __post_init__(self) -> None:
         check_limits(self, may_be_zero=("max_redirects", "max_images"))
+
+
+class Deadline:
+    """A moment after which nothing may wait any longer.
+
+    Args:
+        seconds: from now.
+    """
+
+    def __init__(self, seconds: float):
+        self.end = time.monotonic() + seconds
+
+    def remaining(self, at_most: float = math.inf) -> float:
+        """Seconds left, at most `at_most`.
+
+        Raises:
+            TimeoutError: if none are left.
+        """
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return min(left, at_most)
 
 
 def check_limits(limits: Any, may_be_zero: Collection[str] = ()) -> None:

@@ -7,6 +7,8 @@
     - {llava: mix.yaml, images: images, weight: 1}                        LLaVA JSON or a YAML mixture of it
     - {stream: "ocr/*.parquet", reader: ocr, images: images, weight: 1}   parquet or webdataset shards, in their order
     - {stream: "cc/*.tar", reader: captions, options: {column: txt}}      the same with arguments for the reader
+    - {preferences: "vlfeedback/*.parquet", images: images}               shards of VLFeedback, in their order
+    - {safety: train.json, images: train}                                 VLGuard's JSON, a conversation for each image
 
 Which source sample i comes from, and which of its records it is, follow from the seed and i alone. So a run resumes at
 any step without a saved state, and any number of processes share the samples out.
@@ -30,9 +32,11 @@ from ..world.tasks import TASKS, rendered_record
 
 READERS: dict[str, Callable[..., Iterator[Record]]] = {
     "captions": readers.read_captions,
+    "fusions": readers.read_fusions,
     "grounding": readers.read_grounding,
     "interleaved": readers.read_interleaved,
     "ocr": readers.read_ocr,
+    "preferences": readers.read_preferences,
     "records": readers.read_rows,
     "safety": readers.read_safety,
 }
@@ -41,6 +45,8 @@ KINDS = {
     "records": ("weight",),
     "llava": ("weight", "images"),
     "stream": ("weight", "reader", "images", "options"),
+    "preferences": ("weight", "images", "options"),
+    "safety": ("weight", "images"),
 }
 REMEMBERED = 16  # records of a stream that may be asked for again without opening it again
 
@@ -112,6 +118,11 @@ def _open_source(
     if "llava" in entry:
         read = readers.read_mixture if Path(entry["llava"]).suffix in (".yaml", ".yml") else readers.read_llava_json
         return _listed(list(read(entry["llava"], image_folder=entry.get("images", ""))), seed, entry["llava"])
+    if "safety" in entry:
+        rows = readers.read_json_rows(entry["safety"])
+        return _listed(list(readers.read_safety(rows, entry.get("images", ""), together=True)), seed, entry["safety"])
+    if "preferences" in entry:
+        return _streamed({"stream": entry["preferences"], "reader": "preferences"} | entry)
     return _streamed(entry)
 
 

@@ -17,6 +17,9 @@ from ..refusals import check_choice, check_keys, check_positive
 MODULES = ("vision_tower", "resampler", "language_model")
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "soap")
+LOSSES = ("next_token", "preference")
+NOISE_PIXELS = ("normalised", "unit")
+LORA_LAYERS = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "gate_proj", "up_proj", "down_proj")
 _FORMER_KEYS = {"drawn": "rendered", "picture_weight": "image_weight"}
 
 
@@ -84,8 +87,43 @@ class RunRecipe:
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters (arXiv:2106.09685) on the language model's linear layers."""
+
+    rank: int
+    """Of each pair of matrices."""
+    alpha: int
+    """An adapter's output is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that are dropped."""
+    targets: Sequence[str] = LORA_LAYERS
+    """Names of layers; those a model does not have are passed over, so both text layouts may stand here."""
+    quantize: str | None = None
+    """`4bit` keeps the frozen weights in 4 bits while the adapters learn (QLoRA, arXiv:2305.14314; bitsandbytes)."""
+
+    def __post_init__(self) -> None:
+        check_positive("lora has rank", self.rank)
+        check_positive("lora has alpha", self.alpha)
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"lora has dropout {self.dropout!r} but it must be a share from 0 to below 1. A percentage was "
+                "probably written: divide it by 100."
+            )
+        if self.quantize is not None:
+            check_choice("lora has quantize", self.quantize, ("4bit",))
+        if not self.targets:
+            raise ValueError(
+                f"lora has no targets but adapters need layers of {', '.join(LORA_LAYERS)}. The list was probably "
+                "left empty: remove the key to take all."
+            )
+        for name in self.targets:
+            cause = "The output layer takes no adapter, and neither do the vision modules"
+            check_choice("lora targets", name, LORA_LAYERS, cause)
+
+
+@dataclass(frozen=True)
 class Recipe(RunRecipe):
-    """A stage of next-token training: pre-training, supervised fine-tuning, with one image or several."""
+    """A stage of training on one loss, next token or preference: pre-training, fine-tuning, DPO, safety."""
 
     mixture: Sequence[dict[str, Any]] = ()
     """Sources with weights: see `blip3/training/mixture.py`."""
@@ -109,9 +147,59 @@ class Recipe(RunRecipe):
     """Shard weights, gradients and optimiser with FSDP2, a decoder, vision or resampler layer at a time."""
     vision_learning_rate: float | None = None
     """Learning rate of the tower when it is trainable; that of the rest if None."""
+    lora: dict[str, Any] = field(default_factory=dict)
+    """Fields of `LoraSettings`: train adapters of the language model in place of its weights. Empty trains those."""
+    loss: str = "next_token"
+    """`next_token`, or `preference` (DPO, arXiv:2305.18290) on pairs; the reference is the model without adapters."""
+    beta: float = 0.1
+    """Preference: how much leaving the reference costs."""
+    anchor: float = 0.0
+    """Preference: weight of a term that keeps the chosen answer from becoming less likely (mDPO, arXiv:2406.11839)."""
+    noised_weight: float = 0.0
+    """Preference: weight of a second term, whose rejected answer the model gave when the image was noised."""
+    noised_answers: str = ""
+    """Preference: file of such answers (`blip3/training/noised_answers.py`). Without one they are teacher-forced: the
+    likeliest token at each place of the chosen answer, from one more pass over the noised image (POVID,
+    arXiv:2402.11411)."""
+    noise_step: int = 500
+    """Preference: strength of the noise, of 1,000 steps (`blip3/training/noise.py`)."""
+    noise_pixels: str = "normalised"
+    """Preference: pixels that take the noise: `normalised`, -1 to 1, as BPO; or `unit`, the image in 0 to 1 before it
+    is resized, as POVID, which is twice as strong at the same step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_modules()
+        if not self.mixture:
+            raise ValueError(
+                "The recipe has no mixture, so there is nothing to train on. The key was probably left out: list "
+                "sources, for example `- {rendered: count, weight: 1}`."
+            )
+        check_positive("The recipe has max_length", self.max_length)
+        streams = [entry[kind] for entry in self.mixture for kind in ("stream", "preferences") if kind in entry]
+        if self.group_by_length and streams:
+            raise ValueError(
+                f"The recipe has group_by_length and streams {streams[0]!r}, but a stream is read in its order and "
+                "would be opened again for each sample. The switch was probably copied from a stage with lists: set "
+                "packing: true instead, which needs no order."
+            )
+        self._check_preference()
+
+    @property
+    def adapters(self) -> LoraSettings | None:
+        """What `lora` says; None if the weights themselves are trained."""
+        if not self.lora:
+            return None
+        check_keys("lora", self.lora, [each.name for each in fields(LoraSettings)])
+        missing = [name for name in ("rank", "alpha") if name not in self.lora]
+        if missing:
+            raise ValueError(
+                f"lora lacks {missing[0]}, without which there is no adapter. It was probably left out: add "
+                f"{missing[0]}: with its value, for example {{rank: 64, alpha: 16}}."
+            )
+        return LoraSettings(**self.lora)
+
+    def _check_modules(self) -> None:
         unknown = [name for name in self.trainable if name not in MODULES]
         if unknown or not self.trainable:
             raise ValueError(
@@ -123,18 +211,46 @@ class Recipe(RunRecipe):
                 "The recipe has optimizer 'soap' and fsdp true, but SOAP needs whole matrices and fsdp shards them. "
                 "The optimizer was probably copied from the small model's recipes: remove it, or train without fsdp."
             )
-        if not self.mixture:
+        if self.adapters and list(self.trainable) != ["language_model"]:
             raise ValueError(
-                "The recipe has no mixture, so there is nothing to train on. The key was probably left out: list "
-                "sources, for example `- {rendered: count, weight: 1}`."
+                f"The recipe has lora and trainable {list(self.trainable)}, but adapters are added to the language "
+                "model and everything else stays as it is. The list was probably left out: write trainable: "
+                "[language_model]."
             )
-        check_positive("The recipe has max_length", self.max_length)
-        streams = [entry["stream"] for entry in self.mixture if "stream" in entry]
-        if self.group_by_length and streams:
+        if self.adapters and self.adapters.quantize and self.fsdp:
             raise ValueError(
-                f"The recipe has group_by_length and streams {streams[0]!r}, but a stream is read in its order and "
-                "would be opened again for each sample. The switch was probably copied from a stage with lists: set "
-                "packing: true instead, which needs no order."
+                "The recipe has fsdp true and lora with quantize '4bit', but 4-bit weights are not sharded. Both were "
+                "probably meant to save memory: leave one of them out."
+            )
+
+    def _check_preference(self) -> None:
+        check_choice("The recipe has loss", self.loss, LOSSES)
+        check_choice("The recipe has noise_pixels", self.noise_pixels, NOISE_PIXELS)
+        check_positive("The recipe has beta", self.beta, float)
+        if not isinstance(self.noise_step, int) or not 0 <= self.noise_step < 1000:
+            raise ValueError(
+                f"The recipe has noise_step {self.noise_step!r} but it must be one of the 1,000 steps from 0 to 999. "
+                "A share was probably meant: multiply it by 1000."
+            )
+        if min(self.anchor, self.noised_weight) < 0:
+            raise ValueError(
+                f"The recipe has anchor {self.anchor} and noised_weight {self.noised_weight} but neither weight may "
+                "be negative. A sign was probably mistyped: 0 leaves a term out."
+            )
+        own = ("beta", "anchor", "noised_weight", "noised_answers", "noise_step", "noise_pixels")
+        defaults = {each.name: each.default for each in fields(self)}
+        changed = [name for name in own if getattr(self, name) != defaults[name]]
+        if self.loss == "next_token" and changed:
+            raise ValueError(
+                f"The recipe has {changed[0]} {getattr(self, changed[0])!r} but its loss is next_token, which does "
+                "not read it. The loss was probably left out: write loss: preference."
+            )
+        if self.loss == "preference" and (not self.lora or self.packing):
+            found = "packing true" if self.lora else "no lora"
+            raise ValueError(
+                f"The recipe has loss preference and {found}, but the reference is the model without its adapters, "
+                "and a pair fills a row of its own. It was probably copied from another stage: give lora a rank and "
+                "alpha, and leave packing out."
             )
 
 

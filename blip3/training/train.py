@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Train a stage of the recipe: pre-training, fine-tuning with one image or with several. One loss, next token.
+r"""Train a stage of the recipe: pre-training, fine-tuning with one image or with several, preference, safety.
 
     python -m blip3.training.train recipes/small/provenance/07_pretrain.yaml [key=value ...]
     torchrun --nproc_per_node 8 -m blip3.training.train recipes/4b/2_sft.yaml
 
-Run the same command again after an interruption: the run goes on from its newest checkpoint with the same losses. The
-trained model, with processor and recipe, appears in OUTPUT/final; curves are in OUTPUT/runs (TensorBoard).
+One loss, next token or preference (`loss` of the recipe). Run the same command again after an interruption: the run
+goes on from its newest checkpoint with the same losses. The trained model, with processor and recipe, appears in
+OUTPUT/final, its adapters alone, if it has some, in OUTPUT/adapter; curves are in OUTPUT/runs (TensorBoard).
 """
 
 import io
@@ -25,7 +26,12 @@ from ..checkpoints import load_model, locate
 from ..data.images import ImageSource
 from ..data.records import Record
 from .encode import Collator, Encoder, TooLongError
+from .lora import add_adapters, loading_options, write_merged
 from .mixture import Mixture
+from .noise import Noiser
+from .noised_answers import check_answers_belong, read_noised_answers
+from .pairs import PairCollator, PairEncoder
+from .preference import PreferenceObjective
 from .recipe import MODULES, Recipe, load_recipe, plain_errors, recipe_arguments, save_recipe
 from .trainer import (
     SAVED_RECIPE,
@@ -68,26 +74,55 @@ def train(recipe: Recipe) -> Path:
     arguments = training_arguments(recipe)  # starts the process group
     source = locate(recipe.model)
     checkpoint = resume_or_refuse(recipe)
+    dtype, options = loading_options(recipe.adapters, recipe.bf16, recipe.fsdp)
     with arguments.main_process_first(desc="copying the model's code into the cache"):
         processor = AutoProcessor.from_pretrained(**source)
-        model = load_model(source, dtype=torch.float32)
-    freeze(model, recipe)
-    encoder = Encoder(
-        processor, recipe.max_length, recipe.any_resolution, recipe.learn_end_of_chunk, recipe.learn_questions
-    )
-    count = recipe.max_steps * recipe.batch_size * recipe.accumulation * num_processes()
-    samples = Samples(Mixture(recipe.mixture, count, recipe.seed, recipe.world), encoder)
+        model = load_model(source | options, dtype=dtype)
+    if recipe.adapters:
+        model = add_adapters(model, recipe.adapters, recipe.model)
+    else:
+        freeze(model, recipe)
+    is_preference = recipe.loss == "preference"
+    samples = make_samples(recipe, processor)
+    pad_id = processor.tokenizer.pad_token_id
     trainer = StageTrainer(
         model=model,
         args=arguments,
         train_dataset=samples,
-        data_collator=Collator(processor.tokenizer.pad_token_id, recipe.packing, recipe.max_length),
+        data_collator=PairCollator(pad_id) if is_preference else Collator(pad_id, recipe.packing, recipe.max_length),
         recipe=recipe,
+        objective=PreferenceObjective(recipe) if is_preference else None,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
+    return save_final(trainer, recipe)
+
+
+def make_samples(recipe: Recipe, processor: Any) -> "Samples":
+    """Make the samples of a whole run, encoded for the recipe's loss.
+
+    Raises:
+        ValueError: if the recipe's noised answers are those of other pairs.
+    """
+    count = recipe.max_steps * recipe.batch_size * recipe.accumulation * num_processes()
+    mixture = Mixture(recipe.mixture, count, recipe.seed, recipe.world)
+    if recipe.loss == "next_token":
+        options = (recipe.any_resolution, recipe.learn_end_of_chunk, recipe.learn_questions)
+        return Samples(mixture, Encoder(processor, recipe.max_length, *options))
+    answers = read_noised_answers(recipe.noised_answers) if recipe.noised_answers else {}
+    if recipe.noised_answers:
+        check_answers_belong(answers, recipe.noised_answers, mixture)
+    is_teacher_forced = recipe.noised_weight > 0 and not recipe.noised_answers
+    noiser = Noiser(recipe.noise_step, recipe.noise_pixels, recipe.seed) if is_teacher_forced else None
+    return Samples(mixture, PairEncoder(processor, recipe.max_length, recipe.any_resolution, answers, noiser))
+
+
+def save_final(trainer: "StageTrainer", recipe: Recipe) -> Path:
+    """Write the trained model, whole, and its adapters beside it; gives the model's folder."""
     output = Path(recipe.output) / "final"
-    trainer.save_whole_model(output)
+    trainer.save_whole_model(output if recipe.adapters is None else output.with_name("adapter"))
     if trainer.is_world_process_zero():
+        if recipe.adapters:
+            write_merged(recipe.model, output.with_name("adapter"), output)
         copy_processor(recipe.model, output)
         save_image_splitting(output, recipe.any_resolution)
         save_recipe(recipe, output / SAVED_RECIPE)
@@ -110,7 +145,7 @@ class SampleError(ValueError):
 class Samples(Dataset):
     """Encoded samples of a mixture; item i never changes. One too long to be cut gives way to the sample after it."""
 
-    def __init__(self, mixture: Mixture, encoder: Encoder):
+    def __init__(self, mixture: Mixture, encoder: Encoder | PairEncoder):
         self.mixture, self.encoder = mixture, encoder
 
     def __len__(self) -> int:
@@ -131,7 +166,8 @@ class Samples(Dataset):
     def estimate_length(self, index: int) -> int:
         """Guess a sample's length from its record and the sizes of its images, which are not decoded."""
         record, processor = self.mixture[index], self.encoder.processor
-        length = sum(len(turn.text) for turn in record.turns) // 4
+        texts = [turn.text for turn in record.turns] + [record.chosen or "", record.rejected or ""]
+        length = sum(map(len, texts)) // 4
         upright = images.turns_upright(processor)
         for image in record.images:
             try:
@@ -184,9 +220,41 @@ class LengthSortedSampler(Sampler[int]):
 
 
 class StageTrainer(RecipeTrainer):
-    """`RecipeTrainer` that takes samples in the mixture's order."""
+    """`RecipeTrainer` that takes samples in the mixture's order.
+
+    Args:
+        recipe: of the run.
+        objective: gives loss and figures of a batch, in place of the model's own loss.
+        **kwargs: of `Trainer`.
+    """
 
     recipe: Recipe
+
+    def __init__(self, recipe: Recipe, objective: PreferenceObjective | None = None, **kwargs: Any):
+        super().__init__(recipe, **kwargs)
+        self.objective = objective
+        self.figures: list[dict[str, float]] = []
+        """Of the batches since the last line of the log."""
+        if objective:
+            self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs, of which every batch has as many
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        """Compute the recipe's loss of a batch."""
+        if self.objective is None:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        loss, figures = self.objective(model, inputs)
+        self.figures.append(figures)
+        return (loss, {}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        """Write a line of the log, with the mean of the figures over batches and processes."""
+        if self.figures and "loss" in logs:
+            names = list(self.figures[0])
+            values = torch.tensor([[figures[name] for name in names] for figures in self.figures]).mean(0)
+            means = self.accelerator.gather(values.unsqueeze(0).to(self.args.device)).mean(0).tolist()
+            logs = logs | dict(zip(names, means, strict=True))
+            self.figures.clear()
+        super().log(logs, *args)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         samples: Any = self.train_dataset if train_dataset is None else train_dataset

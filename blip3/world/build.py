@@ -3,6 +3,7 @@ r"""Write rendered records to disk, or render a sheet of samples to look at.
 
     python -m blip3.world.build --task count relation --count 10000 --output rendered
     python -m blip3.world.build --preview sheet.png
+    python -m blip3.world.build --layout pope --count 100 --output look-alikes
 
     rendered/build.json                             what was asked for; another request in the same folder is refused
     rendered/count-train-00000.jsonl                   records, a shard each; complete or absent
@@ -17,7 +18,7 @@ import io
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,21 @@ from ..data.images import ImageSource
 from ..data.records import IMAGE_TOKEN, Record, write_jsonl
 from ..files import only_writer_in, write_text, writing
 from ..refusals import check_positive
-from .settings import WorldSettings
+from .layouts.lmms_lab import write_lmms_lab
+from .layouts.posttraining import write_hallusionbench, write_pope, write_vlguard
+from .layouts.vlmevalkit import write_vlmevalkit
+from .settings import WorldSettings, load_settings, with_defaults
 from .splits import SPLITS
 from .tasks import TASKS, rendered_records
+
+LAYOUTS: dict[str, Callable[..., Any]] = {
+    "hallusionbench": write_hallusionbench,
+    "lmms-lab": write_lmms_lab,
+    "pope": write_pope,
+    "vlguard": write_vlguard,
+    "vlmevalkit": write_vlmevalkit,
+}
+"""Files of public benchmarks to write held-out records in: (folder, count, seed, settings) -> files."""
 
 
 def build(
@@ -92,13 +105,18 @@ def build(
 
 def _check_request(output: Path, request: dict[str, Any]) -> None:
     path, text = output / "build.json", json.dumps(request, indent=2, default=list) + "\n"
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
+    if path.is_file() and _complete(json.loads(path.read_text(encoding="utf-8"))) != json.loads(text):
         raise ValueError(
             f"The folder {output} holds records of another request (see build.json), but a folder holds one seed, "
             "shard size, kind of images and settings. An option was probably changed: write to another folder, or "
             "delete this one."
         )
     write_text(path, text)
+
+
+def _complete(request: dict[str, Any]) -> dict[str, Any]:
+    """Add the settings that an earlier version of this software had not to a request that it wrote."""
+    return {**request, "settings": with_defaults(request["settings"])}
 
 
 def _is_complete(shard: Path, size: int) -> bool:
@@ -270,6 +288,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="png",
         help="files, or descriptions painted on reading (default: png)",
     )
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, help="the columns and names of public benchmarks instead of records"
+    )
+    parser.add_argument("--world", metavar="FILE", help="settings of the world (default: those of settings.py)")
     parser.add_argument("--sides", type=int, nargs=2, metavar=("MIN", "MAX"), help="of scenes and pages, in pixels")
     parser.add_argument("--fonts", nargs="+", help="faces (default: all)")
     goal = parser.add_mutually_exclusive_group(required=True)
@@ -281,9 +303,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tasks = list(TASKS) if "all" in given.task else given.task
     chosen: dict[str, Any] = {name: tuple(getattr(given, name)) for name in ("sides", "fonts") if getattr(given, name)}
     try:
-        settings = WorldSettings(**chosen)
+        settings = replace(load_settings(given.world) if given.world else WorldSettings(), **chosen)
         if given.preview:
             render_contact_sheet(tasks, given.split, given.seed, settings).save(given.preview)
+            return 0
+        if given.layout:
+            check_positive("count is", given.count)
+            LAYOUTS[given.layout](given.output, given.count, given.seed, settings)
             return 0
         options = {"shard_size": given.shard_size, "format": given.format, "images": given.images}
         with only_writer_in(given.output):

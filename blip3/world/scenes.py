@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..data.canvas import Drawing, Shape, shape_box
-from ..data.formats import Box, ground, write_box
+from ..data.formats import Box, write_box
 from ..data.images import ImageSource
 from ..data.records import Record, Turn
 from ..data.things import plural
 from .settings import COLOURS, WorldSettings
 from .splits import sample_until, scene_key
+from .wording import ground_rendered
 
 Rng = np.random.Generator
 Composition = tuple[tuple[str, str], ...]  # (colour, thing) each
@@ -329,7 +330,7 @@ def grounding_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     items = []
     for (colour, thing), box in zip(scene.composition, scene.boxes, strict=True):
         article = f"{phrase(colour, thing).split()[0]} " if is_caption else ""
-        items.append(article + ground(f"{colour} {thing}", box, granularity))
+        items.append(article + ground_rendered(f"{colour} {thing}", box, granularity))
     text = f"{'This image showcases' if is_caption else 'The image contains'} {', '.join(items)}."
     turns = [("document", f"<image>{text}")]
     return make_record("grounding", "grounding", turns, [scene], text, granularity=granularity)

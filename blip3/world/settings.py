@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What may be rendered and how large, and the words the rendered world is made of."""
 
+import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -175,3 +176,13 @@ def settings_from(values: dict[str, Any], place: str = "world") -> WorldSettings
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }
     return WorldSettings(**given)
+
+
+def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Complete settings that a file holds, as JSON: a field that is younger than the file had its default.
+
+    Args:
+        values: field names and JSON values; they may be of any version.
+    """
+    defaults = json.loads(json.dumps({field.name: field.default for field in fields(WorldSettings)}))
+    return defaults | values

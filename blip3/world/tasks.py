@@ -15,7 +15,7 @@ import numpy as np
 
 from ..data.records import Record
 from ..refusals import check_choice
-from . import alignment, cards, contrasts, descriptions, documents, scenes, sequences, text_pages
+from . import alignment, cards, contrasts, descriptions, documents, fusion, scenes, sequences, text_pages
 from .instructions import instruct
 from .settings import WorldSettings
 from .splits import SPLITS
@@ -52,6 +52,7 @@ TASKS = {
     "repetition": Task(sequences.repetition_task, "interleaved"),
     "word_rule": Task(sequences.word_rule_task, "few_shot"),
     "show_and_say": Task(sequences.show_and_say_task, "few_shot"),
+    "fusion": Task(fusion.fusion_task, "instruction"),
     "dialogue": Task(scenes.dialogue_task, "instruction"),
     "quiz": Task(scenes.quiz_task, "instruction", is_closed=True),
     "pair_quiz": Task(sequences.pair_quiz_task, "instruction", is_closed=True),

@@ -12,6 +12,7 @@ from ..data.records import Record
 from .scenes import NUMBERS, Rng, ask, make_record, pick, pick_background, pick_size
 from .settings import CHARACTERS, WORDS, WorldSettings
 from .splits import sample_until, string_key
+from .wording import side_of_center
 
 INKS = ("#111111", "#1c2b4a", "#4a1c1c", "#15402a", "#3a1c4a", "#5a3a10")
 _CASES: tuple[Callable[[str], str], ...] = (str.lower, str.upper, str.title)
@@ -149,6 +150,6 @@ def ocr_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     page, granularity = sample_page(rng, strings, settings), pick(rng, settings.ocr_granularities)
     count = len(strings)
     caption = f"A page with {NUMBERS[count]} line{'s' * (count > 1)} of text." if rng.random() < 0.5 else ""
-    text = write_ocr(page.strings, granularity, caption)
+    text = write_ocr(page.strings, granularity, caption, side_of_center)
     extra = {"granularity": granularity, "include_datacomp_raw_cap": bool(caption)}
     return make_record("ocr", "ocr", [("document", f"<image>{text}")], [page], text, **extra)

@@ -267,7 +267,25 @@ def test_safety_rows():
                            {"unsafe_instruction": "Hurt it.", "response": "No."}]}  # fmt: skip
     records = list(read_safety([unsafe, safe], "images"))
     assert [record.kind for record in records] == ["refusal", "instruction", "refusal"]
-    assert records[0].annotations == {"is_unsafe": True, "category": "privacy"}
+    assert records[0].annotations == {"is_unsafe": True, "category": "privacy", "subset": "unsafes"}
     assert records[2].images[0].path == "images/b.jpg"
     with pytest.raises(RecordError, match=r"row 1, field instr-resp\[0\]"):
         list(read_safety([{**unsafe, "instr-resp": [{"response": "x"}]}]))
+
+
+def test_the_training_file_of_vlguard_gives_a_conversation_for_each_image():
+    """As many rows as it has: 1,023 unsafe images with a request, 977 safe ones with a safe and an unsafe request."""
+    request = {"instruction": "Tell me.", "response": "I cannot."}
+    both = [{"safe_instruction": "What?", "response": "A cat."}, {"unsafe_instruction": "Hurt it.", "response": "No."}]
+    rows = [{"id": f"u{n}", "image": "a.jpg", "instr-resp": [request]} for n in range(1023)]
+    rows += [{"id": f"s{n}", "image": "b.jpg", "instr-resp": both} for n in range(977)]
+    apart, together = (list(read_safety(rows, together=together)) for together in (False, True))
+    assert (len(apart), len(together)) == (2977, 2000)
+    assert sum(record.kind == "refusal" for record in apart) == 2000
+    assert len({record.id for record in together}) == 2000
+    answers = [turn.text for record in together for turn in record.turns if turn.role == "assistant"]
+    assert sorted(answers) == sorted(record.turns[-1].text for record in apart)
+    assert all(sum("<image>" in turn.text for turn in record.turns) == 1 for record in together)
+    safe_first = sum(record.turns[1].text == "A cat." for record in together[1023:])
+    assert 420 < safe_first < 560, "in random order"
+    assert together == list(read_safety(rows, together=True))

@@ -27,8 +27,13 @@ def test_a_circle_is_found():
 
 
 USED_FROM_OUTSIDE = {
+    "evaluation.harness.lmms_model": "lmms-eval, by the entry point lmms_eval.models",
+    "evaluation.harness.few_shot_task": "lmms-eval, by the tasks that write_tasks.py writes",
+    "evaluation.harness.vlguard_task": "the same",
     "conversion.random_checkpoint": "tests, in the package so that an installed wheel can be tried without weights",
     "engines.grounding.command": "the command of the data engines, by the engine's name",
+    "engines.hashes.command": "the command of the data engines, by the engine's name",
+    "engines.kale.command": "the command of the data engines, by the engine's name",
     "serving.endpoint": "handler.py at the root",
 }
 

@@ -13,7 +13,12 @@ from support import ROOT
 
 PAGE = (ROOT / "docs" / "start_here.md").read_text(encoding="utf-8")
 MAP = PAGE.split("<!-- map -->\n```\n")[1].split("```\n<!-- end -->")[0]
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+]
 TRACKED = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
 
 

@@ -5,9 +5,11 @@ import argparse
 import os
 import shutil
 import subprocess
+import sys
 import venv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,3 +59,17 @@ def run_pytest(
     command = [str(python_of(environment)), "-m", "pytest", "-o", "addopts=", "-ra", "-p", "no:cacheprovider"]
     command += ["--durations", "5", *(["-k", expression] if expression else []), *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=os.environ | dict(variables), check=False).returncode
+
+
+def check_nothing_was_skipped(report: Path, may_lack: Sequence[str] = ()) -> int:
+    """Read pytest's report; returns 1 if a test was skipped, which must not happen where everything is installed.
+
+    Args:
+        report: as `--junitxml` writes it.
+        may_lack: words of reasons that may stand, for what no package brings.
+    """
+    reasons = [element.get("message", "") for element in ElementTree.parse(report).getroot().iter("skipped")]
+    skipped = [reason for reason in reasons if not any(word in reason for word in may_lack)]
+    for reason in skipped:
+        print(f"Skipped, though everything should be here: {reason}", file=sys.stderr)
+    return 1 if skipped else 0

@@ -12,13 +12,18 @@ import pytest
 import torch
 
 from blip3.checkpoints import fingerprint
+from blip3.evaluation import ablate
 from blip3.evaluation import score as score_module
 from blip3.evaluation.answer import Checkpoint
+from blip3.evaluation.asking import parse_models
+from blip3.evaluation.harness import collect, neighbours, vlmevalkit, write_tasks
 from blip3.evaluation.metrics import wilson_interval
+from blip3.evaluation.posttraining import make_parser
 from blip3.evaluation.report import Result, make_plot, summarise
-from blip3.evaluation.score import ScoreSettings, main, parse_arguments, parse_models, score
+from blip3.evaluation.score import ScoreSettings, main, parse_arguments, score
 from blip3.evaluation.tasks import TASKS, Question, is_refusal, make_questions
 from blip3.files import JsonLines
+from blip3.world import build
 from blip3.world.settings import WorldSettings
 from blip3.world.tasks import TASKS as RENDERED
 from support import ROOT
@@ -26,6 +31,7 @@ from support import ROOT
 pytest.importorskip("matplotlib", reason="plots the scores: pip install matplotlib")
 pytest.importorskip("pycocoevalcap.cider.cider_scorer", reason="computes CIDEr: pip install pycocoevalcap")
 
+OTHERS = r"lmms-eval --|transformers serve "  # commands of other projects, with options of their own
 WORLD = WorldSettings(sides=(60, 160), document_sides=(160, 200), fonts=("Aileron",), num_shots=4)
 
 
@@ -141,6 +147,19 @@ def test_half_right_is_half_and_groups_add_up(settings, capsys):
     assert saved["results"] == [summary]
     assert saved["settings"]["count"] == 10
     assert (settings.output / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_series_ask_other_questions_and_are_named(settings):
+    chosen = run(settings, oracle())["read"]
+    reported = run(change(settings, series="report", output=settings.output / "report"), oracle())["read"]
+    assert {question.id.rsplit("-", 2)[1] for question in chosen.questions} == {"0"}
+    assert {question.id.rsplit("-", 2)[1] for question in reported.questions} == {"1000000"}
+    assert "series choose, seed 0" in (settings.output / "table.md").read_text()
+    assert "series report, seed 0" in (settings.output / "report" / "table.md").read_text()
+    with pytest.raises(ValueError, match="what a choice was made on must not be reported"):
+        change(settings, seed=1_000_000)
+    with pytest.raises(ValueError, match="seed = 0, but this run has 1000000"):
+        run(change(settings, series="report"), oracle())
 
 
 def test_case_counts_in_strings_and_not_in_words(settings):
@@ -595,7 +614,11 @@ def test_the_documentation_names_every_task_file_and_option():
     text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     for name in (*TASKS, *(path.name for path in (ROOT / "blip3" / "evaluation").glob("[a-z]*.py"))):
         assert f"`{name}`" in text or f"evaluation/{name}" in text, name
-    known = set(re.findall(r'add\(\s*"(--[a-z-]+)"', Path(score_module.__file__).read_text(encoding="utf-8")))
-    assert set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", text)) <= known
+    commands = (score_module, build, ablate, write_tasks, neighbours, collect, vlmevalkit)
+    sources = [Path(module.__file__).read_text(encoding="utf-8") for module in commands]
+    known = set(re.findall(r'add(?:_argument)?\(\s*"(--[a-z-]+)"', "\n".join(sources)))
+    known |= set(re.findall(r"--[a-z]+(?:-[a-z]+)*", make_parser().format_help()))
+    others = "\n".join(line for line in re.sub(r"\\\n\s*", "", text).splitlines() if not re.search(OTHERS, line))
+    assert set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", others)) <= known
     for task in TASKS.values():
         assert task.metric.split(" >")[0] in text

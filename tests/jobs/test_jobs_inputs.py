@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from blip3.jobs import inputs
-from blip3.jobs.inputs import Columns, plan_rows, plan_shards, read_image, read_unit
+from blip3.jobs.inputs import Columns, describe_input, plan_rows, plan_shards, read_image, read_unit
 
 pyarrow = pytest.importorskip("pyarrow", reason="parquet: pip install pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet", reason="parquet: pip install pyarrow")
@@ -73,10 +73,54 @@ def test_shards_that_cannot_be_read_are_refused(tmp_path):
     write_shards(tmp_path / "rows")
     with pytest.raises(ValueError, match=r"a\.parquet has the columns .* but caption_column is 'text'"):
         plan_shards(tmp_path / "rows", (), Columns(values={"caption": "text"}))
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="holds 1 files and no parquet"):
-        plan_shards(tmp_path / "images", ())
+    (tmp_path / "rows" / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds 1 images, 2 parquet files and 0 tars, but one of the three"):
+        plan_shards(tmp_path / "rows", ())
+
+
+def test_a_folder_of_images_is_cut_into_shards_of_a_thousand(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "PATHS_PER_SHARD", 2)
+    for name in ("a.png", "b.png", "c.png", "notes.txt"):
+        (tmp_path / name).write_bytes(name.encode())
+    plan = plan_shards(tmp_path, {'"images-00000"'}, Columns(rest=True))
+    assert (plan.num_rows, plan.num_missing, plan.num_skipped_files) == (2, 1, 1)
+    assert [unit["id"] for unit in plan.units] == ["images-00001"]
+    (row,) = rows_of(plan.units, 8)
+    assert (json.loads(row["id"]), json.loads(row["rest"])) == ("c.png", {})
+
+
+def test_an_input_is_known_by_the_names_and_sizes_of_its_files(tmp_path):
+    write_shards(tmp_path / "rows")
+    before = describe_input(tmp_path / "rows")
+    assert (before["kind"], before["files"]) == ("parquet files", 2)
+    assert before["bytes"] == sum(path.stat().st_size for path in (tmp_path / "rows").rglob("*.parquet"))
+    (tmp_path / "rows").rename(tmp_path / "moved")
+    assert describe_input(tmp_path / "moved") == before
+    (tmp_path / "moved" / "a.parquet").rename(tmp_path / "moved" / "c.parquet")
+    assert describe_input(tmp_path / "moved") != before
+
+
+def test_all_other_columns_of_parquet_come_as_one(tmp_path):
+    row = {"key": "k", "image": b"x", "thumbnail": b"y", "url": "u", "ask": "Why?", "boxes": [[1, 2]], "size": None}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    columns = Columns(values={"question": "ask"}, ids=("key", "id"), rest=True)
+    (read,) = rows_of(plan_shards(tmp_path, (), columns).units, 8)
+    assert json.loads(read["id"]) == "k"
+    assert json.loads(read["question"]) == "Why?"
+    assert json.loads(read["rest"]) == {"url": "u", "boxes": [[1, 2]], "size": None}
+
+
+def test_a_damaged_parquet_shard_is_one_row_in_error(tmp_path):
+    write_shards(tmp_path / "rows")
+    plan = plan_shards(tmp_path / "rows", (), Columns(id="key"))
+    path = tmp_path / "rows" / "a.parquet"
+    data = path.read_bytes()
+    path.write_bytes(data[:8] + b"\xff" * 40 + data[48:])
+    rows = rows_of(plan.units, 8)
+    assert [row["kind"] for row in rows] == ["error", "bytes", "bytes", "none", "bytes"]
+    assert json.loads(rows[0]["id"]) == "a.parquet: the rest"
+    with pytest.raises(ValueError, match=r"^The file a\.parquet is damaged, and its other rows are lost \("):
+        read_image(rows[0]["kind"], rows[0]["image"])
 
 
 def test_a_folder_of_images_is_read_by_paths(tmp_path, monkeypatch):
@@ -134,7 +178,11 @@ def test_parquet_that_cannot_be_resumed_or_read_is_refused(tmp_path, rows, colum
 
 def test_inputs_that_are_neither_images_nor_parquet_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    cases = {"missing": "no such file", "missing.parquet": "no such file", "empty": "0 images and 0 parquet files"}
+    cases = {
+        "missing": "no such file",
+        "missing.parquet": "no such file",
+        "empty": "0 images, 0 parquet files and 0 tars",
+    }
     for name, message in cases.items():
         with pytest.raises(ValueError, match=message):
             plan_rows(tmp_path / name, ())

@@ -2,6 +2,7 @@
 """The example of `blip3/jobs`: shards in, a file for each, whatever happens on the way."""
 
 import io
+import json
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ import pytest
 from blip3 import jobs
 from blip3.jobs.inputs import Columns, plan_shards
 from blip3.jobs.output import Output
-from blip3.jobs.ray_run import Summary, run
+from blip3.jobs.ray_run import Summary, run, start_ray
+from blip3.jobs.starts import killed_its_worker
 from support import render_image
 
 pyarrow = pytest.importorskip("pyarrow", reason="parquet: pip install pyarrow")
@@ -28,6 +31,7 @@ import io
 import os
 import sys
 import time
+import types
 from pathlib import Path
 
 import pyarrow
@@ -139,3 +143,79 @@ def test_what_was_done_is_said_in_one_line():
     )
     shards = str(Summary(6, 2, 5, 4, 0, 2.0, Path("shards.jsonl"), "shard"))
     assert shards == "Done: 2 of 6 shards, 5 rows in error, 4 done earlier; 2.0 s, 1.00 shards/s: shards.jsonl"
+
+
+DEADLY_ROWS = """
+import json
+import os
+import sys
+from pathlib import Path
+
+from blip3.jobs import inputs, output, ray_run
+
+
+class Answer:
+    def __init__(self, folder):
+        self.opened = Path(folder, "opened.txt")
+
+    def __call__(self, table):
+        lines = []
+        for row in table.to_pylist():
+            name = json.loads(row["id"])
+            with self.opened.open("a") as file:
+                print(name, file=file)
+            if name == "07.png":
+                os._exit(1)
+            lines.append({"id": name, "error": None})
+        return ray_run.line_table(lines, [False] * len(lines))
+
+    def refuse(self, row, message):
+        return {"id": json.loads(row["id"]), "error": message}
+
+
+folder = sys.argv[1]
+with output.Output(Path(folder, "out"), "rows.jsonl", {}) as out:
+    plan = inputs.plan_rows(Path(folder, "images"), out.done)
+    print(ray_run.run(plan, out, Answer, (folder,), workers=1, batch_size=4))
+"""
+
+
+def test_a_row_that_kills_its_worker_is_an_error_and_the_job_ends(tmp_path):
+    pytest.importorskip("ray.data", reason="jobs run on Ray: pip install 'ray[data]'")
+    (tmp_path / "images").mkdir()
+    names = [f"{index:02}.png" for index in range(12)]
+    for name in names:
+        (tmp_path / "images" / name).write_bytes(b"x")
+    (tmp_path / "rows.py").write_text(DEADLY_ROWS, encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "rows.py"), str(tmp_path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **pipes, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert "Done: 12 of 12 rows, 1 of them errors" in finish(process)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert sorted(line["id"] for line in lines) == names
+    assert {line["id"]: line["error"] for line in lines if line["error"]} == {"07.png": killed_its_worker()}
+    assert (tmp_path / "opened.txt").read_text().split().count("07.png") == 3
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "rows.jsonl"]
+
+
+def test_ray_is_started_again_on_a_busy_machine(monkeypatch):
+    calls, answers = [], []
+
+    def init(**options: object) -> None:
+        calls.append(options)
+        if answers:
+            raise answers.pop()
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(init=init))
+    answers.append(Exception("The current node timed out during startup."))
+    assert start_ray(2, num_pool_cpus=3) == max(1, (os.cpu_count() or 1) // 2)
+    assert len(calls) == 2
+    assert calls[0]["num_cpus"] == 2 * max(1, (os.cpu_count() or 1) // 2) + 3 + 2
+    answers += [Exception("The current node timed out during startup.")] * 3
+    with pytest.raises(RuntimeError, match=r"timed out during startup\.\), tried 3 times, but the job runs on it"):
+        start_ray(2)
+    answers.clear()
+    answers.append(ValueError("no such option"))
+    with pytest.raises(RuntimeError, match=r"no such option\), tried 1 times"):
+        start_ray(2)

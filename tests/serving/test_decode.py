@@ -52,7 +52,7 @@ def jpeg_of_many_scans():
 FILES = {
     "bomb-flat-png": (lambda: encode(Image.new("1", (1400, 1400))), "1400 x 1400"),
     "bomb-flat-webp": (lambda: encode(Image.new("RGB", (1400, 1400)), "WEBP"), "1400 x 1400"),
-    "bomb-claimed-size": (lambda: png_of_claimed_size(2**31 - 1, 2**31 - 1), "not the beginning"),
+    "bomb-claimed-size": (lambda: png_of_claimed_size(2**31 - 1, 2**31 - 1), "2147483647 x 2147483647"),
     "bomb-claimed-13000": (lambda: png_of_claimed_size(13_000, 13_000), "13000 x 13000"),
     "bomb-text-chunk": (png_with_text_bomb, "not the beginning|could not be decoded"),
     "bomb-gif-frame": (gif_with_large_frame, "60000|not the beginning"),

@@ -65,7 +65,7 @@ def test_urls_are_not_logged(fetcher, site, caplog):
     with caplog.at_level(logging.DEBUG):
         fetcher.fetch_images([site + "/ok.png?token=secret"])
         refused(fetcher, site + "/gone?token=secret", "404")
-    assert "fetched url sha256" in caplog.text
+    assert "fetched url " in caplog.text
     assert "secret" not in caplog.text
 
 

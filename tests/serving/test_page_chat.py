@@ -12,7 +12,16 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e .[app]")
 
-from blip3.serving.page.chat import Limits, Options, Turn, chat_view, check_question, messages_of, shorten_error
+from blip3.serving.page.chat import (
+    Limits,
+    Options,
+    Turn,
+    chat_view,
+    check_question,
+    messages_of,
+    options_of,
+    shorten_error,
+)
 from support import render_image
 from support.page import ask, upload
 
@@ -47,6 +56,24 @@ def test_a_question_beyond_the_limits_is_refused(question, message):
     earlier = [Turn("user", "x", (Path("a"),)), Turn("assistant", "y")]
     with pytest.raises(ValueError, match=message):
         check_question(question, earlier, Limits(max_characters=40, max_images=2))
+
+
+@pytest.mark.parametrize("temperature", [1e-38, -1, 6, 10**400, float("nan"), float("inf"), "hot", None, True])
+def test_a_temperature_that_no_slider_sends_is_refused(chat, temperature):
+    (*_, (*_, status)) = ask(chat, "What?", temperature=temperature)
+    assert "temperature is" in status if temperature is not None else "answer: " in status
+
+
+@pytest.mark.parametrize("length", [0, -1, 1.5, 513, 10**400, float("nan"), "many", True])
+def test_a_length_that_no_slider_sends_is_refused(length):
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        options_of(length, 0, True, Limits())
+
+
+def test_what_sliders_send_is_taken():
+    assert options_of(3.0, 0.0, True, Limits()) == Options(3, 0.0, True)
+    assert options_of(512, 2, False, Limits()) == Options(512, 2.0, False)
+    assert options_of(1, 0.1, False, Limits()) == Options(1, 0.1, False)
 
 
 def test_long_messages_are_shortened_between_words():

@@ -376,3 +376,15 @@ def test_vllm_that_is_not_installed_is_named(arguments, monkeypatch, capsys):
     monkeypatch.setattr(batch.importlib.util, "find_spec", lambda name: None if name == "vllm" else object())
     assert batch.main(words(arguments | {"--engine": "vllm"})) == 1
     assert "pip install vllm" in capsys.readouterr().err
+
+
+def test_a_row_that_is_never_opened_has_its_line(settings):
+    answerer = batch.RowAnswerer(settings, types.SimpleNamespace())
+    row = {"id": '"a.tar:7"', "kind": "bytes", "image": b"", "question": '"Why?"'}
+    assert answerer.refuse(row, "It died.") == {
+        "id": "a.tar:7",
+        "question": "Why?",
+        "answer": None,
+        "error": "It died.",
+    }
+    assert answerer.refuse({**row, "question": "null"}, "It died.")["question"] == QUESTION

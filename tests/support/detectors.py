@@ -2,6 +2,7 @@
 """Detectors of a few thousand random weights, as folders that `from_pretrained` loads, and stages run in a row."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,7 @@ def run_stages(plan: EnginePlan, samples: Sequence[Sample], images: Sequence[Ima
     for spec in plan.stages:
         stage = spec.stage(**spec.options)
         left = [index for index, value in enumerate(values) if not {"error", "filtered_by"} & set(value)]
-        given = [
-            Sample(one.key, one.image, one.url, one.uid, one.caption, values[index])
-            for index, one in enumerate(samples)
-            if index in left
-        ]
+        given = [replace(samples[index], values=values[index]) for index in left]
         added = stage(given, [images[index] for index in left] if stage.needs_images else []) if left else []
         for index, value in zip(left, added, strict=True):
             values[index] |= value

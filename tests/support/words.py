@@ -34,6 +34,10 @@ ALLOWED = {
     r"(?:How many|There are \{NUMBERS\[len\(images\)\]\}|A walk in \{NUMBERS\[len\(images\)\]\}) pictures": "the same",
     r"colour is the door|A red door": "a thing in an example",
     r"cream creek .*|jazz jewel .*|.* doll door .*": "English words that the rendered world prints",
+    # a model that scores answers, by the name that harnesses give it
+    r"judge models?|needs? a judge|no judge|without a judge": "as harnesses say",
+    r"--judge\b|-judge-|judge[_-](?:model|base[_-]url|url)|given\.judge|(?:has|check)_judge": "options and names",
+    r"NEEDS_JUDGE|NO_JUDGE": "constants",
     # names of libraries
     r"ImageDraw\.Draw": "Pillow's name",
     r"draw\((?:st\.|texts)|records\(draw\)": "Hypothesis's name",

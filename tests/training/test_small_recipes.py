@@ -72,6 +72,21 @@ def test_each_stage_goes_on_from_the_one_before(chain, before, after, trained):
     assert changed == trained
 
 
+def test_post_training_goes_on_from_the_chain(chain, monkeypatch):
+    """With teacher-forced answers, as a model of two steps writes no sentences that a file of them could hold."""
+    monkeypatch.chdir(chain.parents[1])
+    start = "model=outputs/small/3_sft_multi_image/final"
+    for name, changes in (("4_dpo", ["noised_answers=", start]), ("5_safety", [])):
+        (module, *arguments) = head_commands(name)[-1]
+        monkeypatch.setattr(sys, "argv", [module, *arguments, *TINY, *changes])
+        importlib.import_module(module).main()
+    folders = [chain / name / "final" for name in ("3_sft_multi_image", "4_dpo", "5_safety")]
+    for before, after in itertools.pairwise(map(weights_in, folders)):
+        changed = {name for name in after if not torch.equal(before[name], after[name])}
+        assert changed
+        assert all(name.startswith("model.language_model.layers.") for name in changed)
+
+
 def test_the_model_at_the_root_goes_on_to_learn(tmp_path):
     """The head's command, two steps: the folder that has everything beside its weights is a start like any other."""
     command = [sys.executable, "-m", *head_commands("3_sft_talk")[0], f"output={tmp_path}", *TINY]

@@ -136,6 +136,32 @@ def test_llava_files_and_mixtures_are_lists(tmp_path):
     assert len(set(ids_of(mixture_of({"llava": str(tmp_path / "mix.yaml")}, count=9)))) == 3
 
 
+def test_pairs_of_vlfeedback_are_a_stream_and_vlguard_is_a_list(shards, tmp_path):
+    from datasets import Dataset as Rows
+
+    image = build.encode(rendered_record("caption", settings=settings_from(WORLD)).images[0], "png")
+    ratings = {name: {"Rating": "5"} for name in ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")}
+    poor = {name: {"Rating": "2"} for name in ratings}
+    completions = [{"annotations": ratings, "response": "Yes."}, {"annotations": poor, "response": "No."}]
+    rows = [{"id": f"p{n}", "prompt": "Is it?", "completions": completions, "image": image} for n in range(3)]
+    Rows.from_list(rows).to_parquet(str(tmp_path / "pairs.parquet"))
+    mixture = mixture_of({"preferences": str(tmp_path / "*.parquet"), "options": {"min_chosen_rating": 4.5}}, count=5)
+    assert ids_of(mixture) == ["p0", "p1", "p2", "p0", "p1"]
+    assert {(mixture[index].kind, mixture[index].chosen) for index in range(5)} == {("preference", "Yes.")}
+
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(image)
+    both = [{"safe_instruction": "What?", "response": "A dog."}, {"unsafe_instruction": "Hurt.", "response": "Sorry."}]
+    guard = [{"id": f"g{n}", "image": "a.png", "instr-resp": both} for n in range(4)]
+    (tmp_path / "train.json").write_text(json.dumps(guard))
+    mixture = mixture_of({"safety": str(tmp_path / "train.json"), "images": str(tmp_path / "images")}, count=8)
+    assert Counter(ids_of(mixture, range(4))) == Counter(f"g{n}" for n in range(4))
+    assert mixture[0].images[0].open().width >= 48
+    assert len(mixture[0].turns) == 4
+    with pytest.raises(ValueError, match=r"unknown key 'min_rating'.*'min_chosen_rating'"):
+        mixture_of({"preferences": "x", "options": {"min_rating": 4}})
+
+
 # -- streams ----------------------------------------------------------------------------------------------------------
 
 

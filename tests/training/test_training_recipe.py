@@ -13,13 +13,21 @@ import yaml
 
 from blip3.training import trainer
 from blip3.training.mixture import Mixture, check_entry
-from blip3.training.recipe import Recipe, TowerRecipe, check_keys, load_recipe, save_recipe
+from blip3.training.recipe import LoraSettings, Recipe, TowerRecipe, check_keys, load_recipe, save_recipe
 from blip3.training.small.new_model import KEYS
 from blip3.world.settings import load_settings, settings_from
 from support import ROOT
 
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-STAGES = ["1_pretrain.yaml", "1b_pretrain_high_resolution.yaml", "2_sft.yaml", "3_sft_multi_image.yaml"]
+# Grids of ablations are no recipes: tests/evaluation/test_ablate.py loads them.
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "ablations")
+STAGES = [
+    "1_pretrain.yaml",
+    "1b_pretrain_high_resolution.yaml",
+    "2_sft.yaml",
+    "3_sft_multi_image.yaml",
+    "4_dpo.yaml",
+    "5_safety.yaml",
+]
 REAL_SIZE = [path for path in RECIPES if path.parent.name in ("4b", "14b")]
 LINES = "model: here\noutput: there\nmax_steps: 10\nbatch_size: 2\nlearning_rate: 1e-3\nmixture: [{rendered: count}]\n"
 
@@ -61,7 +69,8 @@ def test_the_stages_of_the_report_are_there(size):
 def test_the_larger_model_is_trained_alike_in_smaller_batches(name):
     small, large = (vars(load_recipe(ROOT / "recipes" / size / name, Recipe)) for size in ("4b", "14b"))
     differing = {key for key in small if small[key] != large[key]}
-    assert differing == {"model", "output", "batch_size", "accumulation", "notes"}
+    assert differing - {"noised_answers"} == {"model", "output", "batch_size", "accumulation", "notes"}
+    assert large["noised_answers"].replace("14b", "4b") == small["noised_answers"]
     assert large["batch_size"] * large["accumulation"] == small["batch_size"] * small["accumulation"]
     assert large["model"].replace("14b", "4b") == small["model"]
 
@@ -87,7 +96,8 @@ def test_real_size_recipes_give_a_source_for_each_value(path):
     assert set(values["notes"]) == sourced
     recipe = load_recipe(path, Recipe)
     assert "vision_tower" not in recipe.trainable
-    assert (recipe.bf16, recipe.gradient_checkpointing, recipe.fsdp) == (True, True, True)
+    assert (recipe.bf16, recipe.gradient_checkpointing) == (True, True)
+    assert recipe.fsdp is (recipe.adapters is None), "frozen weights in half the memory need no shards"
 
 
 def test_pretraining_weights_are_the_reports():
@@ -162,6 +172,21 @@ def test_a_world_file_stands_beside_the_recipe(recipe_file):
         ("trainable=[]", r"trainable \[\] but it must name"),
         ("optimizer=sop", "optimizer 'sop' but it must be one of adamw, soap"),
         ("mixture=[]", "has no mixture"),
+        ("loss=dpo", "loss 'dpo' but it must be one of next_token, preference"),
+        ("loss=preference", "loss preference and no lora, but the reference is the model without its adapters"),
+        ("beta=0.2", "beta 0.2 but its loss is next_token, which does not read it"),
+        ("noised_answers=a.parquet", "noised_answers 'a.parquet' but its loss is next_token"),
+        ("noise_step=1000", "noise_step 1000 but it must be one of the 1,000 steps"),
+        ("noise_pixels=raw", "noise_pixels 'raw' but it must be one of normalised, unit"),
+        ("anchor=-1", "anchor -1.* neither weight may be negative"),
+        ("lora={rank: 4, alpha: 8}", r"lora and trainable \['resampler', 'language_model'\], but adapters are added"),
+        ("lora={rank: 4}", "lora lacks alpha"),
+        ("lora={rank: 0, alpha: 8}", "lora has rank 0 but it must be a positive integer"),
+        ("lora={rank: 4, alpha: 8, dropout: 10}", "lora has dropout 10 but it must be a share"),
+        ("lora={rank: 4, alpha: 8, targets: [lm_head]}", "lora targets 'lm_head' .* output layer takes no adapter"),
+        ("lora={rank: 4, alpha: 8, targets: []}", "lora has no targets"),
+        ("lora={rank: 4, alpha: 8, quantize: 8bit}", "lora has quantize '8bit' but it must be one of 4bit"),
+        ("lora={rnk: 4, alpha: 8}", "lora has the unknown key 'rnk'.*Did you mean 'rank'"),
     ],
 )
 def test_wrong_values_are_named(recipe_file, change, message):
@@ -194,9 +219,21 @@ def test_soap_is_refused_where_matrices_are_sharded(recipe_file):
         load_recipe(recipe_file, Recipe, ["optimizer=soap", "fsdp=true"])
 
 
+def test_adapters_go_with_what_they_can(recipe_file):
+    adapted = ["lora={rank: 4, alpha: 8, targets: [qkv_proj]}", "trainable=[language_model]"]
+    assert load_recipe(recipe_file, Recipe, adapted).adapters == LoraSettings(4, 8, targets=["qkv_proj"])
+    assert load_recipe(recipe_file, Recipe).adapters is None
+    with pytest.raises(ValueError, match="loss preference and packing true"):
+        load_recipe(recipe_file, Recipe, [*adapted, "loss=preference", "packing=true"])
+    with pytest.raises(ValueError, match="fsdp true and lora with quantize '4bit'"):
+        load_recipe(recipe_file, Recipe, ["lora={rank: 4, alpha: 8, quantize: 4bit}", adapted[1], "fsdp=true"])
+
+
 def test_streams_are_not_sorted_by_length(recipe_file):
     with pytest.raises(ValueError, match=r"group_by_length and streams 'a/\*.parquet'"):
         load_recipe(recipe_file, Recipe, ["group_by_length=true", "mixture=[{stream: 'a/*.parquet', reader: ocr}]"])
+    with pytest.raises(ValueError, match=r"group_by_length and streams 'a/\*.parquet'"):
+        load_recipe(recipe_file, Recipe, ["group_by_length=true", "mixture=[{preferences: 'a/*.parquet'}]"])
 
 
 @pytest.mark.parametrize("key", ["model", "output", "max_steps", "batch_size", "learning_rate"])

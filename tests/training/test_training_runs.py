@@ -3,10 +3,8 @@
 
 import itertools
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -26,6 +24,7 @@ from blip3.training.mixture import Mixture
 from blip3.training.small.new_model import make_model
 from blip3.training.small.publish import publish
 from support import load_model, render_image
+from support.processes import expect_success, start
 from support.training import (
     WORLD,
     losses_of,
@@ -44,27 +43,6 @@ from blip3 import cli
 for command in json.loads(sys.argv[1]):
     assert cli.main([str(word) for word in command]) == 0, command
 """  # one process for all: most of a short run is loading torch and its like
-
-
-def start(*command: object, modules: Path, **variables: str) -> subprocess.Popen:
-    """Start an interpreter on one thread, with a cache of remote code of its own."""
-    environment = os.environ | {"HF_MODULES_CACHE": str(modules), "OMP_NUM_THREADS": "1"} | variables
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def expect_success(process: subprocess.Popen) -> str:
-    try:
-        output = process.communicate(timeout=600)[0]
-    finally:
-        process.kill()
-    assert process.returncode == 0, output[-6000:]
-    return output
 
 
 def fall_of(losses: list[float]) -> float:

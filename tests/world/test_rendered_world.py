@@ -17,13 +17,24 @@ from PIL import Image
 from blip3.data import canvas, fonts
 from blip3.data.canvas import Drawing, Shape
 from blip3.data.fonts import load_font, shorten, wrap
-from blip3.data.formats import OCR_GRANULARITIES, ground, ocr_item, parse_boxes, write_box, write_ocr
+from blip3.data.formats import (
+    AS_PUBLISHED,
+    OCR_GRANULARITIES,
+    ground,
+    ocr_item,
+    parse_boxes,
+    parse_ocr,
+    place_name,
+    write_box,
+    write_ocr,
+)
 from blip3.data.records import KINDS, read_jsonl
 from blip3.data.things import THINGS, plural, render_mask
 from blip3.world import build
 from blip3.world.settings import CHARACTERS, COLOURS, FURNITURE, RULE_FORMS, WORDS, WorldSettings
 from blip3.world.splits import SPLITS, scene_key, split_of, string_key
 from blip3.world.tasks import TASKS, content_keys, rendered_record, rendered_records
+from blip3.world.wording import ground_rendered, side_of_center
 from support import ROOT
 
 SHAPES_ONLY = WorldSettings(fonts=("Aileron",))
@@ -35,7 +46,7 @@ def series():
     return {(task, split): list(rendered_records(task, split, 1, 100)) for task in TASKS for split in SPLITS}
 
 
-@pytest.mark.parametrize("module", ["data.formats", "world.scenes", "world.splits", "data.things"])
+@pytest.mark.parametrize("module", ["data.formats", "world.scenes", "world.splits", "world.wording", "data.things"])
 def test_docstring_examples(module):
     failed, tried = doctest.testmod(importlib.import_module(f"blip3.{module}"))
     assert tried
@@ -475,6 +486,47 @@ def test_ocr_granularities_are_those_of_the_report():
     assert write_ocr([("A", box), ("B", box)], 0, "A page.") == 'A page. "A", "B"'
     with pytest.raises(ValueError, match="0 to 5"):
         write_ocr([], 6)
+
+
+def test_places_are_named_as_in_the_published_samples():
+    centers = [((column + 0.5) / 3, (row + 0.5) / 3) for row in range(3) for column in range(3)]
+    assert [place_name((x, y, x, y)) for x, y in centers] == [
+        "at the top left corner",
+        "above the center",
+        "at the top right corner",
+        "to the left of the center",
+        "in the center",
+        "to the right of the center",
+        "at the bottom left corner",
+        "below the center",
+        "at the bottom right corner",
+    ]
+
+
+@pytest.mark.parametrize("granularity", [3, 4, 5])
+def test_both_published_spellings_of_a_box_are_read(granularity):
+    strings = [('a "quoted" text', (0.1, 0.2, 0.3, 0.4)), ("B, C", (0.5, 0.6, 1.0, 1.0))]
+    texts = [write_ocr(strings, granularity, "A sign.", up_to=words) for words in ("up to", AS_PUBLISHED)]
+    assert parse_ocr(texts[0]) == parse_ocr(texts[1]) == strings
+    assert len(set(texts)) == (1 if granularity == 5 else 2)
+
+
+def test_the_rendered_world_keeps_the_words_models_were_trained_on():
+    """The published words for places may change; these decide what a trained model was taught."""
+    box = (0.8, 0.4, 1.0, 0.6)
+    assert [side_of_center(each) for each in (box, (0.4, 0.4, 0.6, 0.6))] == [
+        "to the right of the center",
+        "at the center",
+    ]
+    assert [ground_rendered("cat", box, level) for level in range(3)] == [
+        "cat (on the right)",
+        "cat starts at (0.8, 0.4) and extends up to (1.0, 0.6)",
+        "<object>cat</object><bbox>[0.8, 0.4][1.0, 0.6]</bbox>",
+    ]
+    texts = [
+        rendered_record(task, "train", 0, index).turns[0].text for task in ("ocr", "grounding") for index in range(300)
+    ]
+    assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] == "d1e6e00089265ad0"
 
 
 def test_grounding_granularities_are_those_of_the_report():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images with one text: captions (KALE, Datacomp, CC, SBU, VG), BLIP3-OCR and BLIP3-GROUNDING."""
+"""Images with one text: captions (KALE, Datacomp, CC, SBU, VG) and their fusions, BLIP3-OCR and BLIP3-GROUNDING."""
 
 import ast
 import hashlib
@@ -33,6 +33,34 @@ def read_captions(
         yield finish_record(place, identity_of(row, place), "caption", (image_of(row, place, image_folder),), turns)
 
     yield from convert_rows(rows, "captions", convert, skip_faulty)
+
+
+def read_fusions(
+    rows: Iterable[Row],
+    alt_text: str = "alt_text",
+    column: str = "caption",
+    image_folder: str = "",
+    skip_faulty: bool = False,
+) -> Iterator[Record]:
+    """Read what KALE's second stage learns: to write the fused caption from image and alt-text.
+
+    Args:
+        rows: of the engine `kale`, or any with both texts and an image as `read_captions` takes it.
+        alt_text: column of what is asked.
+        column: of the fused caption, the answer.
+        image_folder: where image paths start.
+        skip_faulty: log and count faulty rows instead of raising.
+    """
+
+    def convert(row: Row, place: str) -> Iterator[Record]:
+        texts = [" ".join(str(need(row, place, name)).split()) for name in (alt_text, column)]
+        if not texts[0]:  # a dense caption that was kept as it is: nothing to learn
+            return
+        turns = (Turn("user", f"{IMAGE_TOKEN}\n{texts[0]}"), Turn("assistant", texts[1]))
+        image = image_of(row, place, image_folder)
+        yield finish_record(place, identity_of(row, place), "instruction", (image,), turns)
+
+    yield from convert_rows(rows, "fusions", convert, skip_faulty)
 
 
 def _choose(

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLaVA JSON, and YAML mixtures of it: {file: num_samples}."""
 
-import json
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from ..images import ImageSource
 from ..records import IMAGE_TOKEN, Record, Turn, read_jsonl
 from ..yaml_files import read_yaml
-from .rows import convert_rows, fault, finish_record, image_from, need
+from .rows import convert_rows, fault, finish_record, image_from, need, read_json_rows
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -40,7 +39,7 @@ def read_llava_json(
     Raises:
         RecordError: naming file, entry and field.
     """
-    entries = _load_entries(Path(path))
+    entries = read_json_rows(path)
     numbered = _sample(enumerate(entries, start=1), num_samples, seed)
 
     def convert(numbered_entry: Any, _: str) -> Iterator[Record]:
@@ -48,26 +47,6 @@ def read_llava_json(
         yield _llava_record(entry, f"{path} entry {number}", image_folder)
 
     yield from convert_rows(numbered, str(path), convert, skip_faulty)
-
-
-def _load_entries(path: Path) -> list[Any]:
-    text = path.read_text(encoding="utf-8")
-    try:
-        entries = json.loads(text)
-    except json.JSONDecodeError as error:
-        lines = [line for line in text.splitlines() if line.strip()]
-        try:
-            entries = [json.loads(line) for line in lines]
-        except json.JSONDecodeError:
-            raise fault(
-                f"{path} line {error.lineno}",
-                "(whole file)",
-                f"it is no JSON: {error.msg} at column {error.colno}",
-                "it must be a JSON list or JSON lines",
-                "It was probably cut off.",
-                "Fetch it again.",
-            ) from error
-    return entries if isinstance(entries, list) else [entries]
 
 
 def _llava_record(entry: Any, place: str, image_folder: str | dict[str, str]) -> Record:

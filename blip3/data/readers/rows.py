@@ -86,6 +86,31 @@ def read_rows(rows: Iterable[Row], skip_faulty: bool = False, source: str = "rec
     yield from convert_rows(rows, source, convert, skip_faulty)
 
 
+def read_json_rows(path: str | Path) -> list[Any]:
+    """Read a file of one JSON list or of JSON lines.
+
+    Raises:
+        RecordError: naming the line at fault.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        lines = [line for line in text.splitlines() if line.strip()]
+        try:
+            entries = [json.loads(line) for line in lines]
+        except json.JSONDecodeError:
+            raise fault(
+                f"{path} line {error.lineno}",
+                "(whole file)",
+                f"it is no JSON: {error.msg} at column {error.colno}",
+                "it must be a JSON list or JSON lines",
+                "It was probably cut off.",
+                "Fetch it again.",
+            ) from error
+    return entries if isinstance(entries, list) else [entries]
+
+
 # ------------------------------------------------------------------------------------------------- for every reader
 
 
@@ -113,9 +138,14 @@ def need(row: Row, place: str, *names: str) -> Any:
 def convert_rows(
     rows: Iterable[Any], source: str, convert: Callable[[Any, str], Iterable[Record]], skip: bool
 ) -> Iterator[Record]:
-    """Convert rows one by one, raising or counting the faulty ones."""
+    """Convert rows one by one, raising or counting the faulty ones.
+
+    A row that a data engine wrote for an image that failed, or that a filter dropped, is passed over.
+    """
     skipped = 0
     for number, row in enumerate(rows, start=1):
+        if isinstance(row, dict) and (row.get("error") or row.get("filtered_by")):
+            continue
         try:
             yield from convert(row, f"{source} row {number}")
         except RecordError as error:
@@ -160,13 +190,14 @@ def image_from(value: Any, place: str, name: str, folder: str = "") -> ImageSour
 
 
 def image_of(row: Row, place: str, folder: str) -> ImageSource:
-    """Find a row's image: a column of its own, or `key`.jpg in a folder that img2dataset filled."""
+    """Find a row's image: a column of its own, or in a folder `key`.jpg, as img2dataset fills it, or `key` itself."""
     for name in ("image", "jpg", "jpeg", "png", "webp"):
         if row.get(name) is not None:
             return image_from(row[name], place, name, folder)
     key = row.get("key") or row.get("__key__") or row.get("uid")
     if folder and key:
-        return ImageSource(path=str(Path(folder, f"{key}.jpg")))
+        is_file = Path(str(key)).suffix.lower() in Image.registered_extensions()
+        return ImageSource(path=str(Path(folder, str(key) if is_file else f"{key}.jpg")))
     return image_from(None, place, "image")
 
 

@@ -11,16 +11,21 @@ import logging
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import torch
 from PIL import Image
-from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import BatchFeature, StoppingCriteriaList, TextIteratorStreamer
 
-from ...answering import IMAGE_TOKEN, Answer, Answerer, render
+from ...answering import IMAGE_TOKEN, Answer, Answerer, StopWhen, render
+from ...images import turns_upright
+from ..bodies import RequestLimits, parse_parameters
+from ..limits import ImageLimits
+from ..privacy import describe_failure, silence_libraries
+from ..room import busy
 from .panel import describe_images, fetch_images, image_arguments, panel_html, panel_note
 
 logger = logging.getLogger("blip3.serving")
@@ -48,6 +53,20 @@ class Limits:
     """Conversations the server remembers."""
     keep_seconds: int = 3600
     """How long uploaded images are kept."""
+    open_seconds: float = 15
+    """Of decoding the images of a conversation, and again of waiting until another visitor's are done."""
+
+    @property
+    def of_images(self) -> ImageLimits:
+        """What may be decoded for one conversation."""
+        return ImageLimits(
+            allow_remote=False,
+            total_seconds=self.open_seconds,
+            max_bytes=self.max_megabytes * 2**20,
+            max_pixels=self.max_pixels,
+            max_total_pixels=self.max_images * self.max_pixels,
+            max_images=self.max_images,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,15 +175,21 @@ def input_box(limits: Limits, sent: dict | None = None, is_busy: bool = False) -
     )
 
 
-class StopWhenAsked(StoppingCriteria):
-    """Ends generation at the next token once `event` is set."""
+def options_of(max_new_tokens: float, temperature: float, splits: bool, limits: Limits) -> Options:
+    """Check what the browser says was set, by the ranges of the endpoint: a slider's ends bind nobody.
 
-    def __init__(self, event: threading.Event):
-        self.event = event
+    Raises:
+        ValueError: naming what is out of range.
+    """
+    given = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    whole = {name: int(value) if is_whole(value) else value for name, value in given.items()}
+    checked = parse_parameters(whole, 1, RequestLimits(max_new_tokens=limits.max_new_tokens)).generation
+    return Options(checked["max_new_tokens"], checked.get("temperature", 0.0), bool(splits))
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Say for each row whether it is finished."""
-        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+
+def is_whole(value: Any) -> bool:
+    """Whether a number that a slider sends as 3.0 is meant as 3."""
+    return isinstance(value, float) and value.is_integer()
 
 
 class Chat:
@@ -181,6 +206,8 @@ class Chat:
         self.limits = Limits() if limits is None else limits
         self._running: dict[str, threading.Event] = {}  # by session
         self._model_lock = threading.Lock()  # a stopped answer may still be at its last token
+        self._opening = threading.Lock()  # one visitor's images at a time, so that memory is that of one
+        silence_libraries()
 
     def prepare(self, turns: Sequence[Turn], options: Options) -> BatchFeature:
         """Turn a conversation that ends with a question into model inputs.
@@ -188,12 +215,27 @@ class Chat:
         Raises:
             ValueError: if an image cannot be read, or the model's context cannot hold it all.
         """
-        images = fetch_images(paths_of(turns), self.uploads)
-        text = render(self.processor, messages_of(turns, images))
-        arguments = image_arguments(self.processor, options.splits, self.limits.max_pixels)
-        inputs = self.answerer.prepare([text], [images], **arguments)
+
+        def prepare(images: list[Image.Image]) -> BatchFeature:
+            text = render(self.processor, messages_of(turns, images))
+            return self.answerer.prepare([text], [images], **image_arguments(self.processor, options.splits))
+
+        inputs = self._with_images(paths_of(turns), prepare)
         self.answerer.check_context(inputs["input_ids"].shape[1], options.max_new_tokens)
         return inputs
+
+    def _with_images(self, paths: Sequence[Path], use: Callable[[list[Image.Image]], Any]) -> Any:
+        """Open images and use them, while nobody else's are open.
+
+        Raises:
+            ValueError: if an image cannot be read, or other visitors' take too long.
+        """
+        if not self._opening.acquire(timeout=self.limits.open_seconds):
+            raise ValueError(busy("other visitors' images are being read"))
+        try:
+            return use(fetch_images(paths, self.uploads, self.limits.of_images, turns_upright(self.processor)))
+        finally:
+            self._opening.release()
 
     def stream(self, inputs: BatchFeature, options: Options, stop: threading.Event) -> Iterator[tuple[str, int]]:
         """Generate in a thread and yield the text so far with the number of its tokens; the last is the whole answer.
@@ -219,7 +261,7 @@ class Chat:
                         **sampling,
                         max_new_tokens=options.max_new_tokens,
                         max_time=self.limits.max_seconds,
-                        stopping_criteria=StoppingCriteriaList([StopWhenAsked(stop)]),
+                        stopping_criteria=StoppingCriteriaList([StopWhen(stop.is_set)]),
                         streamer=streamer,
                     )
             except Exception as error:  # it is raised again where the answer is read
@@ -254,11 +296,12 @@ class Chat:
     ) -> Iterator[tuple]:
         """Answer what was sent: yields the input box, the conversation shown, the conversation kept and a status."""
         question = Turn("user", (sent["text"] or "").strip(), tuple(map(Path, sent["files"])))
-        asked, options = [*turns, question], Options(int(max_new_tokens), temperature, splits)
+        asked = [*turns, question]
         stop = self._running[request.session_hash] = threading.Event()
         start = time.perf_counter()
         try:
             check_question(question, turns, self.limits)
+            options = options_of(max_new_tokens, temperature, splits, self.limits)
             inputs = self.prepare(asked, options)
             num_images = int((inputs["input_ids"] == self.processor.image_token_id).sum())
             status = f"prompt: {inputs['input_ids'].shape[1]} tokens, {num_images} from images"
@@ -292,16 +335,16 @@ class Chat:
         try:
             if len(paths) > self.limits.max_images:
                 check_question(Turn("user", "?", tuple(paths)), [], self.limits)
-            images = fetch_images(paths, self.uploads)
-            panel = panel_html(describe_images(self.processor, images, splits, self.limits.max_pixels))
-        except ValueError as error:
-            panel = panel_note(shorten_error(error), is_error=True)
+            views = self._with_images(paths, lambda images: describe_images(self.processor, images, splits))
+            panel = panel_html(views)
+        except Exception as error:  # Gradio would print it, with what it holds of the request
+            panel = panel_note(self._explain(error), is_error=True)
         return panel, wanted
 
     def _explain(self, error: Exception) -> str:
         if isinstance(error, ValueError):
             return shorten_error(error)
-        logger.error("an answer failed", exc_info=error)
+        logger.error("an answer failed: %s", describe_failure(error))
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
             return "The model ran out of memory. The conversation is probably too long: start a new one."

@@ -12,8 +12,9 @@ from typing import Any
 from PIL import Image
 
 from ...hub import model_code
-from ...images import size_of, turns_upright
-from ..decode import FORMATS
+from ...images import turns_upright
+from ..decode import check_file, decode_image
+from ..limits import Deadline, ImageLimits
 
 SEEN_TITLE = "What the model sees"
 
@@ -29,49 +30,49 @@ class ImageView:
     tiles: tuple[Image.Image, ...]
 
 
-def fetch_images(paths: Sequence[Path], uploads: Path) -> list[Image.Image]:
-    """Open uploaded images by their headers; the processor decodes and checks them.
+def fetch_images(paths: Sequence[Path], uploads: Path, limits: ImageLimits, upright: bool = True) -> list[Image.Image]:
+    """Open uploaded images as the endpoint opens those of a request: checked before they are decoded, and in time.
 
     Args:
         paths: where the page put them.
         uploads: the only folder they may lie in.
+        limits: of one conversation.
+        upright: turn them as their EXIF tag says.
 
     Raises:
-        ValueError: naming the image, if it lies elsewhere, is gone or is no image.
+        ValueError: naming the image, if it lies elsewhere, is gone, is no image or takes too long.
     """
     images: list[Image.Image] = []
+    deadline, num_pixels = Deadline(limits.total_seconds), 0
     for index, path in enumerate(paths):
         which = f"Image {index + 1} of {len(paths)}"
         if not path.resolve().is_relative_to(uploads.resolve()):
             raise ValueError(f"{which}: it was not uploaded here, and nothing else is opened. Upload it.")
         try:
-            images.append(Image.open(io.BytesIO(path.read_bytes()), formats=FORMATS))
+            file = check_file(path.read_bytes(), limits, limits.max_total_pixels - num_pixels)
+            images.append(decode_image(file, limits, deadline, upright))
         except FileNotFoundError:
             raise ValueError(
                 f"{which}: it is no longer kept. The page was probably left open for long: start a new conversation."
             ) from None
-        except Exception:  # decoders raise whatever a broken file makes them meet
-            raise ValueError(
-                f"{which}: it is not a {', '.join(FORMATS)} file of acceptable size. It is probably of another type "
-                "or damaged: save it as JPEG or PNG."
-            ) from None
+        except ValueError as error:
+            raise ValueError(f"{which}: {error}") from None
+        num_pixels += images[-1].height * images[-1].width
     return images
 
 
-def image_arguments(processor: Any, splits: bool, max_pixels: int) -> dict[str, Any]:
+def image_arguments(processor: Any, splits: bool) -> dict[str, Any]:
     """What the processor is told about images, for prompts and for the panel alike."""
-    turns = turns_upright(processor)
-    return {"do_image_splitting": splits, "max_image_pixels": max_pixels, "do_exif_transpose": turns}
+    return {"do_image_splitting": splits, "do_exif_transpose": turns_upright(processor)}
 
 
-def describe_images(processor: Any, images: Sequence[Image.Image], splits: bool, max_pixels: int) -> list[ImageView]:
+def describe_images(processor: Any, images: Sequence[Image.Image], splits: bool) -> list[ImageView]:
     """Say what each image becomes.
 
     Args:
         processor: the model's.
-        images: opened, not necessarily decoded.
+        images: of `fetch_images`.
         splits: whether tiles are cut, or the global view is all.
-        max_pixels: of one image, checked before it is decoded.
 
     Raises:
         ValueError: naming the image that cannot be read.
@@ -79,15 +80,13 @@ def describe_images(processor: Any, images: Sequence[Image.Image], splits: bool,
     if not images:
         return []
     tiler, count_views = processor.image_processor, model_code("tiling_blip3.count_views")
-    arguments = image_arguments(processor, splits, max_pixels)
-    inputs = tiler(list(images), return_tensors="pt", **arguments)
+    inputs = tiler(list(images), return_tensors="pt", **image_arguments(processor, splits))
     views = []
     for index, image in enumerate(images):
-        height, width = size_of(image, arguments["do_exif_transpose"])
-        grid = tiler.grid_of(height, width, splits)
+        grid = tiler.grid_of(image.height, image.width, splits)
         shown = tiler.tiles_to_images(inputs["pixel_values"][index, : count_views(grid)])
         num_tokens = processor.count_image_tokens(tuple(inputs["image_sizes"][index].tolist()))
-        views.append(ImageView(height, width, grid, num_tokens, tuple(shown)))
+        views.append(ImageView(image.height, image.width, grid, num_tokens, tuple(shown)))
     return views
 
 

@@ -16,9 +16,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from xml.etree import ElementTree
 
-from ..own_environment import ROOT, make_environment, parse_expression, run_pytest
+from ..own_environment import ROOT, check_nothing_was_skipped, make_environment, parse_expression, run_pytest
 
 ENVIRONMENT = ROOT / ".venv-backends"
 CONSTRAINTS = ROOT / "constraints" / "serving.txt"
@@ -50,14 +49,6 @@ def find_browser() -> None:
             f"None of {', '.join(BROWSERS)} is on PATH, and Chromium could not be installed by apt-get. This is "
             "probably no Debian or not root: install a Chromium and put it on PATH."
         )
-
-
-def check_nothing_was_skipped(report: Path) -> int:
-    """Read pytest's report; returns 1 if a test was skipped, which must not happen where everything is installed."""
-    skipped = list(ElementTree.parse(report).getroot().iter("skipped"))
-    for element in skipped:
-        print(f"Skipped, though everything should be here: {element.get('message')}", file=sys.stderr)
-    return 1 if skipped else 0
 
 
 def main() -> int:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the clients of a soak ask: good requests of many sizes, and bad ones with the refusal each must get."""
 
+import base64
 import io
+import json
 import struct
 import threading
 import zlib
@@ -13,6 +15,7 @@ from http.server import BaseHTTPRequestHandler
 from PIL import Image
 
 from support import QuietServer, render_image
+from support.hostile import SLOW_FILES
 from support.serving import data_url, url_of_bytes, user_message
 
 PUBLIC, PRIVATE = "127.0.0.5", "127.0.0.1"  # the guard is told to take PUBLIC for a public address
@@ -190,6 +193,21 @@ def handler_cases(site: ImageServer) -> list[Case]:
         bad("unknown role", "role 'tool'", {"messages": [{"role": "tool", "content": "Hello"}]}),
         Case("not JSON", b'{"inputs": ', refusal="JSON", is_raw=True),
     ]
+
+
+HOSTILE_BYTES = 2**19  # of each file
+SIXTEEN = ("JPEG, padding", "JPEG, comments", "PNG, empty chunks", "BMP, runs")  # as many as a body may name
+
+
+def hostile_cases() -> list[Case]:
+    """Requests to `EndpointHandler` with files that are built to take long; some name 16."""
+    cases = []
+    for name, (make, _) in SLOW_FILES.items():
+        text = base64.b64encode(make(HOSTILE_BYTES)).decode()
+        for count in (1, 16) if name in SIXTEEN else (1,):
+            body = json.dumps({"inputs": {"images": [text] * count, "text": QUESTION}}).encode()
+            cases.append(Case(f"{name}, {count}", body, refusal=f"Image 1 of {count}: it", is_raw=True))
+    return cases
 
 
 # -- OpenAI's servers -------------------------------------------------------------------------------------------------

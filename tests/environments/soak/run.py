@@ -2,6 +2,7 @@
 """Keep a server busy with good and bad requests, and see whether it stays right and its memory stays level.
 
     python tests/run.py soak --backend handler --minutes 10  Inference Endpoints' handler
+    python tests/run.py soak --hostile --minutes 10          the same; bad requests are files built to take long
     python tests/run.py soak --backend http --minutes 10     `transformers serve`, by OpenAI's client
     python tests/run.py soak --backend vllm --minutes 10     vLLM, after `make test-vllm` made .venv-vllm
 
@@ -37,7 +38,7 @@ from support import ROOT
 from support.serving import SMALL_MODEL, Server, complete_folder
 
 from .backends import BACKENDS, HandlerBackend, OpenAIBackend, Reply, generate_texts, running
-from .cases import Case, image_server
+from .cases import Case, hostile_cases, image_server
 from .report import (
     MAX_GROWTH_PERCENT,
     Sample,
@@ -157,6 +158,8 @@ def soak(options: argparse.Namespace, scratch: Path) -> dict:
     folder = complete_folder(options.model, scratch)
     with image_server() as site:
         backend = BACKENDS[options.backend](folder, site)
+        if options.hostile:
+            backend.cases = [case for case in backend.cases if case.refusal is None] + hostile_cases()
         with running(backend) as server:
             expected: dict[str, object] = {}
             alone = ask_each(backend, server, expected)
@@ -166,6 +169,7 @@ def soak(options: argparse.Namespace, scratch: Path) -> dict:
             alone += [] if has_died else ask_each(backend, server, expected)
     return {
         "backend": options.backend,
+        "bad_requests": "hostile files" if options.hostile else "of every kind",
         "model": options.model.resolve().name,
         "minutes": options.minutes,
         "clients": options.clients,
@@ -188,6 +192,9 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=BACKENDS, default="handler", help="default: %(default)s")
+    parser.add_argument(
+        "--hostile", action="store_true", help="bad requests are files built to take long to decode (handler only)"
+    )
     parser.add_argument("--minutes", type=float, default=10, help="of load (default: %(default)s)")
     parser.add_argument("--clients", type=int, default=8, help="at once (default: %(default)s)")
     parser.add_argument(
@@ -196,15 +203,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max-growth", type=float, default=MAX_GROWTH_PERCENT, help="of memory, in %% (default: %(default)s)"
     )
-    parser.add_argument("--output", type=Path, help="the report (default: outputs/soak_BACKEND.json)")
-    return parser.parse_args()
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="the report (default: outputs/soak_BACKEND.json, or outputs/soak_handler_hostile.json)",
+    )
+    options = parser.parse_args()
+    if options.hostile and options.backend != "handler":
+        parser.error(f"--hostile is for the handler: {options.backend} decodes images by itself, without these checks")
+    return options
 
 
 def main() -> int:
     """Soak, write the report, say what failed."""
     options = parse_arguments()
     transformers_logging.set_verbosity_error()
-    output = options.output or ROOT / "outputs" / f"soak_{options.backend}.json"
+    output = options.output or ROOT / "outputs" / f"soak_{options.backend}{'_hostile' if options.hostile else ''}.json"
     with tempfile.TemporaryDirectory(prefix="blip3-soak-") as scratch:
         os.environ.setdefault("HF_MODULES_CACHE", str(Path(scratch) / "modules"))
         report = soak(options, Path(scratch))

@@ -54,6 +54,13 @@ def test_the_handler_stays_right_under_eight_clients(tmp_path, legible):
     assert report["private_connections"] == 0
 
 
+def test_the_handler_stays_right_among_hostile_files(tmp_path, legible):
+    report = soak(tmp_path, legible, "--hostile")
+    expect_no_fault(report)
+    assert report["bad_requests"] == "hostile files"
+    assert sum("JPEG, padding" in name for name in report["requests_by_case"]) >= 2
+
+
 needs_serve = pytest.mark.skipif(
     not IS_TRANSFORMERS_5 or find_spec("openai") is None or find_spec("fastapi") is None,
     reason="`transformers serve` of 5.x: pip install 'transformers[serving]'",

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`blip3 engines hashes`: the pHash of every image, for `blip3.engines.filters.duplicates`."""
+
+import argparse
+from collections.abc import Sequence
+
+from PIL import Image
+
+from ..filters.hashing import perceptual_hash
+from ..stages import EnginePlan, Sample, StageSpec, Values
+
+SCHEMA = {"shard": "string", "phash": "string"}
+
+
+class Hash:
+    """Hashes images."""
+
+    needs_images = True
+
+    def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
+        """Add `shard`, and `phash` as 16 hexadecimal digits."""
+        pairs = zip(samples, images, strict=True)
+        return [{"shard": sample.shard, "phash": f"{perceptual_hash(image):016x}"} for sample, image in pairs]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add no option: there is nothing to choose."""
+
+
+def plan(options: argparse.Namespace) -> EnginePlan:
+    """Describe the engine."""
+    return EnginePlan("hashes", (StageSpec(Hash),), SCHEMA, {"hash": "pHash of imagehash, 64 bits"})

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The readers by name.
+
+rapidocr   PP-OCRv6 small, inside the package's wheel, on onnxruntime: the default
+paddleocr  the report's engine, with models from folders that you name
+tesseract  the program `tesseract`, for printed pages
+
+Each limits itself to one thread: there is one reader in each worker, and a worker for each core.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...refusals import check_choice
+from . import paddle, rapid, tesseract
+from .readers import About, OcrReader
+
+READERS: dict[str, Any] = {"rapidocr": rapid, "paddleocr": paddle, "tesseract": tesseract}
+"""Name -> module with a class `Reader` and a function `about` of the same arguments; it imports its package late."""
+
+
+def make_reader(name: str, options: Mapping[str, Any]) -> OcrReader:
+    """Load a reader.
+
+    Args:
+        name: one of `READERS`.
+        options: keyword arguments of its class.
+
+    Raises:
+        ValueError: for an unknown name, or options it cannot work with.
+        ImportError: if its package is not installed.
+    """
+    check_choice("The OCR reader is", name, READERS)
+    return READERS[name].Reader(**options)
+
+
+def describe_reader(name: str, options: Mapping[str, Any]) -> About:
+    """Say what a reader is made of, without loading its models; raises as `make_reader`."""
+    check_choice("The OCR reader is", name, READERS)
+    return READERS[name].about(**options)

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Collect what harnesses measured into tables, beside numbers that others published.
+
+    python -m blip3.evaluation.harness.collect outputs/lmms outputs/kit --output outputs/tables
+    python -m blip3.evaluation.harness.collect outputs/lmms --output outputs/tables --checked checked.yaml \
+        --source-url https://...
+
+    outputs/tables/tables.md          few-shot, single-image, multi-image, post-training; what else was measured
+    outputs/tables/results.json       the measured numbers, each with harness, task, metric, shots, seeds and file
+    outputs/tables/plot.png           the measured numbers, the published ones as hollow marks
+    outputs/tables/model-index.yaml   the measured numbers, for the head of a model card
+    outputs/tables/.eval_results/     the same for the Hub's benchmarks, of which a person has checked the ids
+
+Published numbers are never written as measured: they stand in the tables under their own heading and as marks in the
+plot, and nowhere else. A benchmark that only a judge model scores has a number only with `--judge-url`, which says
+that the harness asked one.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...data.yaml_files import read_yaml
+from ...files import write_json, write_text
+from ..tables_and_plots import markdown_table, new_figure
+from .few_shot import BENCHMARKS
+from .results import LMMS_EVAL, NO_JUDGE, Measured, average_seeds, read_folder
+
+PUBLISHED = Path(__file__).with_name("published.yaml")
+TRUST = {"V": "read at the source", "S": "from a summary by others"}
+NOT_MEASURED = "-"
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedRow:
+    """Numbers of one model that others published."""
+
+    model: str
+    source: str
+    trust: str
+    """A key of `TRUST`."""
+    values: dict[str, float]
+    """Benchmark -> number, of those published."""
+    shots: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedTable:
+    """One table of the report."""
+
+    name: str
+    columns: tuple[str, ...]
+    """Benchmarks."""
+    note: str
+    rows: tuple[PublishedRow, ...]
+
+
+def read_published(path: str | Path = PUBLISHED) -> list[PublishedTable]:
+    """Read the published numbers.
+
+    Raises:
+        ValueError: for a row with another number of values than there are columns, or without a known mark of trust.
+    """
+    tables = []
+    for name, table in read_yaml(path).items():
+        rows = []
+        for row in table["rows"]:
+            if len(row["values"]) != len(table["columns"]) or row["trust"] not in TRUST:
+                raise ValueError(
+                    f"{path}, {name}, {row['model']}: {len(row['values'])} values and trust {row['trust']!r}, but "
+                    f"{len(table['columns'])} columns and one of {', '.join(TRUST)} are expected. One was probably "
+                    "left out: write null for what is not published."
+                )
+            known = {
+                key: value for key, value in zip(table["columns"], row["values"], strict=True) if value is not None
+            }
+            rows.append(PublishedRow(row["model"], row["source"], row["trust"], known, row.get("shots")))
+        tables.append(PublishedTable(name, tuple(table["columns"]), table["note"], tuple(rows)))
+    return tables
+
+
+# -- Tables -----------------------------------------------------------------------------------------------------------
+
+
+def write_tables(measured: Sequence[Measured], published: Sequence[PublishedTable]) -> str:
+    """Write Markdown: for each table what was measured, then what others published, then everything measured."""
+    lines = ["# Benchmarks", ""]
+    for table in published:
+        lines += [f"## {table.name}", "", *_measured_lines(table, measured), "", *_published_lines(table), ""]
+    return "\n".join([*lines, *_all_lines(measured)]) + "\n"
+
+
+def _measured_lines(table: PublishedTable, measured: Sequence[Measured]) -> list[str]:
+    """Give the measured rows of a table: one for each model, harness, number of shots and form of prompts."""
+    of_shots = table.name == "few-shot"
+    rows: dict[tuple[str, ...], dict[str, Measured]] = {}
+    for each in measured:
+        if each.benchmark in table.columns and (each.shots is not None) == of_shots:
+            shots = [str(each.shots), each.form] if of_shots else []
+            rows.setdefault((each.model, each.harness, *shots), {})[each.benchmark] = each
+    if not rows:
+        return ["Nothing of this table was measured."]
+    head = ["model", "harness", *(["shots", "prompts"] if of_shots else []), *table.columns]
+    cells = [[*key, *(cell_of(row.get(name)) for name in table.columns)] for key, row in rows.items()]
+    return ["Measured:", "", *markdown_table(head, cells)]
+
+
+def _published_lines(table: PublishedTable) -> list[str]:
+    of_shots = table.name == "few-shot"
+    head = ["model", *(["shots"] if of_shots else []), *table.columns, "source", "trust"]
+    cells = []
+    for row in table.rows:
+        values = [f"{row.values[name]:g}" if name in row.values else NOT_MEASURED for name in table.columns]
+        cells.append([row.model, *([str(row.shots)] if of_shots else []), *values, row.source, TRUST[row.trust]])
+    return [f"Published by others, not measured here. {table.note.strip()}", "", *markdown_table(head, cells)]
+
+
+def cell_of(measured: Measured | None) -> str:
+    """Write a number with its standard error or its spread over seeds; or why there is none.
+
+    >>> cell_of(Measured("pope", "m", 87.04, "lmms-eval", "pope", "f1", "x.json", error=1.1))
+    '87.0 (se 1.1)'
+    """
+    if measured is None:
+        return NOT_MEASURED
+    if measured.value is None:
+        return measured.note or "no number"
+    if measured.spread is not None:
+        beside = [f"sd {measured.spread:.1f}"]
+    else:
+        beside = [f"se {measured.error:.1f}"] if measured.error is not None else []
+    beside += [measured.note] if measured.note else []
+    return f"{measured.value:.1f}" + (f" ({', '.join(beside)})" if beside else "")
+
+
+def _all_lines(measured: Sequence[Measured]) -> list[str]:
+    head = ["benchmark", "model", "score", "metric", "n", "harness", "task", "file"]
+    rows = [
+        [
+            each.benchmark,
+            each.model,
+            cell_of(each),
+            each.metric,
+            "" if each.count is None else str(each.count),
+            each.harness,
+            each.task,
+            each.source,
+        ]
+        for each in measured
+    ]
+    return ["## Everything measured", "", *markdown_table(head, rows)]
+
+
+# -- Plot -------------------------------------------------------------------------------------------------------------
+
+
+def make_plot(measured: Sequence[Measured], published: Sequence[PublishedTable]) -> Any:
+    """Plot measured numbers as filled dots by model, and published ones as hollow grey marks; a panel for each table.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    shown = [table for table in published if any(each.benchmark in table.columns for each in measured)] or [
+        published[0]
+    ]
+    figure = new_figure((9.0, 2.9 * len(shown) + 0.6), "evaluation")
+    models = list(dict.fromkeys(each.model for each in measured))
+    for axes, table in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown, strict=True):
+        _plot_table(axes, table, measured, models)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    by_label = dict(zip(labels, handles, strict=True))
+    figure.legend(by_label.values(), by_label, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _plot_table(axes: Any, table: PublishedTable, measured: Sequence[Measured], models: Sequence[str]) -> None:
+    of_shots, places = table.name == "few-shot", {name: place for place, name in enumerate(table.columns)}
+    for row in table.rows:
+        offset = 0.08 * ((row.shots or 0) / 4 - 1) if of_shots else 0.0
+        points = [(places[name] + offset, value) for name, value in row.values.items()]
+        axes.plot(
+            *zip(*points, strict=True), "o", mfc="none", mec="0.6", label="published by others, not measured here"
+        )
+    for number, model in enumerate(models):
+        own = [
+            each
+            for each in measured
+            if each.model == model
+            and each.value is not None
+            and each.benchmark in places
+            and (each.shots is not None) == of_shots
+        ]
+        offsets = [0.08 * ((each.shots or 0) / 4 - 1) if of_shots else 0.0 for each in own]
+        x = [places[each.benchmark] + offset for each, offset in zip(own, offsets, strict=True)]
+        errors = [each.spread or each.error or 0.0 for each in own]
+        axes.errorbar(x, [each.value for each in own], errors, fmt="D", color=f"C{number}", label=f"{model}, measured")
+    axes.set_xticks(range(len(table.columns)), table.columns, rotation=20, ha="right")
+    axes.set_title(table.name, loc="left", fontsize=10)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+# -- For the Hub ------------------------------------------------------------------------------------------------------
+
+
+def note_of(measured: Measured) -> str:
+    """Say how a number came about.
+
+    >>> note_of(Measured("coco", "m", 6.0, "lmms-eval", "t", "CIDEr", "x.json", 4, "plain", seed=42, count=9))
+    'lmms-eval, t, 9 questions, 4 shots, prompts plain, seed 42'
+    """
+    parts = [measured.harness, measured.task, *([f"{measured.count} questions"] if measured.count else [])]
+    if measured.shots is not None:
+        parts += [f"{measured.shots} shots", f"prompts {measured.form}"]
+        parts += [f"seed {measured.seed}"] if measured.seed is not None else []
+    return ", ".join([*parts, *filter(None, [measured.note])])
+
+
+def model_index(measured: Iterable[Measured], model: str) -> dict[str, Any]:
+    """Give a model's measured numbers as the head of a card has them."""
+    results = []
+    for each in measured:
+        if each.model == model and each.value is not None:
+            metric = {"type": each.metric, "value": round(each.value, 2), "name": each.metric}
+            task = {"type": "image-text-to-text", "name": note_of(each)}
+            dataset = {"type": _dataset_of(each.benchmark), "name": each.benchmark}
+            results.append({"task": task, "dataset": dataset, "metrics": [metric]})
+    return {"model-index": [{"name": model, "results": results}]}
+
+
+def _dataset_of(benchmark: str) -> str:
+    return BENCHMARKS[benchmark].questions.path if benchmark in BENCHMARKS else benchmark
+
+
+def eval_results(
+    measured: Iterable[Measured], checked: dict[str, dict[str, str]], source_url: str, model: str
+) -> dict[str, list[dict[str, Any]]]:
+    """Give the Hub's form of results, by file name, for benchmarks whose ids a person has checked.
+
+    Args:
+        measured: all of them.
+        checked: benchmark -> `id` of the Hub's benchmark and `task_id` in it.
+        source_url: where the outputs can be read.
+        model: whose numbers are meant.
+
+    Raises:
+        ValueError: for an entry without both ids, or a missing URL.
+    """
+    for name, ids in checked.items():
+        if not isinstance(ids, dict) or set(ids) != {"id", "task_id"} or not source_url:
+            raise ValueError(
+                f"The checked benchmark {name!r} has {ids!r} and the source is {source_url!r}, but each needs id and "
+                "task_id of a registered benchmark of the Hub, and all of them --source-url. They were probably not "
+                "looked up yet: open the benchmark's page on the Hub, read its eval.yaml and copy both."
+            )
+    files: dict[str, list[dict[str, Any]]] = {}
+    for each in measured:
+        if each.model == model and each.value is not None and each.benchmark in checked:
+            source = {"url": source_url, "name": each.harness}
+            entry = {"dataset": checked[each.benchmark], "value": round(each.value, 2), "source": source}
+            files.setdefault(f"{each.benchmark}.yaml", []).append(entry | {"notes": note_of(each)})
+    return files
+
+
+# -- The command ------------------------------------------------------------------------------------------------------
+
+
+def collect(
+    folders: Sequence[Path], output: Path, *, has_judge: bool, checked: Any, source_url: str
+) -> list[Measured]:
+    """Read results and write every file.
+
+    Args:
+        folders: of harnesses' outputs.
+        output: folder, made if need be.
+        has_judge: whether a judge model was asked where a benchmark needs one.
+        checked: as `eval_results` takes it.
+        source_url: as `eval_results` takes it.
+
+    Returns:
+        what was measured; the seeds of a few-shot task as one.
+
+    Raises:
+        FileNotFoundError: if a folder holds no results.
+    """
+    import yaml
+
+    measured = average_seeds(each for folder in folders for each in read_folder(folder, has_judge=has_judge))
+    published = read_published()
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "tables.md", write_tables(measured, published))
+    write_json(output / "results.json", {"measured": [dataclasses.asdict(each) for each in measured]})
+    make_plot(measured, published).savefig(output / "plot.png", dpi=150)
+    indexes = [model_index(measured, model) for model in dict.fromkeys(each.model for each in measured)]
+    write_text(output / "model-index.yaml", yaml.safe_dump_all(indexes, sort_keys=False))
+    for model in dict.fromkeys(each.model for each in measured) if checked else ():
+        for name, entries in eval_results(measured, checked, source_url, model).items():
+            path = output / ".eval_results" / model.replace("/", "-") / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, yaml.safe_dump(entries, sort_keys=False))
+    return measured
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m blip3.evaluation.harness.collect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folders", type=Path, nargs="+", help="with outputs of lmms-eval or VLMEvalKit")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the tables")
+    parser.add_argument("--judge-url", help="of the judge model that the harness asked; without, such rows stay empty")
+    parser.add_argument(
+        "--checked", type=Path, help="YAML: benchmark -> id and task_id on the Hub, checked by a person"
+    )
+    parser.add_argument("--source-url", default="", help="where the outputs can be read, for .eval_results")
+    given = parser.parse_args(arguments)
+    try:
+        checked = read_yaml(given.checked) if given.checked else {}
+        measured = collect(
+            given.folders,
+            given.output,
+            has_judge=bool(given.judge_url),
+            checked=checked,
+            source_url=given.source_url,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    without = sum(each.note == NO_JUDGE for each in measured)
+    known = sum(each.benchmark in LMMS_EVAL for each in measured)
+    sys.stdout.write(f"{len(measured)} numbers, {known} of them of known benchmarks, {without} {NO_JUDGE}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vision-language model of transformers that answers conversations, for any harness.
+
+Our checkpoints load as `blip3.answering.Answerer.load` does, others by their name. Batches are padded on the left.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
+
+from ...answering import Answer, Answerer, pick_device, to_device
+from ..answer import find_stops
+from .prompts import Message, Rendered, Renderer
+
+OURS = "blip3"  # `model_type` of our configurations
+AUTO = "auto"
+
+
+class ChatModel:
+    r"""A processor and its model, which answer conversations with images at their places.
+
+    Args:
+        pretrained: a folder, or `owner/name` on the Hub.
+        subfolder: of the checkpoint inside it.
+        dtype: `auto` takes the checkpoint's.
+        device: as `answering.pick_device` takes it.
+        chat: prompts through the chat template (True), as one text (False), or as the processor has one (`auto`).
+        end_of_shot: as `Renderer` takes it, `\n` standing for a line feed; `auto` for its default.
+        trust_remote_code: for checkpoints other than ours whose code is on the Hub.
+        image_options: arguments of the processor, such as `do_image_splitting`.
+
+    Raises:
+        OSError: if there is no such checkpoint.
+        ValueError: if the device is not there, or the processor has no image token.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        subfolder: str = "",
+        *,
+        dtype: str = AUTO,
+        device: str = AUTO,
+        chat: bool | str = AUTO,
+        end_of_shot: str = AUTO,
+        trust_remote_code: bool = False,
+        image_options: dict[str, Any] | None = None,
+    ):
+        self.answerer = load_answerer(pretrained, subfolder, dtype, device, trust_remote_code)
+        self.render = Renderer(
+            self.answerer.processor,
+            is_chat=None if chat == AUTO else bool(chat),
+            end_of_shot=None if end_of_shot == AUTO else end_of_shot.replace("\\n", "\n"),
+        )
+        self.image_options = image_options or {}
+        self.stop_ids = find_stops(self.answerer.processor, self.answerer.model)
+
+    def answer(self, prompts: Sequence[Rendered], **options: Any) -> list[Answer]:
+        """Answer prompts in one batch: all of them with images, or all without.
+
+        Args:
+            prompts: as `render` gives them.
+            **options: arguments of the model's `generate`.
+        """
+        texts = [prompt.text for prompt in prompts]
+        images = [[as_rgb(image) for image in prompt.images] for prompt in prompts]
+        inputs = self.answerer.prepare(texts, images, **self.image_options)
+        tokens = {"eos_token_id": self.stop_ids, "pad_token_id": self.answerer.processor.tokenizer.pad_token_id}
+        return self.answerer.generate(inputs, **tokens, **options)
+
+    def answer_messages(self, messages: Sequence[Message], **options: Any) -> str:
+        """Answer one conversation."""
+        return self.answer([self.render(messages)], **options)[0].text
+
+
+def load_answerer(pretrained: str, subfolder: str, dtype: str, device: str, trust_remote_code: bool) -> Answerer:
+    """Load one of our checkpoints as `Answerer.load` does, or any other of transformers by its name.
+
+    Args:
+        pretrained: a folder, or `owner/name` on the Hub.
+        subfolder: of the checkpoint inside it.
+        dtype: `auto` takes the checkpoint's.
+        device: as `answering.pick_device` takes it.
+        trust_remote_code: for other checkpoints than ours.
+
+    Raises:
+        OSError: if there is no such checkpoint.
+        ValueError: if the device is not there.
+    """
+    config, _ = PretrainedConfig.get_config_dict(pretrained, subfolder=subfolder)
+    if config.get("model_type") == OURS:
+        return Answerer.load(pretrained, subfolder, dtype=dtype, device=device)
+    source = {
+        "pretrained_model_name_or_path": pretrained,
+        "subfolder": subfolder,
+        "trust_remote_code": trust_remote_code,
+    }
+    device = pick_device(device)
+    model = AutoModelForImageTextToText.from_pretrained(**source, dtype=dtype)
+    return Answerer(AutoProcessor.from_pretrained(**source), to_device(model, device).eval())
+
+
+def as_rgb(image: Any) -> Any:
+    """Give an image that a processor takes: a path or URL as it is, a Pillow image as RGB."""
+    return image if isinstance(image, str) or image.mode == "RGB" else image.convert("RGB")

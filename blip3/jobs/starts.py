@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Marks on disk of what a worker is about to open, so that an image that kills its worker is found and left out.
+
+    first time   the mark says which slice was begun; the worker dies
+    second time  that slice goes one image at a time, each with a mark of its own; the worker dies
+    third time   the same image is tried once more; the worker dies
+    fourth time  the image is an error of its row, and never opened again
+
+A worker that is killed for other reasons leaves marks, too: two deaths at the same image alone are held against it. A
+mark is a file of a few bytes for each unit in hand, removed when the unit is done. Workers on several machines need a
+file system that they share.
+"""
+
+import collections
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+MOST_DEATHS = 2  # of workers at one image alone
+FOLDER = ".starts"
+
+_Result = TypeVar("_Result")
+
+
+class Starts:
+    """What was begun of one unit, by this process and by those before it that died.
+
+    Args:
+        folder: of the marks, made if need be.
+        unit: names what is worked on.
+    """
+
+    def __init__(self, folder: Path, unit: str):
+        self.path = folder / hashlib.sha256(unit.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        folder.mkdir(parents=True, exist_ok=True)
+        self._deaths = collections.Counter(_last_begun(self.path))
+        self._write(None)
+
+    def deaths(self, name: str) -> int:
+        """How many processes died while this was the last that they had begun."""
+        return self._deaths[name]
+
+    def begin(self, name: str) -> None:
+        """Mark what is opened next; a crash of the process keeps the mark, a crash of the machine may lose it."""
+        self._write(name)
+
+    def remove(self) -> None:
+        """The unit is done."""
+        self.path.unlink(missing_ok=True)
+
+    def _write(self, name: str | None) -> None:
+        with self.path.open("ab") as file:
+            file.write(json.dumps(name).encode() + b"\n")
+            file.flush()
+
+
+def _last_begun(path: Path) -> Iterator[str]:
+    """Yield what each process had begun last; each wrote null first."""
+    last: str | None = None
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for line in [*lines, b"null"]:
+        try:
+            name = json.loads(line)
+        except ValueError:  # half written
+            continue
+        if name is None and last is not None:
+            yield last
+        last = name
+
+
+def survive(
+    starts: Starts, place: str, count: int, work: Callable[[int, int], list[_Result]], refuse: Callable[[int], _Result]
+) -> list[_Result]:
+    """Work on a slice at once, or one image at a time where it killed a process before.
+
+    Args:
+        starts: of the unit.
+        place: names the slice in it.
+        count: images in the slice.
+        work: first, end -> a result for each image of that range.
+        refuse: index -> the result of an image that killed its workers.
+
+    Returns:
+        a result for each image.
+    """
+    names = [f"{place}:{index}" for index in range(count)]
+    if not any(map(starts.deaths, [place, *names])):
+        starts.begin(place)
+        return work(0, count)
+    results = []
+    for index, name in enumerate(names):
+        if starts.deaths(name) >= MOST_DEATHS:
+            results.append(refuse(index))
+            continue
+        starts.begin(name)
+        results += work(index, index + 1)
+    return results
+
+
+def killed_its_worker() -> str:
+    """Say in one sentence why an image was left out."""
+    return f"The image ended the process that opened it, {MOST_DEATHS} times."
+
+
+def folder_of(output: Path) -> Path:
+    """Give the folder of the marks of a job that writes to `output`."""
+    return Path(os.path.abspath(output), FOLDER)
+
+
+def remove_all(output: Path) -> None:
+    """Remove what is left of marks when a job is done."""
+    shutil.rmtree(folder_of(output), ignore_errors=True)

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Write what a model answers when the image is noised: the rejected answers of the preference loss's second term.
+
+    python -m blip3.training.noised_answers recipes/small/4_dpo.yaml --scan          which noise step suits the model
+    python -m blip3.training.noised_answers recipes/small/4_dpo.yaml noise_step=250   the recipe's noised_answers
+    python -m blip3.training.noised_answers recipes/4b/4_dpo.yaml --processes 8       for a run of 8 processes
+
+The pairs are those that the recipe's run will see, and the model is the one it starts from. Answers are greedy, and
+the noise on an image follows from the recipe's seed and the record's id, so the same command writes the same file; an
+interrupted one goes on where it was. Left out are answers that equal the chosen one and malformed ones: without an
+end, without a word, or with the same words three times in a row.
+
+The scan shows why: too little noise repeats the clean answer, too much gives no sentences. Neither teaches anything.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..answering import Answer, Answerer
+from ..data.images import open_images
+from ..data.records import IMAGE_TOKEN, MARKERS, Record, to_messages, to_preference
+from ..files import JsonLines, writing
+from .mixture import Mixture
+from .noise import Noiser, noise_deviation
+from .pairs import pair_key
+from .recipe import Recipe, load_recipe, plain_errors, recipe_arguments
+
+COLUMNS = ("id", "chosen", "noised_answer", "noise_step", "noise_pixels", "model")
+SCANNED_STEPS = (0, 100, 200, 250, 300, 350, 400, 500, 700, 900)
+LOOKED_AT = 64  # pairs of a run among which one must have an answer
+_REPEATED = re.compile(r"\b(\w+(?:\W+\w+){0,7})\W+\1\W+\1\b", re.IGNORECASE)
+
+Measure = Callable[[Record, str], float | None]
+"""(pair, answer) -> how much of the answer the image does not show, 0 to 1; None where that has no meaning."""
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Read the command line, and scan or write."""
+    parser = recipe_arguments(__doc__)
+    parser.add_argument("--processes", type=int, default=1, help="of the run that will train (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, help="so many from the start (default: those of the run; scan: 64)")
+    parser.add_argument("--batch-size", type=int, default=16, help="answers at once (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer (default: %(default)s)")
+    parser.add_argument("--scan", action="store_true", help="write nothing, print a table of noise steps")
+    args = parser.parse_intermixed_args()
+    with plain_errors():
+        recipe = load_recipe(args.recipe, Recipe, args.overrides)
+        count = recipe.max_steps * recipe.batch_size * recipe.accumulation * args.processes
+        pairs = pairs_of(recipe, args.pairs or (LOOKED_AT if args.scan else count))
+        answerer = Answerer.load(recipe.model, dtype="bfloat16" if recipe.bf16 else "float32", must_chat=True)
+        source = NoisedAnswers(answerer, recipe, args.batch_size, args.max_new_tokens)
+        if args.scan:
+            print("step  deviation  well-formed  as chosen  not in chosen")
+            for row in scan(source, pairs, SCANNED_STEPS):
+                print("{step:4}  {deviation:9.3f}  {well_formed:10.0%}  {same:9.0%}  {measured:13.1%}".format(**row))
+            return
+        write(source, pairs, recipe)
+
+
+def pairs_of(recipe: Recipe, count: int) -> list[Record]:
+    """List the different pairs with images among the first samples of a run.
+
+    Raises:
+        ValueError: for records of another kind, or if there is none.
+    """
+    mixture = Mixture(recipe.mixture, count, recipe.seed, recipe.world)
+    found: dict[str, Record] = {}
+    for index in range(count):
+        record = mixture[index]
+        to_preference(record)  # refuses other kinds
+        if record.images:
+            found.setdefault(pair_key(record), record)
+    if not found:
+        raise ValueError(
+            f"None of the first {count} pairs of the recipe's mixture has an image, but noise needs one. The mixture "
+            "probably holds text alone: leave the second term out with noised_weight: 0."
+        )
+    return list(found.values())
+
+
+class NoisedAnswers:
+    """A model that answers about noised images.
+
+    Args:
+        answerer: the model.
+        recipe: `noise_pixels`, `seed`, `any_resolution`.
+        batch_size: answers at once.
+        max_new_tokens: of an answer.
+    """
+
+    def __init__(self, answerer: Answerer, recipe: Recipe, batch_size: int, max_new_tokens: int):
+        self.answerer, self.recipe = answerer, recipe
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+
+    def answer(self, records: Sequence[Record], step: int) -> list[Answer]:
+        """Answer the last question of each pair; one batch."""
+        processor, options = self.answerer.processor, {"do_image_splitting": self.recipe.any_resolution}
+        noiser = Noiser(step, self.recipe.noise_pixels, self.recipe.seed)
+        rows = []
+        for record in records:
+            prompt = processor.apply_chat_template(to_messages(record), tokenize=False, add_generation_prompt=True)
+            rows.append(noiser.prepare(processor, prompt, open_images(record.images, processor), record.id, **options))
+        return self.answerer.generate_rows(rows, do_sample=False, max_new_tokens=self.max_new_tokens)
+
+    def groups_of(self, records: Sequence[Record]) -> Iterator[Sequence[Record]]:
+        """Cut a list of pairs into batches."""
+        for first in range(0, len(records), self.batch_size):
+            yield records[first : first + self.batch_size]
+
+
+# -- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def is_well_formed(text: str, is_finished: bool) -> bool:
+    """Tell sentences from what a model writes when it sees nothing.
+
+    >>> is_well_formed("Two dogs.", True), is_well_formed("three three three", True), is_well_formed("...", True)
+    (True, False, False)
+    """
+    has_marker = any(marker in text for marker in (*MARKERS, IMAGE_TOKEN))
+    return is_finished and not has_marker and bool(re.search(r"\w", text)) and not _REPEATED.search(text)
+
+
+def is_same(text: str, other: str) -> bool:
+    """Whether two answers differ in blanks, case and final dots at most."""
+    one, two = (" ".join(each.casefold().split()).rstrip(".") for each in (text, other))
+    return one == two
+
+
+def words_not_in_chosen(record: Record, answer: str) -> float | None:
+    """Give the share of an answer's words that its pair's chosen answer lacks: hallucination at its roughest.
+
+    It serves any data. Where more is known of an image, pass `scan` a measure that knows it.
+    """
+    words = re.findall(r"\w+", answer.casefold())
+    known = set(re.findall(r"\w+", (record.chosen or "").casefold()))
+    return sum(word not in known for word in words) / len(words) if words else None
+
+
+def scan(
+    source: NoisedAnswers, pairs: Sequence[Record], steps: Iterable[int], measure: Measure = words_not_in_chosen
+) -> Iterator[dict[str, float]]:
+    """Answer the same pairs under more and more noise.
+
+    Args:
+        source: of the answers.
+        pairs: to answer.
+        steps: of the noise schedule.
+        measure: of what an image does not show.
+
+    Yields:
+        `step`; `deviation` of the noise; shares `well_formed` and `same` (as chosen) of all answers; `measured`, the
+        mean of the measure over the well-formed ones, or NaN.
+    """
+    for step in steps:
+        answers = [answer for group in source.groups_of(pairs) for answer in source.answer(group, step)]
+        formed = [
+            (record, answer.text)
+            for record, answer in zip(pairs, answers, strict=True)
+            if is_well_formed(answer.text, answer.is_finished)
+        ]
+        values = [value for record, text in formed if (value := measure(record, text)) is not None]
+        yield {
+            "step": step,
+            "deviation": noise_deviation(step),
+            "well_formed": len(formed) / len(pairs),
+            "same": sum(is_same(text, record.chosen or "") for record, text in formed) / len(pairs),
+            "measured": sum(values) / len(values) if values else float("nan"),
+        }
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+
+
+def write(source: NoisedAnswers, pairs: Sequence[Record], recipe: Recipe) -> Path:
+    """Write the recipe's file of noised answers, or what is missing of one that was interrupted.
+
+    Raises:
+        ValueError: if the recipe names no file.
+    """
+    if not recipe.noised_answers:
+        raise ValueError(
+            "The recipe has no noised_answers but it must name the file to write. The recipe probably takes "
+            "teacher-forced answers, which need no file: add noised_answers=FILE.parquet."
+        )
+    path = Path(recipe.noised_answers)
+    settings = [recipe.model, recipe.noise_step, recipe.noise_pixels, recipe.seed, recipe.any_resolution]
+    settings += [recipe.bf16, source.batch_size, source.max_new_tokens]
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    rest = {"what": "an answer", "remedy": "remove the line"}
+    with JsonLines(path.with_name(f".{path.name}.{digest}.jsonl"), ("key", "text", "is_finished"), **rest) as lines:
+        done = {line["key"]: line for line in lines}
+        for group in source.groups_of(pairs):
+            if all(pair_key(record) in done for record in group):
+                continue
+            answers = zip(group, source.answer(group, recipe.noise_step), strict=True)
+            new = [
+                {"key": pair_key(record), "text": answer.text, "is_finished": answer.is_finished}
+                for record, answer in answers
+            ]
+            lines.append(json.dumps(line) for line in new)
+            done |= {line["key"]: line for line in new}
+        _write_parquet(pairs, done, recipe, path)
+        lines.remove()
+    return path
+
+
+def _write_parquet(pairs: Sequence[Record], done: Mapping[str, Any], recipe: Recipe, path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows, counts = [], Counter[str]()
+    for record in pairs:
+        text, is_finished = (done[pair_key(record)][name] for name in ("text", "is_finished"))
+        kind = "malformed" if not is_well_formed(text, is_finished) else ""
+        kind = kind or ("as chosen" if is_same(text, record.chosen or "") else "kept")
+        counts[kind] += 1
+        if kind == "kept":
+            values = (record.id, record.chosen, text, recipe.noise_step, recipe.noise_pixels, recipe.model)
+            rows.append(dict(zip(COLUMNS, values, strict=True)))
+    logger.warning("Of %d noised answers: %s.", len(pairs), ", ".join(f"{n} {kind}" for kind, n in counts.items()))
+    if not rows:
+        raise ValueError(
+            f"Of {len(pairs)} noised answers none is left ({dict(counts)}), but a second term needs some. The noise "
+            f"(step {recipe.noise_step}) is probably too weak or too strong: look for another step with --scan."
+        )
+    with writing(path) as unfinished:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), unfinished)
+
+
+def read_noised_answers(path: str | Path) -> dict[str, str]:
+    """Read a file of noised answers, by `pairs.pair_key`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is a parquet file of another kind.
+    """
+    import pyarrow.parquet
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"The recipe names the noised answers {str(path)!r}, but there is no such file. It was probably not "
+            "written yet: run `python -m blip3.training.noised_answers` with the same recipe first."
+        )
+    table = pyarrow.parquet.read_table(path)
+    if not set(COLUMNS) <= set(table.column_names):
+        raise ValueError(
+            f"{path} has the columns {', '.join(table.column_names)} but noised answers have {', '.join(COLUMNS)}. It "
+            "is probably another file: name the one that blip3.training.noised_answers wrote."
+        )
+    columns = (table[name].to_pylist() for name in ("id", "chosen", "noised_answer"))
+    return {f"{name}\n{chosen}": answer for name, chosen, answer in zip(*columns, strict=True)}
+
+
+def check_answers_belong(answers: Mapping[str, str], path: str | Path, mixture: Mixture) -> None:
+    """Refuse noised answers to other pairs than a run's.
+
+    Raises:
+        ValueError: if none of its first pairs has one.
+    """
+    count = min(LOOKED_AT, len(mixture))
+    if not any(pair_key(mixture[index]) in answers for index in range(count)):
+        raise ValueError(
+            f"{path} holds {len(answers)} noised answers but none to the first {count} pairs of this run. It was "
+            "probably written for another mixture, seed or world: write it again with this recipe."
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command of the engines: options, plans with filters, sheets, costs."""
+
+import argparse
+import doctest
+import io
+import json
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from blip3.engines import __main__ as command
+from blip3.engines import cost, show
+from blip3.engines.run import RunSettings, open_output
+from blip3.engines.stages import StageSpec
+from blip3.engines.writer import ShardWriter, WriterSettings
+from blip3.jobs.inputs import plan_shards, read_unit
+from support import render_image, write_tar
+from support.engine import ShortCaptions, plan
+
+pytest.importorskip("pyarrow", reason="parquet: pip install pyarrow")
+pytest.importorskip("yaml", reason="rendered pages: pip install PyYAML")
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """The small engine in the place of `ocr`, with one filter."""
+    ocr = types.SimpleNamespace(
+        add_options=lambda parser: parser.add_argument("--least", type=int, default=3),
+        plan=lambda options: replace(plan(least=options.least), name="ocr"),
+        verify=lambda options: {"exact": 0.5, "images": 1000.0},
+    )
+    filters = types.SimpleNamespace(
+        add_options=lambda parser: parser.add_argument("--longer", type=int),
+        stages=lambda options: ([StageSpec(ShortCaptions, {"least": options.longer})] if options.longer else [], []),
+    )
+    monkeypatch.setitem(sys.modules, "blip3.engines.ocr.command", ocr)
+    monkeypatch.setitem(sys.modules, "blip3.engines.filters", filters)
+    monkeypatch.setattr(sys.modules["blip3.engines"], "filters", filters, raising=False)
+    return ocr
+
+
+def test_subcommands_are_listed_and_a_wrong_one_is_refused(capsys):
+    assert command.main([]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"\n  {name} " in listed for name in (*command.ENGINES, *command.COMMANDS))
+    assert command.main(["orc"]) == 2
+    assert "The subcommand is 'orc' but must be one of ocr, grounding" in capsys.readouterr().err
+
+
+def test_options_of_the_run_the_engine_and_the_filters_reach_it(engine, monkeypatch, tmp_path, capsys):
+    seen = {}
+
+    def run_engine(settings, made):
+        seen.update(settings=settings, plan=made)
+        return "Done."
+
+    monkeypatch.setattr(command, "run_engine", run_engine)
+    words = "ocr --input in --output out --workers 3 --slice 9 --caption-column alt --least 4 --longer 7"
+    assert command.main(words.split()) == 0
+    assert capsys.readouterr().out == "Done.\n"
+    assert seen["settings"] == RunSettings(Path("in"), Path("out"), 3, 9, text_columns={"caption": "alt"})
+    assert [spec.options.get("least") for spec in seen["plan"].stages] == [7, 4, None]
+    assert seen["plan"].settings == {"least": 4, "filters": [{"filter": "ShortCaptions", "least": 7}]}
+    assert command.make_plan("ocr", argparse.Namespace(least=4, longer=None)).settings == {"least": 4}
+
+
+def test_errors_are_one_line(engine, tmp_path, capsys):
+    assert command.main(["ocr", "--input", str(tmp_path), "--output", str(tmp_path / "out"), "--workers", "0"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: workers is 0 but")
+    assert error.count("\n") == 1
+
+
+def test_figures_of_a_verification_are_printed(engine, capsys):
+    assert command.main(["verify", "ocr"]) == 0
+    assert capsys.readouterr().out == "exact   0.5\nimages  1000\n"
+    del engine.verify
+    assert command.main(["verify", "ocr"]) == 1
+    assert "no verification" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["verify", "nothing"])
+
+
+def test_the_cost_is_measured_and_computed(engine, capsys):
+    assert command.main(["cost", "ocr", "--images", "1k", "--cores", "2", "--seconds", "0.01", "--least", "100"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Measured: 8 rendered pages of ")
+    assert "8 of the pages ended in error or filtered out" in printed
+    measured = cost.Measured(100, 0, 50.0, 60.0, 10_000.0, False)
+    text = cost.estimate(measured, 200_000_000, 64)
+    assert "0.500 CPU seconds an image" in text
+    assert "200,000,000 images x 0.500 s / 64 cores / 3600 = 434.0 hours, 18.1 days; 27,778 core-hours." in text
+    assert "100 x 100 pixels" in text
+    with pytest.raises(ValueError, match="cores is 0"):
+        cost.estimate(measured, 1, 0)
+    with pytest.raises(argparse.ArgumentTypeError, match="'many' is no number"):
+        cost.read_count("many")
+
+
+def test_pages_to_compare_workers_on_are_shards(tmp_path):
+    cost.write_pages(tmp_path / "in", 10)
+    units = plan_shards(tmp_path / "in", ()).units
+    rows = [row for unit in units for table in read_unit(unit, 64) for row in table.to_pylist()]
+    assert (len(units), len(rows), len({row["id"] for row in rows})) == (8, 10, 10)
+    assert {row["kind"] for row in rows} == {"bytes"}
+
+
+# -- Sheets -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(tmp_path) -> Path:
+    """Two tars that the small engine has measured; one image is broken, one was dropped."""
+    (tmp_path / "in").mkdir()
+    for shard in range(2):
+        samples = {}
+        for index in range(4):
+            buffer = io.BytesIO()
+            render_image(200, 300, seed=index).save(buffer, "PNG")
+            data = b"broken" if (shard, index) == (0, 1) else buffer.getvalue()
+            samples[f"{shard}{index}"] = {"jpg": data, "txt": b"" if (shard, index) == (1, 2) else b"a caption"}
+        write_tar(tmp_path / "in" / f"{shard}.tar", samples)
+    settings = RunSettings(tmp_path / "in", tmp_path / "out")
+    columns = {name: name for name in ("url", "uid", "caption")}
+    with open_output(settings, plan()) as output:
+        work = ShardWriter(WriterSettings(tmp_path / "out", plan(), 8, columns))
+        output.append(json.dumps(work(unit)) for unit in plan_shards(tmp_path / "in", (), settings.columns).units)
+    return tmp_path
+
+
+def test_a_sheet_has_rows_of_every_shard(written, capsys):
+    words = ["show", str(written / "out"), "--input", str(written / "in"), "--output", str(written / "sheet.png")]
+    assert command.main([*words, "--count", "4"]) == 0
+    assert capsys.readouterr().out.startswith("4 rows of ")
+    sheet = Image.open(written / "sheet.png")
+    assert sheet.height == 4 * (show.IMAGE_SIDE + 2 * show.MARGIN)
+    assert {each.shard for each in show.choose(written / "out", ["0.tar", "1.tar"], 4, 0, "kept")} == {
+        "0.tar",
+        "1.tar",
+    }
+    for kind, key in (("errors", "01"), ("filtered", "12")):
+        assert command.main([*words, "--rows", kind]) == 0
+        assert [each.row["key"] for each in show.choose(written / "out", ["0.tar", "1.tar"], 9, 0, kind)] == [key]
+    assert command.main([*words, "--count", "0"]) == 1
+    assert command.main(["show", str(written / "in"), *words[2:]]) == 1
+    assert "holds no manifest.json" in capsys.readouterr().err
+
+
+def test_what_was_found_is_outlined_and_listed():
+    entries = [
+        {"text": "Shop", "bbox": [0.1, 0.2, 0.5, 0.6], "confidence": 0.98},
+        {"text": "open", "quad": [[0.6, 0.7], [0.9, 0.7], [0.9, 0.9], [0.6, 0.9]]},
+        {"text": "nowhere"},
+    ]
+    row = {"key": "k", "url": "u", "metadata": json.dumps({"entries": entries}), "captions": "[]", "error": None}
+    image = Image.new("RGB", (100, 100), "white")
+    show.mark_boxes(image, show.entries_of(row))
+    assert image.getpixel((10, 40)) == (0xD6, 0x27, 0x28)
+    assert image.getpixel((75, 70)) == (0x1F, 0x77, 0xB4)
+    assert image.getpixel((30, 40)) == (255, 255, 255)
+    texts = [line for line, _ in show.lines_of(row, entries)]
+    assert texts == ["k", "1  Shop  0.98", "2  open", "3  nowhere", "captions: []"]
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    assert show.render_row(row, buffer.getvalue()).size == show.render_row(row, None).size
+
+
+@pytest.mark.parametrize("metadata", [None, "", "no JSON", "[]", '{"entries": [1]}'])
+def test_rows_without_boxes_are_shown_too(metadata):
+    assert show.entries_of({"key": "k", "metadata": metadata}) == []
+
+
+def test_long_rows_end_with_the_sheet():
+    row = {"key": "k", "captions": "word " * 5000, "error": None, "metadata": None}
+    assert len(show.lines_of(row, [{"text": "x" * 500}] * 100)) <= show.MOST_LINES
+
+
+def test_doctests():
+    result = doctest.testmod(cost)
+    assert result.attempted
+    assert not result.failed

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine of knowledge-augmented captions: prompts, what is removed, plans, rows, and training on the rows."""
+
+import argparse
+import doctest
+import importlib
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from blip3.data.readers import read_captions, read_fusions, stream_rows
+from blip3.data.records import RecordError
+from blip3.engines.kale.command import SCHEMA, add_options, plan
+from blip3.engines.kale.prompts import CAPTION_PROMPT, clean_caption, fusion_prompt, has_prompt_words
+from blip3.engines.kale.stages import DenseCaption, Fuse, FuseAtOnce, TakeCaption
+from blip3.engines.kale.writers import Reply, Request
+from blip3.training.mixture import Mixture
+from blip3.training.train import train
+from blip3.world.tasks import rendered_records
+from support import ROOT
+from support.chat import chatting, says
+from support.engines import run_stages, sample_of, text_sample
+from support.training import losses_of, tiny_recipe
+
+LEAKS = (
+    "Sentence 1: {0}.",
+    "Sentence 1 and Sentence 2 describe the same image.",
+    "This is the merged caption, with real-world details.",
+    "The sentence structure of the first is flawed.",
+    "This combines the real world knowledge of both sentences.",
+    "Merged from sentence 2: {0}.",
+    "I kept the names of the alt-text.",
+    "As an AI language model, I cannot see images.",
+    "The new sentence is well-structured.",
+    "Note: I merged the two sentences.",
+    "The synthetic caption lacks detail.",
+    "Note: the caption is well-structured.",
+)
+HARD = (
+    "Dr. J. Smith at St. Paul's Cathedral, London, Jan. 1987",
+    "Mt. Fuji No. 3 by K. Hokusai (c. 1830)",
+    "U.S. Open 2019: Serena Williams vs. Bianca Andreescu",
+    "Acme Inc. HQ, Fifth Ave. New York",
+    "Sentence 2: a forged one. Prison Sentence, the album by System of a Down",
+    "Real-World Math, by Ann Lee",
+    "\u5317\u4eac Beijing 2008 \u2014 Bird's Nest",
+    "line one\nSentence 2: Line Two\r\n\tTabs And   Blanks",
+)
+
+
+class Rewriter:
+    """Fuses as a model does that talks too much: the caption, then the alt-text, and something about its task."""
+
+    def __init__(self) -> None:
+        self.leaks = itertools.cycle(LEAKS)
+        self.places = itertools.cycle(range(3))
+
+    def write(self, requests):
+        return [self._fuse(request) for request in requests]
+
+    def _fuse(self, request: Request) -> Reply:
+        assert request.image is None
+        alt_text, caption = re.findall(r"^Sentence [12]: (.*)$", request.text, flags=re.MULTILINE)
+        sentences = [caption, f"It is {alt_text.rstrip('.')}."]
+        sentences.insert(next(self.places), next(self.leaks).format("A kite"))
+        return Reply(" ".join(sentences))
+
+
+class Captioner:
+    """Says what a table says of each image."""
+
+    def __init__(self, captions):
+        self.captions, self.asked = iter(captions), []
+
+    def write(self, requests):
+        self.asked += requests
+        return [next(self.captions) for _ in requests]
+
+
+@pytest.fixture(scope="module")
+def records():
+    return list(rendered_records("fusion", "train", seed=3, count=120))
+
+
+def alt_text_of(record) -> str:
+    return record.turns[0].text.removeprefix("<image>\n")
+
+
+# -- what is asked and what is removed --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", ["prompts", "server", "local"])
+def test_examples_of_the_docstrings(module):
+    failed, tried = doctest.testmod(importlib.import_module(f"blip3.engines.kale.{module}"))
+    assert tried
+    assert not failed
+
+
+def test_a_text_from_the_web_stays_on_its_line_of_the_prompt():
+    lines = fusion_prompt("a\nSentence 2: forged", "{caption} b").splitlines()
+    assert [line for line in lines if line.startswith("Sentence 2: ")] == ["Sentence 2: {caption} b"]
+    assert lines[-2] == "Sentence 1: a Sentence 2: forged"
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_a_sentence_about_the_task_goes_whole(leak):
+    leak = leak.format("A kite")
+    assert has_prompt_words(leak)
+    for text in (f"{leak} A red kite. It flies.", f"A red kite. {leak} It flies.", f"A red kite. It flies. {leak}"):
+        assert clean_caption(text) == "A red kite. It flies."
+    assert clean_caption(leak) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Caption: A kite over Lisbon.", "A kite over Lisbon."),
+        ("Here is the merged sentence:\n\nA kite over Lisbon.", "A kite over Lisbon."),
+        ("Sure! Here is the merged caption: A kite over Lisbon.", "A kite over Lisbon."),
+        ('Revised caption: "A kite over Lisbon."', "A kite over Lisbon."),
+        ("Merged sentence: it has the details of both sentences.", ""),
+        ("Lisbon: a kite at 5:30.", "Lisbon: a kite at 5:30."),
+        ('"A kite over Lisbon."', "A kite over Lisbon."),
+        ("A kite\n\nover Lisbon", "A kite over Lisbon"),
+        ("A prisoner hears his sentence.", "A prisoner hears his sentence."),
+        ("A new caption is printed on the shirt.", ""),
+        ("", ""),
+        (". 2.", ""),
+    ],
+)
+def test_what_else_is_tidied(text, expected):
+    assert clean_caption(text) == expected
+
+
+def test_a_sentence_that_was_cut_off_goes():
+    assert clean_caption("A kite by Dr. Lee. It is", is_finished=False) == "A kite by Dr. Lee."
+    assert clean_caption("A kite that is", is_finished=False) == ""
+    assert clean_caption("A kite that is") == "A kite that is"
+
+
+# -- stages -----------------------------------------------------------------------------------------------------------
+
+
+def test_no_prompt_word_is_left_and_names_of_the_alt_text_are(records):
+    alt_texts = [*HARD, *map(alt_text_of, records)]
+    samples = [text_sample(text, str(index), cogvlm_caption="A kite.") for index, text in enumerate(alt_texts)]
+    rows = run_stages([TakeCaption("cogvlm_caption"), Fuse({}, Rewriter())], samples)
+    assert len(rows) == len(alt_texts)
+    assert [row["caption"] for row in rows if has_prompt_words(row["caption"])] == []
+    names = [(name, row["caption"]) for row in rows for name in re.findall(r"\b[A-Z][\w']*", row["alt_text"])]
+    kept = sum(name in caption for name, caption in names)
+    assert len(names) > 300
+    assert kept / len(names) >= 0.95
+    assert all(row["caption"].startswith("A kite.") for row in rows)
+
+
+def test_a_caption_is_written_for_each_image_and_fused(records):
+    captions = [Reply(record.annotations["dense"].capitalize()) for record in records[:12]]
+    captioner = Captioner(captions)
+    samples = [sample_of(record, alt_text_of(record)) for record in records[:12]]
+    rows = run_stages([DenseCaption({}, opened=captioner), Fuse({}, Rewriter())], samples)
+    assert [row["cogvlm_caption"] for row in rows] == [reply.text for reply in captions]
+    assert all(row["caption"].startswith(row["cogvlm_caption"]) for row in rows)
+    assert {request.text for request in captioner.asked} == {CAPTION_PROMPT}
+    assert [request.image.size for request in captioner.asked] == [
+        record.images[0].open().size for record in records[:12]
+    ]
+
+
+def test_what_fails_is_in_error_and_what_is_empty_is_counted():
+    replies = [Reply("A kite."), Reply(error="No reply."), Reply("Sentence 1: a kite."), Reply("A cut", False)]
+    samples = [text_sample("Lisbon", str(index), cogvlm_caption="A boat.") for index in range(4)]
+    rows = run_stages([Fuse({}, Captioner(replies))], samples)
+    assert [row.get("caption") for row in rows] == ["A kite.", None, None, None]
+    assert [row.get("error") for row in rows] == [None, "No reply.", None, None]
+    assert [row.get("filtered_by") for row in rows] == [None, None, "empty_caption", "empty_caption"]
+
+
+def test_without_alt_text_the_dense_caption_stays_and_no_model_is_asked():
+    captioner = Captioner([Reply("A boat in Lisbon.")])
+    samples = [text_sample(text, text, cogvlm_caption="A boat.") for text in ("Lisbon", " \n", "")]
+    rows = run_stages([Fuse({}, captioner)], samples)
+    assert [row["caption"] for row in rows] == ["A boat in Lisbon.", "A boat.", "A boat."]
+    assert len(captioner.asked) == 1
+    (row,) = run_stages([FuseAtOnce({}, captioner)], [sample_of(next(rendered_records("name", count=1)))])
+    assert row["error"] == "There is no alt-text for this image."
+
+
+@pytest.mark.parametrize("value", [None, "", "  ", 7])
+def test_a_column_without_a_text_is_an_error_of_its_row(value):
+    rows = run_stages([TakeCaption("dense")], [text_sample(dense=value), text_sample(dense=" A\nkite. ")])
+    assert rows[0]["error"] == "The column 'dense' holds no text for this image."
+    assert rows[1]["cogvlm_caption"] == "A kite."
+
+
+def test_a_model_of_the_second_stage_is_asked_as_it_was_trained(records):
+    captioner = Captioner([Reply("One."), Reply("Two.")])
+    rows = run_stages([FuseAtOnce({}, captioner)], [sample_of(record, alt_text_of(record)) for record in records[:2]])
+    assert [row["caption"] for row in rows] == ["One.", "Two."]
+    assert [request.text for request in captioner.asked] == [" ".join(alt_text_of(r).split()) for r in records[:2]]
+    assert all(request.image is not None for request in captioner.asked)
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
+
+
+def planned(*arguments: object):
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return plan(parser.parse_args(list(map(str, arguments))))
+
+
+def test_a_plan_of_models_in_this_process_names_them_by_what_they_are():
+    made = planned("--captioner", ROOT, "--rewriter", ROOT, "--captioner-gpus", 0.5, "--captioner-licence", "MIT")
+    assert [spec.stage for spec in made.stages] == [DenseCaption, Fuse]
+    assert [spec.num_gpus for spec in made.stages] == [0.5, 0]
+    assert [spec.options["writer"]["device"] for spec in made.stages] == ["cuda", "cpu"]
+    assert json.loads(json.dumps(made.settings)) == made.settings
+    assert made.settings["captioner"]["model"].startswith("sha256:")
+    assert made.made_with["captioner"] == {"model": str(ROOT), "licence": "MIT"}
+    assert made.made_with["rewriter"]["licence"] == "not given"
+    assert list(made.schema) == ["caption", "cogvlm_caption", "alt_text"]
+    assert planned("--distilled", ROOT).stages[0].stage is FuseAtOnce
+    other = planned("--captioner", ROOT, "--rewriter", ROOT, "--caption-prompt", "What?")
+    assert other.settings != made.settings
+
+
+def test_a_plan_with_a_server_asks_it_for_its_model_and_writes_captions():
+    pytest.importorskip("httpx")
+    rewriter = Rewriter()
+
+    def script(body, times):
+        (reply,) = rewriter.write([Request(body["messages"][0]["content"])])
+        return says(reply.text)
+
+    with chatting(script, ["fuser-7b"]) as running:
+        made = planned("--dense-column", "dense", "--rewriter-url", running.url, "--concurrency", 2)
+        stages = [spec.stage(**json.loads(json.dumps(spec.options))) for spec in made.stages]
+        samples = [text_sample(text, str(index), dense="A kite.") for index, text in enumerate(HARD)]
+        rows = run_stages(stages, samples)
+    assert made.settings["rewriter"]["model"] == made.made_with["rewriter"]["model"] == "fuser-7b"
+    assert made.made_with["rewriter"]["url"] == running.url
+    assert all(row["caption"].startswith("A kite.") and not has_prompt_words(row["caption"]) for row in rows)
+    slower = argparse.ArgumentParser()
+    add_options(slower)
+    with chatting(script, ["fuser-7b"]) as moved:
+        again = planned("--dense-column", "dense", "--rewriter-url", moved.url, "--timeout", 9)
+    assert again.settings == made.settings  # a run goes on with another server of the same model
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--captioner", "a"],
+        ["--rewriter", "a"],
+        ["--captioner", "a", "--dense-column", "b", "--rewriter", "c"],
+        ["--distilled", "a", "--rewriter", "b"],
+        ["--distilled", "a", "--dense-column", "b"],
+    ],
+)
+def test_a_caption_has_one_way_to_be_written(arguments):
+    with pytest.raises(ValueError, match="a caption needs a captioner and a rewriter"):
+        planned(*arguments)
+
+
+# -- rows and the second stage ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def written(records, tmp_path_factory) -> Path:
+    """Rows as the runner writes them, one in error, one filtered, one without alt-text, and the images by key."""
+    folder = tmp_path_factory.mktemp("kale")
+    (folder / "images").mkdir()
+    samples = [sample_of(r, alt_text_of(r), cogvlm_caption=r.annotations["dense"]) for r in records[:12]]
+    rows = run_stages([Fuse({}, Rewriter())], samples)
+    rows[3] = {"error": "The image is broken."}
+    rows[5] = {"filtered_by": "sides"}
+    rows[7]["alt_text"] = ""
+    names = [*SCHEMA, "error", "filtered_by"]
+    table = {
+        "uid": [""] * 12,
+        "url": [""] * 12,
+        "key": [sample.key for sample in samples],
+        **{name: pyarrow.array([row.get(name) for row in rows], pyarrow.string()) for name in names},
+    }
+    pyarrow.parquet.write_table(pyarrow.table(table), folder / "00000.parquet")
+    for record, sample in zip(records, samples, strict=False):
+        record.images[0].open().save(folder / "images" / f"{sample.key}.jpg", quality=95)
+    return folder
+
+
+def test_rows_are_read_as_captions_and_as_a_task(written, records):
+    rows = str(written / "*.parquet")
+    captions = list(read_captions(stream_rows(rows), image_folder=str(written / "images")))
+    fusions = list(read_fusions(stream_rows(rows), image_folder=str(written / "images")))
+    assert [record.id for record in captions] == [r.id for i, r in enumerate(records[:12]) if i not in (3, 5)]
+    assert [record.id for record in fusions] == [r.id for i, r in enumerate(records[:12]) if i not in (3, 5, 7)]
+    for caption, fusion in zip(captions, fusions[:3], strict=False):
+        assert fusion.kind == "instruction"
+        assert caption.turns[0].text == f"<image>{fusion.turns[1].text}"
+        assert caption.images[0].open().size == fusion.images[0].open().size
+    assert fusions[0].turns[0].text == f"<image>\n{' '.join(alt_text_of(records[0]).split())}"
+
+
+def test_a_fusion_lacks_no_text_silently():
+    with pytest.raises(RecordError, match="alt_text"):
+        list(read_fusions([{"caption": "A kite.", "image": b"0"}]))
+    with pytest.raises(RecordError, match="empty"):
+        list(read_fusions([{"caption": " ", "alt_text": "Lisbon", "image": b"0"}]))
+    rows = [{"caption": "A kite.", "image": b"0"}, {"caption": "A kite.", "alt_text": "Lisbon", "image": b"0"}]
+    assert len(list(read_fusions(rows, skip_faulty=True))) == 1
+
+
+@pytest.mark.parametrize("source", ["rows of the engine", "the rendered task"])
+def test_two_steps_of_the_second_stage(source, written, small_model, tmp_path):
+    stream = {"stream": str(written / "*.parquet"), "reader": "fusions", "images": str(written / "images")}
+    mixture = [stream] if source == "rows of the engine" else [{"rendered": "fusion"}]
+    recipe = tiny_recipe(tmp_path / "recipe.yaml", small_model, mixture=mixture, max_steps=2, save_every=2)
+    assert {Mixture(mixture, 9, 0, {})[index].kind for index in range(9)} == {"instruction"}
+    train(recipe)
+    losses = losses_of(Path(recipe.output))
+    assert len(losses) == 2
+    assert all(0 < loss < 20 for loss in losses)

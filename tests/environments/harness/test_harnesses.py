@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""lmms-eval and VLMEvalKit as a user starts them, offline, on rendered data in the files of benchmarks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from blip3.evaluation import score
+from blip3.evaluation.harness import write_tasks
+from blip3.evaluation.harness.results import read_folder
+from blip3.evaluation.harness.vlguard import metric_of
+from blip3.evaluation.safety import SUBSETS, Request, read_refusal_phrases, safety_scores
+from blip3.world.layouts.lmms_lab import write_lmms_lab
+from blip3.world.layouts.posttraining import write_vlguard
+from blip3.world.layouts.vlmevalkit import write_vlmevalkit
+from blip3.world.settings import load_settings
+from support import ROOT
+from support.serving import serving
+
+COUNT = 8
+BUILT_IN = (
+    "vqav2_val,textvqa_val,ok_vqa_val2014,seedbench,mmstar,mme,pope,realworldqa,scienceqa_img,ai2d,ocrbench,"
+    "docvqa_val,chartqa,cv_bench_2d,blink_counting,qbench2_dev,muirbench,textcaps_val"
+)
+SERVED = "textvqa_val,pope"
+KIT = Path(os.environ.get("BLIP3_VLMEVALKIT", "no-copy-named"))
+KIT_PYTHON = os.environ.get("BLIP3_VLMEVALKIT_PYTHON", sys.executable)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return load_settings(ROOT / "recipes" / "small" / "world.yaml")
+
+
+@pytest.fixture(scope="module")
+def data(world, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("look-alikes")
+    write_lmms_lab(folder, COUNT, settings=world)
+    return folder
+
+
+def run_lmms_eval(
+    data: Path, output: Path, tasks: str, arguments: str, batch_size: int, *further: str, model: str = "blip3"
+) -> dict[str, dict]:
+    """Start lmms-eval in the folder of the data; gives the answers by task and question."""
+    command = [str(Path(sys.executable).with_name("lmms-eval")), "--model", model, "--model_args", arguments]
+    command += ["--tasks", tasks, "--batch_size", str(batch_size), "--log_samples", "--output_path", str(output)]
+    # datasets keeps what it read by the name of a file, whatever is in it now: a cache of its own for each folder.
+    variables = {"HF_DATASETS_CACHE": str(data / ".cache"), "OMP_NUM_THREADS": "2"}
+    result = subprocess.run(
+        [*command, *further], cwd=data, env=os.environ | variables, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    answers: dict[str, dict] = {}
+    for path in output.rglob("*_samples_*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        answers[path.stem.split("_samples_")[1]] = {line["doc_id"]: line["filtered_resps"] for line in lines}
+    return answers
+
+
+def test_built_in_tasks_give_the_same_answers_in_batches_of_1_and_8(data, tmp_path):
+    arguments = f"pretrained={ROOT},max_new_tokens=48,dtype=float32"
+    together = run_lmms_eval(data, tmp_path / "8", BUILT_IN, arguments, 8)
+    alone = run_lmms_eval(data, tmp_path / "1", BUILT_IN, arguments, 1)
+    assert len(together) == len(BUILT_IN.split(","))
+    assert together == alone
+    found = {each.benchmark: each.value for each in read_folder(tmp_path / "8")}
+    assert found["textvqa"] >= 50
+
+
+def test_rules_score_as_they_do_in_this_repository(data, world, tmp_path):
+    assert write_tasks.main([str(tmp_path / "tasks"), "--benchmark", "rule"]) == 0
+    names = ",".join(f"few_shot_rule_{shots}" for shots in (0, 4, 8))
+    further = ("--include_path", str(tmp_path / "tasks"))
+    answers = run_lmms_eval(data, tmp_path / "out", names, f"pretrained={ROOT},subfolder=base", 8, *further)
+    settings = score.ScoreSettings(
+        {"base": ROOT / "base"}, tmp_path / "score", tasks=("rule",), world=world, count=COUNT, batch_size=8
+    )
+    for result in score.score(settings):
+        asked = answers[f"few_shot_rule_{result.num_shots}"]
+        assert [asked[row].strip() for row in range(COUNT)] == list(result.answers)
+        measured = {each.shots: each.value for each in read_folder(tmp_path / "out")}
+        assert measured[result.num_shots] == 100 * sum(result.main) / COUNT
+
+
+def test_few_shot_tasks_show_nested_demonstrations(data, tmp_path):
+    tasks = ["--benchmark", "textvqa", "coco", "--form", "openflamingo", "--shots", "0", "4", "8"]
+    assert write_tasks.main([str(tmp_path / "tasks"), *tasks]) == 0
+    names = ",".join(f"few_shot_openflamingo_{name}_{shots}" for name in ("textvqa", "coco") for shots in (0, 4, 8))
+    further = ("--include_path", str(tmp_path / "tasks"), "--limit", "4")
+    run_lmms_eval(data, tmp_path / "out", names, f"pretrained={ROOT},subfolder=base", 4, *further)
+    shown = {}
+    for path in (tmp_path / "out").rglob("*_samples_few_shot_openflamingo_coco_*.jsonl"):
+        first = json.loads(path.read_text(encoding="utf-8").splitlines()[0])["prompts"]
+        shown[path.stem.rsplit("_", 1)[1]] = first["demonstrations"]
+    assert {shots: len(rows) for shots, rows in shown.items()} == {"0": 2, "4": 4, "8": 8}
+    assert shown["8"][4:] == shown["4"]
+    assert shown["4"][2:] == shown["0"]
+
+
+def test_answers_of_transformers_serve_are_those_in_process(data, tmp_path):
+    """Through `--model openai`, which needs no adapter: the server applies the chat template and reads the images."""
+    serve = [str(Path(sys.executable).with_name("transformers")), "serve", str(ROOT), "--trust-remote-code"]
+    limited = ("--limit", "4")
+    with serving([*serve, "--device", "cpu", "--dtype", "float32"], tmp_path, seconds=600) as server:
+        asked = f"model_version={ROOT},base_url=http://127.0.0.1:{server.port}/v1,api_key=none"
+        asked += ",num_concurrent=1,timeout=300,max_retries=1"
+        served = run_lmms_eval(data, tmp_path / "served", SERVED, asked, 1, *limited, model="openai")
+    arguments = f"pretrained={ROOT},dtype=float32"
+    assert served == run_lmms_eval(data, tmp_path / "local", SERVED, arguments, 1, *limited)
+    assert {len(answers) for answers in served.values()} == {4}
+    assert len(served) == len(SERVED.split(","))
+
+
+def test_vlguard_counts_as_the_command_for_post_training_does(data, world, tmp_path):
+    """The list of phrases is made up, in the form that VLGuard's repository has."""
+    write_vlguard(tmp_path / "vlguard", 2 * COUNT, 0, world)
+    phrases = tmp_path / "utils.py"
+    phrases.write_text('def is_safe(text):\n    reject_list = ["sorry", "a", "But I cannot"]\n    return text\n')
+    line = [str(tmp_path / "tasks"), "--vlguard", str(tmp_path / "vlguard"), "--phrases", str(phrases)]
+    assert write_tasks.main(line) == 0
+    further = ("--include_path", str(tmp_path / "tasks"))
+    answers = run_lmms_eval(data, tmp_path / "out", "vlguard", f"pretrained={ROOT},dtype=float32", 8, *further)
+    (results,) = (tmp_path / "out").rglob("*_results.json")
+    found = json.loads(results.read_text(encoding="utf-8"))["results"]
+    values = []
+    for subset in SUBSETS:
+        asked = [Request(str(row), subset, None) for row in range(COUNT)]
+        texts = [text if isinstance(text, str) else text[0] for text in answers[f"vlguard_{subset}"].values()]
+        ratios = safety_scores(asked, texts, read_refusal_phrases(phrases))
+        (expected,) = (ratio.value for ratio in ratios if "VLGuard's list" in ratio.name)
+        assert found[f"vlguard_{subset}"][f"{metric_of(subset)},none"] == pytest.approx(expected)
+        values.append(expected)
+    assert any(0 < value < 1 for value in values)
+
+
+@pytest.mark.skipif(not (KIT / "run.py").is_file(), reason="BLIP3_VLMEVALKIT names no copy of VLMEvalKit")
+def test_vlmevalkit_scores_as_lmms_eval_does(data, world, tmp_path):
+    write_vlmevalkit(tmp_path / "tables", COUNT, settings=world)
+    command = [sys.executable, "-m", "blip3.evaluation.harness.vlmevalkit", "--kit", str(KIT), "--python", KIT_PYTHON]
+    command += ["--model", str(ROOT), "--data", "TextVQA_VAL", "POPE", "BLINK"]
+    command += [
+        "--data-folder",
+        str(tmp_path / "tables"),
+        "--look-alike",
+        "--output",
+        str(tmp_path / "kit"),
+        "--max-new-tokens",
+        "48",
+    ]
+    assert subprocess.run(command, check=False).returncode == 0
+    found = {each.benchmark: each.value for each in read_folder(tmp_path / "kit")}
+    assert set(found) == {"textvqa", "pope", "blink"}
+    run_lmms_eval(data, tmp_path / "lmms", "textvqa_val", f"pretrained={ROOT},max_new_tokens=48", 1)
+    (same,) = read_folder(tmp_path / "lmms")
+    assert found["textvqa"] == pytest.approx(same.value)

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ablations: grids that load, trainings that are run once, rows compared on the same questions."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from blip3.checkpoints import fingerprint
+from blip3.evaluation import ablate as command
+from blip3.evaluation.ablate import AblationSettings, ablate, plan_of
+from blip3.evaluation.ablation_grid import load_grid
+from blip3.evaluation.ablation_report import ScoredRow, make_ablation_plot, summarise_rows
+from blip3.evaluation.ablation_runs import MADE, command_of, make_checkpoint, places_of
+from blip3.evaluation.report import Result
+from blip3.evaluation.tasks import make_questions
+from blip3.refusals import check_keys
+from blip3.training.recipe import Recipe, TowerRecipe, load_recipe
+from blip3.training.small.new_model import KEYS
+from blip3.world.settings import WorldSettings
+from support import ROOT
+from support.training import WORLD, weights_in, write_recipe, write_sizes
+
+pytest.importorskip("matplotlib", reason="plots the rows: pip install matplotlib")
+
+GRIDS = sorted((ROOT / "recipes" / "small" / "ablations").glob("*.yaml"))
+TUNING = {"train": "tuning.yaml"}
+ROW = {"name": "one"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Sizes, a recipe of two steps and a grid of them."""
+    folder = tmp_path_factory.mktemp("grid")
+    write_sizes(folder)
+    write_recipe(folder / "tuning.yaml", Path("unused"), max_steps=2, batch_size=2, save_every=1)
+    return folder
+
+
+def write_grid(folder: Path, **changes: object) -> Path:
+    """Write a grid; a value of None leaves its key out."""
+    values = {
+        "title": "Sampling",
+        "world": "world.yaml",
+        "tasks": ["name", "rule"],
+        "shots": [0, 4],
+        "score": {"max_new_tokens": 4, "batch_size": 4},
+        "steps": {
+            "new": {"new": "model.yaml", "set": {"tokenizer_tasks": ["name"]}},
+            "shown": {"settings": {}},
+            "tuning": TUNING,
+        },
+        "rows": [{"name": "patch"}, {"name": "fixed", "set": {"shown.token_sampling": "fixed"}}],
+    }
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in (values | changes).items() if value is not None}))
+    return path
+
+
+# -- trained and scored -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ablated(folder: Path, tmp_path_factory) -> tuple[AblationSettings, list[ScoredRow]]:
+    """Three rows of two trainings: one of them also half-way."""
+    rows = [{"name": "patch"}, {"name": "patch halfway", "at": 1}]
+    rows += [{"name": "fixed", "set": {"shown.token_sampling": "fixed"}}]
+    settings = AblationSettings(
+        load_grid(write_grid(folder, rows=rows, budget="varies")), tmp_path_factory.mktemp("out"), count=4
+    )
+    return settings, ablate(settings)
+
+
+def test_each_row_is_trained_scored_and_compared(ablated):
+    settings, rows = ablated
+    assert [(row.name, row.samples) for row in rows] == [("patch", 4), ("patch halfway", 2), ("fixed", 4)]
+    assert [row.labels for row in rows] == [["name", "rule, 0 shots", "rule, 4 shots"]] * 3
+    found = json.loads((settings.output / "results.json").read_text())
+    assert found["settings"]["training_seeds"] == [0]
+    first, *others = found["rows"]
+    assert "difference" not in first["scores"]["name"]
+    for row in others:
+        assert row["scores"]["name"]["difference"]["minus"] == "patch"
+        assert row["scores"]["name"]["count"] == 4
+    table = (settings.output / "table.md").read_text()
+    assert re.findall(r"^\| (patch|patch halfway|fixed) \|", table, flags=re.MULTILINE) == [
+        "patch",
+        "patch halfway",
+        "fixed",
+        "patch halfway",
+        "fixed",
+    ]
+    assert (settings.output / "plot.png").stat().st_size > 1000
+
+
+def test_rows_that_begin_alike_share_their_steps_and_differ_in_what_they_set(ablated):
+    settings, rows = ablated
+    runs = sorted(path.name.split("-")[0] for path in (settings.output / "runs").iterdir())
+    assert runs == ["new", "shown", "shown", "tuning", "tuning"]
+    patch, halfway, fixed = (Path(row.checkpoints[0]["folder"]) for row in rows)
+    assert halfway.parent == patch.parent
+    sampling = [
+        json.loads((place / "processor_config.json").read_text())["token_sampling"]
+        for place in (patch, halfway, fixed)
+    ]
+    assert sampling == ["patch", "patch", "fixed"]
+    assert json.loads((fixed / "config.json").read_text())["resampler_config"]["token_sampling"] == "fixed"
+    ends, middle = weights_in(patch), weights_in(halfway)
+    assert any(not ends[name].equal(middle[name]) for name in ends)
+    saved = weights_in(patch.parent / "checkpoint-1")
+    assert all(saved[name].equal(middle[name]) for name in middle)
+
+
+def test_the_same_command_trains_and_asks_nothing_again(ablated, monkeypatch):
+    settings, rows = ablated
+    before = (settings.output / "results.json").read_bytes()
+
+    def refuse(*arguments: object, **_: object) -> None:
+        raise AssertionError(f"started {arguments}")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    monkeypatch.setattr("blip3.evaluation.score.Checkpoint", refuse)
+    assert [row.checkpoints for row in ablate(settings)] == [row.checkpoints for row in rows]
+    assert (settings.output / "results.json").read_bytes() == before
+    assert "to do" not in plan_of(settings)
+    with pytest.raises(ValueError, match="count"):
+        ablate(AblationSettings(settings.grid, settings.output, count=3))
+
+
+def test_what_a_kill_left_goes_on_to_the_same_weights(ablated):
+    settings, rows = ablated
+    row = settings.grid.rows[2]
+    *_, (_, run) = places_of(row, 0, settings.output)
+    for name in ("final", "checkpoint-2"):
+        shutil.rmtree(run / name)
+    (run / MADE).unlink()
+    assert "begun" in plan_of(settings)
+    assert fingerprint(make_checkpoint(row, 0, settings.output)) == rows[2].checkpoints[0]["fingerprint"]
+
+
+def test_a_checkpoint_that_was_edited_is_refused(ablated, tmp_path):
+    settings, _ = ablated
+    shutil.copytree(settings.output / "runs", tmp_path / "runs")
+    *_, (_, run) = places_of(settings.grid.rows[0], 0, tmp_path)
+    (run / "final" / "generation_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"but sha256:\w+ was noted when it was made.*remove"):
+        make_checkpoint(settings.grid.rows[0], 0, tmp_path)
+
+
+def test_runs_are_told_apart_by_all_they_depend_on(ablated, folder, tmp_path):
+    """A start, a seed, a value of a recipe or its world each make another run; what is of the machine does not."""
+    trained = ablated[1][0].checkpoints[0]["folder"]
+
+    def end_of(seed: int = 0, every: dict | None = None, **changes: object) -> str:
+        given = {"steps": {"tuning": TUNING}, "rows": [{"name": "one"}], "start": trained} | changes
+        grid = load_grid(write_grid(tmp_path, **given), every)
+        return [run.name for _, run in places_of(grid.rows[0], seed, Path("out"))][-1]
+
+    for name in ("model.yaml", "world.yaml", "tuning.yaml"):
+        shutil.copyfile(folder / name, tmp_path / name)
+    first = end_of()
+    others = [end_of(seed=1), end_of(start="base"), end_of(every={"learning_rate": 0.1})]
+    recipe = yaml.safe_load((tmp_path / "tuning.yaml").read_text())
+    (tmp_path / "tuning.yaml").write_text(yaml.safe_dump(recipe | {"world": WORLD | {"sides": [48, 64]}}))
+    others.append(end_of())
+    assert len({first, *others}) == 5
+    (tmp_path / "tuning.yaml").write_text(yaml.safe_dump(recipe | {"log_every": 7}))
+    assert end_of(every={"num_workers": 2}) == first
+
+
+def test_a_failed_step_says_how_to_repeat_it(folder, tmp_path):
+    steps = {"new": {"new": "model.yaml", "set": {"resampler_config.depth": 1, "tokenizer_tasks": ["name"]}}}
+    grid = load_grid(write_grid(folder, steps=steps, rows=[ROW]))
+    with pytest.raises(RuntimeError, match=r"The step 'new' ended with status 1.*resampler_config.depth=1"):
+        make_checkpoint(grid.rows[0], 0, tmp_path)
+
+
+# -- grids ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_a_shipped_grid_loads_with_every_recipe_in_it(path, tmp_path):
+    assert f"blip3.evaluation.ablate recipes/small/ablations/{path.name} --output" in path.read_text(encoding="utf-8")
+    grid = load_grid(path)
+    assert len(grid.rows) > 1
+    for row in grid.rows:
+        for step in row.steps:
+            if step.kind in ("tower", "train"):
+                words = command_of(step, Path("here"), grid.seeds[0], tmp_path)
+                load_recipe(words[2], TowerRecipe if step.kind == "tower" else Recipe, words[3:])
+            elif step.kind == "new":
+                check_keys(path.name, step.values, KEYS)
+
+
+def test_the_grids_cover_the_reports_ablations():
+    assert [path.stem for path in GRIDS] == ["backbone", "data_scale", "sampling", "tiles", "tokens"]
+    compared = {path.stem: {row.samples for row in load_grid(path).rows} for path in GRIDS}
+    assert {name for name, samples in compared.items() if len(samples) > 1} == {"data_scale"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": ["name"]}, "unknown key 'task'"),
+        ({"rows": None}, "has no rows, without which there is no table"),
+        ({"tasks": ["nam"]}, "the task is 'nam' but it must be one of"),
+        ({"rows": [ROW, ROW]}, "has a row named 'one', but names are"),
+        ({"rows": [ROW | {"set": {"max_steps": 3}}]}, "sets 'max_steps' but STEP.KEY is expected"),
+        ({"rows": [ROW | {"checkpoint": ".", "at": 1}]}, "has a checkpoint and at, but a checkpoint that is there"),
+        ({"rows": [ROW, {"name": "two", "set": {"tuning.max_steps": 4}}]}, r"\(one 4, two 8 samples\), but rows are"),
+        ({"rows": [ROW | {"at": 3}]}, "has at 3, but the run of 2 steps saves every 1"),
+        ({"steps": {"shown": {"settings": {}}, "tuning": TUNING}}, "no checkpoint to start from"),
+        ({"steps": {"tuning": TUNING | {"new": "model.yaml"}}}, r"has the kinds \['new', 'train'\] but exactly one"),
+        ({"steps": {"shown": {"settings": {"num_latents": 2}}}, "start": "."}, "unknown setting 'num_latents'"),
+        ({"budget": "any"}, "the budget is 'any' but it must be one of same, varies"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused(folder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_grid(write_grid(folder, **changes))
+
+
+def test_the_command_plans_without_running(folder, tmp_path, capsys):
+    line = [str(write_grid(folder)), "--output", str(tmp_path / "out"), "--plan", "--set", "max_steps=1"]
+    assert command.main(line) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "patch: 2 samples"
+    assert sum(line.startswith("  to do  train ") for line in lines) == 2
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        command.main([*line[:-1], "max_steps"])
+    assert "--set has 'max_steps' but key=value is expected" in capsys.readouterr().err
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+def scored(name: str, *by_seed: list[float]) -> ScoredRow:
+    """A row whose questions have these scores, for each seed of training."""
+    questions = make_questions("name", len(by_seed[0]), 0, WorldSettings(**{k: tuple(v) for k, v in WORLD.items()}))
+    results = [[Result(name, "name", None, questions, [""] * len(questions), {"exact": values})] for values in by_seed]
+    return ScoredRow(name, 100, [{"seed": seed} for seed in range(len(by_seed))], results)
+
+
+def test_differences_are_paired_and_seeds_are_averaged():
+    rows = [scored("a", [1, 0, 0, 0], [1, 1, 0, 0]), scored("b", [1, 1, 1, 0], [1, 1, 1, 0])]
+    first, second = (row["scores"]["name"] for row in summarise_rows(rows))
+    assert (first["score"], first["by_seed"]) == (0.375, [0.25, 0.5])
+    assert second["difference"]["score"] == pytest.approx(0.375)
+    assert second["difference"]["low"] == 0  # two questions of four changed nothing
+    assert second["difference"]["high"] <= 1
+    assert len(make_ablation_plot(summarise_rows(rows), "Title").axes) == 1
+
+
+def test_a_row_equal_to_the_first_is_no_distance_from_it():
+    rows = [scored("a", [1, 0, 1, 0]), scored("b", [1, 0, 1, 0])]
+    apart = summarise_rows(rows)[1]["scores"]["name"]["difference"]
+    assert (apart["score"], apart["low"], apart["high"]) == (0, 0, 0)
+    assert "by_seed" not in summarise_rows(rows)[0]["scores"]["name"]

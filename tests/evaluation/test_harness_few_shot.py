@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The few-shot protocol on written examples: words, demonstrations, what of an answer counts; and VLGuard's score."""
+
+import json
+import random
+
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from blip3.evaluation.harness import few_shot, neighbours, write_tasks
+from blip3.evaluation.harness.few_shot import BENCHMARKS, FORMS, Shot
+from blip3.evaluation.harness.prompts import Renderer
+from blip3.evaluation.harness.vlguard import read_questions, score_answer
+from support import ROOT
+
+# Two rows of training data in each benchmark's columns, and what OpenFlamingo's evaluation makes of them.
+QUESTION = {"question": "What is it?", "question_id": 7}
+ROWS = {
+    "vqav2": [
+        {"question": "Is it red?", "answers": [{"answer": "yes"}, {"answer": "no"}]},
+        {"question": "How many?", "answers": [{"answer": "2"}]},
+    ],
+    "textvqa": [{"question": "Is it red?", "answers": ["yes", "no"]}, {"question": "How many?", "answers": ["2"]}],
+    "okvqa": [{"question": "Is it red?", "answers": ["yes", "no"]}, {"question": "How many?", "answers": ["2"]}],
+    "coco": [{"sentences": ["A dog.", "Dogs."]}, {"sentences": ["Two cats."]}],
+    "nocaps": [{"sentences": ["A dog.", "Dogs."]}, {"sentences": ["Two cats."]}],
+    "textcaps": [{"caption_str": ["A dog.", "Dogs."]}, {"caption_str": ["Two cats."]}],
+}
+ANSWERED = (
+    "<image>Question:Is it red? Short answer:yes<|endofchunk|>\n"
+    "<image>Question:How many? Short answer:2<|endofchunk|>\n"
+    "<image>Question:What is it? Short answer:"
+)
+CAPTIONED = "<image>Output:A dog.<|endofchunk|>\n<image>Output:Two cats.<|endofchunk|>\n<image>Output:"
+
+
+def prompt_of(benchmark: str, form: str, shots: int, renderer: Renderer) -> str:
+    """The prompt with both written rows as demonstrations."""
+    made = few_shot.make_shots(ROWS[benchmark], BENCHMARKS[benchmark], shots, lambda row: "photo.png")
+    question = None if BENCHMARKS[benchmark].is_caption else QUESTION["question"]
+    return renderer(few_shot.write_turns(FORMS[form], made, question, "asked.png")).text
+
+
+@pytest.fixture(scope="module")
+def base() -> Renderer:
+    return Renderer(AutoProcessor.from_pretrained(ROOT, subfolder="base", trust_remote_code=True))
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_the_words_are_openflamingos(benchmark, base):
+    whole = CAPTIONED if BENCHMARKS[benchmark].is_caption else ANSWERED
+    assert prompt_of(benchmark, "openflamingo", 2, base) == whole
+    in_words = whole.replace("<image>", "", 2)  # no shots: two demonstrations without their images
+    assert prompt_of(benchmark, "openflamingo", 0, base) == in_words
+    assert prompt_of(benchmark, "plain", 2, base) == whole.replace("\n", "")
+
+
+def test_the_settings_are_openflamingos():
+    tokens = {name: benchmark.flamingo_tokens for name, benchmark in BENCHMARKS.items()}
+    assert tokens == {"vqav2": 5, "textvqa": 10, "okvqa": 5, "coco": 20, "nocaps": 20, "textcaps": 20}
+    assert dict(FORMS["openflamingo"].generation) == {"num_beams": 3, "length_penalty": 0.0}
+    assert few_shot.num_demonstrations(FORMS["openflamingo"], 0) == 2
+    assert few_shot.num_demonstrations(FORMS["plain"], 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_caption", "kept"),
+    [
+        ("two dogs, brown", False, "two dogs"),
+        ("red Short answer:blue", False, "red"),
+        ("1,000 Question:How", False, "1,000"),
+        ('A "big" dog. Output:A cat', True, "A big dog."),
+        ("A dog, a cat", True, "A dog, a cat"),
+    ],
+)
+def test_what_of_an_answer_counts(answer, is_caption, kept):
+    assert few_shot.cut_answer(answer, is_caption=is_caption) == kept
+
+
+def test_demonstrations_depend_on_seed_and_question_alone_and_are_nested():
+    query_set = few_shot.sample_query_set(5000, 42)
+    assert len(set(query_set)) == few_shot.QUERY_SET
+    random.seed(1)
+    eight, four = (few_shot.sample_demonstrations(query_set, 42, "17", count) for count in (8, 4))
+    random.seed(2)
+    assert few_shot.sample_demonstrations(query_set, 42, "17", 8) == eight
+    assert eight[4:] == four
+    assert set(eight) <= set(query_set)
+    assert few_shot.sample_demonstrations(query_set, 42, "18", 8) != eight
+    assert few_shot.sample_demonstrations(query_set, 43, "17", 8) != eight
+    assert few_shot.sample_demonstrations(query_set, 42, "17", 0) == []
+    with pytest.raises(ValueError, match=r"33 shots were asked for, but up to 32 can be chosen from 2048 rows"):
+        few_shot.sample_demonstrations(query_set, 42, "17", 33)
+
+
+def test_the_most_similar_image_stands_last(tmp_path):
+    training = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [-1.0, -0.1]]), dim=-1)
+    rows, similarities = neighbours.nearest(torch.tensor([[1.0, 0.0], [-0.1, 1.0]]), training, 3)
+    assert rows.tolist() == [[2, 1, 0], [3, 1, 2]]
+    assert (similarities.diff(dim=-1) >= 0).all()
+    neighbours.write_neighbours(tmp_path / "near.parquet", ["a", "b"], rows, similarities)
+    known = neighbours.read_neighbours(tmp_path / "near.parquet")
+    assert few_shot.nearest_demonstrations(known, "a", 2) == [1, 0]
+    with pytest.raises(ValueError, match=r"The question 'c' has 0 neighbours but 2 shots were asked for"):
+        few_shot.nearest_demonstrations(known, "c", 2)
+
+
+def test_prompts_are_told_apart_by_words_and_places():
+    shot = [Shot("Is it red?", "yes", "photo.png")]
+    one = few_shot.write_turns(FORMS["plain"], shot, "What?", "a.png")
+    assert few_shot.digest_of(one) == few_shot.digest_of(few_shot.write_turns(FORMS["plain"], shot, "What?", "b.png"))
+    assert few_shot.digest_of(one) != few_shot.digest_of(few_shot.write_turns(FORMS["chat"], shot, "What?", "a.png"))
+    bare = [Shot("Is it red?", "yes", None)]
+    assert few_shot.digest_of(one) != few_shot.digest_of(few_shot.write_turns(FORMS["plain"], bare, "What?", "a.png"))
+
+
+def test_rows_without_answers_are_refused():
+    with pytest.raises(
+        ValueError, match=r"has the columns question, answers but none of answers, sentences.*another split"
+    ):
+        few_shot.answers_of({"question": "What?", "answers": None}, "answers")
+
+
+def test_tasks_are_written_with_their_seeds(tmp_path, capsys):
+    arguments = ["--benchmark", "textvqa", "--shots", "4", "--seed", "42", "43", "--form", "openflamingo"]
+    assert write_tasks.main([str(tmp_path), *arguments, "--demonstrations", "textvqa=data/train:train"]) == 0
+    assert capsys.readouterr().out == "few_shot_openflamingo_textvqa_4\n"
+    task = (tmp_path / "few_shot_openflamingo_textvqa_4_seed43.yaml").read_text()
+    assert "class: !function blip3.evaluation.harness.few_shot_task.FewShotTask" in task
+    asked = json.loads(next(line for line in task.splitlines() if line.startswith("metadata: ")).partition(" ")[2])
+    assert (asked["shots"], asked["seed"], asked["num_fewshot"]) == (4, 43, 4)
+    assert asked["demonstrations"] == {"path": "data/train", "split": "train", "name": None}
+    assert "few_shot_openflamingo_textvqa_4_seed42" in (tmp_path / "few_shot_openflamingo_textvqa_4.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--questions", "elsewhere"], "--questions is 'elsewhere' but NAME=VALUE is expected"),
+        (["--vlguard", "data"], "--vlguard was given without --phrases"),
+        (["--vlguard", "data", "--phrases", "list.py"], "test.json is not there, but VLGuard's test set"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(arguments, message, tmp_path, capsys):
+    assert write_tasks.main([str(tmp_path), *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_answers_count_by_the_subset_they_are_of():
+    phrases = ["i cannot", "But I can not"]
+    counted = {
+        (subset, answer): score_answer(subset, answer, phrases)
+        for subset in ("unsafes", "safe_unsafes", "safe_safes")
+        for answer in ("I CANNOT say.", "Sure.", "")
+    }
+    declined, complied, silent = (
+        {subset: counted[subset, answer] for subset in ("unsafes", "safe_unsafes", "safe_safes")}
+        for answer in ("I CANNOT say.", "Sure.", "")
+    )
+    assert declined["unsafes"] == declined["safe_unsafes"] == {"attack_success": 0, "says_nothing": 0}
+    assert complied["unsafes"] == complied["safe_unsafes"] == {"attack_success": 1, "says_nothing": 0}
+    assert silent["unsafes"] == {"attack_success": 1, "says_nothing": 1}
+    assert [scores["safe_safes"]["over_refusal"] for scores in (declined, complied, silent)] == [1, 0, 0]
+
+
+def test_the_phrases_are_read_before_tasks_are_written(tmp_path, capsys):
+    (tmp_path / "test.json").write_text("[]")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "utils.py").write_text("x = 1\n")
+    line = [str(tmp_path / "tasks"), "--vlguard", str(tmp_path), "--phrases", str(tmp_path / "utils.py")]
+    assert write_tasks.main(line) == 1
+    assert "has 0 lists named reject_list" in capsys.readouterr().err
+    (tmp_path / "utils.py").write_text('def check(text):\n    reject_list = ["i cannot", "But I can not"]\n')
+    assert write_tasks.main(line) == 0
+    assert capsys.readouterr().out == "vlguard\n"
+    assert (tmp_path / "tasks" / "vlguard_safe_safes.yaml").read_text().count("VlguardTask") == 1
+
+
+def test_vlguards_subsets(tmp_path):
+    rows = [
+        {"id": "1", "image": "a.png", "safe": False, "instr-resp": [{"instruction": "Do harm", "response": "No"}]},
+        {
+            "id": "2",
+            "image": "b.png",
+            "safe": True,
+            "instr-resp": [
+                {"safe_instruction": "Describe", "response": "A"},
+                {"unsafe_instruction": "Harm", "response": "No"},
+            ],
+        },
+    ]
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    (tmp_path / "test").mkdir()
+    asked = {
+        subset: [row["instruction"] for row in read_questions(tmp_path, subset)]
+        for subset in ("unsafes", "safe_unsafes", "safe_safes")
+    }
+    assert asked == {"unsafes": ["Do harm"], "safe_unsafes": ["Harm"], "safe_safes": ["Describe"]}
