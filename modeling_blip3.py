@@ -50,7 +50,7 @@ from .generation_blip3 import (
     run_decoder,
 )
 from .tiling_blip3 import count_image_tokens, count_views, grid_of, visible_patches
-from .towers_blip3 import accept_checkpoint_names, first_layer, key_mapping_for, patch_tokens
+from .towers_blip3 import accept_checkpoint_names, first_layer, patch_tokens
 
 try:  # transformers 5: initialisers that leave loaded weights alone
     from transformers import initialization as init
@@ -691,8 +691,6 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, Blip3GenerationMixin):
         Given an absolute path, transformers forgets `subfolder` for generation_config.json alone: a model in base/
         would stop at the token ids of the model around it.
         """
-        if not IS_TRANSFORMERS_5 and (mapping := key_mapping_for(kwargs.get("config"))):
-            kwargs.setdefault("key_mapping", mapping)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         if kwargs.get("subfolder") and kwargs.get("generation_config") is None:
             folder = Path(pretrained_model_name_or_path, kwargs["subfolder"])

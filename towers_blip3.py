@@ -15,8 +15,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_blip3 import Blip3Config
 
-INNER_TOWERS = ("vision_model", "timm_model")  # a tower that is the one submodule of what transformers builds
-
 
 def patch_tokens(
     vision_tower: nn.Module, outputs: BaseModelOutputWithPooling, config: Blip3Config
@@ -61,28 +59,22 @@ def first_layer(vision_tower: Any) -> nn.Module:
     return vision_tower.get_input_embeddings() if timm_model is None else timm_model.patch_embed
 
 
-def key_mapping_for(config: Any) -> dict[str, str]:
-    """Which names in files transformers 4.57 must translate: 5.x leaves `timm_model` out when it saves."""
-    is_timm = getattr(getattr(config, "vision_config", None), "model_type", None) == "timm_wrapper"
-    return {r"vision_tower\.(?!timm_model\.)": "vision_tower.timm_model."} if is_timm else {}
-
-
 def accept_checkpoint_names(vision_tower: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
     """Let `load_state_dict` read a vision tower under the names that checkpoints and adapters have.
 
-    Those of transformers 4.57 hold a `vision_model` that 5.x lacks, and 5.x leaves a timm tower's `timm_model` out.
-    from_pretrained and save_pretrained translate; Trainer does not when it resumes, and would keep the tower as it was
-    (huggingface/transformers#43701), and PEFT does not when it loads an adapter.
+    Those of transformers 4.57 hold a `vision_model` that 5.x lacks. from_pretrained and save_pretrained translate;
+    Trainer does not when it resumes, and would keep the tower as it was (huggingface/transformers#43701), and PEFT
+    does not when it loads an adapter.
     """
-    inner = next((name for name in INNER_TOWERS if name in vision_tower._modules), None)
-    complete: dict[str, str] | None = None
-    for name in [name for name in state_dict if name.startswith(prefix)]:
-        outer, _, rest = name.removeprefix(prefix).partition(".")
-        if inner == (outer if outer in INNER_TOWERS else None):
-            continue
-        own = rest if outer in INNER_TOWERS else name.removeprefix(prefix)
-        own = own if inner is None else f"{inner}.{own}"
-        complete = _names_without_adapter(vision_tower) if complete is None else complete
+    inner = f"{prefix}vision_model."
+    has_inner = "vision_model" in vision_tower._modules
+    foreign = [name for name in state_dict if name.startswith(prefix) and name.startswith(inner) != has_inner]
+    if not foreign:
+        return
+    complete = _names_without_adapter(vision_tower)
+    for name in foreign:
+        own = name.removeprefix(prefix if has_inner else inner)
+        own = f"vision_model.{own}" if has_inner else own
         state_dict[prefix + complete.get(own, own)] = state_dict.pop(name)
 
 

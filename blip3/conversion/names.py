@@ -18,7 +18,7 @@ Weight = TypeVar("Weight")
 TOWER = "model.vision_tower."
 INNER = "vision_model."  # before each name inside a tower: always in files, in memory on transformers 4.57 alone
 
-TIMM = "timm_model."  # in its place, where the tower is timm's; transformers 5 leaves it out in files
+TIMM = "timm_model."  # in its place, where the tower is timm's, on both lines
 
 PREFIXES: Pairs = (
     ("vision_encoder." + TIMM, TOWER + TIMM),
@@ -110,13 +110,12 @@ def name_for_both_lines(name: str) -> str:
 
 def with_inner(name: str) -> str:
     """Return the name inside a tower that transformers 4.57 has, and files on both lines."""
-    name = without_inner(name)
-    return (TIMM if TIMM_PART.match(name) else INNER) + name
+    return name if name.startswith(TIMM) else INNER + without_inner(name)
 
 
 def without_inner(name: str) -> str:
-    """Return the name inside a tower that transformers 5.x has in its files."""
-    return name.removeprefix(INNER).removeprefix(TIMM)
+    """Return the name inside a tower that transformers 5.x has."""
+    return name.removeprefix(INNER)
 
 
 def tower_weights_for(own_names: Iterable[str], weights: Mapping[str, Weight]) -> dict[str, Weight]:
