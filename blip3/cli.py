@@ -33,6 +33,7 @@ COMMANDS = {
     "convert": Command("conversion.cli", "convert released weights, and back", "demo"),
     "page": Command("serving.page.app", "serve a page to talk about images in the browser", "app"),
     "batch": Command("serving.batch", "ask about many images with Ray Data, resumably", "batch"),
+    "ocr-records": Command("engines.ocr.rendered", "write rendered pages as an OCR reader read them", "engines"),
     "engines": Command("engines.__main__", "make OCR, grounding and knowledge captions from image shards", "engines"),
     "memory": Command("serving.memory", "compute or measure what a checkpoint needs in memory"),
     "build": Command("world.build", "write rendered records to disk, or preview every rendered task", "data"),

@@ -244,11 +244,31 @@ def only_writer_in(folder: str | Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if os.name != "nt":  # where folders cannot be opened, nor locked
             descriptor = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
+            stack.callback(_let_go, descriptor)
+            _held.add(descriptor)
             lock(descriptor, folder)
         if not was_there:
             stack.callback(_remove_if_empty, folder)
         yield
+
+
+_held: set[int] = set()
+
+
+def _let_go(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        if descriptor in _held:
+            _held.discard(descriptor)
+            os.close(descriptor)
+
+
+def _let_go_in_child() -> None:
+    """Leave a lock to the process that took it: its workers may live a few seconds longer when it is killed."""
+    _let_go(*_held)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def _remove_if_empty(folder: Path) -> None:

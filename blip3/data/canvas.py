@@ -15,10 +15,12 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..refusals import check_fields
 from .fonts import load_font
 from .things import THINGS, render_mask
 
 PixelBox = tuple[float, float, float, float]
+MAX_SIDE = 8192  # of a drawing, in pixels
 _MASK_SIDE = 256
 _GRAIN_SIDE = 512
 
@@ -133,10 +135,10 @@ class Drawing:
             ValueError: for sizes, things, fonts or marks that cannot be painted.
         """
         height, width = values["size"]
-        if not all(isinstance(side, int) and 0 < side <= 8192 for side in (height, width)):
-            raise ValueError(f"size is {values['size']} but must be (height, width) of 1 to 8192 pixels")
+        if not all(type(side) is int and 0 < side <= MAX_SIDE for side in (height, width)):
+            raise ValueError(f"size is {values['size']} but must be (height, width) of 1 to {MAX_SIDE} pixels")
         kind, *colours = values["background"]
-        if len(colours) != _BACKGROUNDS.get(kind, -1):
+        if len(colours) != _BACKGROUNDS.get(kind, -1) or not all(isinstance(colour, str) for colour in colours):
             raise ValueError(
                 f"background is {values['background']} but must be one of {_BACKGROUNDS} with its colours"
             )
@@ -145,11 +147,16 @@ class Drawing:
             if name not in _MARKS:
                 raise ValueError(f"a mark is {name!r} but must be one of {', '.join(_MARKS)}")
             marks.append(_MARKS[name](*(tuple(field) if isinstance(field, list) else field for field in fields)))
+            check_fields(f"a {name} has", marks[-1], _MARK_BOUNDS)
             if name == "shape" and marks[-1].thing not in THINGS:
                 raise ValueError(f"a shape is {marks[-1].thing!r} but must be one of {', '.join(THINGS)}")
         return Drawing((height, width), (kind, *colours), tuple(marks))
 
 
+_MARK_BOUNDS: dict[str, tuple[float, float | None]] = {  # in pixels
+    **dict.fromkeys(("corner", "origin", "ends", "box"), (-MAX_SIDE, 2 * MAX_SIDE)),
+    **dict.fromkeys(("side", "points", "width"), (0, MAX_SIDE)),
+}
 _BACKGROUNDS = {"plain": 1, "grain": 1, "across": 2, "down": 2}
 
 

@@ -4,8 +4,10 @@
 import io
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,16 +29,55 @@ class RecordError(ValueError):
         self.field = name
         """Path of the field inside the record, such as `turns[1].role`."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let the error go from one process to another; its message may have been changed."""
+        return _remade_error, (str(self), self.place, self.field)
+
+
+def _remade_error(message: str, place: str, name: str) -> RecordError:
+    error = RecordError(place, name, "", "", "", "")
+    error.args = (message,)
+    return error
+
 
 def _explain_undecoded(source: io.BytesIO | Path, error: Exception) -> str:
-    reason = re.sub(r" ?<[^<>]* object at 0x[^<>]*>", "", str(error))
+    reason = re.sub(r" ?<[^<>]* object at 0x[^<>]*>", "", str(error)) or type(error).__name__
     if isinstance(source, io.BytesIO):
         return f"{len(source.getbuffer())} bytes, {reason}"
-    if os.path.isdir(source):
-        return "it is a folder"
-    if os.path.isfile(source):
-        return f"{source.stat().st_size} bytes, {reason}"
-    return reason
+    return f"{source.stat().st_size} bytes, {reason}" if os.path.isfile(source) else reason
+
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+"""What images of data may be: what data sets hold (MPO is what some telephones call JPEG). Pillow opens more, of which
+some run programs (EPS) or have decoders that few have looked at."""
+MAX_PIXELS = 2**27
+"""Of an image: 400 MB as RGB. A file of a few kilobytes can claim more."""
+
+
+@cache
+def _known_formats() -> list[str]:
+    """Give the formats that the installed Pillow has."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _refuse(place: str, given: str, expected: str, cause: str, action: str) -> RecordError:
+    return RecordError(place, "images", given, expected, cause, action)
+
+
+def _paint(drawing: Drawing) -> Image.Image:
+    try:
+        return drawing.paint()
+    except ImportError:  # a font that is not installed
+        raise
+    except Exception as error:  # Pillow raises whatever an impossible mark makes it meet
+        raise _refuse(
+            "A drawing",
+            f"it cannot be painted ({type(error).__name__}: {error})",
+            "it must be what Drawing.to_json gives",
+            "It was probably edited or written by a later version.",
+            "Build the records again.",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -70,11 +111,10 @@ class ImageSource:
             upright: turn the image as its EXIF tag says; False gives it as stored.
 
         Raises:
-            FileNotFoundError: if `path` is missing.
-            ValueError: if the file is no image.
+            RecordError: if `path` is missing, or the file is no image of `FORMATS` with at most `MAX_PIXELS`.
         """
         if self.drawing is not None:
-            return self.drawing.paint()
+            return _paint(self.drawing)
         return self._read(folder, lambda image: (turn_upright(image) if upright else image).convert("RGB"))
 
     def size(self, folder: str | Path = "", upright: bool = True) -> tuple[int, int]:
@@ -85,19 +125,31 @@ class ImageSource:
 
     def _read(self, folder: str | Path, use: Callable[[Image.Image], Value]) -> Value:
         source = io.BytesIO(self.data) if self.data is not None else Path(folder, self.path or "")
+        place = f"The image {repr(str(source)) if self.data is None else 'in memory'}"
         try:
-            with Image.open(source) as image:
+            if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):
+                raise OSError("it is a folder" if source.is_dir() else "it is no ordinary file")
+            with Image.open(source, formats=_known_formats()) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
                 return use(image)
         except FileNotFoundError:
-            raise FileNotFoundError(
-                f"The image {str(source)!r} does not exist (no such file), but a record names it. The image folder "
-                f"is probably another one: pass the folder that {self.path!r} starts from."
+            raise _refuse(
+                place,
+                "it does not exist (no such file)",
+                "a record names it",
+                "The image folder is probably another one:",
+                f"pass the folder that {self.path!r} starts from.",
             ) from None
-        except (OSError, ValueError) as error:  # a null byte in a path is a ValueError
-            raise ValueError(
-                f"The image {repr(str(source)) if self.data is None else 'in memory'} cannot be decoded: "
-                f"{_explain_undecoded(source, error)}. It must be an image file that Pillow reads. It was probably "
-                "cut off in a download: fetch it again or drop the row."
+        except MemoryError:  # says more about the machine than about the file
+            raise
+        except Exception as error:  # decoders raise whatever a broken file makes them meet
+            raise _refuse(
+                place,
+                f"it cannot be decoded: {_explain_undecoded(source, error)}",
+                f"it must be an image file of {', '.join(FORMATS)}, of at most {MAX_PIXELS:,} pixels",
+                "It was probably cut off in a download.",
+                "Fetch it again or drop the row.",
             ) from error
 
     def to_json(self) -> Any:
@@ -118,8 +170,7 @@ def open_images(images: Iterable[ImageSource], processor: Any) -> list[Image.Ima
     """Open images as RGB, upright unless the model's processor forbids it with `do_exif_transpose` False.
 
     Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if a file is no image.
+        RecordError: if a file is missing or no image.
     """
     upright = turns_upright(processor)
     return [image.open(upright=upright) for image in images]

@@ -13,12 +13,14 @@ the image's top left corner; sizes are (height, width) in pixels.
 """
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..files import write_json_lines
+from ..refusals import show
 from .canvas import Drawing
 from .images import ImageSource, RecordError
 
@@ -31,6 +33,9 @@ DOCUMENT_KINDS = ("caption", "ocr", "grounding", "interleaved")
 CHAT_KINDS = ("instruction", "refusal")
 KINDS = (*DOCUMENT_KINDS, "few_shot", *CHAT_KINDS, "preference")
 ROLES = ("document", "system", "user", "assistant")
+NAMED = 5  # faulty records of a source that the log names
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,12 +89,14 @@ def check_record(record: Record) -> None:
     Raises:
         RecordError: naming the field at fault.
     """
-    place = f"Record {record.id!r}"
+    place = f"Record {show(record.id)}"
+    if not isinstance(record.id, str) or not record.id:
+        raise _wrong_type(place, "id", record.id, "a text that is not empty")
     if record.kind not in KINDS:
         raise RecordError(
             place,
             "kind",
-            f"it is {record.kind!r}",
+            f"it is {show(record.kind)}",
             f"it must be one of {', '.join(KINDS)}",
             "It is probably misspelt.",
             "Correct it.",
@@ -150,6 +157,17 @@ def _check_texts(record: Record, place: str) -> None:
             )
         texts += [(name, text, True)] if text is not None else []
     for name, text, is_answer in texts:
+        if not isinstance(text, str):
+            raise _wrong_type(place, name, text, "a text")
+        if not is_unicode(text):
+            raise RecordError(
+                place,
+                name,
+                f"it holds bytes or half characters that are no UTF-8 ({show(text)})",
+                "texts must be Unicode",
+                "The file was probably written in another encoding, or is damaged.",
+                "Write it again in UTF-8, or drop the row.",
+            )
         marker = next((marker for marker in (*MARKERS, IMAGE_TOKEN * is_answer) if marker and marker in text), None)
         if marker or not text.strip():
             raise RecordError(
@@ -171,6 +189,15 @@ def _check_texts(record: Record, place: str) -> None:
         )
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text has characters alone, no bytes that could not be read (lone surrogates)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 # ------------------------------------------------------------------------------------------------- JSON lines
 
 
@@ -188,13 +215,13 @@ def record_from_json(values: Any, place: str = "A record") -> Record:
     optional: dict[str, type | tuple[type, ...]] = {"chosen": str, "rejected": str, "truth": dict}
     if not isinstance(values, dict):
         raise _wrong_type(place, "(whole record)", values, "an object")
-    unknown = sorted(set(values) - set(types) - set(optional))
+    unknown = sorted(map(str, set(values) - set(types) - set(optional)))
     missing = [name for name in types if name not in values]
     if unknown or missing:
         raise RecordError(
             place,
-            (unknown + missing)[0],
-            f"unknown fields {unknown}, missing fields {missing}",
+            (unknown + missing)[0] or "''",
+            f"unknown fields {show(unknown)}, missing fields {missing}",
             f"a record has {', '.join(types)} and may have {', '.join(optional)}",
             "The line is probably of another format.",
             "Read LLaVA, OCR or other files with their own reader in blip3/data/readers.",
@@ -209,7 +236,7 @@ def record_from_json(values: Any, place: str = "A record") -> Record:
         return Record(values["id"], values["kind"], images, turns, annotations=values.get("truth", {}), **rest)
     except RecordError as error:
         message = str(error).removeprefix(error.place)
-        error.args, error.place = (f"{place} (record {values['id']!r}){message}",), place
+        error.args, error.place = (f"{place} (record {show(values['id'])}){message}",), place
         raise
 
 
@@ -217,7 +244,7 @@ def _wrong_type(place: str, name: str, given: Any, expected: str) -> RecordError
     return RecordError(
         place,
         name,
-        f"it is {json.dumps(given, default=str)[:80]} ({type(given).__name__})",
+        f"it is {show(given)} ({type(given).__name__})",
         f"it must be {expected}",
         "The file was probably written by another program.",
         "Compare it with docs/data.md.",
@@ -231,11 +258,11 @@ def _image_from_json(value: Any, place: str, name: str) -> ImageSource:
         raise _wrong_type(place, name, value, 'a path or {"drawing": ...}')
     try:
         return ImageSource(drawing=Drawing.from_json(value["drawing"]))
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise RecordError(
             place,
             f"{name}.drawing",
-            f"it cannot be read ({type(error).__name__}: {error})",
+            f"it cannot be read ({type(error).__name__}: {str(error)[:200]})",
             "it must be what Drawing.to_json gives",
             "It was probably edited or written by a later version.",
             "Build the records again.",
@@ -252,33 +279,72 @@ def _turn_from_json(value: Any, place: str, name: str) -> Turn:
     return Turn(value["role"], value["text"])
 
 
-def read_jsonl(path: str | Path) -> Iterator[Record]:
+def read_jsonl(path: str | Path, skip_faulty: bool = False) -> Iterator[Record]:
     """Read records from a JSON-lines file, one at a time; relative image paths start at the file's folder.
+
+    Args:
+        path: of the file.
+        skip_faulty: log and count faulty lines instead of raising.
 
     Raises:
         RecordError: naming file, line and field of the first wrong record.
     """
-    with Path(path).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            place = f"{path} line {number}"
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise RecordError(
-                    place,
-                    "(whole line)",
-                    f"it is no JSON ({error.msg} at column {error.colno} of {len(line)})",
-                    "each line must be one JSON object",
-                    "The file was probably cut off, or is one JSON list.",
-                    "Write it again; a LLaVA list goes to read_llava_json.",
-                ) from error
-            record = record_from_json(values, place)
-            images = (
-                ImageSource(str(Path(path).parent / image.path)) if image.path else image for image in record.images
-            )
-            yield replace(record, images=tuple(images))
+    skipped = 0
+    for number, line in _lines_of(Path(path)):
+        try:
+            yield _record_of_line(line, Path(path), f"{path} line {number}")
+        except RecordError as error:
+            if not skip_faulty:
+                raise
+            skipped += 1
+            log_skipped(error, skipped)
+    log_skipped_in_all(skipped, str(path))
+
+
+def _lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Give the lines that are not empty, with their numbers from 1."""
+    with path.open("rb") as lines:
+        yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def _record_of_line(line: bytes, path: Path, place: str) -> Record:
+    record = record_from_json(parse_json(line, place), place)
+    images = (ImageSource(str(path.parent / image.path)) if image.path else image for image in record.images)
+    return replace(record, images=tuple(images))
+
+
+def parse_json(line: bytes | str, place: str, name: str = "(whole line)") -> Any:
+    """Read one line of JSON. Bytes that are no UTF-8 stay as lone surrogates, which `check_record` refuses by field.
+
+    Raises:
+        RecordError: naming the place.
+    """
+    text = line.decode("utf-8", "surrogateescape") if isinstance(line, bytes) else line
+    try:
+        return json.loads(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:
+        where = f" at column {error.colno} of {len(text)}" if isinstance(error, json.JSONDecodeError) else ""
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise RecordError(
+            place,
+            name,
+            f"it is no JSON ({reason}{where})",
+            "each line must be one JSON object",
+            "The file was probably cut off, or is one JSON list.",
+            "Write it again; a LLaVA list goes to read_llava_json.",
+        ) from error
+
+
+def log_skipped(error: RecordError, count: int) -> None:
+    """Name a record that is passed over; of one source the first `NAMED` only."""
+    if count <= NAMED:
+        logger.warning("Skipped: %s", error)
+
+
+def log_skipped_in_all(count: int, source: str) -> None:
+    """Say how many rows of a source were passed over, if any."""
+    if count:
+        logger.warning("Skipped %d faulty rows of %s in all.", count, source)
 
 
 def write_jsonl(records: Iterable[Record], path: str | Path) -> int:

@@ -15,8 +15,9 @@
       - {name: as shipped, checkpoint: .}   no steps
 
 A step is of one kind: `new` (a model with newly initialised weights), `settings` (the same weights with other tiles or
-sampling), `tower` (stage 0) or `train` (any other stage). Rows that are trained see as many samples and have the same
-seeds, or the grid is refused; `budget: varies` allows other numbers of samples where that is what is compared.
+sampling), `tower` (stage 0) or `train` (any other stage). A base checkpoint has no chat template: `chat_template:
+CHECKPOINT` in a step of the kind `settings` takes another's. Rows that are trained see as many samples and have the
+same seeds, or the grid is refused; `budget: varies` allows other numbers of samples where that is what is compared.
 """
 
 import json
@@ -60,7 +61,7 @@ class Step:
     values: Mapping[str, Any]
     """What the result depends on: the file's values with the changes, without those of the machine."""
     around: str = ""
-    """For `new`: checkpoint whose tower and language model are taken."""
+    """For `new`: checkpoint whose tower and language model are taken; for `settings`: whose chat template is."""
 
     @property
     def batch(self) -> int:
@@ -195,19 +196,19 @@ def _by_step(place: str, changes: Mapping[str, Any], steps: Mapping[str, Any]) -
 
 def _step(path: Path, name: str, given: Mapping[str, Any], changes: dict[str, Any], every: Mapping[str, Any]) -> Step:
     place = f"{path}, step {name!r}"
-    check_keys(place, given, (*KINDS, "set", "around"))
+    check_keys(place, given, (*KINDS, "set", "around", "chat_template"))
     kinds = [kind for kind in KINDS if kind in given]
-    if len(kinds) != 1 or ("around" in given and kinds != [NEW]):
+    if len(kinds) != 1 or ("around" in given and kinds != [NEW]) or ("chat_template" in given and kinds != [SETTINGS]):
         raise ValueError(
-            f"{place} has the kinds {kinds} but exactly one of {', '.join(KINDS)} is expected, and around with new "
-            "alone. Two steps were probably joined: give each its own name."
+            f"{place} has the kinds {kinds} but exactly one of {', '.join(KINDS)} is expected, around with new "
+            "alone and chat_template with settings. Two steps were probably joined: give each its own name."
         )
     (kind,) = kinds
     changes = {**(given.get("set") or {}), **changes}
     if kind == SETTINGS:
         changes = {**(given[SETTINGS] or {}), **changes}
         check_keys(place, changes, CHANGEABLE, "setting")
-        return Step(name, kind, None, changes, changes)
+        return Step(name, kind, None, changes, changes, str(given.get("chat_template", "")))
     file = path.parent / str(given[kind])
     if kind in TRAINED:
         changes = {**changes, **every}

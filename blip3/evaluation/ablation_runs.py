@@ -88,7 +88,7 @@ def _make(step: Step, source: Path, seed: int, run: Path) -> None:
     begun = time.monotonic()
     run.mkdir(parents=True, exist_ok=True)
     if step.kind == SETTINGS:
-        _copy_with_settings(source, run / FINAL, step.changes)
+        _copy_with_settings(source, run / FINAL, step.changes, step.around)
         command: list[str] = []
     else:
         if step.kind == NEW:
@@ -136,8 +136,14 @@ def _check_unchanged(run: Path) -> None:
         )
 
 
-def _copy_with_settings(source: Path, output: Path, settings: Mapping[str, Any]) -> None:
+def _copy_with_settings(source: Path, output: Path, settings: Mapping[str, Any], template: str) -> None:
     """Copy a checkpoint with its code, other tiles or sampling in every file that names them.
+
+    Args:
+        source: checkpoint.
+        output: folder to make.
+        settings: to change.
+        template: checkpoint whose chat template is taken; empty to keep what there is.
 
     Raises:
         ValueError: for a setting that no file has.
@@ -150,6 +156,8 @@ def _copy_with_settings(source: Path, output: Path, settings: Mapping[str, Any])
             shutil.copyfile(path, unfinished / path.name)
     for name in CODE_FILES:
         shutil.copyfile(code_folder(folder) / name, unfinished / name)
+    if template:
+        shutil.copyfile(folder_of(template) / "chat_template.jinja", unfinished / "chat_template.jinja")
     left = set(settings)
     for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
         path = unfinished / name

@@ -17,7 +17,8 @@ import torch
 from ..checkpoints import folder_of, load_model, locate
 from ..files import only_writer_in
 from .recipe import plain_errors
-from .trainer import SAVED_RECIPE, copy_present, copy_processor
+from .resume import SAVED_RECIPE
+from .trainer import copy_present, copy_processor
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ def measure(recipe: Recipe, num_batches: int) -> dict[str, dict[str, float]]:
         processor, recipe.max_length, recipe.any_resolution, recipe.learn_end_of_chunk, recipe.learn_questions
     )
     count = num_batches * recipe.batch_size
-    mixture = Mixture(recipe.mixture, count, recipe.seed, recipe.world)
+    mixture = Mixture(recipe.mixture, count, recipe.seed, recipe.world, skip_faulty=not recipe.strict)
     samples = [encoder(mixture[index]) for index in range(count)]
     found = {}
     for name, packing in ORDERS.items():

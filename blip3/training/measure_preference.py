@@ -51,7 +51,7 @@ def measure(recipe: Recipe, num_batches: int) -> dict[str, float]:
         seconds a pair of the median batch, by candidate.
     """
     count = (num_batches + 1) * recipe.batch_size  # the first batch is to warm up
-    mixture = Mixture(recipe.mixture, count, recipe.seed, recipe.world)
+    mixture = Mixture(recipe.mixture, count, recipe.seed, recipe.world, skip_faulty=not recipe.strict)
     records = [mixture[index] for index in range(count)]
     processor = AutoProcessor.from_pretrained(**locate(recipe.model))
     noised = {

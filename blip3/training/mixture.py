@@ -26,8 +26,8 @@ from torch.utils.data import Dataset
 
 from ..data import readers
 from ..data.records import Record, read_jsonl
-from ..refusals import check_choice, check_keys, check_positive
-from ..world.settings import WorldSettings, settings_from
+from ..refusals import check_choice, check_keys, check_positive, show
+from ..world.settings import settings_from
 from ..world.tasks import TASKS, rendered_record
 
 READERS: dict[str, Callable[..., Iterator[Record]]] = {
@@ -62,16 +62,29 @@ class Mixture(Dataset):
         seed: of the choice of sources, of their order and of what is rendered.
         world: settings of rendered sources; an entry's own `world` overrides single fields.
         split: `train` or `held_out`, for rendered sources.
+        skip_faulty: log and count the rows of files that are no records, in place of raising.
 
     Raises:
         ValueError: for an entry that cannot be read.
     """
 
     def __init__(
-        self, entries: Sequence[dict[str, Any]], count: int, seed: int, world: dict[str, Any], split: str = "train"
+        self,
+        entries: Sequence[dict[str, Any]],
+        count: int,
+        seed: int,
+        world: dict[str, Any],
+        split: str = "train",
+        *,
+        skip_faulty: bool = False,
     ):
         weights = np.array([check_entry(entry, index) for index, entry in enumerate(entries)], dtype=float)
-        self.sources = [_open_source(entries, index, seed, world, split) for index in range(len(entries))]
+        self.sources = [
+            _rendered_source(entries, index, seed, world, split)
+            if "rendered" in entry
+            else _open_source(entry, seed, skip_faulty)
+            for index, entry in enumerate(entries)
+        ]
         self.names = [str(next(entry[kind] for kind in KINDS if kind in entry)) for entry in entries]
         rng = np.random.default_rng([seed, len(entries)])
         self.choice = rng.choice(len(entries), size=count, p=weights / weights.sum()).astype(np.int16)
@@ -90,47 +103,76 @@ class Mixture(Dataset):
 
 
 def check_entry(entry: dict[str, Any], index: int) -> float:
-    """Check one entry and give its weight."""
+    """Check one entry, but not whether its files are there, and give its weight.
+
+    Raises:
+        ValueError: naming the entry and the key at fault.
+    """
     place = f"mixture[{index}]"
-    kinds = [kind for kind in KINDS if kind in entry]
+    kinds = [kind for kind in KINDS if isinstance(entry, dict) and kind in entry]
     if len(kinds) != 1:
         raise ValueError(
-            f"{place} is {entry} but must name exactly one of {', '.join(KINDS)}. The kind of source is probably "
-            "missing or misspelt: write for example {rendered: count, weight: 1}."
+            f"{place} is {show(entry)} but must name exactly one of {', '.join(KINDS)}. The kind of source is "
+            "probably missing or misspelt: write for example {rendered: count, weight: 1}."
         )
-    check_keys(place, entry, [kinds[0], *KINDS[kinds[0]]])
+    (kind,) = kinds
+    check_keys(place, entry, [kind, *KINDS[kind]])
+    for name, value in entry.items():
+        _check_type(f"{place} has {name}", value, {"weight": float, "options": dict, "world": dict}.get(name, str))
+    if kind == "rendered":
+        check_choice("The mixture names the task", entry["rendered"], TASKS)
+        settings_from(entry.get("world", {}), f"{place}.world")
+    if kind in ("stream", "preferences"):
+        _check_reader(entry, kind)
     weight = entry.get("weight", 1)
     unwanted = "A source that is not wanted was probably given 0: remove its line"
     check_positive(f"{place} has the weight", weight, float, unwanted)
     return float(weight)
 
 
-def _open_source(
-    entries: Sequence[dict[str, Any]], index: int, seed: int, world: dict[str, Any], split: str
-) -> Source:
-    entry = entries[index]
-    if "rendered" in entry:
-        alike = [number for number, other in enumerate(entries) if other.get("rendered") == entry["rendered"]]
-        settings = settings_from(world | entry.get("world", {}), f"mixture[{index}].world")
-        return _rendered_source(entry["rendered"], seed, settings, split, (alike.index(index), len(alike)))
+def _check_type(subject: str, value: Any, kind: type) -> None:
+    if kind is float:
+        return  # `check_positive` says more
+    if not isinstance(value, kind) or value == "":
+        expected = "a mapping" if kind is dict else "a text that is not empty"
+        raise ValueError(f"{subject} {show(value)} but it must be {expected}. It was probably left empty: fill it in.")
+
+
+def _check_reader(entry: dict[str, Any], kind: str) -> None:
+    name = entry.get("reader") if kind == "stream" else kind
+    missing = "It is probably missing or misspelt: add reader: ocr, for example"
+    check_choice(f"The mixture streams {entry[kind]!r} with the reader", name, READERS, missing)
+    known = list(inspect.signature(READERS[str(name)]).parameters)[1:]
+    check_keys(f"options of {entry[kind]}", entry.get("options", {}), known)
+
+
+def _open_source(entry: dict[str, Any], seed: int, skip: bool) -> Source:
     if "records" in entry:
-        return _listed(list(read_jsonl(entry["records"])), seed, entry["records"])
+        return _listed(list(read_jsonl(entry["records"], skip)), seed, entry["records"])
     if "llava" in entry:
         read = readers.read_mixture if Path(entry["llava"]).suffix in (".yaml", ".yml") else readers.read_llava_json
-        return _listed(list(read(entry["llava"], image_folder=entry.get("images", ""))), seed, entry["llava"])
+        records = read(entry["llava"], image_folder=entry.get("images", ""), skip_faulty=skip)
+        return _listed(list(records), seed, entry["llava"])
     if "safety" in entry:
         rows = readers.read_json_rows(entry["safety"])
-        return _listed(list(readers.read_safety(rows, entry.get("images", ""), together=True)), seed, entry["safety"])
+        options = {"skip_faulty": skip, "source": entry["safety"], "together": True}
+        return _listed(list(readers.read_safety(rows, entry.get("images", ""), **options)), seed, entry["safety"])
     if "preferences" in entry:
-        return _streamed({"stream": entry["preferences"], "reader": "preferences"} | entry)
-    return _streamed(entry)
+        entry = {"stream": entry["preferences"], "reader": "preferences"} | entry
+    return _streamed(entry, skip)
 
 
-def _rendered_source(task: str, seed: int, settings: WorldSettings, split: str, share: tuple[int, int]) -> Source:
-    """Sample a task; `share` (k, n) takes every n-th of its series from k on: n entries of a task never coincide."""
+def _rendered_source(
+    entries: Sequence[dict[str, Any]], index: int, seed: int, world: dict[str, Any], split: str
+) -> Source:
+    """Sample a task. Of n entries of a task each takes every n-th of its series, so that they never coincide."""
+    entry = entries[index]
+    task = entry["rendered"]
     check_choice("The mixture names the task", task, TASKS)
-    first, step = share
-    return lambda index: rendered_record(task, split, seed, first + step * index, settings)
+    alike = [number for number, other in enumerate(entries) if other.get("rendered") == task]
+    first, step = alike.index(index), len(alike)
+    settings = settings_from(world | entry.get("world", {}), f"mixture[{index}].world")
+    return lambda number: rendered_record(task, split, seed, first + step * number, settings)
 
 
 def _listed(records: list[Record], seed: int, place: str) -> Source:
@@ -149,14 +191,10 @@ def _listed(records: list[Record], seed: int, place: str) -> Source:
     return sample_from
 
 
-def _streamed(entry: dict[str, Any]) -> Source:
+def _streamed(entry: dict[str, Any], skip: bool) -> Source:
     """Read shards in their order, again from the start after the last; asking for an earlier record reopens them."""
-    name = entry.get("reader")
-    missing = "It is probably missing or misspelt: add reader: ocr, for example"
-    check_choice(f"The mixture streams {entry['stream']!r} with the reader", name, READERS, missing)
-    read, options = READERS[str(name)], entry.get("options", {})
-    options = options | ({"image_folder": entry["images"]} if "images" in entry else {})
-    check_keys(f"options of {entry['stream']}", options, list(inspect.signature(read).parameters)[1:])
+    read, options = READERS[entry["reader"]], entry.get("options", {})
+    options = {"skip_faulty": skip} | options | ({"image_folder": entry["images"]} if "images" in entry else {})
     return _Stream(lambda: read(readers.stream_rows(entry["stream"]), **options), str(entry["stream"])).get
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..answering import Answer, Answerer
-from ..data.images import open_images
+from ..data.images import RecordError, open_images
 from ..data.records import IMAGE_TOKEN, MARKERS, Record, to_messages, to_preference
 from ..files import JsonLines, writing
 from .mixture import Mixture
@@ -71,19 +71,31 @@ def pairs_of(recipe: Recipe, count: int) -> list[Record]:
     Raises:
         ValueError: for records of another kind, or if there is none.
     """
-    mixture = Mixture(recipe.mixture, count, recipe.seed, recipe.world)
+    mixture = Mixture(recipe.mixture, count, recipe.seed, recipe.world, skip_faulty=not recipe.strict)
     found: dict[str, Record] = {}
     for index in range(count):
         record = mixture[index]
         to_preference(record)  # refuses other kinds
-        if record.images:
-            found.setdefault(pair_key(record), record)
+        key = pair_key(record)
+        if record.images and key not in found and (recipe.strict or _can_be_seen(record)):
+            found[key] = record
     if not found:
         raise ValueError(
             f"None of the first {count} pairs of the recipe's mixture has an image, but noise needs one. The mixture "
             "probably holds text alone: leave the second term out with noised_weight: 0."
         )
     return list(found.values())
+
+
+def _can_be_seen(record: Record) -> bool:
+    """Whether a pair's images open; training passes over one whose images do not."""
+    try:
+        for image in record.images:
+            image.open()
+    except RecordError as error:
+        logger.warning("Skipped: record %r: %s", record.id, error)
+        return False
+    return True
 
 
 class NoisedAnswers:

@@ -10,15 +10,39 @@ from typing import Any, TypeVar
 
 import yaml
 
-from ..data.yaml_files import read_yaml
+from ..data.images import RecordError
+from ..data.yaml_files import parse_yaml, read_yaml
 from ..files import write_text
-from ..refusals import check_choice, check_keys, check_positive
+from ..refusals import Bounds, check_choice, check_fields, check_keys, check_positive, is_of, show
+from ..world.settings import settings_from
+from ..world.tasks import TASKS
+from .mixture import check_entry
 
 MODULES = ("vision_tower", "resampler", "language_model")
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("adamw", "soap")
 LOSSES = ("next_token", "preference")
 NOISE_PIXELS = ("normalised", "unit")
+_COUNTED = ("max_steps", "batch_size", "accumulation", "log_every", "save_every", "keep_checkpoints", "max_length")
+_BOUNDS: dict[str, Bounds] = {
+    **dict.fromkeys(_COUNTED, (1, 2**31)),
+    "seed": (0, 2**32 - 1),  # what numpy takes
+    "learning_rate": (0, None),
+    "vision_learning_rate": (0, None),
+    "warmup_steps": (0, 2**31),
+    "weight_decay": (0, None),
+    "adam_beta2": (0, 1 - 1e-9),
+    "max_grad_norm": (0, None),
+    "num_workers": (0, 1024),
+    "noise_step": (0, 999),
+    "anchor": (0, None),
+    "noised_weight": (0, None),
+    "parts": (1, 1000),
+    "text_width": (1, 2**16),
+    "text_layers": (1, 1000),
+    "caption_length": (1, 2**16),
+    "image_weight": (0, None),
+}
 LORA_LAYERS = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "gate_proj", "up_proj", "down_proj")
 _FORMER_KEYS = {"drawn": "rendered", "picture_weight": "image_weight"}
 
@@ -69,20 +93,31 @@ class RunRecipe:
     world: dict[str, Any] = field(default_factory=dict)
     """Settings of the rendered world (`world/settings.py`), or `file` with the name of a YAML file of them beside the
     recipe."""
-    notes: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
     """Source of each value that has one; not read by the code."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "accumulation", "log_every", "save_every"):
+        for name in _COUNTED[:-1]:
             check_positive(f"The recipe has {name}", getattr(self, name))
+        self._check_numbers()
+        check_fields("The recipe has", self, _BOUNDS)
+        for name in ("model", "output"):
+            if not getattr(self, name).strip() or "\0" in getattr(self, name):
+                raise ValueError(
+                    f"The recipe has {name} {getattr(self, name)!r} but it must name a folder. It was probably left "
+                    "empty: write its path."
+                )
+        settings_from(self.world)
         for name, choices in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
             check_choice(f"The recipe has {name}", getattr(self, name), choices)
+
+    def _check_numbers(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            if each.type is float and not isinstance(value, int | float):
+            if each.type is float and not is_of(value, float):
                 raise ValueError(
-                    f"The recipe has {each.name} {value!r} but it must be a number. It was probably left empty or "
-                    "written as text: write it as a plain number."
+                    f"The recipe has {each.name} {value!r} but it must be a number, and a finite one. It was "
+                    "probably left empty or written as text: write it as a plain number."
                 )
 
 
@@ -104,7 +139,8 @@ class LoraSettings:
     def __post_init__(self) -> None:
         check_positive("lora has rank", self.rank)
         check_positive("lora has alpha", self.alpha)
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+        check_fields("lora has", self, {"rank": (1, 2**16), "alpha": (1, 2**16)})
+        if not 0 <= self.dropout < 1:
             raise ValueError(
                 f"lora has dropout {self.dropout!r} but it must be a share from 0 to below 1. A percentage was "
                 "probably written: divide it by 100."
@@ -127,6 +163,8 @@ class Recipe(RunRecipe):
 
     mixture: Sequence[dict[str, Any]] = ()
     """Sources with weights: see `blip3/training/mixture.py`."""
+    strict: bool = False
+    """Stop at the first record that cannot be read or encoded; False passes it over, counted and named in the log."""
     trainable: Sequence[str] = ("resampler", "language_model")
     """Modules that learn, of `vision_tower`, `resampler` and `language_model`; the report freezes the tower."""
     any_resolution: bool = True
@@ -168,6 +206,7 @@ class Recipe(RunRecipe):
     is resized, as POVID, which is twice as strong at the same step."""
 
     def __post_init__(self) -> None:
+        check_positive("The recipe has max_length", self.max_length)
         super().__post_init__()
         self._check_modules()
         if not self.mixture:
@@ -175,7 +214,8 @@ class Recipe(RunRecipe):
                 "The recipe has no mixture, so there is nothing to train on. The key was probably left out: list "
                 "sources, for example `- {rendered: count, weight: 1}`."
             )
-        check_positive("The recipe has max_length", self.max_length)
+        for index, entry in enumerate(self.mixture):
+            check_entry(entry, index)
         streams = [entry[kind] for entry in self.mixture for kind in ("stream", "preferences") if kind in entry]
         if self.group_by_length and streams:
             raise ValueError(
@@ -200,7 +240,7 @@ class Recipe(RunRecipe):
         return LoraSettings(**self.lora)
 
     def _check_modules(self) -> None:
-        unknown = [name for name in self.trainable if name not in MODULES]
+        unknown = [name for name in self.trainable if name not in MODULES or self.trainable.count(name) > 1]
         if unknown or not self.trainable:
             raise ValueError(
                 f"The recipe has trainable {list(self.trainable)} but it must name one or more of "
@@ -227,16 +267,6 @@ class Recipe(RunRecipe):
         check_choice("The recipe has loss", self.loss, LOSSES)
         check_choice("The recipe has noise_pixels", self.noise_pixels, NOISE_PIXELS)
         check_positive("The recipe has beta", self.beta, float)
-        if not isinstance(self.noise_step, int) or not 0 <= self.noise_step < 1000:
-            raise ValueError(
-                f"The recipe has noise_step {self.noise_step!r} but it must be one of the 1,000 steps from 0 to 999. "
-                "A share was probably meant: multiply it by 1000."
-            )
-        if min(self.anchor, self.noised_weight) < 0:
-            raise ValueError(
-                f"The recipe has anchor {self.anchor} and noised_weight {self.noised_weight} but neither weight may "
-                "be negative. A sign was probably mistyped: 0 leaves a term out."
-            )
         own = ("beta", "anchor", "noised_weight", "noised_answers", "noise_step", "noise_pixels")
         defaults = {each.name: each.default for each in fields(self)}
         changed = [name for name in own if getattr(self, name) != defaults[name]]
@@ -273,6 +303,20 @@ class TowerRecipe(RunRecipe):
     resampler: bool = False
     """Train the resampler beside the tower, on the latents' level."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tasks:
+            raise ValueError(
+                "The recipe has no tasks, so there are no images to learn from. The list was probably left empty: "
+                "remove the key to take caption and ocr."
+            )
+        for task in self.tasks:
+            check_choice("The recipe has tasks with", task, TASKS)
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run."""
+
 
 SomeRecipe = TypeVar("SomeRecipe", bound=RunRecipe)
 
@@ -286,9 +330,16 @@ def load_recipe(path: str | Path, kind: type[SomeRecipe], overrides: Sequence[st
         overrides: `key=value` each, value in YAML, in place of the file's.
 
     Raises:
-        ValueError: for an unknown, missing or repeated key, or a value that cannot be.
+        RecipeError: naming file and key, for an unknown, missing or repeated key, or a value that cannot be.
+        FileNotFoundError: if a file is missing.
     """
-    path = Path(path)
+    try:
+        return _load(Path(path), kind, overrides)
+    except ValueError as error:
+        raise RecipeError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+
+
+def _load(path: Path, kind: type[SomeRecipe], overrides: Sequence[str]) -> SomeRecipe:
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(
@@ -303,18 +354,33 @@ def load_recipe(path: str | Path, kind: type[SomeRecipe], overrides: Sequence[st
             f"{path} lacks {', '.join(missing)}, without which a run cannot start. The file is probably unfinished: "
             f"add {missing[0]}: with its value."
         )
-    world = values.get("world") or {}
-    if isinstance(world, str):
-        world = {"file": world}
-    if "file" in world:
-        rest = {key: value for key, value in world.items() if key != "file"}
-        world = read_yaml(path.parent / world["file"]) | rest
-    values["world"] = world
+    values["world"] = _world_of(values.get("world"), path)
     for each in fields(kind):  # YAML reads 1e-3 as text
-        if each.type in (float, float | None) and isinstance(values.get(each.name), str | int):
+        if each.type in (float, float | None) and type(values.get(each.name)) in (str, int):
             values[each.name] = _as_float(values[each.name])
     resolved: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in values.items()}
     return kind(**resolved)
+
+
+def _world_of(world: Any, path: Path) -> Any:
+    """Give settings of the world, with those of the file that they name."""
+    world = {"file": world} if isinstance(world, str) else {} if world is None else world
+    if not isinstance(world, dict) or "file" not in world:
+        return world  # the recipe refuses what is no mapping
+    if not isinstance(world["file"], str):
+        raise ValueError(
+            f"world has file {show(world['file'])} but it must name a YAML file beside the recipe. It was probably "
+            "left empty: write its name."
+        )
+    file = path.parent / world["file"]
+    inside = read_yaml(file)
+    if not isinstance(inside, dict):
+        raise ValueError(
+            f"{file} holds {show(inside)} but settings of the world are a mapping. It is probably another file: name "
+            "one like recipes/small/world.yaml."
+        )
+    settings_from(inside, str(file))
+    return inside | {key: value for key, value in world.items() if key != "file"}
 
 
 def with_current_names(values: dict[str, Any]) -> dict[str, Any]:
@@ -344,7 +410,7 @@ def parse_override(override: str) -> tuple[str, Any]:
             f"The override is {override!r} but must be key=value. The sign was probably forgotten: write for "
             "example max_steps=10."
         )
-    return key, yaml.safe_load(value)
+    return key, parse_yaml(value, f"The override {override[:80]!r}")
 
 
 def recipe_arguments(description: str | None) -> argparse.ArgumentParser:
@@ -356,18 +422,19 @@ def recipe_arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 @contextlib.contextmanager
-def plain_errors() -> Iterator[None]:
-    """End a command with the message alone where a file or folder is missing."""
+def plain_errors(*others: type[Exception]) -> Iterator[None]:
+    """End a command with the message alone where a file, a recipe or a record is at fault, or for other errors."""
+    known: tuple[type[Exception], ...] = (FileNotFoundError, RecipeError, RecordError, *others)
     try:
         yield
-    except FileNotFoundError as error:
+    except known as error:
         raise SystemExit(f"error: {error}") from None
 
 
 def _as_float(value: str | int) -> Any:
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return value  # the recipe refuses it
 
 

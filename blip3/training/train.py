@@ -9,21 +9,18 @@ goes on from its newest checkpoint with the same losses. The trained model, with
 OUTPUT/final, its adapters alone, if it has some, in OUTPUT/adapter; curves are in OUTPUT/runs (TensorBoard).
 """
 
-import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import AutoProcessor
+from transformers import AutoProcessor, TrainingArguments
 
 from .. import images
 from ..checkpoints import load_model, locate
-from ..data.images import ImageSource
 from ..data.records import Record
 from .encode import Collator, Encoder, TooLongError
 from .lora import add_adapters, loading_options, write_merged
@@ -33,18 +30,18 @@ from .noised_answers import check_answers_belong, read_noised_answers
 from .pairs import PairCollator, PairEncoder
 from .preference import PreferenceObjective
 from .recipe import MODULES, Recipe, load_recipe, plain_errors, recipe_arguments, save_recipe
+from .resume import SAVED_RECIPE, num_processes, resuming, whole_folder
 from .trainer import (
-    SAVED_RECIPE,
+    DivergedError,
     RecipeTrainer,
     copy_processor,
-    num_processes,
-    resume_or_refuse,
+    logged,
     save_image_splitting,
     training_arguments,
 )
 
 WINDOW = 64  # batches within which samples are sorted by length
-MAX_TOO_LONG = 100  # samples in a row
+MAX_SKIPPED = 100  # samples in a row
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +54,7 @@ def main() -> None:
     """
     args = recipe_arguments(__doc__).parse_args()
     try:
-        with plain_errors():
+        with plain_errors(DivergedError):
             train(load_recipe(args.recipe, Recipe, args.overrides))
         return
     except SampleError as error:
@@ -73,7 +70,11 @@ def train(recipe: Recipe) -> Path:
     """
     arguments = training_arguments(recipe)  # starts the process group
     source = locate(recipe.model)
-    checkpoint = resume_or_refuse(recipe)
+    with resuming(recipe) as checkpoint:
+        return _train(recipe, arguments, source, checkpoint)
+
+
+def _train(recipe: Recipe, arguments: TrainingArguments, source: dict[str, Any], checkpoint: str | None) -> Path:
     dtype, options = loading_options(recipe.adapters, recipe.bf16, recipe.fsdp)
     with arguments.main_process_first(desc="copying the model's code into the cache"):
         processor = AutoProcessor.from_pretrained(**source)
@@ -89,11 +90,14 @@ def train(recipe: Recipe) -> Path:
         model=model,
         args=arguments,
         train_dataset=samples,
-        data_collator=PairCollator(pad_id) if is_preference else Collator(pad_id, recipe.packing, recipe.max_length),
+        data_collator=CountingCollator(
+            PairCollator(pad_id) if is_preference else Collator(pad_id, recipe.packing, recipe.max_length)
+        ),
         recipe=recipe,
         objective=PreferenceObjective(recipe) if is_preference else None,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.check_weights()
     return save_final(trainer, recipe)
 
 
@@ -104,28 +108,35 @@ def make_samples(recipe: Recipe, processor: Any) -> "Samples":
         ValueError: if the recipe's noised answers are those of other pairs.
     """
     count = recipe.max_steps * recipe.batch_size * recipe.accumulation * num_processes()
-    mixture = Mixture(recipe.mixture, count, recipe.seed, recipe.world)
+    mixture = Mixture(recipe.mixture, count, recipe.seed, recipe.world, skip_faulty=not recipe.strict)
     if recipe.loss == "next_token":
         options = (recipe.any_resolution, recipe.learn_end_of_chunk, recipe.learn_questions)
-        return Samples(mixture, Encoder(processor, recipe.max_length, *options))
+        return Samples(mixture, Encoder(processor, recipe.max_length, *options), recipe.strict)
     answers = read_noised_answers(recipe.noised_answers) if recipe.noised_answers else {}
     if recipe.noised_answers:
         check_answers_belong(answers, recipe.noised_answers, mixture)
     is_teacher_forced = recipe.noised_weight > 0 and not recipe.noised_answers
     noiser = Noiser(recipe.noise_step, recipe.noise_pixels, recipe.seed) if is_teacher_forced else None
-    return Samples(mixture, PairEncoder(processor, recipe.max_length, recipe.any_resolution, answers, noiser))
+    return Samples(
+        mixture, PairEncoder(processor, recipe.max_length, recipe.any_resolution, answers, noiser), recipe.strict
+    )
 
 
 def save_final(trainer: "StageTrainer", recipe: Recipe) -> Path:
     """Write the trained model, whole, and its adapters beside it; gives the model's folder."""
-    output = Path(recipe.output) / "final"
-    trainer.save_whole_model(output if recipe.adapters is None else output.with_name("adapter"))
-    if trainer.is_world_process_zero():
-        if recipe.adapters:
-            write_merged(recipe.model, output.with_name("adapter"), output)
-        copy_processor(recipe.model, output)
-        save_image_splitting(output, recipe.any_resolution)
-        save_recipe(recipe, output / SAVED_RECIPE)
+    output, wait = Path(recipe.output) / "final", trainer.accelerator.wait_for_everyone
+    if recipe.adapters:
+        with whole_folder(output.with_name("adapter"), wait) as folder:
+            trainer.save_whole_model(folder)
+    with whole_folder(output, wait) as folder:
+        if not recipe.adapters:
+            trainer.save_whole_model(folder)
+        if trainer.is_world_process_zero():
+            if recipe.adapters:
+                write_merged(recipe.model, output.with_name("adapter"), folder)
+            copy_processor(recipe.model, folder)
+            save_image_splitting(folder, recipe.any_resolution)
+            save_recipe(recipe, folder / SAVED_RECIPE)
     return output
 
 
@@ -143,25 +154,46 @@ class SampleError(ValueError):
 
 
 class Samples(Dataset):
-    """Encoded samples of a mixture; item i never changes. One too long to be cut gives way to the sample after it."""
+    """Encoded samples of a mixture; item i never changes.
 
-    def __init__(self, mixture: Mixture, encoder: Encoder | PairEncoder):
-        self.mixture, self.encoder = mixture, encoder
+    One that is too long to be cut, or whose image cannot be opened, gives way to the sample after it. Which one that
+    is follows from i and the data alone, so a run resumes, and any number of workers reads, the same samples. What an
+    item passed over is named in the log and counted in its `num_skipped`.
+
+    Args:
+        mixture: of records.
+        encoder: of the recipe's loss.
+        strict: raise where a record cannot be encoded, in place of taking the next.
+    """
+
+    def __init__(self, mixture: Mixture, encoder: Encoder | PairEncoder, strict: bool = False):
+        self.mixture, self.encoder, self.strict = mixture, encoder, strict
 
     def __len__(self) -> int:
         return len(self.mixture)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        for other in range(index, index + MAX_TOO_LONG):
-            record = self.mixture[other % len(self)]
+        last: Exception | None = None
+        for skipped in range(MAX_SKIPPED):
+            position = (index + skipped) % len(self)
+            record = self.mixture[position]
             try:
-                return self.encoder(record)
+                sample = self.encoder(record)
+                return sample | ({"num_skipped": torch.tensor(skipped)} if skipped else {})
             except TooLongError as error:
                 last = error
                 logger.warning("Skipped: %s", error)
             except (OSError, ValueError) as error:
-                raise self._name_record(other % len(self), record, error) from error
-        raise last
+                last = self._name_record(position, record, error)
+                if self.strict or self._is_of_another_loss(record):
+                    raise last from error
+                logger.warning("Skipped: %s", last)
+        if isinstance(last, TooLongError):
+            raise last
+        raise SampleError(
+            f"{MAX_SKIPPED} samples in a row cannot be encoded, of which the last is {last} A folder of images is "
+            "probably missing, or the data is damaged: correct the mixture of the recipe."
+        )
 
     def estimate_length(self, index: int) -> int:
         """Guess a sample's length from its record and the sizes of its images, which are not decoded."""
@@ -171,27 +203,36 @@ class Samples(Dataset):
         upright = images.turns_upright(processor)
         for image in record.images:
             try:
-                size = size_of(image, upright)
+                size = image.size(upright=upright)
             except (OSError, ValueError) as error:
-                raise self._name_record(index, record, error) from error
+                if self.strict:
+                    raise self._name_record(index, record, error) from error
+                continue  # the sample will give way to another
             shown = processor.image_processor.image_size_for_model(*size, self.encoder.any_resolution)
             length += processor.count_image_tokens(shown)
         return length
+
+    def _is_of_another_loss(self, record: Record) -> bool:
+        """Whether a record can never be encoded here: the recipe is at fault then, not the data."""
+        return (record.kind == "preference") != isinstance(self.encoder, PairEncoder)
 
     def _name_record(self, index: int, record: Record, error: Exception) -> SampleError:
         return SampleError(f"{self.mixture.name_of(index)}, record {record.id!r}: {error}")
 
 
-def size_of(image: ImageSource, upright: bool = True) -> tuple[int, int]:
-    """Give an image's (height, width) from its drawing or its file's header, turned upright or as stored."""
-    if image.drawing:
-        return image.drawing.size
-    try:
-        with Image.open(io.BytesIO(image.data) if image.data else image.path or "") as opened:
-            return images.size_of(opened, upright)
-    except Exception:  # decoders raise whatever a broken file makes them meet
-        width, height = image.open(upright=upright).size  # says what is wrong
-        return height, width
+class CountingCollator:
+    """Makes batches with another collator, and says how many samples were passed over for each.
+
+    Args:
+        collate: makes a batch.
+    """
+
+    def __init__(self, collate: Collator | PairCollator):
+        self.collate = collate
+
+    def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        skipped = sum((sample["num_skipped"] for sample in samples if "num_skipped" in sample), torch.tensor(0))
+        return self.collate(samples) | {"num_skipped": skipped}
 
 
 class LengthSortedSampler(Sampler[int]):
@@ -233,6 +274,8 @@ class StageTrainer(RecipeTrainer):
     def __init__(self, recipe: Recipe, objective: PreferenceObjective | None = None, **kwargs: Any):
         super().__init__(recipe, **kwargs)
         self.objective = objective
+        self.skipped_samples = torch.tensor(0, device=self.args.device)
+        """By this process since the last line of the log."""
         self.figures: list[dict[str, float]] = []
         """Of the batches since the last line of the log."""
         if objective:
@@ -246,8 +289,18 @@ class StageTrainer(RecipeTrainer):
         self.figures.append(figures)
         return (loss, {}) if return_outputs else loss
 
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute a batch's gradients, and count the samples that were passed over for it."""
+        self.skipped_samples += inputs.pop("num_skipped")
+        return super().training_step(model, inputs, *args, **kwargs)
+
     def log(self, logs: dict[str, float], *args: Any) -> None:
-        """Write a line of the log, with the mean of the figures over batches and processes."""
+        """Write a line of the log: the mean of the figures over batches and processes, and what was passed over."""
+        if "loss" in logs:
+            skipped = int(self.accelerator.gather(self.skipped_samples.unsqueeze(0)).sum())
+            self.skipped_samples.zero_()
+            skipped += int(logged(self.state, "skipped_samples"))
+            logs = logs | ({"skipped_samples": skipped} if skipped else {})
         if self.figures and "loss" in logs:
             names = list(self.figures[0])
             values = torch.tensor([[figures[name] for name in names] for figures in self.figures]).mean(0)

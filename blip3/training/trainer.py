@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every stage does around `Trainer`: resume or refuse, arguments, optimiser, logs."""
+"""What every stage does around `Trainer`: arguments, optimiser, checkpoints, logs."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -10,15 +11,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 from transformers.utils import is_torch_tf32_available
 
 from ..checkpoints import CODE_FILES, code_folder, folder_of
 from ..conversion.names import name_for_both_lines
-from .recipe import Recipe, RunRecipe, load_recipe, save_recipe
+from ..refusals import list_names
+from .recipe import Recipe, RunRecipe
+from .resume import checkpoints_in, keep_newest, num_processes, remove_checkpoint, write_manifest
 
-SAVED_RECIPE = "recipe.yaml"
 RESAMPLER_FILE = "resampler.safetensors"  # beside a published tower
 PROCESSOR_FILES = (
     "chat_template.jinja",
@@ -28,68 +30,10 @@ PROCESSOR_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-_MAY_CHANGE = ("log_every", "save_every", "keep_checkpoints", "num_workers", "notes")
+MAX_BAD_IN_A_ROW = 3  # steps without a finite loss and gradient; weights that are broken stay broken
+MAX_BAD_STEPS = 100  # of a whole run
 
-
-def resume_or_refuse(recipe: RunRecipe) -> str | None:
-    """Find the checkpoint to resume from; save the resolved recipe and seed everything.
-
-    Returns:
-        the newest complete checkpoint in `recipe.output`, or None.
-
-    Raises:
-        ValueError: if the folder holds a run of another recipe.
-    """
-    output = Path(recipe.output)
-    saved = output / SAVED_RECIPE
-    checkpoint = find_checkpoint(output)
-    if saved.is_file() and checkpoint:
-        before = load_recipe(saved, type(recipe))
-        changed = [
-            name
-            for name in vars(recipe)
-            if name not in _MAY_CHANGE and _as_json(getattr(before, name)) != _as_json(getattr(recipe, name))
-        ]
-        if changed:
-            raise ValueError(
-                f"{output} holds a run whose {changed[0]} was {getattr(before, changed[0])!r}, and now it is "
-                f"{getattr(recipe, changed[0])!r}; resumed, it would be neither of the two. The recipe was probably "
-                "edited: give it another output, or remove the folder."
-            )
-    if is_main_process():
-        save_recipe(recipe, saved)
-    set_seed(recipe.seed)
-    return checkpoint
-
-
-def find_checkpoint(output: Path) -> str | None:
-    """Find the newest complete checkpoint; a run may be killed while it writes one.
-
-    `Trainer` writes its state last, so a folder without a readable one is incomplete. It is overwritten when the
-    resumed run gets there.
-    """
-    folders = [path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    for folder in sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        try:
-            TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        except (OSError, ValueError, TypeError):
-            continue
-        return str(folder)
-    return None
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
-def num_processes() -> int:
-    """Processes that train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main_process() -> bool:
-    """Whether this process writes what all of them share."""
-    return os.environ.get("RANK", "0") == "0"
+logger = logging.getLogger(__name__)
 
 
 def training_arguments(recipe: RunRecipe, **others: Any) -> TrainingArguments:
@@ -121,7 +65,8 @@ def training_arguments(recipe: RunRecipe, **others: Any) -> TrainingArguments:
         bf16=recipe.bf16,
         logging_steps=recipe.log_every,
         save_steps=recipe.save_every,
-        save_total_limit=recipe.keep_checkpoints,
+        save_total_limit=None,  # ours are removed once the newest is whole
+        logging_nan_inf_filter=False,  # which logs a loss that is no number as 0
         dataloader_num_workers=recipe.num_workers,
         seed=recipe.seed,
         remove_unused_columns=False,
@@ -130,8 +75,35 @@ def training_arguments(recipe: RunRecipe, **others: Any) -> TrainingArguments:
     )
 
 
+class DivergedError(ArithmeticError):
+    """A run whose loss, gradients or weights are no longer numbers."""
+
+
+class StepGuard(TrainerCallback):
+    """Lets a trainer look at the gradients before each step."""
+
+    def __init__(self, trainer: "RecipeTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Take up the count of the run that is resumed."""
+        self.trainer.bad_steps = int(logged(state, "skipped_steps"))
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Leave out a step without a finite loss and gradient."""
+        self.trainer.leave_out_bad_step()
+
+
+def logged(state: TrainerState, name: str) -> float:
+    """Give the last value of a count in the log; 0 if there is none."""
+    return next((entry[name] for entry in reversed(state.log_history) if name in entry), 0)
+
+
 class RecipeTrainer(Trainer):
-    """`Trainer` with the recipe's optimiser.
+    """`Trainer` with the recipe's optimiser, which stops where there is nothing to learn from.
+
+    A step whose loss or gradient is not finite is left out and counted (`skipped_steps` in the log). After
+    `MAX_BAD_IN_A_ROW` or `MAX_BAD_STEPS` of them the run ends. Weights that are not finite are never saved.
 
     Args:
         recipe: of the run.
@@ -143,6 +115,96 @@ class RecipeTrainer(Trainer):
     def __init__(self, recipe: RunRecipe, **kwargs: Any):
         self.recipe = recipe
         super().__init__(**kwargs)
+        self.bad_steps = self.bad_in_a_row = 0
+        self.had_bad_loss = False  # since the last line of the log
+        self.is_loss_bad = torch.zeros((), dtype=torch.bool, device=self.args.device)
+        self.add_callback(StepGuard(self))
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute a batch's gradients, and remember whether its loss is finite.
+
+        `Trainer` adds losses up, also beyond a line of the log: one NaN would stay in the sum for good. So `log`
+        writes it in its line, and the sum goes without it.
+        """
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        is_finite = loss.isfinite()
+        self.is_loss_bad |= ~is_finite.to(self.is_loss_bad.device)
+        return loss.where(is_finite, 0.0)
+
+    def leave_out_bad_step(self) -> None:
+        """Drop the gradients of a step that has no finite loss and gradient.
+
+        Raises:
+            DivergedError: if there were too many.
+        """
+        gradients = [local(each.grad) for each in self.model.parameters() if each.grad is not None]
+        is_gradient_bad = not bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        had_bad_loss, had_bad_gradient = self.are_so_anywhere(bool(self.is_loss_bad), is_gradient_bad)
+        self.had_bad_loss |= had_bad_loss
+        self.is_loss_bad.zero_()
+        if not had_bad_loss and not had_bad_gradient:
+            self.bad_in_a_row = 0
+            return
+        self.bad_steps += 1
+        self.bad_in_a_row += 1
+        self.model.zero_grad(set_to_none=True)
+        step = self.state.global_step + 1
+        logger.warning("Left out: step %d, whose loss or gradient is not finite (%d so far).", step, self.bad_steps)
+        if self.bad_in_a_row >= MAX_BAD_IN_A_ROW or self.bad_steps >= MAX_BAD_STEPS:
+            raise DivergedError(
+                f"The loss or its gradient was not finite (NaN or infinity) in {self.bad_steps} steps, "
+                f"{self.bad_in_a_row} of them one after another up to step {step}, but {MAX_BAD_IN_A_ROW - 1} in a "
+                f"row and {MAX_BAD_STEPS - 1} in all are passed over. {self._advice()}"
+            )
+
+    def check_weights(self) -> None:
+        """Refuse weights that are not finite.
+
+        Raises:
+            DivergedError: naming the first.
+        """
+        bad = [
+            name for name, each in self.model.named_parameters()
+            if each.is_floating_point() and not bool(local(each.detach()).isfinite().all())
+        ]  # fmt: skip
+        if any(self.are_so_anywhere(bool(bad))):
+            raise DivergedError(
+                f"After step {self.state.global_step} {len(bad)} weights are not finite (NaN or infinity), "
+                f"{list_names(bad, 2)}, but a model needs numbers; they were not saved. {self._advice()}"
+            )
+
+    def are_so_anywhere(self, *values: bool) -> list[bool]:
+        """Tell of each value whether it is true in any of the processes."""
+        return self.accelerator.gather(torch.tensor([values], device=self.args.device)).any(0).tolist()
+
+    def _advice(self) -> str:
+        checkpoint = next((path.name for path in reversed(checkpoints_in(Path(self.args.output_dir)))), "none")
+        return (
+            f"The learning rate, {self.args.learning_rate}, is probably too high, or the weights that training began "
+            f"with are damaged: lower it and give another output. The newest checkpoint, {checkpoint}, is kept."
+        )
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        """Write a line of the log, with the number of steps that were left out; a loss that was NaN stays NaN."""
+        if "loss" in logs and self.had_bad_loss:
+            logs, self.had_bad_loss = logs | {"loss": float("nan")}, False
+        super().log(logs | ({"skipped_steps": self.bad_steps} if self.bad_steps else {}), *args)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint, its manifest last, and then remove older ones."""
+        self.check_weights()
+        step, is_main = self.state.global_step, self.is_world_process_zero()
+        output = Path(self.args.output_dir)
+        folder = output / f"checkpoint-{step}"
+        if is_main:
+            remove_checkpoint(folder)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if is_main:
+            write_manifest(folder)
+            keep_newest(output, step, self.recipe.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """AdamW or SOAP, with the tower's own learning rate if the recipe gives one."""
@@ -170,6 +232,11 @@ class RecipeTrainer(Trainer):
             [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()], **settings
         )
         return self.optimizer
+
+
+def local(tensor: Any) -> torch.Tensor:
+    """Give what this process holds of a tensor that may be sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def copy_processor(source: str | Path, output: str | Path) -> None:

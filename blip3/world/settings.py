@@ -6,10 +6,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..data.canvas import MAX_SIDE
 from ..data.fonts import FACES
 from ..data.things import THINGS
 from ..data.yaml_files import read_yaml
-from ..refusals import check_keys
+from ..refusals import Bounds, check_fields, check_keys, show
 
 COLOURS = {
     "red": (217, 38, 38),
@@ -73,6 +74,24 @@ FURNITURE = frozenset(_FURNITURE.split())
 """Printed words of documents that carry no content: they alone may appear in both splits."""
 
 
+_BOUNDS: dict[str, Bounds] = {
+    "sides": (8, MAX_SIDE),
+    "document_sides": (8, MAX_SIDE),
+    "max_aspect": (1, 100),
+    "object_sides": (0, 1),
+    "text_heights": (0, 1),
+    "min_text_pixels": (1, MAX_SIDE),
+    "max_characters": (1, 1000),
+    "ocr_strings": (1, 1000),
+    "max_count": (1, 1000),
+    "quiz_questions": (1, 1000),
+    "num_shots": (0, 1000),
+    "box_decimals": (0, 16),
+    "ocr_granularities": (0, 5),
+    "grounding_granularities": (0, 2),
+}
+
+
 @dataclass(frozen=True)
 class WorldSettings:
     """What the rendered world may render; the defaults suit a model with tiles of about 96 to 384 pixels."""
@@ -126,6 +145,7 @@ class WorldSettings:
     """Names from `fonts.FACES`."""
 
     def __post_init__(self) -> None:
+        check_fields("WorldSettings has", self, _BOUNDS)
         for name, least, known in (
             ("colours", 4, COLOURS),
             ("things", 4, THINGS),
@@ -171,6 +191,11 @@ def settings_from(values: dict[str, Any], place: str = "world") -> WorldSettings
         ValueError: for an unknown field or a value that `WorldSettings` refuses.
     """
     known = [field.name for field in fields(WorldSettings)]
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{place} holds {show(values)} but must be a mapping of fields to values. A key was probably left out: "
+            "write field: value."
+        )
     check_keys(place, values, known, "field")
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()

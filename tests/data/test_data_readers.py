@@ -90,7 +90,7 @@ def test_llava_repairs_and_roles(tmp_path):
         (llava_entry(1, conversations=[{"from": "robot", "value": "Hi"}]), r"entry 1, field conversations\[0\]"),
         (llava_entry(1, image=["a", "b"]), r"entry 1.*field images: it has 2 images and its turns 1 <image>"),
         (llava_entry(1, image=7), r"entry 1, field image: .*'7'"),
-        ("text", r"entry 1, field \(entry\)"),
+        ("text", r"entry 1, field \(whole row\)"),
     ],
 )
 def test_llava_faults_name_entry_and_field(tmp_path, caplog, entry, message):

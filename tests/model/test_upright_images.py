@@ -19,7 +19,6 @@ from blip3.hub import model_code
 from blip3.serving.fetch import ImageFetcher
 from blip3.serving.limits import ImageLimits
 from blip3.training.encode import Encoder
-from blip3.training.train import size_of
 from support import QuietServer, load_model
 from support.exif import FORMATS, STORED, encode, turned_and_upright, write_both
 
@@ -258,8 +257,8 @@ def test_records(files, processor, tiny_repo):
     for image in (ImageSource(path=str(turned)), ImageSource(data=turned.read_bytes())):
         assert np.array_equal(pixels(image.open()), pixels(Image.open(upright)))
         assert np.array_equal(pixels(image.open(upright=False)), pixels(Image.open(turned)))
-        assert size_of(image) == (60, 200)
-        assert size_of(image, upright=False) == (200, 60)
+        assert image.size() == (60, 200)
+        assert image.size(upright=False) == (200, 60)
         assert open_images([image], processor)[0].size == (200, 60)
     forbidden = AutoProcessor.from_pretrained(tiny_repo, trust_remote_code=True, do_exif_transpose=False)
     assert open_images([ImageSource(path=str(turned))], forbidden)[0].size == (60, 200)
@@ -267,7 +266,7 @@ def test_records(files, processor, tiny_repo):
 
 def test_tiff_is_not_turned_twice(tmp_path):
     turned, upright = write_both(tmp_path, "TIFF")
-    assert size_of(ImageSource(path=str(turned))) == (60, 200)
+    assert ImageSource(path=str(turned)).size() == (60, 200)
     assert np.array_equal(pixels(ImageSource(path=str(turned)).open()), pixels(Image.open(upright)))
 
 

@@ -76,7 +76,7 @@ def test_post_training_goes_on_from_the_chain(chain, monkeypatch):
     """With teacher-forced answers, as a model of two steps writes no sentences that a file of them could hold."""
     monkeypatch.chdir(chain.parents[1])
     start = "model=outputs/small/3_sft_multi_image/final"
-    for name, changes in (("4_dpo", ["noised_answers=", start]), ("5_safety", [])):
+    for name, changes in (("4_dpo", ['noised_answers=""', start]), ("5_safety", [])):
         (module, *arguments) = head_commands(name)[-1]
         monkeypatch.setattr(sys, "argv", [module, *arguments, *TINY, *changes])
         importlib.import_module(module).main()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from blip3.training import trainer
+from blip3.training import resume, trainer
 from blip3.training.mixture import Mixture, check_entry
 from blip3.training.recipe import LoraSettings, Recipe, TowerRecipe, check_keys, load_recipe, save_recipe
 from blip3.training.small.new_model import KEYS
@@ -176,9 +176,9 @@ def test_a_world_file_stands_beside_the_recipe(recipe_file):
         ("loss=preference", "loss preference and no lora, but the reference is the model without its adapters"),
         ("beta=0.2", "beta 0.2 but its loss is next_token, which does not read it"),
         ("noised_answers=a.parquet", "noised_answers 'a.parquet' but its loss is next_token"),
-        ("noise_step=1000", "noise_step 1000 but it must be one of the 1,000 steps"),
+        ("noise_step=1000", "noise_step 1000 but 1000 is out of range: numbers from 0 to 999"),
         ("noise_pixels=raw", "noise_pixels 'raw' but it must be one of normalised, unit"),
-        ("anchor=-1", "anchor -1.* neither weight may be negative"),
+        ("anchor=-1", "anchor -1.* is out of range: numbers 0 or more"),
         ("lora={rank: 4, alpha: 8}", r"lora and trainable \['resampler', 'language_model'\], but adapters are added"),
         ("lora={rank: 4}", "lora lacks alpha"),
         ("lora={rank: 0, alpha: 8}", "lora has rank 0 but it must be a positive integer"),
@@ -287,34 +287,36 @@ def write_checkpoint(output: Path, step: int, state: str | None = None) -> None:
     folder.mkdir(parents=True)
     if state is not None:
         (folder / "trainer_state.json").write_text(state)
+        resume.write_manifest(folder)
 
 
 def test_a_folder_of_another_recipe_is_refused(recipe_file, tmp_path):
     here = f"output={tmp_path / 'run'}"
     recipe = load_recipe(recipe_file, Recipe, [here])
-    assert trainer.resume_or_refuse(recipe) is None
+    assert resume.resume_or_refuse(recipe) is None
     assert load_recipe(tmp_path / "run" / "recipe.yaml", Recipe) == recipe
-    trainer.resume_or_refuse(load_recipe(recipe_file, Recipe, [here, "max_steps=20"]))  # nothing was trained yet
-    trainer.resume_or_refuse(recipe)
+    resume.resume_or_refuse(load_recipe(recipe_file, Recipe, [here, "max_steps=20"]))  # nothing was trained yet
+    resume.resume_or_refuse(recipe)
     write_checkpoint(tmp_path / "run", 5, json.dumps({"global_step": 5}))
-    assert trainer.resume_or_refuse(recipe) == str(tmp_path / "run" / "checkpoint-5")
+    assert resume.resume_or_refuse(recipe) == str(tmp_path / "run" / "checkpoint-5")
     free = ["log_every=1", "save_every=7", "keep_checkpoints=9", "num_workers=2", "notes={seed: ours}"]
-    assert trainer.resume_or_refuse(load_recipe(recipe_file, Recipe, [here, *free]))
+    assert resume.resume_or_refuse(load_recipe(recipe_file, Recipe, [here, *free]))
     for change in ("learning_rate=1e-4", "max_steps=11", "mixture=[{rendered: name}]", "world={box_decimals: 1}"):
         with pytest.raises(
             ValueError, match=f"holds a run whose {change.split('=')[0]} was .* give it another output"
         ):
-            trainer.resume_or_refuse(load_recipe(recipe_file, Recipe, [here, change]))
+            resume.resume_or_refuse(load_recipe(recipe_file, Recipe, [here, change]))
 
 
 def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path):
-    assert trainer.find_checkpoint(tmp_path / "nowhere") is None
+    assert resume.find_checkpoint(tmp_path / "nowhere") is None
     write_checkpoint(tmp_path, 9, json.dumps({"global_step": 9}))
     write_checkpoint(tmp_path, 10, json.dumps({"global_step": 10}))
     write_checkpoint(tmp_path, 11)  # killed before the state was written
-    write_checkpoint(tmp_path, 12, '{"global_st')  # or in the middle of it
+    write_checkpoint(tmp_path, 12, '{"global_step": 12}')  # or damaged later
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global_st')
     (tmp_path / "checkpoint-best").mkdir()
-    assert trainer.find_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert resume.find_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 # -- recipes and runs of earlier versions -----------------------------------------------------------------------------
@@ -329,9 +331,9 @@ def test_recipes_under_their_former_names_are_read(recipe_file):
 
 def test_a_run_whose_recipe_was_saved_under_former_names_goes_on(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file, Recipe, [f"output={tmp_path / 'run'}"])
-    trainer.resume_or_refuse(recipe)
+    resume.resume_or_refuse(recipe)
     saved = tmp_path / "run" / "recipe.yaml"
     saved.write_text(saved.read_text().replace("- rendered: count", "- drawn: count"))
     assert "drawn" in saved.read_text()
     write_checkpoint(tmp_path / "run", 5, json.dumps({"global_step": 5}))
-    assert trainer.resume_or_refuse(recipe) == str(tmp_path / "run" / "checkpoint-5")
+    assert resume.resume_or_refuse(recipe) == str(tmp_path / "run" / "checkpoint-5")

@@ -428,7 +428,7 @@ def test_sharded_processes_train_as_one_resume_and_save_a_complete_folder(straig
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_workers": 1}, {"group_by_length": True}], ids=str)
-def test_a_missing_image_ends_a_run_with_one_line_that_names_file_and_record(
+def test_a_missing_image_ends_a_strict_run_with_one_line_that_names_file_and_record(
     changes, small_model, tmp_path, monkeypatch, capfd
 ):
     (tmp_path / "data").mkdir()
@@ -437,7 +437,7 @@ def test_a_missing_image_ends_a_run_with_one_line_that_names_file_and_record(
     write_jsonl(records, tmp_path / "data" / "photos.jsonl")
     render_image(40, 60).save(tmp_path / "data" / "0.png")
     mixture = [{"records": str(tmp_path / "data" / "photos.jsonl")}]
-    path = write_recipe(tmp_path / "run.yaml", small_model, mixture=mixture, max_steps=2, **changes)
+    path = write_recipe(tmp_path / "run.yaml", small_model, mixture=mixture, max_steps=2, strict=True, **changes)
     monkeypatch.setattr(sys, "argv", ["train", str(path)])
     with pytest.raises(SystemExit) as end:
         stage.main()

@@ -9,22 +9,32 @@
 Each question becomes a record whose last turn is the reference answer.
 """
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..images import ImageSource
-from ..records import IMAGE_TOKEN, Record, Turn
-from .rows import Row, convert_rows, fault, finish_record, image_from, need
+from ..images import ImageSource, RecordError
+from ..records import IMAGE_TOKEN, Record, Turn, is_unicode, log_skipped, log_skipped_in_all, parse_json
+from .rows import (
+    OTHER_FORM,
+    Row,
+    a_list,
+    a_text,
+    an_object,
+    convert_rows,
+    fault,
+    finish_record,
+    image_from,
+    need,
+    read_json_rows,
+)
 from .safety import read_safety
 
 POPE_PROBES = ("random", "popular", "adversarial")
 NO_REFERENCE = "(no reference)"
 _POPE_FILES = "coco_pope_{}.json"
 _ANSWERS = {"0": "no", "1": "yes"}
-_OTHER_FILE = ("The file is probably of another data set.", "Download it again, or use the reader for its form.")
 
 
 def read_pope(folder: str | Path, image_folder: str | Path, skip_faulty: bool = False) -> Iterator[Record]:
@@ -52,17 +62,25 @@ def read_pope(folder: str | Path, image_folder: str | Path, skip_faulty: bool = 
 
 
 def _read_pope_file(path: Path, probe: str, image_folder: str, skip_faulty: bool) -> Iterator[Record]:
-    def convert(line: Any, place: str) -> Iterator[Record]:
-        row = _parse(line, place)
+    def convert(row: Row, place: str) -> Iterator[Record]:
         label = _one_of(row, place, "label", ("yes", "no"))
         name = _text(row, place, "image")
         facts = {"image": name, "probe": probe, "label": label}
         images = (image_from(name, place, "image", image_folder),)
-        identity = f"{probe}-{need(row, place, 'question_id')}"
+        identity = f"{probe}-{_key(row, place, 'question_id')}"
         yield _question(place, identity, _text(row, place, "text"), label, images, facts)
 
-    with path.open(encoding="utf-8") as lines:
-        yield from convert_rows(filter(str.strip, lines), str(path), convert, skip_faulty)
+    yield from convert_rows(_lines_of(path), str(path), convert, skip_faulty)
+
+
+def _lines_of(path: Path) -> Iterator[Any]:
+    """Read JSON lines one at a time; one that is no JSON is given as its error."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(filter(bytes.strip, lines), start=1):
+            try:
+                yield parse_json(line, f"{path} row {number}", "(whole row)")
+            except RecordError as error:
+                yield error
 
 
 def read_hallusionbench(path: str | Path, image_folder: str | Path, skip_faulty: bool = False) -> Iterator[Record]:
@@ -80,7 +98,7 @@ def read_hallusionbench(path: str | Path, image_folder: str | Path, skip_faulty:
 
     def convert(row: Row, place: str) -> Iterator[Record]:
         names = ("category", "subcategory", "set_id", "figure_id", "question_id")
-        key = {name: str(need(row, place, name)) for name in names}
+        key = {name: _key(row, place, name) for name in names}
         _one_of(row, place, "category", ("VD", "VS"))
         shown = _one_of(row, place, "visual_input", ("0", "1", "2"))
         reference = _ANSWERS[_one_of(row, place, "gt_answer", tuple(_ANSWERS))]
@@ -91,7 +109,7 @@ def read_hallusionbench(path: str | Path, image_folder: str | Path, skip_faulty:
         facts = {**key, "visual_input": shown, "details": _text(row, place, "gt_answer_details")}
         yield _question(place, "-".join(key.values()), _text(row, place, "question"), reference, images, facts)
 
-    yield from convert_rows(_read_list(path), str(path), convert, skip_faulty)
+    yield from convert_rows(_read_list(path, skip_faulty), str(path), convert, skip_faulty)
 
 
 def read_vlguard(path: str | Path, image_folder: str | Path, skip_faulty: bool = False) -> Iterator[Record]:
@@ -109,15 +127,15 @@ def read_vlguard(path: str | Path, image_folder: str | Path, skip_faulty: bool =
         FileNotFoundError: if there is no such file.
         RecordError: naming file, row and field.
     """
-    rows = map(_with_responses, _read_list(path))
+    rows = map(_with_responses, _read_list(path, skip_faulty))
     for record in read_safety(rows, str(image_folder), skip_faulty, str(path)):
         has_reference = record.turns[-1].text != NO_REFERENCE
         yield replace(record, annotations=record.annotations | {"has_reference": has_reference})
 
 
-def _with_responses(row: Row) -> Row:
+def _with_responses(row: Any) -> Any:
     """Fill in the responses that are empty; what has another form is left for the reader to name."""
-    pairs = row.get("instr-resp")
+    pairs = row.get("instr-resp") if isinstance(row, dict) else None
     if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
         return row
     filled = [pair | {"response": NO_REFERENCE} if pair.get("response") == "" else pair for pair in pairs]
@@ -127,13 +145,16 @@ def _with_responses(row: Row) -> Row:
 DESCRIBE = "Please describe this image in detail."
 
 
-def read_coco(instances: str | Path, captions: str | Path, image_folder: str | Path) -> Iterator[Record]:
+def read_coco(
+    instances: str | Path, captions: str | Path, image_folder: str | Path, skip_faulty: bool = False
+) -> Iterator[Record]:
     """Read COCO's photographs with their marked objects and their captions; a record asks for a new description.
 
     Args:
         instances: such as `instances_val2014.json`.
         captions: such as `captions_val2014.json`, of the same images.
         image_folder: with the images.
+        skip_faulty: log and count faulty rows instead of raising.
 
     Yields:
         each image that has a caption, with `objects` (names of the categories) and `captions` in its annotations.
@@ -142,41 +163,67 @@ def read_coco(instances: str | Path, captions: str | Path, image_folder: str | P
         FileNotFoundError: if a file is missing.
         RecordError: naming file, row and field.
     """
-    marked, described = _read_object(instances), _read_object(captions)
-    categories = {row["id"]: row["name"] for _, row in _rows(marked, instances, "categories", "id", "name")}
+    marked, described = (_Lists(path, skip_faulty) for path in (instances, captions))
+    categories = {row["id"]: row["name"] for _, row in marked.rows("categories", "id", texts=("name",))}
     objects: dict[Any, dict[str, None]] = {}
-    for place, row in _rows(marked, instances, "annotations", "image_id", "category_id"):
-        if row["category_id"] not in categories:
-            given = row["category_id"]
-            raise fault(place, "category_id", given, "it must be one of the file's categories", *_OTHER_FILE)
-        objects.setdefault(row["image_id"], {})[categories[row["category_id"]]] = None
+    for place, row in marked.rows("annotations", "image_id", "category_id"):
+        if row["category_id"] in categories:
+            objects.setdefault(row["image_id"], {})[categories[row["category_id"]]] = None
+            continue
+        given = row["category_id"]
+        marked.refuse(fault(place, "category_id", given, "it must be one of the file's categories", *OTHER_FORM))
     texts: dict[Any, list[str]] = {}
-    for place, row in _rows(described, captions, "annotations", "image_id", "caption"):
-        texts.setdefault(row["image_id"], []).append(_text(row, place, "caption").strip())
-    for place, row in _rows(described, captions, "images", "id", "file_name"):
+    for _, row in described.rows("annotations", "image_id", texts=("caption",)):
+        texts.setdefault(row["image_id"], []).append(row["caption"].strip())
+    for place, row in described.rows("images", "id", texts=("file_name",)):
         if row["id"] in texts:
-            facts = {
-                "image": row["file_name"],
-                "objects": list(objects.get(row["id"], {})),
-                "captions": texts[row["id"]],
-            }
-            images = (image_from(row["file_name"], place, "file_name", str(image_folder)),)
-            yield _question(place, f"coco-{row['id']}", DESCRIBE, texts[row["id"]][0], images, facts)
+            name, known = row["file_name"], list(objects.get(row["id"], {}))
+            facts = {"image": name, "objects": known, "captions": texts[row["id"]]}
+            try:
+                images = (image_from(name, place, "file_name", str(image_folder)),)
+                record = _question(place, f"coco-{row['id']}", DESCRIBE, texts[row["id"]][0], images, facts)
+            except RecordError as error:
+                described.refuse(error)
+                continue
+            yield record
+    for each in (marked, described):
+        log_skipped_in_all(each.skipped, str(each.path))
 
 
-def _read_object(path: str | Path) -> Row:
-    return _parse(Path(path).read_text(encoding="utf-8"), str(path))
+class _Lists:
+    """The lists of one COCO file.
 
+    Args:
+        path: of the file.
+        skip: log and count faulty rows.
+    """
 
-def _rows(values: Row, path: str | Path, name: str, *keys: str) -> Iterator[tuple[str, Row]]:
-    """Give each row of one of the lists of a COCO file, with its place."""
-    for number, row in enumerate(need(values, str(path), name), start=1):
-        place = f"{path} {name} row {number}"
-        if not isinstance(row, dict):
-            raise fault(place, "(whole row)", row, "each row must be an object", *_OTHER_FILE)
-        for key in keys:
-            need(row, place, key)
-        yield place, row
+    def __init__(self, path: str | Path, skip: bool):
+        self.path, self.skip, self.skipped = path, skip, 0
+        place = str(path)
+        self.values = an_object(parse_json(Path(path).read_bytes(), place, "(whole file)"), place, "(whole file)")
+
+    def rows(self, name: str, *keys: str, texts: tuple[str, ...] = ()) -> Iterator[tuple[str, Row]]:
+        """Give each row of a list with its place; it has the keys, texts or numbers, and the texts."""
+        for number, row in enumerate(a_list(need(self.values, str(self.path), name), str(self.path), name), start=1):
+            place = f"{self.path} {name} row {number}"
+            try:
+                row = an_object(row, place, "(whole row)")
+                for key in keys:
+                    _key(row, place, key)
+                for key in texts:
+                    _text(row, place, key)
+            except RecordError as error:
+                self.refuse(error)
+                continue
+            yield place, row
+
+    def refuse(self, error: RecordError) -> None:
+        """Raise an error, or log and count it."""
+        if not self.skip:
+            raise error
+        self.skipped += 1
+        log_skipped(error, self.skipped)
 
 
 def _question(
@@ -186,37 +233,36 @@ def _question(
     return finish_record(place, identity, "instruction", images, turns, annotations=facts)
 
 
-def _read_list(path: str | Path) -> Iterable[Row]:
-    """Read a file that is one list of objects."""
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        rows = f"it is no JSON ({error})"
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise fault(str(path), "(whole file)", rows, "it must be a list of objects", *_OTHER_FILE)
+def _read_list(path: str | Path, skip_faulty: bool) -> list[Any]:
+    """Read a file that is one list of objects; faulty entries stay in it if they are to be counted."""
+    is_list = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    rows = read_json_rows(path)
+    wrong = next((row for row in rows if not isinstance(row, dict)), None)
+    if not is_list or not rows or (wrong is not None and not skip_faulty):
+        given = f"it is no JSON ({wrong})" if isinstance(wrong, RecordError) else wrong or "it is no list, or empty"
+        raise fault(str(path), "(whole file)", given, "it must be a list of objects", *OTHER_FORM)
     return rows
 
 
-def _parse(line: str, place: str) -> Row:
-    """Read one JSON line."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        row = f"it is no JSON ({error})"
-    if not isinstance(row, dict):
-        raise fault(place, "(whole row)", row, "it must be an object", *_OTHER_FILE)
-    return row
+def _key(row: Row, place: str, name: str) -> str:
+    """Take a value that names something: a text or a whole number."""
+    value = need(row, place, name)
+    if isinstance(value, str) and value and is_unicode(value):
+        return value
+    if type(value) is int and abs(value) < 2**64:
+        return str(value)
+    raise fault(place, name, value, "it must be a text or a whole number", *OTHER_FORM)
 
 
 def _text(row: Row, place: str, name: str) -> str:
-    value = need(row, place, name)
-    if not isinstance(value, str) or not value.strip():
-        raise fault(place, name, value, "it must be a text", *_OTHER_FILE)
+    value = a_text(need(row, place, name), place, name)
+    if not value.strip():
+        raise fault(place, name, value, "it must be a text", *OTHER_FORM)
     return value
 
 
 def _one_of(row: Row, place: str, name: str, choices: tuple[str, ...]) -> str:
-    value = str(need(row, place, name))
+    value = _key(row, place, name)
     if value not in choices:
-        raise fault(place, name, value, f"it must be one of {', '.join(choices)}", *_OTHER_FILE)
+        raise fault(place, name, value, f"it must be one of {', '.join(choices)}", *OTHER_FORM)
     return value

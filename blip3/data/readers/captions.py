@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..records import IMAGE_TOKEN, Record, Turn
-from .rows import Row, convert_rows, fault, finish_record, identity_of, image_of, need
+from .rows import Row, a_list, a_text, convert_rows, fault, finish_record, identity_of, image_of, need
 
 _FILLER = re.compile(r"\b(?:the (?:image|picture) (?:contains|shows) )?the (?:text|word)s? (?=[\"<])", re.IGNORECASE)
 
@@ -27,8 +27,7 @@ def read_captions(
     """
 
     def convert(row: Row, place: str) -> Iterator[Record]:
-        caption = need(row, place, column)
-        caption = caption.decode("utf-8") if isinstance(caption, bytes) else str(caption)
+        caption = a_text(need(row, place, column), place, column)
         turns = (Turn("document", IMAGE_TOKEN + caption.strip()),)
         yield finish_record(place, identity_of(row, place), "caption", (image_of(row, place, image_folder),), turns)
 
@@ -53,7 +52,7 @@ def read_fusions(
     """
 
     def convert(row: Row, place: str) -> Iterator[Record]:
-        texts = [" ".join(str(need(row, place, name)).split()) for name in (alt_text, column)]
+        texts = [" ".join(a_text(need(row, place, name), place, name).split()) for name in (alt_text, column)]
         if not texts[0]:  # a dense caption that was kept as it is: nothing to learn
             return
         turns = (Turn("user", f"{IMAGE_TOKEN}\n{texts[0]}"), Turn("assistant", texts[1]))
@@ -76,18 +75,24 @@ def _choose(
     return fitting[int.from_bytes(digest[:8], "big") % len(fitting)] if fitting else None
 
 
+def _parse_text(text: str) -> Any:
+    """Read JSON or a Python literal; None where a text is neither."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, TypeError, MemoryError):  # that of the parser: nested too deep
+        return None
+
+
 def _parse_captions(value: Any, place: str) -> list[tuple[str, int, bool]]:
     """Parse `captions`: JSON or a Python literal, objects or lists of (text, granularity, raw caption)."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            try:
-                value = ast.literal_eval(value)
-            except (ValueError, SyntaxError, RecursionError):
-                value = None
+        value = _parse_text(value)
     parsed = []
-    for item in value if isinstance(value, list | tuple) else [None]:
+    for item in a_list(value, place, "captions"):
         if isinstance(item, dict):
             item = [item.get("text"), item.get("granularity"), item.get("include_datacomp_raw_cap", False)]
         if not isinstance(item, list | tuple) or len(item) != 3 or not isinstance(item[0], str):
@@ -99,7 +104,7 @@ def _parse_captions(value: Any, place: str) -> list[tuple[str, int, bool]]:
                 "The column was probably cut off or belongs to another data set.",
                 "Compare the row with docs/data.md.",
             )
-        if not isinstance(item[1], int) or not 0 <= item[1] <= 5:
+        if type(item[1]) is not int or not 0 <= item[1] <= 5:
             raise fault(place, "captions.granularity", item[1], "it must be 0 to 5", "It is damaged.", "Drop the row.")
         parsed.append((item[0], item[1], bool(item[2])))
     return parsed

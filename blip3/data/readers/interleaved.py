@@ -6,7 +6,7 @@ from typing import Any
 
 from ..images import ImageSource
 from ..records import IMAGE_TOKEN, Record, Turn
-from .rows import Row, convert_rows, fault, finish_record, identity_of, image_from, need
+from .rows import Row, a_list, a_text, an_object, convert_rows, fault, finish_record, identity_of, image_from, need
 
 
 def read_interleaved(
@@ -54,7 +54,7 @@ def _merge_bare(chunks: list[str]) -> list[str]:
 
 
 def _aligned_pieces(row: Row, place: str) -> Iterator[tuple[str, Any, str | None]]:
-    images, texts = need(row, place, "images"), need(row, place, "texts")
+    images, texts = (a_list(need(row, place, name), place, name) for name in ("images", "texts"))
     if len(images) != len(texts):
         raise fault(
             place,
@@ -65,13 +65,14 @@ def _aligned_pieces(row: Row, place: str) -> Iterator[tuple[str, Any, str | None
             "Filter both, or drop the row.",
         )
     for index, (image, text) in enumerate(zip(images, texts, strict=True)):
-        yield f"images[{index}]", image, text
+        yield f"images[{index}]", image, a_text(text or "", place, f"texts[{index}]")
 
 
 def _matched_pieces(row: Row, place: str) -> Iterator[tuple[str, Any, str | None]]:
-    sentences = need(row, place, "text_list")
+    sentences = a_list(need(row, place, "text_list"), place, "text_list")
     before: dict[int, list[tuple[str, Any]]] = {}
-    for index, info in enumerate(need(row, place, "image_info")):
+    for index, info in enumerate(a_list(need(row, place, "image_info"), place, "image_info")):
+        info = an_object(info, place, f"image_info[{index}]")
         position, image = info.get("matched_text_index"), info.get("image") or info.get("image_name")
         if type(position) is not int or not 0 <= position < len(sentences):
             raise fault(
@@ -86,4 +87,4 @@ def _matched_pieces(row: Row, place: str) -> Iterator[tuple[str, Any, str | None
     for index, sentence in enumerate(sentences):
         for name, image in before.get(index, []):
             yield name, image if image is not None else "", None
-        yield "text_list", None, sentence
+        yield "text_list", None, a_text(sentence or "", place, f"text_list[{index}]")

@@ -6,10 +6,21 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ...refusals import show
 from ..images import ImageSource
 from ..records import IMAGE_TOKEN, Record, Turn, read_jsonl
 from ..yaml_files import read_yaml
-from .rows import convert_rows, fault, finish_record, image_from, need, read_json_rows
+from .rows import (
+    a_list,
+    an_object,
+    convert_rows,
+    fault,
+    finish_record,
+    identity_of,
+    image_from,
+    need,
+    read_json_rows,
+)
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -42,24 +53,27 @@ def read_llava_json(
     entries = read_json_rows(path)
     numbered = _sample(enumerate(entries, start=1), num_samples, seed)
 
-    def convert(numbered_entry: Any, _: str) -> Iterator[Record]:
-        number, entry = numbered_entry
-        yield _llava_record(entry, f"{path} entry {number}", image_folder)
+    chosen = list(numbered)
 
-    yield from convert_rows(numbered, str(path), convert, skip_faulty)
+    def convert(entry: Any, place: str) -> Iterator[Record]:
+        yield _llava_record(entry, place, image_folder)
+
+    def place_of(number: int) -> str:
+        return f"{path} entry {chosen[number - 1][0]}"
+
+    yield from convert_rows((entry for _, entry in chosen), str(path), convert, skip_faulty, place_of)
 
 
-def _llava_record(entry: Any, place: str, image_folder: str | dict[str, str]) -> Record:
-    if not isinstance(entry, dict):
-        raise fault(place, "(entry)", entry, "it must be an object", "The list is probably nested.", "Flatten it.")
+def _llava_record(entry: dict[str, Any], place: str, image_folder: str | dict[str, str]) -> Record:
     paths = entry.get("image") or entry.get("images") or []
     paths = paths if isinstance(paths, list) else [paths]
     images = tuple(_locate(value, place, image_folder) for value in paths)
     turns = []
-    for index, turn in enumerate(need(entry, place, "conversations", "conversation")):
+    for index, turn in enumerate(a_list(need(entry, place, "conversations", "conversation"), place, "conversations")):
         field = f"conversations[{index}]"
+        turn = an_object(turn, place, field)
         role, text = (turn.get(a, turn.get(b)) for a, b in (("from", "role"), ("value", "content")))
-        if role not in _ROLES or not isinstance(text, str):
+        if not isinstance(role, str) or role not in _ROLES or not isinstance(text, str):
             raise fault(
                 place,
                 field,
@@ -71,7 +85,7 @@ def _llava_record(entry: Any, place: str, image_folder: str | dict[str, str]) ->
         turns.append(Turn(_ROLES[role], text))
     if len(images) == 1:
         turns = _repair_single(turns)
-    identity = str(entry.get("id") or place)
+    identity = identity_of({"id": entry.get("id")}, place)
     return finish_record(place, identity, "instruction", images, tuple(turns))
 
 
@@ -107,18 +121,19 @@ def read_mixture(
     """
     mixture = read_yaml(path)
     mixture = mixture.get("data_path", mixture) if isinstance(mixture, dict) else mixture
+    names = list(mixture) if isinstance(mixture, dict) else []
     counts = list(mixture.values()) if isinstance(mixture, dict) else []
     is_right = [count in (None, "all") or (type(count) is int and count > 0) for count in counts]
-    if not counts or not all(is_right):
+    if not counts or not all(is_right) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(
-            f"The mixture {path} holds {str(mixture)[:80]!r} but must map each file to a number of samples above 0, "
-            "or to all. A colon or a number is probably missing: write `file.json: 1000` on each line."
+            f"The mixture {path} holds {show(str(mixture)[:80])} but must map each file to a number of samples above "
+            "0, or to all. A colon or a number is probably missing: write `file.json: 1000` on each line."
         )
     for name, count in mixture.items():
         file = Path(path).parent / name
         wanted = None if count in (None, "all") else count
         if file.suffix == ".jsonl":
-            yield from _sample(read_jsonl(file), wanted, seed)
+            yield from _sample(read_jsonl(file, skip_faulty), wanted, seed)
         else:
             yield from read_llava_json(file, image_folder, wanted, seed, skip_faulty)
 
@@ -128,4 +143,6 @@ def _sample(records: Iterable[Any], count: int | None, seed: int) -> Iterable[An
     if count is None:
         return records
     known, generator = list(records), random.Random(seed)
+    if not known:
+        return known
     return generator.sample(known, count) if count <= len(known) else generator.choices(known, k=count)

@@ -5,8 +5,21 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from ...refusals import show
 from ..records import IMAGE_TOKEN, Record, Turn
-from .rows import Row, convert_rows, fault, finish_record, identity_of, image_from, need
+from .rows import (
+    OTHER_FORM,
+    Row,
+    a_list,
+    a_text,
+    an_object,
+    convert_rows,
+    fault,
+    finish_record,
+    identity_of,
+    image_from,
+    need,
+)
 
 _RATINGS = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
 
@@ -35,7 +48,7 @@ def read_preferences(
             return
         given = row["img_path"] if row.get("img_path") else row.get("image")
         image = image_from(given, place, "img_path", image_folder)
-        prompt = str(need(row, place, "prompt")).replace(IMAGE_TOKEN, "").strip()
+        prompt = a_text(need(row, place, "prompt"), place, "prompt").replace(IMAGE_TOKEN, "").strip()
         turns = (Turn("user", f"{IMAGE_TOKEN}\n{prompt}"),)
         annotations = {"chosen_rating": high, "rejected_rating": low}
         yield finish_record(
@@ -48,11 +61,13 @@ def read_preferences(
 def _rated_answers(completions: Any, place: str) -> Iterator[tuple[float, str]]:
     """Give (mean rating, answer) of each answer that has all three ratings."""
     if isinstance(completions, dict):  # how `datasets` stores a sequence of objects
-        columns = completions
-        completions = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    for index, completion in enumerate(completions):
-        annotations = completion.get("annotations") or {}
-        ratings = [str((annotations.get(name) or {}).get("Rating")) for name in _RATINGS]
+        completions = _objects_of(completions, place)
+    for index, completion in enumerate(a_list(completions, place, "completions")):
+        name = f"completions[{index}]"
+        completion = an_object(completion, place, name)
+        annotations = an_object(completion.get("annotations") or {}, place, f"{name}.annotations")
+        rated = [an_object(annotations.get(each) or {}, place, f"{name}.annotations.{each}") for each in _RATINGS]
+        ratings = [show(each.get("Rating")).strip("'") for each in rated]
         if not isinstance(completion.get("response"), str):
             raise fault(
                 place,
@@ -64,3 +79,12 @@ def _rated_answers(completions: Any, place: str) -> Iterator[tuple[float, str]]:
             )
         if all(re.fullmatch(r"[1-5](\.0)?", rating) for rating in ratings):
             yield sum(map(float, ratings)) / len(ratings), completion["response"].strip()
+
+
+def _objects_of(columns: dict[str, Any], place: str) -> list[dict[str, Any]]:
+    """Turn lists by name, equally long, into a list of objects."""
+    lists = {name: a_list(values, place, f"completions.{name}") for name, values in columns.items()}
+    if len({len(values) for values in lists.values()}) > 1:
+        lengths = f"it has {', '.join(f'{len(values)} {name}' for name, values in lists.items())}"
+        raise fault(place, "completions", lengths, "all must be equally many", *OTHER_FORM)
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]

@@ -7,23 +7,50 @@ Every fault names the row and the field; `skip_faulty=True` of any reader logs a
 import glob
 import io
 import json
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
+from ...refusals import list_names, show
 from ..images import ImageSource, RecordError
-from ..records import Record, record_from_json
-
-logger = logging.getLogger(__name__)
+from ..records import Record, is_unicode, log_skipped, log_skipped_in_all, record_from_json
 
 Row = dict[str, Any]
+OTHER_FORM = ("The row is probably of another data set, or damaged.", "Use the reader for its form, or drop the row.")
+"""Likely cause and next action where a row has another form."""
 
 
-def stream_rows(paths: str | Sequence[str], format: str | None = None) -> Iterator[Row]:
+class Rows(Iterator[Row]):
+    """Rows of files; one that cannot be read raises, and the next call goes on after it.
+
+    Args:
+        items: place and row, or what was wrong with it.
+    """
+
+    def __init__(self, items: Iterator[tuple[str, Row | RecordError]]):
+        self._items = items
+        self.place = "rows"
+        """File and number of the last row."""
+
+    def __next__(self) -> Row:
+        """Give the next row.
+
+        Raises:
+            RecordError: if it cannot be read.
+        """
+        self.place, item = next(self._items)
+        if isinstance(item, RecordError):
+            raise item
+        return item
+
+
+def stream_rows(paths: str | Sequence[str], format: str | None = None) -> Rows:
     """Stream rows of local parquet or webdataset shards through `datasets`; images stay encoded.
+
+    The rest of a shard that is damaged cannot be read: it counts as one faulty row, and the next shard follows.
 
     Args:
         paths: files or patterns, such as `ocr/*.parquet` or `shard-*.tar`.
@@ -41,17 +68,40 @@ def stream_rows(paths: str | Sequence[str], format: str | None = None) -> Iterat
             "the shards were not downloaded: check the pattern."
         )
     try:
-        import datasets
+        import datasets  # noqa: F401
     except ImportError as error:
         raise ImportError(
             f"Reading {len(files)} shards needs the package datasets, which is not installed. The extra was probably "
             "left out: run `pip install 'blip3[data]'`."
         ) from error
-    kind = format or ("webdataset" if files[0].endswith(".tar") else "parquet")
-    rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
-    # In batches of one: plain iteration inside a DataLoader worker gives that worker's share of the files only.
-    for batch in rows.decode(False).iter(batch_size=1):
-        yield {name: values[0] for name, values in batch.items()}
+    return Rows(item for file in files for item in _rows_of_shard(file, format))
+
+
+def _rows_of_shard(file: str, format: str | None) -> Iterator[tuple[str, Row | RecordError]]:
+    import datasets
+
+    kind = format or ("webdataset" if file.endswith(".tar") else "parquet")
+    number = 0
+    try:
+        rows = datasets.load_dataset(kind, data_files=[file], split="train", streaming=True)
+        # In batches of one: plain iteration inside a DataLoader worker gives that worker's share of the files only.
+        for batch in rows.decode(False).iter(batch_size=1):
+            number += 1
+            yield f"{file} row {number}", {name: values[0] for name, values in batch.items()}
+    except Exception as error:  # `datasets` passes on what pyarrow, tarfile and its own builders raise
+        place = f"{file} row {number + 1}"
+        reason = " ".join(str(error).split())[:200]
+        yield (
+            place,
+            fault(
+                place,
+                "(rest of the file)",
+                f"it cannot be read ({type(error).__name__}: {reason})",
+                f"it must be a whole {kind} file",
+                "It was probably cut off in a download, or is another file.",
+                "Fetch it again, or pass it over with skip_faulty.",
+            ),
+        )
 
 
 def read_parquet(paths: str | Sequence[str], skip_faulty: bool = False) -> Iterator[Record]:
@@ -67,9 +117,10 @@ def read_rows(rows: Iterable[Row], skip_faulty: bool = False, source: str = "rec
     """Read rows of the parquet files that `world.build` writes; `source` names them in messages."""
 
     def convert(row: Row, place: str) -> Iterator[Record]:
-        images = [image_from(image, place, "images") for image in row.get("images") or []]
+        given = a_list(row.get("images") or [], place, "images")
+        images = [image_from(image, place, f"images[{index}]") for index, image in enumerate(given)]
         values = {name: row[name] for name in ("id", "kind", "turns", "chosen", "rejected") if row.get(name)}
-        values |= {"images": [], "truth": json.loads(row.get("truth") or "{}")}
+        values |= {"images": [], "truth": parse_column(row.get("truth") or "{}", place, "truth")}
         turns = values.get("turns") or []
         checked = record_from_json({**values, "images": ["-"] * len(images), "turns": turns}, place)
         yield finish_record(
@@ -89,26 +140,51 @@ def read_rows(rows: Iterable[Row], skip_faulty: bool = False, source: str = "rec
 def read_json_rows(path: str | Path) -> list[Any]:
     """Read a file of one JSON list or of JSON lines.
 
-    Raises:
-        RecordError: naming the line at fault.
+    What cannot be read stands in the list as a `RecordError` that names the line, for `convert_rows` to raise or to
+    count: a line that is no JSON, or the rest of a list that was cut off.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    text = Path(path).read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     try:
         entries = json.loads(text)
-    except json.JSONDecodeError as error:
-        lines = [line for line in text.splitlines() if line.strip()]
-        try:
-            entries = [json.loads(line) for line in lines]
-        except json.JSONDecodeError:
-            raise fault(
-                f"{path} line {error.lineno}",
-                "(whole file)",
-                f"it is no JSON: {error.msg} at column {error.colno}",
-                "it must be a JSON list or JSON lines",
-                "It was probably cut off.",
-                "Fetch it again.",
-            ) from error
+    except (ValueError, RecursionError) as error:
+        return _readable_entries(text, str(path), error)
     return entries if isinstance(entries, list) else [entries]
+
+
+def _readable_entries(text: str, path: str, error: Exception) -> list[Any]:
+    """Give the entries before the place where a list breaks off, or the lines that are JSON, and what is wrong."""
+    if not text.lstrip().startswith("["):
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        return [_entry_of(line, f"{path} line {number}") for number, line in lines]
+    entries: list[Any] = []
+    decoder, position = json.JSONDecoder(), text.index("[") + 1
+    while True:
+        while position < len(text) and text[position] in " \t\r\n,":
+            position += 1
+        try:
+            entry, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError):
+            line = text.count("\n", 0, position) + 1
+            return [*entries, _no_json(f"{path} line {line}", f"(entry {len(entries) + 1} and the rest)", error)]
+        entries.append(entry)
+
+
+def _entry_of(line: str, place: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return _no_json(place, "(whole line)", error)
+
+
+def _no_json(place: str, name: str, error: Exception) -> RecordError:
+    return fault(
+        place,
+        name,
+        f"it is no JSON: {str(error)[:200]}",
+        "it must be a JSON list or JSON lines",
+        "It was probably cut off.",
+        "Fetch it again.",
+    )
 
 
 # ------------------------------------------------------------------------------------------------- for every reader
@@ -116,7 +192,8 @@ def read_json_rows(path: str | Path) -> list[Any]:
 
 def fault(place: str, name: str, given: Any, expected: str, cause: str, action: str) -> RecordError:
     """Make the error of a field: what was given, what was expected, the likely cause, the next action."""
-    shown = given if isinstance(given, str) and given.startswith("it ") else f"it is {str(given)[:80]!r}"
+    is_sentence = isinstance(given, str) and given.startswith("it ")
+    shown = given if is_sentence else f"it is {given[:80]!r}" if isinstance(given, str) else f"it is '{show(given)}'"
     return RecordError(place, name, shown, expected, cause, action)
 
 
@@ -128,7 +205,7 @@ def need(row: Row, place: str, *names: str) -> Any:
     raise fault(
         place,
         names[0],
-        f"it is missing; the row has {', '.join(sorted(row))}",
+        f"it is missing; the row has {list_names(map(str, row), most=20)[:400]}",
         f"the row needs {' or '.join(names)}",
         "The file is probably of another data set.",
         "Use the reader for its form.",
@@ -136,26 +213,112 @@ def need(row: Row, place: str, *names: str) -> Any:
 
 
 def convert_rows(
-    rows: Iterable[Any], source: str, convert: Callable[[Any, str], Iterable[Record]], skip: bool
+    rows: Iterable[Any],
+    source: str,
+    convert: Callable[[Any, str], Iterable[Record]],
+    skip: bool,
+    place_of: Callable[[int], str] | None = None,
 ) -> Iterator[Record]:
     """Convert rows one by one, raising or counting the faulty ones.
 
     A row that a data engine wrote for an image that failed, or that a filter dropped, is passed over.
+
+    Args:
+        rows: mappings, or the `RecordError` of what could not be read.
+        source: of the rows, for messages; `Rows` know their file themselves.
+        convert: makes the records of a row.
+        skip: log and count.
+        place_of: number of a row -> its place; `SOURCE row NUMBER` if None.
+
+    Raises:
+        RecordError: naming file, row and field.
     """
-    skipped = 0
-    for number, row in enumerate(rows, start=1):
-        if isinstance(row, dict) and (row.get("error") or row.get("filtered_by")):
-            continue
+    remaining, number, skipped = iter(rows), 0, 0
+    while True:
+        number += 1
         try:
-            yield from convert(row, f"{source} row {number}")
+            row = next(remaining)
+            place = remaining.place if isinstance(remaining, Rows) else ""
+            place = place or (place_of(number) if place_of else f"{source} row {number}")
+            records = _converted(row, place, convert)
+        except StopIteration:
+            break
         except RecordError as error:
             if not skip:
                 raise
             skipped += 1
-            if skipped <= 5:
-                logger.warning("Skipped: %s", error)
-    if skipped:
-        logger.warning("Skipped %d faulty rows of %s in all.", skipped, source)
+            log_skipped(error, skipped)
+            continue
+        yield from records
+    log_skipped_in_all(skipped, source)
+
+
+def _converted(row: Any, place: str, convert: Callable[[Any, str], Iterable[Record]]) -> list[Record]:
+    if isinstance(row, RecordError):
+        raise row
+    if isinstance(row, dict) and (row.get("error") or row.get("filtered_by")):
+        return []
+    if not isinstance(row, dict) or not all(isinstance(name, str) for name in row):
+        raise fault(place, "(whole row)", row, "it must be an object with names", *OTHER_FORM)
+    try:
+        return list(convert(row, place))
+    except RecordError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        reason = f"it cannot be read ({type(error).__name__}: {str(error)[:200]})"
+        raise fault(place, "(whole row)", reason, "it must have the reader's form", *OTHER_FORM) from error
+
+
+def a_text(value: Any, place: str, name: str) -> str:
+    """Check that a field is a text; bytes are read as UTF-8.
+
+    Raises:
+        RecordError: naming place and field.
+    """
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "surrogateescape")
+    if not isinstance(value, str):
+        raise fault(place, name, value, "it must be a text", *OTHER_FORM)
+    if not is_unicode(value):
+        raise fault(place, name, value, "it must be text in UTF-8", "The row is probably damaged.", "Drop the row.")
+    return value
+
+
+def a_list(value: Any, place: str, name: str) -> list[Any]:
+    """Check that a field is a list; tuples and arrays of numpy count.
+
+    Raises:
+        RecordError: naming place and field.
+    """
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    if not isinstance(value, list | tuple):
+        raise fault(place, name, value, "it must be a list", *OTHER_FORM)
+    return list(value)
+
+
+def an_object(value: Any, place: str, name: str) -> dict[str, Any]:
+    """Check that a field is an object.
+
+    Raises:
+        RecordError: naming place and field.
+    """
+    if not isinstance(value, dict):
+        raise fault(place, name, value, "it must be an object", *OTHER_FORM)
+    return value
+
+
+def parse_column(value: Any, place: str, name: str) -> Any:
+    """Read a column that holds JSON.
+
+    Raises:
+        RecordError: naming place and field.
+    """
+    try:
+        return json.loads(a_text(value, place, name))
+    except RecordError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise fault(place, name, f"it is no JSON ({str(error)[:200]})", "it must be JSON", *OTHER_FORM) from error
 
 
 def finish_record(place: str, *fields: Any, **named: Any) -> Record:
@@ -177,7 +340,7 @@ def image_from(value: Any, place: str, name: str, folder: str = "") -> ImageSour
         value = buffer.getvalue()
     if isinstance(value, bytes) and value:
         return ImageSource(data=value)
-    if isinstance(value, str | Path) and str(value):
+    if isinstance(value, str | Path) and str(value) and "\0" not in str(value):
         return ImageSource(path=str(Path(folder, value)) if folder else str(value))
     raise fault(
         place,
@@ -194,13 +357,22 @@ def image_of(row: Row, place: str, folder: str) -> ImageSource:
     for name in ("image", "jpg", "jpeg", "png", "webp"):
         if row.get(name) is not None:
             return image_from(row[name], place, name, folder)
-    key = row.get("key") or row.get("__key__") or row.get("uid")
-    if folder and key:
-        is_file = Path(str(key)).suffix.lower() in Image.registered_extensions()
-        return ImageSource(path=str(Path(folder, str(key) if is_file else f"{key}.jpg")))
+    name = next((name for name in ("key", "__key__", "uid") if row.get(name)), "")
+    if folder and name:
+        key = _a_name(row[name], place, name)
+        is_file = Path(key).suffix.lower() in Image.registered_extensions()
+        return image_from(key if is_file else f"{key}.jpg", place, name, folder)
     return image_from(None, place, "image")
 
 
 def identity_of(row: Row, place: str) -> str:
     """Give a row's own name, or its place where it has none."""
-    return str(row.get("uid") or row.get("id") or row.get("__key__") or row.get("key") or place)
+    name = next((name for name in ("uid", "id", "__key__", "key") if row.get(name)), "")
+    return _a_name(row[name], place, name) if name else place
+
+
+def _a_name(value: Any, place: str, name: str) -> str:
+    """Take what names a row: a text or a number."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**64:
+        return str(value)
+    return a_text(value, place, name)

@@ -17,6 +17,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +31,42 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...checkpoints import CODE_FILES, folder_of, load_model, locate
 from ...conversion.names import tower_weights_for
 from ...data.records import Record
 from ...data.yaml_files import read_yaml
 from ...files import only_writer_in
-from ...hub import RELEASE, ROOT
-from ...refusals import check_keys
+from ...hub import RELEASE, ROOT, model_code
+from ...refusals import Bounds, check_choice, check_fields, check_keys, describe, is_of, show
 from ...world.settings import WorldSettings, load_settings
 from ...world.tasks import TASKS, rendered_records
 from ..recipe import parse_override, plain_errors
 from ..trainer import name_tower_for_both_lines
 from .tokenizer import save_tokenizer, train_tokenizer
 
-KEYS = (
-    "vision_config",
-    "resampler_config",
-    "text_config",
-    "tile_grids",
-    "vocab_size",
-    "tokenizer_tasks",
-    "system_prompt",
-    "world",
-)
+_BOUNDS: dict[str, Bounds] = {"vocab_size": (1, 2**24)}
+_MISTYPED = "It was probably left empty or mistyped: correct it"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a file of sizes holds."""
+
+    vision_config: dict[str, Any]
+    resampler_config: dict[str, Any]
+    text_config: dict[str, Any]
+    tile_grids: Sequence[tuple[int, int]]
+    """Rows and columns."""
+    vocab_size: int
+    tokenizer_tasks: Sequence[str] = ()
+    system_prompt: str = ""
+    world: str = ""
+    """A YAML file of `WorldSettings` beside this one."""
+
+
+KEYS = tuple(each.name for each in fields(Sizes))
 
 
 def main() -> None:
@@ -107,11 +120,7 @@ def make_model(
         FileNotFoundError: if a trained part is not there.
     """
     _check_trained(tower, resampler, around)
-    values = read_yaml(sizes)
-    for path, value in map(parse_override, overrides):
-        section, _, key = path.rpartition(".")
-        (values.setdefault(section, {}) if section else values)[key] = value
-    check_keys(str(sizes), values, KEYS)
+    values = read_sizes(sizes, overrides)
     world = load_settings(sizes.parent / values["world"]) if "world" in values else WorldSettings()
     output.mkdir(parents=True, exist_ok=True)
     for name in CODE_FILES:
@@ -135,6 +144,61 @@ def make_model(
     model.generation_config = GenerationConfig.from_pretrained(output)  # or its own would replace the file
     model.save_pretrained(output)
     name_tower_for_both_lines(output)
+
+
+def read_sizes(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file of sizes, with other values for some.
+
+    Raises:
+        ValueError: naming file and key, for one that is unknown or missing, or a value that no model can have.
+        FileNotFoundError: if there is no such file.
+    """
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} holds {show(values)} but sizes are a mapping of keys to values. It is probably another file: "
+            "pass one like recipes/small/model.yaml."
+        )
+    for name, value in map(parse_override, overrides):
+        section, _, key = name.rpartition(".")
+        inside = values.setdefault(section, {}) if section else values
+        if not isinstance(inside, dict):
+            raise ValueError(f"{path} has {section} {show(inside)} but it must be a mapping. {_MISTYPED}.")
+        inside[key] = value
+    check_keys(str(path), values, KEYS)
+    for name in ("vision_config", "resampler_config", "text_config", "tile_grids", "vocab_size"):
+        if name not in values:
+            raise ValueError(
+                f"{path} lacks {name}, without which there is no model. The file is probably unfinished: add {name}: "
+                "with its value."
+            )
+    check_fields(f"{path} has", Sizes(**values), _BOUNDS)
+    for section in ("vision_config", "text_config", "resampler_config"):
+        _check_section(f"{path} has {section}", values[section], section)
+    for task in values.get("tokenizer_tasks", ()):
+        check_choice(f"{path} has tokenizer_tasks with", task, TASKS)
+    return values
+
+
+def _check_section(place: str, values: dict[str, Any], section: str) -> None:
+    """Compare the sizes of a part with the defaults of its configuration, which tell their types."""
+    kind = values.get("model_type")
+    if section == "resampler_config":
+        defaults = model_code("configuration_blip3.Blip3ResamplerConfig")().to_dict()
+    else:
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+            raise ValueError(
+                f"{place} with model_type {show(kind)}, but a type that transformers knows is expected, such as "
+                f"siglip_vision_model or phi3. {_MISTYPED}."
+            )
+        defaults = AutoConfig.for_model(kind).to_dict()
+    for name, value in values.items():
+        expected = type(defaults.get(name))
+        is_number = expected in (int, float)
+        if expected in (int, float, bool, str) and not is_of(value, expected):
+            raise ValueError(f"{place} with {name} {show(value)} but it must be {describe(expected)}. {_MISTYPED}.")
+        if is_number and not 0 <= value < 2**31 and name not in ("pad_token_id", "eos_token_id", "bos_token_id"):
+            raise ValueError(f"{place} with {name} {show(value)} but it must be from 0 to 2^31. {_MISTYPED}.")
 
 
 def _check_trained(tower: Path | None, resampler: Path | None, around: Path | None) -> None:

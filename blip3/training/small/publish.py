@@ -31,10 +31,10 @@ from ...hub import ROOT
 from ...world.settings import WorldSettings, load_settings
 from ...world.tasks import rendered_record
 from ..recipe import Recipe, TowerRecipe, load_recipe, plain_errors
+from ..resume import SAVED_RECIPE
 from ..trainer import (
     PROCESSOR_FILES,
     RESAMPLER_FILE,
-    SAVED_RECIPE,
     copy_present,
     name_tower_for_both_lines,
     save_image_splitting,

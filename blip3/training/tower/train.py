@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer, TrainingArguments
 
 from ...checkpoints import load_model, locate
 from ...conversion.names import tower_weights_for
@@ -31,11 +31,11 @@ from ...hub import model_code
 from ...world.settings import WorldSettings, settings_from
 from ...world.tasks import rendered_record
 from ..recipe import TowerRecipe, load_recipe, plain_errors, recipe_arguments, save_recipe
+from ..resume import SAVED_RECIPE, resuming, whole_folder
 from ..trainer import (
-    SAVED_RECIPE,
+    DivergedError,
     RecipeTrainer,
     copy_processor,
-    resume_or_refuse,
     training_arguments,
     write_metrics,
 )
@@ -49,7 +49,7 @@ visible_patches = model_code("tiling_blip3.visible_patches")
 def main() -> None:
     """Read the command line, train, and write the model with its new tower."""
     args = recipe_arguments(__doc__).parse_args()
-    with plain_errors():
+    with plain_errors(DivergedError):
         train_tower(load_recipe(args.recipe, TowerRecipe, args.overrides))
 
 
@@ -59,8 +59,13 @@ def train_tower(recipe: TowerRecipe) -> Path:
     Returns:
         that folder.
     """
+    arguments = training_arguments(recipe, label_names=["names"])
     source = locate(recipe.model)
-    checkpoint = resume_or_refuse(recipe)
+    with resuming(recipe) as checkpoint:
+        return _train(recipe, arguments, source, checkpoint)
+
+
+def _train(recipe: TowerRecipe, arguments: TrainingArguments, source: dict[str, Any], checkpoint: str | None) -> Path:
     image_processor = AutoImageProcessor.from_pretrained(**source)
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model = load_model(source, dtype=torch.float32)
@@ -73,19 +78,21 @@ def train_tower(recipe: TowerRecipe) -> Path:
     trainer = RecipeTrainer(
         recipe=recipe,
         model=siglip,
-        args=training_arguments(recipe, label_names=["names"]),
+        args=arguments,
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=TowerCollator(tokenizer, recipe.caption_length),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.check_weights()
     write_metrics(recipe, evaluate_tower(siglip, held_out))
     trained, own_names = siglip.siglip.vision_model.state_dict(), model.vision_tower.state_dict()
     model.vision_tower.load_state_dict(tower_weights_for(own_names, trained))
     output = Path(recipe.output) / "final"
-    model.save_pretrained(output)
-    save_recipe(recipe, output / SAVED_RECIPE)
-    copy_processor(recipe.model, output)
+    with whole_folder(output, trainer.accelerator.wait_for_everyone) as folder:
+        model.save_pretrained(folder)
+        save_recipe(recipe, folder / SAVED_RECIPE)
+        copy_processor(recipe.model, folder)
     return output
 
 

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run at a time in an output, and the checkpoint that it goes on from: the newest whose every file is whole.
+
+    OUTPUT/checkpoint-N/manifest.json   written last: size and SHA-256 of every other file
+    with resuming(recipe) as checkpoint: trainer.train(resume_from_checkpoint=checkpoint)
+
+A checkpoint without a manifest was being written when its run ended. One whose files differ from its manifest was
+damaged later. Either is passed over, with a line in the log, and written again when the resumed run gets there.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import set_seed
+
+from ..files import only_writer_in, remove_unfinished, sync_folder, write_json
+from .recipe import RunRecipe, load_recipe, save_recipe
+
+SAVED_RECIPE = "recipe.yaml"
+MANIFEST = "manifest.json"
+_MAY_CHANGE = ("log_every", "save_every", "keep_checkpoints", "num_workers", "notes")
+
+Value = TypeVar("Value")
+logger = logging.getLogger(__name__)
+
+
+def num_processes() -> int:
+    """Processes that train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process writes what all of them share."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def decided_by_main(decide: Callable[[], Value]) -> Value:
+    """Let the main process decide for all, which have started their process group; a refusal ends all of them.
+
+    Raises:
+        ValueError: if the main process refused.
+    """
+    if num_processes() == 1:
+        return decide()
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            outcome[0] = decide()
+        except (ValueError, OSError) as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    return outcome[0]
+
+
+@contextlib.contextmanager
+def resuming(recipe: RunRecipe) -> Iterator[str | None]:
+    """Be the only run that writes `recipe.output`; save the resolved recipe and seed everything.
+
+    Yields:
+        the newest whole checkpoint in the output, or None.
+
+    Raises:
+        ValueError: if another process is training into the folder, or it holds a run of another recipe.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def decide() -> str | None:
+            stack.enter_context(only_writer_in(recipe.output))
+            return resume_or_refuse(recipe)
+
+        checkpoint = decided_by_main(decide)
+        set_seed(recipe.seed)
+        yield checkpoint
+
+
+def resume_or_refuse(recipe: RunRecipe) -> str | None:
+    """Find the checkpoint to resume from, and save the resolved recipe; for the main process alone.
+
+    Returns:
+        the newest whole checkpoint in `recipe.output`, or None.
+
+    Raises:
+        ValueError: if the folder holds a run of another recipe.
+    """
+    output = Path(recipe.output)
+    saved = output / SAVED_RECIPE
+    checkpoint = find_checkpoint(output)
+    if saved.is_file() and checkpoint:
+        before = load_recipe(saved, type(recipe))
+        changed = [
+            name
+            for name in vars(recipe)
+            if name not in _MAY_CHANGE and _as_json(getattr(before, name)) != _as_json(getattr(recipe, name))
+        ]
+        if changed:
+            raise ValueError(
+                f"{output} holds a run whose {changed[0]} was {getattr(before, changed[0])!r}, and now it is "
+                f"{getattr(recipe, changed[0])!r}; resumed, it would be neither of the two. The recipe was probably "
+                "edited: give it another output, or remove the folder."
+            )
+    save_recipe(recipe, saved)
+    remove_unfinished(output)
+    return checkpoint
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def find_checkpoint(output: Path) -> str | None:
+    """Find the newest whole checkpoint, and name the newer ones that are not whole in the log."""
+    passed_over = 0
+    for folder in reversed(checkpoints_in(output)):
+        reason = what_is_wrong(folder)
+        if not reason:
+            if passed_over:
+                logger.warning("The run goes on from %s, the newest whole checkpoint.", folder)
+            return str(folder)
+        passed_over += 1
+        logger.warning("Passed over: %s: %s.", folder, reason)
+    if passed_over:
+        logger.warning("None of %d checkpoints in %s is whole: the run begins anew.", passed_over, output)
+    return None
+
+
+def checkpoints_in(output: Path) -> list[Path]:
+    """List the folders of checkpoints, whole or not, oldest step first."""
+    folders = [path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def what_is_wrong(folder: Path) -> str:
+    """Compare a checkpoint with its manifest; gives what is wrong, or nothing."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {name: (each["bytes"], each["sha256"]) for name, each in files.items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}, so it was never finished"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return f"its {MANIFEST} cannot be read"
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is not there"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes but was written with {size}"
+        if _sha256(path) != digest:
+            return f"{name} has other contents than were written"
+    return "" if expected else f"its {MANIFEST} names no file"
+
+
+def write_manifest(folder: Path) -> None:
+    """Write down what a checkpoint consists of, once all of it is there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    values = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
+    write_json(folder / MANIFEST, {"files": values})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint, its manifest first: what a kill leaves of it is then no checkpoint."""
+    if folder.exists():
+        (folder / MANIFEST).unlink(missing_ok=True)
+        sync_folder(folder)
+        shutil.rmtree(folder)
+
+
+def keep_newest(output: Path, newest: int, count: int) -> None:
+    """Remove what is older than the newest `count` finished checkpoints.
+
+    Args:
+        output: of the run.
+        newest: step that was just written; later ones are of an earlier try and stay until they are overwritten.
+        count: to keep.
+    """
+    folders = [path for path in checkpoints_in(output) if int(path.name.removeprefix("checkpoint-")) <= newest]
+    finished = [path for path in folders if (path / MANIFEST).is_file()]
+    for folder in folders:
+        if folder not in finished[-count:]:
+            remove_checkpoint(folder)
+
+
+@contextlib.contextmanager
+def whole_folder(output: Path, wait: Callable[[], None]) -> Iterator[Path]:
+    """Give a temporary folder to write to, the same in every process, which becomes `output` at the end.
+
+    Args:
+        output: replaced if it is there.
+        wait: for the other processes.
+    """
+    unfinished = output.with_name(f".{output.name}.partial")
+    if is_main_process():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    wait()
+    yield unfinished
+    wait()
+    if is_main_process():
+        if output.exists():
+            shutil.rmtree(output)
+        unfinished.replace(output)
+        sync_folder(output.parent)
+    wait()
