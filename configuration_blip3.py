@@ -2,7 +2,7 @@
 """Configuration of BLIP-3 (xGen-MM, arXiv:2408.08872).
 
     Blip3Config
-      vision_config     any transformers vision tower with patch tokens; SigLIP-SO400M/14-384 by default
+      vision_config     any transformers vision tower with patch tokens, or a ViT of timm; by default SigLIP's
       resampler_config  Blip3ResamplerConfig: patch tokens -> `num_latents` image tokens
       text_config       any transformers decoder; Phi-3-mini by default
       tile_grids        the layouts an image may be cut into, (rows, columns) in tiles
@@ -13,6 +13,7 @@ Sizes are (height, width) in pixels and grids are (rows, columns) in tiles, ever
 import difflib
 import importlib
 import math
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -74,12 +75,15 @@ class Blip3ResamplerConfig(PretrainedConfig):
         head_dim: channels per head; heads * head_dim need not equal `hidden_size`.
         intermediate_size: width of the MLP.
         num_latents: image tokens per resampler call (128 in the release).
+        num_text_queries: how many of the prompt's first token ids join the latents as queries; 0 for none. The first
+            family's instruct model has 256: its image tokens depend on the question.
         token_sampling: `patch` resamples the global view and each tile on its own ("any-resolution patch sampling"),
             giving `num_latents` tokens each; `fixed` resamples all of an image in one call, giving `num_latents`
             tokens an image ("fixed sampling" of the report).
         tile_grouping: which patch tokens form one resampler call under `patch`. `stripes` cuts the stitched image
             into consecutive raster runs of one tile's length, as the released weights were trained; `tiles` takes each
             tile's own patch tokens.
+        hide_padding: whether patches of the padding around an image are left out. The first family reads them.
         layer_norm_eps: epsilon of every layer norm.
         initializer_range: standard deviation of newly initialised weights.
 
@@ -98,8 +102,10 @@ class Blip3ResamplerConfig(PretrainedConfig):
         head_dim: int = 96,
         intermediate_size: int = 4608,
         num_latents: int = 128,
+        num_text_queries: int = 0,
         token_sampling: str = "patch",
         tile_grouping: str = "stripes",
+        hide_padding: bool = True,
         layer_norm_eps: float = 1e-5,
         initializer_range: float = 0.02,
         **kwargs: Any,
@@ -110,14 +116,17 @@ class Blip3ResamplerConfig(PretrainedConfig):
         self.head_dim = head_dim
         self.intermediate_size = intermediate_size
         self.num_latents = num_latents
+        self.num_text_queries = num_text_queries
         self.token_sampling = token_sampling
         self.tile_grouping = tile_grouping
+        self.hide_padding = hide_padding
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
         _check_keys("resampler_config", kwargs, known=vars(self), refuse_all=True)
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size"):
             check_positive(f"resampler_config.{name}", getattr(self, name))
         check_positive("resampler_config.num_latents", num_latents)
+        check_text_queries("resampler_config.num_text_queries", num_text_queries)
         check_choice("resampler_config.token_sampling", token_sampling, TOKEN_SAMPLINGS)
         check_choice("resampler_config.tile_grouping", tile_grouping, TILE_GROUPINGS)
         super().__init__(**kwargs)
@@ -127,7 +136,8 @@ class Blip3Config(PretrainedConfig):
     """BLIP-3: vision tower -> resampler -> language model. Without arguments, the released 4B architecture.
 
     Args:
-        vision_config: configuration (or its dict) of the vision tower. Tiles are squares of its `image_size` pixels.
+        vision_config: configuration (or its dict) of the vision tower. Tiles are squares of its `image_size` pixels. A
+            `timm_wrapper` gives `image_size`, `patch_size` and `hidden_size` beside what transformers asks for.
         resampler_config: `Blip3ResamplerConfig` or its dict.
         text_config: configuration (or its dict) of the decoder; `vocab_size` counts the added tokens.
         image_token_id: id of `<image>`, the placeholder that image tokens replace.
@@ -178,7 +188,7 @@ class Blip3Config(PretrainedConfig):
 
     def _validate(self) -> None:
         vision, resampler, text = self.vision_config, self.resampler_config, self.text_config
-        if not 1 <= vision.patch_size <= vision.image_size:
+        if self.patches_per_side < 1:
             raise ValueError(
                 f"vision_config has image_size {vision.image_size} and patch_size {vision.patch_size}, but a tile "
                 "must hold at least one patch. The two were probably swapped: set image_size to the side in pixels."
@@ -191,7 +201,7 @@ class Blip3Config(PretrainedConfig):
                 f"{vision.hidden_size}."
             )
         for name, sub_config in (("vision_config", vision), ("text_config", text)):
-            num_heads = sub_config.num_attention_heads
+            num_heads = getattr(sub_config, "num_attention_heads", 1)  # timm keeps it to itself
             has_head_dim = getattr(sub_config, "head_dim", None) is not None
             if num_heads < 1 or (sub_config.hidden_size % num_heads and not has_head_dim):
                 raise ValueError(
@@ -209,7 +219,28 @@ class Blip3Config(PretrainedConfig):
     @property
     def tile_size(self) -> int:
         """Side of a tile in pixels."""
-        return self.vision_config.image_size
+        return _square_side("image_size", self.vision_config.image_size)
+
+    @property
+    def patches_per_side(self) -> int:
+        """p, so that a view has p * p patches; pixels that fill no patch are not read (6 of 384 in patches of 14)."""
+        patch_size = _square_side("patch_size", self.vision_config.patch_size)
+        return self.tile_size // patch_size if patch_size > 0 else 0
+
+
+def _square_side(name: str, size: Any) -> int:
+    """Return the side of a square given as one number or as two equal ones.
+
+    Raises:
+        ValueError: if it is no square of whole pixels.
+    """
+    sides = list(size) if isinstance(size, list | tuple) and len(size) == 2 else [size]
+    if not all(isinstance(side, int) and not isinstance(side, bool) and side == sides[0] for side in sides):
+        raise ValueError(
+            f"vision_config.{name} is {size!r} but views and patches are squares: expected a whole number of pixels. "
+            "The tower probably reads images of a fixed other shape: use one for square images."
+        )
+    return sides[0]
 
 
 def check_tile_grids(tile_grids: Any) -> None:
@@ -235,7 +266,9 @@ def check_tile_grids(tile_grids: Any) -> None:
 
 def _build_sub_config(name: str, sub_config: Any, default: dict) -> PretrainedConfig:
     if isinstance(sub_config, PretrainedConfig):
-        return sub_config
+        if sub_config.model_type != "timm_wrapper":
+            return sub_config
+        sub_config = sub_config.to_dict()
     _check_mapping(name, sub_config)
     values = dict(default if sub_config is None else sub_config)
     model_type = values.pop("model_type", default["model_type"])
@@ -247,7 +280,35 @@ def _build_sub_config(name: str, sub_config: Any, default: dict) -> PretrainedCo
         )
     if model_type == "siglip_vision_model":
         values.setdefault("vision_use_head", False)  # pooled features are never used
+    if model_type == "timm_wrapper":
+        values = _complete_timm(values)
     return CONFIG_MAPPING[model_type](**values)
+
+
+def _complete_timm(values: dict) -> dict:
+    """Return a `timm_wrapper` configuration without pooling, with the sizes that timm's own files name otherwise.
+
+    Raises:
+        ValueError: if a size is given nowhere.
+    """
+    pretrained, architecture = values.get("pretrained_cfg") or {}, str(values.get("architecture"))
+    model_args = {"global_pool": "", **(values.get("model_args") or {})}
+    in_name = re.search(r"patch(\d+)", architecture)
+    sizes = {
+        "hidden_size": values.get("num_features"),
+        "image_size": model_args.get("img_size") or (pretrained.get("input_size") or [None])[-1],
+        "patch_size": model_args.get("patch_size") or (in_name and int(in_name[1])),
+    }
+    sizes = {name: values.get(name) or size for name, size in sizes.items()}
+    for name, size in sizes.items():
+        if size is None:
+            raise ValueError(
+                f"vision_config is the timm model {architecture!r} without {name}, by which tiles and resampler are "
+                "built. timm's own config.json has it under another name or not at all: add it, such as image_size "
+                "378, patch_size 14, hidden_size 1280."
+            )
+    model_args |= {"img_size": sizes["image_size"]}
+    return {**values, **sizes, "model_args": model_args, "do_pooling": False}
 
 
 def _check_mapping(name: str, values: Any) -> None:
@@ -344,6 +405,16 @@ def check_positive(name: str, value: Any) -> None:
             f"{name} is {value!r} but must be a positive integer. It was probably left empty or scaled by a ratio: "
             "write the number itself."
         )
+
+
+def check_text_queries(name: str, value: Any) -> None:
+    """Refuse anything but 0 or a positive integer.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if value != 0 or isinstance(value, bool):
+        check_positive(name, value)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

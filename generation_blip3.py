@@ -28,7 +28,8 @@ IS_TRANSFORMERS_5 = int(transformers_version.split(".")[0]) >= 5
 # What the installed transformers calls the cache, in arguments and in outputs: the first from 5.24 on.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
-_IMAGE_INPUTS = ("pixel_values", "image_sizes", "mm_encoder_outputs")
+_PIXEL_INPUTS = ("pixel_values", "image_sizes", "query_ids")
+_IMAGE_INPUTS = (*_PIXEL_INPUTS, "mm_encoder_outputs")
 
 
 def one_cache(cache: Any, past_key_values: Any) -> Any:
@@ -44,6 +45,46 @@ def one_cache(cache: Any, past_key_values: Any) -> Any:
         message = "`past_key_values` is deprecated: transformers calls it `cache` since 5.24"
         warnings.warn(message, FutureWarning, stacklevel=3)
     return past_key_values
+
+
+def check_query_ids(query_ids: torch.Tensor | None, num_images: int, width: int) -> None:
+    """Refuse text queries that are missing, not asked for, or not one row per image.
+
+    Args:
+        query_ids: (I, W), or None.
+        num_images: I.
+        width: the most there may be, `num_text_queries`; 0 where images depend on no prompt.
+
+    Raises:
+        ValueError: naming what came.
+    """
+    if not width and query_ids is None:
+        return
+    fits = width > 0 and query_ids is not None and query_ids.ndim == 2 and len(query_ids) == num_images
+    if query_ids is None or not fits or query_ids.shape[1] > width or not (query_ids >= 0).any(-1).all():
+        expected = f"({num_images}, at most {width}), with at least one id a row" if width else "none"
+        raise ValueError(
+            f"query_ids is {None if query_ids is None else tuple(query_ids.shape)} for {num_images} images, but "
+            f"resampler_config.num_text_queries is {width}: expected {expected}. With text queries image tokens "
+            "depend on the prompt; an engine that encodes images apart from it (vLLM) cannot run such a model. Pass "
+            "everything the processor returns, and load both from one folder."
+        )
+
+
+def check_same_question(features: BaseModelOutputWithPooling, query_ids: torch.Tensor | None) -> None:
+    """Refuse images that were encoded for another prompt than the one they come with.
+
+    Raises:
+        ValueError: if the ids differ, or either of the two was left out.
+    """
+    encoded_for = getattr(features, "query_ids", None)
+    if encoded_for is None or query_ids is None or not torch.equal(encoded_for, query_ids.to(encoded_for.device)):
+        given = [None if ids is None else tuple(ids.shape) for ids in (encoded_for, query_ids)]
+        raise ValueError(
+            f"mm_encoder_outputs were encoded for query_ids {given[0]} and come with query_ids {given[1]} of the same "
+            "or other ids, but image tokens of a model with text queries answer one prompt: expected equal query_ids. "
+            "They were probably kept for a second question: encode the images again with it, from pixel_values."
+        )
 
 
 # -- reading prompts --------------------------------------------------------------------------------------------------
@@ -254,6 +295,9 @@ class Blip3GenerationMixin(GenerationMixin):
         mm_token_type_ids = kwargs.pop("mm_token_type_ids", None)
         kwargs["inputs_embeds"] = inputs_embeds  # by its name in the signature transformers knows that it is taken
         model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        features = (model_inputs.get("mm_encoder_outputs") or {}).get("image")
+        if getattr(features, "query_ids", None) is not None:  # transformers 5 has taken them out
+            model_inputs["query_ids"] = features.query_ids
         if mm_token_type_ids is not None and any(model_inputs.get(name) is not None for name in _IMAGE_INPUTS):
             model_inputs = self._place_images(input_ids, mm_token_type_ids, model_inputs, kwargs)
         is_first = kwargs.get("is_first_iteration")  # transformers 5
@@ -263,6 +307,13 @@ class Blip3GenerationMixin(GenerationMixin):
         if is_first and type(kwargs.get(CACHE_NAME)) is StaticCache and kwargs.get("attention_mask") is not None:
             model_inputs["attention_mask"] = kwargs["attention_mask"]
         return model_inputs
+
+    def _validate_model_kwargs(self, model_kwargs: dict) -> None:
+        """Check what `generate` was given; features with text queries, before transformers 5 drops `query_ids`."""
+        features = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if features is not None and self.model.config.resampler_config.num_text_queries:
+            check_same_question(features, model_kwargs.get("query_ids"))
+        super()._validate_model_kwargs(model_kwargs)
 
     def _place_images(
         self, input_ids: torch.Tensor, mm_token_type_ids: torch.Tensor, model_inputs: dict, kwargs: dict
@@ -282,11 +333,17 @@ class Blip3GenerationMixin(GenerationMixin):
 
     def _leave_out_cached_images(self, cached: torch.Tensor, new: torch.Tensor, model_inputs: dict) -> dict:
         """Given all images of a conversation whose beginning a cache holds, keep those with places in `new` (B, L)."""
-        pixels = {name: model_inputs.get(name) for name in ("pixel_values", "image_sizes")}
+        pixels = {name: model_inputs[name] for name in _PIXEL_INPUTS if model_inputs.get(name) is not None}
         features = (model_inputs.get("mm_encoder_outputs") or {}).get("image")
-        lengths = self._image_lengths(pixels["image_sizes"], features)
+        lengths = self._image_lengths(pixels.get("image_sizes"), features)
         if sum(lengths) != int(cached.sum() + new.sum()):
             return model_inputs  # the new images alone, or a number that forward refuses
+        if model_inputs.get("query_ids") is not None:
+            raise ValueError(
+                f"The cache holds {int(cached.sum())} image tokens of this conversation, which were encoded for an "
+                "earlier prompt, but image tokens of a model with text queries answer one prompt. The cache of an "
+                "earlier turn was probably passed on: leave it out, so that the images are encoded with this one."
+            )
         slots = torch.stack([cached.sum(-1), new.sum(-1)], dim=1)  # (B, 2), read row by row
         kept = [image for images in _deal_images(slots.flatten().tolist(), lengths)[1::2] for image in images]
         return {**model_inputs, **_select_images(kept, pixels, features)}
@@ -343,8 +400,8 @@ class Blip3GenerationMixin(GenerationMixin):
         )
         if IS_TRANSFORMERS_5 or expand_size == 1 or not has_images:
             return expand(**model_kwargs)
-        pixels = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "image_sizes")}
-        lengths = self._image_lengths(pixels["image_sizes"], features)
+        pixels = {name: model_kwargs.pop(name) for name in _PIXEL_INPUTS if model_kwargs.get(name) is not None}
+        lengths = self._image_lengths(pixels.get("image_sizes"), features)
         slots = (model_kwargs["mm_token_type_ids"] == 1).sum(-1).tolist()
         order = [image for images in _deal_images(slots, lengths) for image in images * expand_size]
         input_ids, model_kwargs = expand(**model_kwargs)
@@ -371,8 +428,12 @@ def _select_images(order: list[int], pixels: dict, features: BaseModelOutputWith
     """Model inputs of the images at these places, as features if there are any, else as pixels."""
     if features is None:
         return {name: tensor[order] for name, tensor in pixels.items()}
-    selected = BaseModelOutputWithPooling(pooler_output=tuple(features.pooler_output[i] for i in order))
-    return {"mm_encoder_outputs": {"image": selected}}
+    selected = type(features)(pooler_output=tuple(features.pooler_output[i] for i in order))
+    queries = getattr(features, "query_ids", None)
+    if queries is None:
+        return {"mm_encoder_outputs": {"image": selected}}
+    selected.query_ids = queries[order]
+    return {"mm_encoder_outputs": {"image": selected}, "query_ids": selected.query_ids}
 
 
 __all__ = ["Blip3GenerationMixin"]

@@ -7,7 +7,7 @@
          | vision_tower                                                   |
     patch tokens (N, P, D)                                                |
          | gather the visible ones, group by group                        |
-    patches (V, D)                                                        |
+    patches (V, D)       query_ids (I, W), where the config asks for them |
          | resampler, Q latents a group                                   |
     image_features, per image (n * Q, E) -----> scatter onto <image> -> inputs_embeds (B, L, E)
                                                                           | language_model, lm_head
@@ -15,9 +15,9 @@
 
 A view is an image's global view or one of its tiles. Letters: B rows, L tokens, K tokens with logits asked for, I
 images in reading order, T view slots, N views in use, S side of a view in pixels, P = p * p patches per view, D vision
-width, G groups (resampler calls), V visible patches of all groups, Q latents, E text width. Sizes are (height, width),
-grids (rows, columns). Which patches are visible is in tiling_blip3.py, how `generate` reads prompts in
-generation_blip3.py.
+width, G groups (resampler calls), V visible patches of all groups, Q latents, W text queries, E text width. Sizes are
+(height, width), grids (rows, columns). Which patches are visible is in tiling_blip3.py, how towers differ in
+towers_blip3.py, how `generate` reads prompts in generation_blip3.py.
 """
 
 from collections.abc import Callable
@@ -40,8 +40,17 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_blip3 import IGNORE_INDEX, Blip3Config, Blip3ResamplerConfig, expose_in_package
-from .generation_blip3 import CACHE_NAME, IS_TRANSFORMERS_5, Blip3GenerationMixin, one_cache, run_decoder
+from .generation_blip3 import (
+    CACHE_NAME,
+    IS_TRANSFORMERS_5,
+    Blip3GenerationMixin,
+    check_query_ids,
+    check_same_question,
+    one_cache,
+    run_decoder,
+)
 from .tiling_blip3 import count_image_tokens, count_views, grid_of, visible_patches
+from .towers_blip3 import accept_checkpoint_names, first_layer, patch_tokens
 
 try:  # transformers 5: initialisers that leave loaded weights alone
     from transformers import initialization as init
@@ -77,6 +86,17 @@ class Blip3CausalLMOutputWithPast(CausalLMOutputWithPast):
     image_outputs: BaseModelOutputWithPooling | None = None
 
 
+@dataclass
+class Blip3ImageOutput(BaseModelOutputWithPooling):
+    """Outputs of `get_image_features`.
+
+    Args:
+        query_ids: (I, W), the prompts that the images were encoded for; None where image tokens depend on none.
+    """
+
+    query_ids: torch.Tensor | None = None
+
+
 # -- the resampler ----------------------------------------------------------------------------------------------------
 
 
@@ -102,14 +122,15 @@ def eager_attention_forward(
 class Blip3ResamplerLayer(GradientCheckpointingLayer):
     """One Perceiver layer: the latents read the patches, then think.
 
-    With z the latents, x the patch tokens, LN a pre-norm per input and [;] concatenation along tokens
-    (Flamingo, arXiv:2204.14198, appendix A.1.1; the keys include the latents, unlike the original Perceiver):
+    With z the latents and the text queries behind them, x the patch tokens, LN a pre-norm per input and [;]
+    concatenation along tokens (Flamingo, arXiv:2204.14198, appendix A.1.1; the keys include the latents, unlike the
+    original Perceiver):
 
         z <- z + Attention(queries = LN z, keys = values = [LN x; LN z])
         z <- z + MLP(LN z)
 
-    Groups of equal length are neighbours in x, so no key is ever masked: `lengths` holds (groups, patches per group)
-    for each run of them.
+    Groups of equal length are neighbours in x and z, so no key is ever masked: `runs` holds (groups, patches per
+    group, queries per group) for each run of them.
     """
 
     is_causal = False
@@ -129,16 +150,16 @@ class Blip3ResamplerLayer(GradientCheckpointingLayer):
         self.fc1 = nn.Linear(width, config.intermediate_size, bias=False)
         self.fc2 = nn.Linear(config.intermediate_size, width, bias=False)
 
-    def forward(self, latents: torch.Tensor, patches: torch.Tensor, lengths: list[tuple[int, int]]) -> torch.Tensor:
-        """Update latents (G, Q, D) from patches (V, D), V the sum of groups * length over `lengths`."""
+    def forward(self, latents: torch.Tensor, patches: torch.Tensor, runs: list[tuple[int, int, int]]) -> torch.Tensor:
+        """Update latents (Z, D) from patches (V, D), Z and V the sums of groups * queries and groups * patches."""
         patches, queries = self.patch_norm(patches), self.latent_norm(latents)
-        patch_runs = patches.split([groups * length for groups, length in lengths])
-        latent_runs = queries.split([groups for groups, _ in lengths])
+        patch_runs = patches.split([groups * length for groups, length, _ in runs])
+        query_runs = queries.split([groups * count for groups, _, count in runs])
         read = [
-            self._attend(latent_run, patch_run.unflatten(0, run))
-            for latent_run, patch_run, run in zip(latent_runs, patch_runs, lengths, strict=True)
+            self._attend(query_run.unflatten(0, (groups, count)), patch_run.unflatten(0, (groups, length)))
+            for query_run, patch_run, (groups, length, count) in zip(query_runs, patch_runs, runs, strict=True)
         ]
-        latents = latents + self.o_proj(torch.cat(read))
+        latents = latents + self.o_proj(torch.cat([run.flatten(0, 1) for run in read]))
         return latents + self.fc2(nn.functional.gelu(self.fc1(self.mlp_norm(latents))))
 
     def _attend(self, latents: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
@@ -204,9 +225,8 @@ class Blip3PreTrainedModel(PreTrainedModel):
             if isinstance(part, Blip3Resampler):
                 self._require_grads_hooks.append(part.register_forward_pre_hook(_require_grad_of_patches))
             elif isinstance(part, Blip3Model):
-                embeddings = part.vision_tower.get_input_embeddings()
                 hook = partial(_require_grad_if_trained, part.vision_tower)
-                self._require_grads_hooks.append(embeddings.register_forward_hook(hook))
+                self._require_grads_hooks.append(first_layer(part.vision_tower).register_forward_hook(hook))
         self._require_grads_hook = self._require_grads_hooks[0]  # the name on transformers 4
 
     def disable_input_require_grads(self) -> None:
@@ -262,6 +282,9 @@ def _restore_quantization_scales(model: nn.Module) -> None:
 class Blip3Resampler(Blip3PreTrainedModel):
     """Perceiver resampler: any number of patch tokens per group in, Q image tokens per group out.
 
+    With `num_text_queries`, the embeddings of a prompt's tokens join the latents as queries. They are updated with
+    them, stand among the keys, and are left out at the end.
+
     Args:
         config: sizes, see `Blip3ResamplerConfig`.
         output_size: E, width of the language model.
@@ -278,53 +301,41 @@ class Blip3Resampler(Blip3PreTrainedModel):
         self.layers = nn.ModuleList(Blip3ResamplerLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.projection = nn.Linear(config.hidden_size, output_size)
+        self.text_projection: nn.Module | None = None
+        if config.num_text_queries:
+            width = config.hidden_size
+            self.text_projection = nn.Sequential(nn.Linear(output_size, width), nn.GELU(), nn.Linear(width, width))
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(self, patches: torch.Tensor, lengths: list[tuple[int, int]]) -> torch.Tensor:
-        """Resample patches (V, D), groups of equal length side by side, to image tokens (G, Q, E)."""
-        num_groups = sum(groups for groups, _ in lengths)
-        patches = patches.to(self.latents.dtype)
-        latents = self.latents.expand(num_groups, -1, -1)  # (G, Q, D)
+    def forward(
+        self, patches: torch.Tensor, lengths: list[tuple[int, int]], texts: list[torch.Tensor] | tuple = ()
+    ) -> torch.Tensor:
+        """Resample patches to image tokens (G, Q, E).
+
+        Args:
+            patches: (V, D), groups of equal length side by side.
+            lengths: (groups, patches per group) of each run of them.
+            texts: read where the config asks for text queries: per run the embeddings (groups, t, E).
+        """
+        queries, runs = [], []
+        for index, (groups, length) in enumerate(lengths):
+            latents = self.latents.expand(groups, -1, -1)  # (g, Q, D)
+            if self.text_projection is not None:
+                latents = torch.cat([latents, self.text_projection(texts[index].to(latents.dtype))], dim=1)
+            queries.append(latents.flatten(0, 1))
+            runs.append((groups, length, latents.shape[1]))
+        patches, latents = patches.to(self.latents.dtype), torch.cat(queries)
         for layer in self.layers:
-            latents = layer(latents, patches, lengths)
-        return self.projection(self.norm(latents))  # (G, Q, E)
+            latents = layer(latents, patches, runs)
+        read = [
+            run.unflatten(0, (groups, count))[:, : self.config.num_latents]
+            for run, (groups, _, count) in zip(latents.split([len(each) for each in queries]), runs, strict=True)
+        ]
+        return self.projection(self.norm(torch.cat(read)))
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
-
-
-def _accept_checkpoint_names(vision_tower: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
-    """Let `load_state_dict` read a vision tower under the names that checkpoints and adapters have.
-
-    Those of transformers 4.57 hold a `vision_model` that 5.x lacks. from_pretrained and save_pretrained translate;
-    Trainer does not when it resumes, and would keep the tower as it was (huggingface/transformers#43701), and PEFT
-    does not when it loads an adapter.
-    """
-    inner = f"{prefix}vision_model."
-    has_inner = "vision_model" in vision_tower._modules
-    foreign = [name for name in state_dict if name.startswith(prefix) and name.startswith(inner) != has_inner]
-    if not foreign:
-        return
-    complete = _names_without_adapter(vision_tower)
-    for name in foreign:
-        own = name.removeprefix(prefix if has_inner else inner)
-        own = f"vision_model.{own}" if has_inner else own
-        state_dict[prefix + complete.get(own, own)] = state_dict.pop(name)
-
-
-def _names_without_adapter(module: nn.Module) -> dict[str, str]:
-    """Map `layer.lora_A.weight` to `layer.lora_A.default.weight`, as PEFT does for names it knows.
-
-    Of several adapters the last one counts, which is the one that is being loaded.
-    """
-    names = {}
-    for name in module.state_dict():
-        path = name.split(".")
-        adapter = next((index for index, part in enumerate(path) if part.startswith("lora_")), None)
-        if adapter is not None and len(path) > adapter + 1:
-            names[".".join(path[: adapter + 1] + path[adapter + 2 :])] = name
-    return names
 
 
 def _check_exactly_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
@@ -352,7 +363,7 @@ class Blip3Model(Blip3PreTrainedModel):
     def __init__(self, config: Blip3Config):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.vision_tower.register_load_state_dict_pre_hook(_accept_checkpoint_names)
+        self.vision_tower.register_load_state_dict_pre_hook(accept_checkpoint_names)
         self.resampler = Blip3Resampler._from_config(
             config.resampler_config, output_size=config.text_config.hidden_size
         )
@@ -378,26 +389,33 @@ class Blip3Model(Blip3PreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor,
+        query_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Blip3ImageOutput:
         """Encode images.
 
         Args:
             pixel_values: (I, T, 3, S, S), or the views in use alone, (N, 3, S, S).
             image_sizes: (I, 2) original (height, width); (0, 0) marks a global view alone.
+            query_ids: (I, W), for a resampler with text queries: ids of each image's prompt with one `<image>` an
+                image and without its answer, -1 behind them. The processor makes them.
             **kwargs: `output_hidden_states` and `output_attentions` of the vision tower.
 
         Returns:
             `pooler_output`: one tensor (n * Q, E) per image; `last_hidden_state`: patch tokens (N, P, D).
 
         Raises:
-            ValueError: if the views do not fit the sizes.
+            ValueError: if the views do not fit the sizes, or `query_ids` are missing or not asked for.
         """
         if image_sizes.ndim != 2 or image_sizes.shape[1] != 2:
             raise ValueError(
                 f"image_sizes is {tuple(image_sizes.shape)} but must be (I, 2), one (height, width) per image. The "
                 "batch dimension was probably dropped or a collator stacked it: pass what the processor returns."
             )
+        check_query_ids(query_ids, len(image_sizes), self.config.resampler_config.num_text_queries)
         sizes = [tuple(size) for size in image_sizes.tolist()]
         grids = [grid_of(size, self.config.tile_grids, self.config.tile_size) for size in sizes]
         views = self._used_views(pixel_values, [count_views(grid) for grid in grids])
@@ -406,11 +424,12 @@ class Blip3Model(Blip3PreTrainedModel):
         }
         tower_outputs = self._encode_views(views, **tower_kwargs)
         patches = tower_outputs.last_hidden_state  # (N, P, D)
-        return BaseModelOutputWithPooling(
+        return Blip3ImageOutput(
             last_hidden_state=patches,
-            pooler_output=self._resample(patches, sizes, grids),
+            pooler_output=self._resample(patches, sizes, grids, query_ids),
             hidden_states=tower_outputs.hidden_states,
             attentions=tower_outputs.attentions,
+            query_ids=query_ids,
         )
 
     def _encode_views(self, views: torch.Tensor, **kwargs: bool) -> BaseModelOutputWithPooling:
@@ -422,37 +441,13 @@ class Blip3Model(Blip3PreTrainedModel):
         is_bound_by_memory = views.device.type == "cpu" and dtype == torch.float32
         gives_more = bool(kwargs or settings.output_hidden_states or settings.output_attentions)
         if not is_bound_by_memory or gives_more or torch.is_grad_enabled() or self._is_sharded:
-            return self._without_prefix_tokens(self.vision_tower(views.to(dtype), return_dict=True, **kwargs))
-        num_values = self._patches_per_side**2 * settings.hidden_size
+            outputs = self.vision_tower(views.to(dtype), return_dict=True, **kwargs)
+            return patch_tokens(self.vision_tower, outputs, self.config)
+        num_values = self.config.patches_per_side**2 * settings.hidden_size
         runs = views.split(max(1, self.values_at_once // num_values))
-        patches = [self.vision_tower(run.to(dtype), return_dict=True).last_hidden_state for run in runs]
-        return self._without_prefix_tokens(BaseModelOutputWithPooling(last_hidden_state=torch.cat(patches)))
-
-    @property
-    def _patches_per_side(self) -> int:
-        """p, so that a view has p * p patches."""
-        settings = self.config.vision_config
-        return settings.image_size // settings.patch_size
-
-    def _without_prefix_tokens(self, outputs: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
-        """Leave out what a tower puts before its patch tokens: a class token (CLIP, DINOv2), registers.
-
-        Raises:
-            ValueError: if the number of tokens is not that of the patches, with or without these.
-        """
-        tokens = outputs.last_hidden_state
-        num_patches = self._patches_per_side**2
-        num_registers = getattr(self.config.vision_config, "num_register_tokens", 0)
-        num_prefix = tokens.shape[1] - num_patches
-        if num_prefix not in (0, 1, 1 + num_registers):
-            raise ValueError(
-                f"The vision tower ({self.config.vision_config.model_type}) gives {tokens.shape[1]} tokens a view but "
-                f"its image_size and patch_size make {num_patches} patches: expected that many, behind at most one "
-                f"class token and {num_registers} registers. It probably merges patches or has other special tokens: "
-                "use a tower that keeps one token a patch, such as SigLIP, CLIP or DINOv2."
-            )
-        outputs.last_hidden_state = tokens[:, num_prefix:]
-        return outputs
+        tokens = [self.vision_tower(run.to(dtype), return_dict=True).last_hidden_state for run in runs]
+        outputs = BaseModelOutputWithPooling(last_hidden_state=torch.cat(tokens))
+        return patch_tokens(self.vision_tower, outputs, self.config)
 
     def _used_views(self, pixel_values: torch.Tensor, num_views: list[int]) -> torch.Tensor:
         """Drop the slots without a view: (I, T, 3, S, S) -> (N, 3, S, S)."""
@@ -476,22 +471,37 @@ class Blip3Model(Blip3PreTrainedModel):
             return pixel_values.flatten(0, 1)  # without a copy
         return torch.cat([slots[:n] for slots, n in zip(pixel_values, num_views, strict=True)])
 
-    def _resample(self, patches: torch.Tensor, sizes: list, grids: list) -> tuple[torch.Tensor, ...]:
+    def _resample(
+        self, patches: torch.Tensor, sizes: list, grids: list, query_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
         """Resample patch tokens (N, P, D) to one (n * Q, E) per image."""
-        settings = self.config.resampler_config
-        groups, groups_per_image, first_patch = [], [], 0
-        for size, grid in zip(sizes, grids, strict=True):
-            own = visible_patches(size, grid, self._patches_per_side, settings.token_sampling, settings.tile_grouping)
+        settings, per_side = self.config.resampler_config, self.config.patches_per_side
+        rules = (settings.token_sampling, settings.tile_grouping, settings.hide_padding)
+        groups, images, first_patch = [], [], 0  # patches of each group, and the image it is of
+        for image, (size, grid) in enumerate(zip(sizes, grids, strict=True)):
+            own = visible_patches(size, grid, per_side, *rules)
             groups += [indices + first_patch for indices in own]
-            groups_per_image.append(len(own))
+            images += [image] * len(own)
             first_patch += count_views(grid) * patches.shape[1]
-        order = sorted(range(len(groups)), key=lambda group: len(groups[group]))  # equal lengths side by side
-        lengths = [len(groups[group]) for group in order]
-        runs = [(lengths.count(length), length) for length in dict.fromkeys(lengths)]
+        texts = self._embed_queries(query_ids, len(sizes))
+        keys = [(len(group), len(texts[image])) for group, image in zip(groups, images, strict=True)]
+        order = sorted(range(len(groups)), key=keys.__getitem__)  # equal lengths side by side
+        runs = {key: [group for group in order if keys[group] == key] for key in sorted(set(keys))}
+        asked = [torch.stack([texts[images[group]] for group in run]) for run in runs.values()]
         indices = torch.cat([groups[group] for group in order]).to(patches.device)
-        image_tokens = self.resampler(patches.flatten(0, 1)[indices], runs)  # (G, Q, E)
+        lengths = [(len(run), length) for (length, _), run in runs.items()]
+        image_tokens = self.resampler(patches.flatten(0, 1)[indices], lengths, asked)  # (G, Q, E)
         image_tokens = image_tokens[torch.tensor(order, device=patches.device).argsort()]
+        groups_per_image = [images.count(image) for image in range(len(sizes))]
         return tuple(tokens.flatten(0, 1) for tokens in image_tokens.split(groups_per_image))
+
+    def _embed_queries(self, query_ids: torch.Tensor | None, num_images: int) -> list[torch.Tensor]:
+        """Embed the prompt of each image: (t, E), or nothing (0, E) without text queries."""
+        if query_ids is None:
+            return [self.resampler.latents.new_zeros(0, self.config.text_config.hidden_size)] * num_images
+        embeddings = self.get_input_embeddings()(query_ids.clamp(min=0))  # (I, W, E)
+        embeddings = embeddings.to(self.resampler.latents.device)
+        return [row[ids >= 0] for row, ids in zip(embeddings, query_ids.to(embeddings.device), strict=True)]
 
     def count_image_tokens(self, image_size: tuple[int, int]) -> int:
         """Count the image tokens of an image of original (height, width); (0, 0) is a global view alone."""
@@ -545,6 +555,7 @@ class Blip3Model(Blip3PreTrainedModel):
         use_cache: bool | None = None,
         mm_encoder_outputs: dict | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        query_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Blip3ModelOutputWithPast:
@@ -560,8 +571,9 @@ class Blip3Model(Blip3PreTrainedModel):
             inputs_embeds: (B, L, E), in place of `input_ids`.
             use_cache: return a cache; off by default in training.
             mm_encoder_outputs: {"image": output of `get_image_features`} in place of pixels: encode images once,
-                ask many questions.
+                ask many questions; with text queries, the one question they were encoded for.
             mm_token_type_ids: (B, L), 1 where image tokens go; found by `input_ids` when left out.
+            query_ids: (I, W), see `get_image_features`.
             past_key_values: the name of `cache` before transformers 5.24.
             **kwargs: passed on to the decoder.
 
@@ -572,7 +584,8 @@ class Blip3Model(Blip3PreTrainedModel):
         cache = one_cache(cache, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        image_outputs, image_features = self._image_outputs(pixel_values, image_sizes, mm_encoder_outputs), None
+        image_outputs = self._image_outputs(pixel_values, image_sizes, query_ids, mm_encoder_outputs)
+        image_features = None
         if image_outputs is not None:
             image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features, mm_token_type_ids)
@@ -605,10 +618,16 @@ class Blip3Model(Blip3PreTrainedModel):
         return {name: by_default[name] if kwargs.get(name) is None else kwargs[name] for name in names}
 
     def _image_outputs(
-        self, pixel_values: torch.Tensor | None, image_sizes: torch.Tensor | None, mm_encoder_outputs: dict | None
+        self,
+        pixel_values: torch.Tensor | None,
+        image_sizes: torch.Tensor | None,
+        query_ids: torch.Tensor | None,
+        mm_encoder_outputs: dict | None,
     ) -> BaseModelOutputWithPooling | None:
         """What `get_image_features` gives for all images, now or before; None without images."""
         if mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None:
+            if self.config.resampler_config.num_text_queries:
+                check_same_question(mm_encoder_outputs["image"], query_ids)
             return mm_encoder_outputs["image"]
         if pixel_values is None or pixel_values.shape[0] == 0:
             return None
@@ -618,7 +637,7 @@ class Blip3Model(Blip3PreTrainedModel):
                 f"each of the {pixel_values.shape[0]} images, from which the model derives grids and padding. It "
                 "was probably dropped by a collator: pass everything the processor returns."
             )
-        return self.get_image_features(pixel_values, image_sizes, return_dict=True)
+        return self.get_image_features(pixel_values, image_sizes, query_ids, return_dict=True)
 
     @property
     def _is_sharded(self) -> bool:
@@ -643,10 +662,11 @@ class Blip3Model(Blip3PreTrainedModel):
         if is_distributed or any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
             side, dtype = self.config.tile_size, self.vision_tower.dtype
             blank = torch.zeros(1, 3, side, side, device=weight.device, dtype=dtype)
-            patches = self.vision_tower(blank, return_dict=True).last_hidden_state[0]
-            image_tokens = self.resampler(patches, [(1, patches.shape[0])])
+            patches = self._encode_views(blank).last_hidden_state[0]
         else:
-            image_tokens = self.resampler(weight.new_zeros(0, weight.shape[-1]), [(1, 0)])
+            patches = weight.new_zeros(0, weight.shape[-1])
+        text = weight.new_zeros(1, 0, self.config.text_config.hidden_size)
+        image_tokens = self.resampler(patches, [(1, len(patches))], [text])
         return (image_tokens.sum() * 0).to(inputs_embeds.device, inputs_embeds.dtype)
 
 
@@ -715,10 +735,14 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, Blip3GenerationMixin):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor,
+        query_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Blip3ImageOutput:
         """See `Blip3Model.get_image_features`."""
-        return self.model.get_image_features(pixel_values, image_sizes, return_dict=True, **kwargs)
+        return self.model.get_image_features(pixel_values, image_sizes, query_ids, return_dict=True, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -735,6 +759,7 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, Blip3GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        query_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Blip3CausalLMOutputWithPast:
@@ -753,6 +778,7 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, Blip3GenerationMixin):
             logits_to_keep: number of last tokens to compute logits for (0: all), or their positions (K,).
             mm_encoder_outputs: see there.
             mm_token_type_ids: see there.
+            query_ids: see there.
             past_key_values: see there.
             **kwargs: `num_items_in_batch` and other arguments of the loss and the decoder.
         """
@@ -767,6 +793,7 @@ class Blip3ForConditionalGeneration(Blip3PreTrainedModel, Blip3GenerationMixin):
             use_cache=use_cache,
             mm_encoder_outputs=mm_encoder_outputs,
             mm_token_type_ids=mm_token_type_ids,
+            query_ids=query_ids,
             return_dict=True,
             **kwargs,
         )

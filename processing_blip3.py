@@ -22,7 +22,14 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.utils.chat_template_utils import render_jinja_template
 
 # transformers 4.57 copies the files named here and no further: what image_processing_blip3 imports must be named too.
-from .configuration_blip3 import IGNORE_INDEX, TOKEN_SAMPLINGS, check_choice, check_positive, expose_in_package
+from .configuration_blip3 import (
+    IGNORE_INDEX,
+    TOKEN_SAMPLINGS,
+    check_choice,
+    check_positive,
+    check_text_queries,
+    expose_in_package,
+)
 from .image_processing_blip3 import Blip3ImageProcessorKwargs, is_source, list_images
 from .tiling_blip3 import count_image_tokens, grid_of
 
@@ -90,6 +97,7 @@ class Blip3Processor(ProcessorMixin):
         tokenizer: a fast tokenizer that knows `<image>`.
         num_latents: image tokens per resampler call; the model's `resampler_config.num_latents`.
         token_sampling: `patch` (one call per view) or `fixed` (one per image); the model's.
+        num_text_queries: how many of a prompt's first ids the resampler reads; the model's, 0 for none.
         chat_template: Jinja template of conversations; base models have none.
 
     Raises:
@@ -108,6 +116,7 @@ class Blip3Processor(ProcessorMixin):
         tokenizer: Any = None,
         num_latents: int = 128,
         token_sampling: str = "patch",
+        num_text_queries: int = 0,
         chat_template: str | None = None,
         **kwargs: Any,
     ):
@@ -119,8 +128,10 @@ class Blip3Processor(ProcessorMixin):
                 )
         check_positive("num_latents", num_latents)
         check_choice("token_sampling", token_sampling, TOKEN_SAMPLINGS)
+        check_text_queries("num_text_queries", num_text_queries)
         self.num_latents = num_latents
         self.token_sampling = token_sampling
+        self.num_text_queries = num_text_queries
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
@@ -146,7 +157,8 @@ class Blip3Processor(ProcessorMixin):
 
         Returns:
             `input_ids` and `attention_mask` (B, L), with images `pixel_values` and `image_sizes`, on request
-            `labels` and `mm_token_type_ids` (B, L).
+            `labels` and `mm_token_type_ids` (B, L). With text queries `query_ids` (I, `num_text_queries`) as well: for
+            each image its row's first ids, one `<image>` an image, without padding and answers, and -1 behind them.
 
         Raises:
             ValueError: if images and `<image>` do not match row by row, or truncation cut an image's tokens.
@@ -167,6 +179,8 @@ class Blip3Processor(ProcessorMixin):
         inputs = Blip3BatchFeature(dict(inputs), image_token_id=self.image_token_id)
         if return_labels:
             inputs["labels"] = self._label_answers(inputs["input_ids"])
+        if self.num_text_queries and "input_ids" in inputs and "image_sizes" in inputs:
+            inputs["query_ids"] = self._collect_queries(inputs)
         return inputs
 
     def _check_layout(self, images: Any, text: Any) -> tuple[Any, list[str] | None]:
@@ -247,6 +261,13 @@ class Blip3Processor(ProcessorMixin):
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
         """Count image tokens of images of (height, width) pixels without reading them (vLLM, transformers)."""
+        if self.num_text_queries:
+            raise ValueError(
+                f"An engine asked for the image tokens of {len(image_sizes or [])} images by their sizes alone, but "
+                f"those of this model depend on {self.num_text_queries} ids of the prompt as well (num_text_queries). "
+                "vLLM encodes and keeps images apart from prompts, and would answer with the features of another "
+                "question: serve this model with transformers, or a release of r-v1.5 with the engine."
+            )
         if image_sizes is None:
             return MultiModalData()
         splits = kwargs.get("do_image_splitting")
@@ -282,10 +303,54 @@ class Blip3Processor(ProcessorMixin):
             return torch.tensor(labels)
         return np.asarray(labels) if isinstance(input_ids, np.ndarray) else labels
 
+    def _collect_queries(self, inputs: Any) -> Any:
+        """Collect `query_ids` from a batch's `input_ids`, in which each image is a run of image tokens."""
+        sizes = _to_list(inputs["image_sizes"])
+        runs = iter([self.count_image_tokens((int(height), int(width))) for height, width in sizes])
+        masks = inputs.get("attention_mask")
+        collected = []
+        for row, ids in enumerate(_to_list(inputs["input_ids"])):
+            mask = [token != self.tokenizer.pad_token_id for token in ids] if masks is None else _to_list(masks[row])
+            row_ids = [token for token, is_text in zip(ids, mask, strict=True) if is_text]
+            prompt: list[int] = []
+            place = 0
+            while place < len(row_ids):
+                prompt.append(row_ids[place])
+                place += next(runs) if prompt[-1] == self.image_token_id else 1
+            num_images = prompt.count(self.image_token_id)
+            collected += [self._first_query(prompt)] * num_images if num_images else []
+        if isinstance(inputs["input_ids"], torch.Tensor):
+            return torch.tensor(collected)
+        return np.asarray(collected) if isinstance(inputs["input_ids"], np.ndarray) else collected
+
+    def _first_query(self, prompt: list[int]) -> list[int]:
+        """Cut what an image is encoded for out of a row's ids, one `<image>` an image, and fill it up with -1.
+
+        Where the row ends in an answer, as in training, nothing behind the first `<|assistant|>` counts: an answer
+        that its own image tokens depend on would be learned by copying. A prompt that asks for one counts whole.
+
+        Raises:
+            ValueError: if nothing is left but images.
+        """
+        start = self.tokenizer.convert_tokens_to_ids(ANSWER_START)
+        turns = [index + 1 for index, token in enumerate(prompt) if token == start]
+        if turns and self.tokenizer.decode(prompt[turns[-1] :]).strip():
+            prompt = prompt[: turns[0]]
+        if all(token in (self.image_token_id, self.tokenizer.bos_token_id) for token in prompt):
+            raise ValueError(
+                f"A prompt holds {prompt.count(self.image_token_id)} images and no text, but the image tokens of this "
+                f"model depend on its first {self.num_text_queries} ids (num_text_queries). An engine probably passed "
+                "the placeholder alone, as vLLM does; it would answer every question with the same features: pass "
+                "image and question together, and serve this model with transformers."
+            )
+        query = prompt[: self.num_text_queries]
+        return query + [-1] * (self.num_text_queries - len(query))
+
     @property
     def model_input_names(self) -> list[str]:
         """Names of what a call returns by default."""
-        return ["input_ids", "attention_mask", *self.image_processor.model_input_names]
+        queries = ["query_ids"] if self.num_text_queries else []
+        return ["input_ids", "attention_mask", *self.image_processor.model_input_names, *queries]
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
         """Save as transformers does, with a tokenizer class name that both of its lines can load."""

@@ -163,7 +163,12 @@ def view_places(
 
 @lru_cache(maxsize=4096)
 def visible_patches(
-    image_size: tuple[int, int], grid: tuple[int, int], patches_per_side: int, token_sampling: str, tile_grouping: str
+    image_size: tuple[int, int],
+    grid: tuple[int, int],
+    patches_per_side: int,
+    token_sampling: str,
+    tile_grouping: str,
+    hide_padding: bool = True,
 ) -> tuple[torch.Tensor, ...]:
     """List the patch tokens that show the image and not padding, group by group.
 
@@ -177,6 +182,7 @@ def visible_patches(
         patches_per_side: p, so that a view has p * p patches.
         token_sampling: `patch` or `fixed`, see `Blip3ResamplerConfig`.
         tile_grouping: `stripes` or `tiles`, see `Blip3ResamplerConfig`.
+        hide_padding: whether patches of padding are left out; the first family reads them.
 
     Returns:
         One tensor of indices per group into the image's patch tokens, flattened from (1 + rows * columns, P). A
@@ -190,7 +196,7 @@ def visible_patches(
     # index of the patch token at each place of the stitched map
     tiles = torch.arange(patches, count_views(grid) * patches).view(rows, columns, patches_per_side, patches_per_side)
     stitched = tiles.transpose(1, 2).reshape(rows * patches_per_side, columns * patches_per_side)
-    is_visible = torch.zeros_like(stitched, dtype=torch.bool)
+    is_visible = torch.full_like(stitched, not hide_padding, dtype=torch.bool)
     (top, bottom), (left, right) = _unpadded_region(image_size, (stitched.shape[0], stitched.shape[1]))
     is_visible[top:bottom, left:right] = True
     if token_sampling == "fixed":

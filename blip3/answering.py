@@ -126,7 +126,7 @@ class Answerer:
         """Make one batch of rows that `prepare` gave one by one, so that one bad image spoils no other row."""
         texts = [{name: row[name][0].tolist() for name in ("input_ids", "attention_mask")} for row in rows]
         inputs = dict(self.processor.tokenizer.pad(texts, padding_side="left", return_tensors="pt"))
-        for name in ("pixel_values", "image_sizes"):
+        for name in ("pixel_values", "image_sizes", "query_ids"):
             found = [row[name] for row in rows if name in row]
             if found:
                 inputs[name] = torch.cat(found)

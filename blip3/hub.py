@@ -22,6 +22,7 @@ CODE_FILES = (
     "image_processing_blip3.py",
     "processing_blip3.py",
     "generation_blip3.py",
+    "towers_blip3.py",
     "modeling_blip3.py",
 )
 ROOT = PACKAGE.parent if (PACKAGE.parent / CODE_FILES[0]).is_file() else PACKAGE / "_root"

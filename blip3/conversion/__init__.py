@@ -3,6 +3,7 @@
 
     names             the only table from the released names to ours, and every tensor's shape
     tensors           row ranges of stored tensors: read, fold, split, stream
+    towers            vision towers of every naming -> transformers' names
     configs           released and our small JSON files, there and back
     tokenizer_files   the tokenizer of each variant
     replace           OUTPUT appears at once and keeps what the user put beside it

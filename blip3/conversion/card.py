@@ -20,12 +20,17 @@ from .tensors import Views, total_bytes
 
 MARK = "Written by `convert_weights.py`"
 CODE_LICENSE = "apache-2.0"
-# Every r-v1.5 release, as its own card names and licenses it.
+# Every release, as its own card names and licenses it; those of r-v1 had another name at first.
 RELEASES = {
     f"xgen-mm-phi3-mini-{kind}-r-v1.5": ("Salesforce", "apache-2.0")
     for kind in ("base", "instruct-singleimg", "instruct-interleave", "instruct-dpo")
+} | {
+    f"{name}-phi3-mini-{kind}-r-v1": ("Salesforce", "cc-by-nc-4.0")
+    for name in ("xgen-mm", "blip3")
+    for kind in ("base", "instruct")
 }
 PARTS = {
+    "DFN5B-CLIP-ViT-H-14-378": ("apple", "other"),
     "siglip-so400m-patch14-384": ("google", "apache-2.0"),
     "Phi-3-mini-4k-instruct": ("microsoft", "mit"),
 }
@@ -283,10 +288,22 @@ def _title(origin: Origin) -> str:
 
 def _what(origin: Origin, checkpoint: Checkpoint) -> str:
     kind = "reads images and text, and answers" if checkpoint.variant == "instruct" else "continues images and text"
-    what = f"BLIP-3 (xGen-MM, r-v1.5) {kind}: SigLIP, a Perceiver resampler, and a language model of Phi-3's design."
+    tower, family = _tower_and_family(checkpoint.config)
+    what = f"BLIP-3 ({family}) {kind}: {tower}, a Perceiver resampler, and a language model of Phi-3's design."
+    if checkpoint.config["resampler_config"].get("num_text_queries"):
+        what += " Its image tokens depend on the question: each turn encodes its images again."
     if origin.is_release or not checkpoint.is_ours:
         return what
     return what + " These weights are not recognised as a release: they were probably trained further."
+
+
+def _tower_and_family(config: dict[str, Any]) -> tuple[str, str]:
+    """Name the vision tower and the family whose resampler the model has."""
+    vision = config["vision_config"]
+    towers = {"siglip_vision_model": "SigLIP", "clip_vision_model": "a CLIP tower"}
+    is_first = not config["resampler_config"].get("hide_padding", True)
+    family = "xGen-MM, r-v1" if is_first else "xGen-MM, r-v1.5"
+    return towers.get(vision["model_type"], f"timm's {vision.get('architecture')}"), family
 
 
 def _source(origin: Origin) -> str:
@@ -313,7 +330,8 @@ def _notice(origin: Origin) -> str:
         "(LICENSE).\n\n"
         f"The weights and the tokenizer come from: {models}.\nLicence of the weights: {terms}.\nChanges: tensors were "
         "renamed, rows of added tokens were joined to the vocabulary, and the dtype\nmay have been converted.\n\n"
-        "The releases were trained from SigLIP-SO400M (Google, Apache License 2.0) and Phi-3-mini (Microsoft, MIT).\n"
+        "The releases of r-v1.5 were trained from SigLIP-SO400M (Google, Apache License 2.0), those of r-v1 from\n"
+        "DFN5B CLIP ViT-H (Apple, a licence of its own), and all of them from Phi-3-mini (Microsoft, MIT).\n"
     )
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert released BLIP-3 / xGen-MM r-v1.5 weights to this repository's names, and back.
+"""Convert released BLIP-3 / xGen-MM weights (r-v1.5 and r-v1) to this repository's names, and back.
 
     python convert_weights.py RELEASE OUTPUT                     released folder or LAVIS .pt -> our folder
     python convert_weights.py TRAINED OUTPUT --base OURS         saved by transformers or TRL -> complete again
     python convert_weights.py OURS ORIGINAL --to-original        our folder -> released names
-    python convert_weights.py --vision SIGLIP --text PHI3 OUTPUT starting point of pre-training
+    python convert_weights.py --vision TOWER --text PHI3 OUTPUT  starting point of pre-training
 
 A conversion reads headers, plans every output tensor as row ranges of source tensors, and streams the data once when
 it writes. The parts are in this package, whose docstring gives the order to read them in.
@@ -43,6 +43,7 @@ from .tensors import (
     write_safetensors,
 )
 from .tokenizer_files import TOKENIZER_FILES, present_files
+from .towers import to_open_clip
 
 MERGE = (
     'python -c "from peft import PeftModel; from transformers import AutoModelForImageTextToText as Auto; PeftModel.'
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with only_writer(args.output):
             convert(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -120,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--vision-config",
         type=Path,
         metavar="FILE",
-        help="SigLIP sizes; default: siglip_vision_config.json of SOURCE, SO400M",
+        help="sizes of the tower; default: siglip_vision_config.json or open_clip_config.json of SOURCE, as released",
     )
     add("--verify", action="store_true", help="read everything back and compare; default: off")
     add("--to-original", action="store_true", help="SOURCE is ours, write released names; default: off")
@@ -130,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--base", type=Path, metavar="DIR", help="our folder SOURCE was trained from; gives what SOURCE lacks")
     add("--base-model", action="append", metavar="ID", help="on the Hub, for the card; default: if recognised")
     add("--license", metavar="ID", help="of the weights, for the card; default: the release's if recognised")
-    add("--vision", type=Path, metavar="DIR", help="SigLIP, or tower for a .pt without one; default: none")
+    add("--vision", type=Path, metavar="DIR", help="SigLIP, CLIP or a ViT of timm; default: none")
     add("--text", type=Path, metavar="DIR", help="Phi-3; default: none")
     return parser
 
@@ -291,6 +292,24 @@ def report(checkpoint: Checkpoint, views: Views, text_layout: str) -> None:
     print(f"kept aside {len(checkpoint.unused)} unused in original/unused.safetensors: {names}")
 
 
+def check_original_form(config: dict) -> bool:
+    """Refuse a model that neither r-v1.5's code nor r-v1's computes; return whether it is r-v1's, with a CLIP tower.
+
+    Raises:
+        ValueError: if tower and resampler do not belong to one of the two.
+    """
+    tower, resampler = config["vision_config"]["model_type"], config["resampler_config"]
+    hides, asks = resampler.get("hide_padding", True), bool(resampler.get("num_text_queries"))
+    is_first = tower == "clip_vision_model" and not hides
+    if not is_first and (tower != "siglip_vision_model" or not hides or asks):
+        raise ValueError(
+            f"The model has a {tower}, hide_padding {hides} and num_text_queries {int(asks)}, but the original "
+            "layouts are SigLIP with hidden padding (r-v1.5) and CLIP that reads it (r-v1). It was probably built "
+            "anew from parts: it has no original form."
+        )
+    return is_first
+
+
 def write_original(checkpoint: Checkpoint, args: argparse.Namespace, dtype: torch.dtype | None) -> None:
     """Write the released layout from ours, in `dtype` or, if None, in each tensor's own.
 
@@ -303,12 +322,14 @@ def write_original(checkpoint: Checkpoint, args: argparse.Namespace, dtype: torc
             f"text_config.vocab_size is {vocab}, but the original layout holds exactly 3 ids from image_token_id "
             f"{num_ids} on. The vocabulary was probably resized after conversion: it has no original form."
         )
+    is_clip = check_original_form(checkpoint.config)
     stored = dtype or checkpoint.views[EMBEDDING].dtype
     files, num_dead_rows = original_configs(checkpoint, stored)
     unused = checkpoint.unused
     if checkpoint.dtype_changed:  # the pooling head was kept as released; it follows the tower it belongs to
         unused = cast(unused, checkpoint.views["vision_encoder.post_layernorm.weight"].dtype)
     views, lost = unfold(checkpoint.views, unused, num_ids, num_dead_rows)
+    views = to_open_clip(views) if is_clip else views
     views = cast({"vlm." + name: view for name, view in sorted(views.items())}, dtype)
     lost += [f"{name} (rebuilt)" for name in files if name not in checkpoint.small_files]
     tokenizer = {name: path for name, path in checkpoint.small_files.items() if name not in files}

@@ -14,12 +14,34 @@ from typing import Any
 import torch
 
 from ..hub import RELEASE, ROOT, model_code
-from .names import DEAD_ROWS, EMBEDDING, IMAGE_TOKENS
+from .names import DEAD_ROWS, EMBEDDING, IMAGE_TOKENS, TIMM
 from .tensors import Views, shape_of
+from .towers import given_sizes, is_clip
 
 TEMPLATES = ROOT / RELEASE
 # What the text_config of every release says, for a checkpoint that comes without one.
 RELEASED_TEXT = {"vocab_size": 32064, "initial_tokenizer_len": 32012, "sliding_window": 2047}
+# The first family's tower, DFN5B ViT-H/14 at 378 pixels, and the statistics of CLIP's pixels.
+CLIP_TOWER = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "image_size": 378,
+    "patch_size": 14,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-05,
+    "attention_dropout": 0.0,
+}
+CLIP_STATISTICS = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+TIMM_KEYS = ("architecture", "model_args", "do_pooling", "hidden_size", "image_size", "patch_size")
+MODEL_TYPES = ("xgenmm", "blip_3")  # the second is the first family's
+TEXT_QUERIES = 256  # of the first family's instruct model
 
 
 @dataclass
@@ -103,35 +125,41 @@ def build_config(config: dict, config_class: Any = None) -> Any:
 
 
 def vision_config_of(views: Views, given: dict | None, image_size: int | None) -> dict:
-    """Infer the tower's sizes from its tensors; heads and image size are those given, or SO400M's.
+    """Infer the tower's sizes from its tensors; heads and image size are those given, or the known towers'.
 
     Args:
         views: released names.
-        given: a SigLIP config.json, whole or its vision_config.
+        given: the tower's configuration, see `given_sizes`.
         image_size: pixels, where `given` does not tell.
 
     Raises:
         ValueError: if the number of heads is unknown, or the positions do not fit the image size.
     """
-    config = template()["vision_config"]
+    if f"vision_encoder.{TIMM}patch_embed.proj.weight" in views:
+        return _timm_config_of(views, given or {})
+    config = dict(CLIP_TOWER) if is_clip(views) else template()["vision_config"]
     hidden, channels, patch, _ = shape_of(views, "vision_encoder.embeddings.patch_embedding.weight")
-    given = (given or {}).get("vision_config", given or {})
-    config |= {key: value for key, value in given.items() if key in config and key != "model_type"}
+    given = given_sizes(given)
     if "num_attention_heads" not in given and hidden != config["hidden_size"]:
+        known = "DFN5B ViT-H" if is_clip(views) else "SigLIP-SO400M"
         raise ValueError(
-            f"The vision tower has width {hidden}, and only width {config['hidden_size']} (SigLIP-SO400M) is known to "
-            "have 16 heads; tensors do not tell the number of heads. Pass its SigLIP config.json with --vision-config."
+            f"The vision tower has width {hidden}, and only width {config['hidden_size']} ({known}) is known to "
+            "have 16 heads; tensors do not tell the number of heads. Pass its config.json, or open_clip_config.json, "
+            "with --vision-config."
         )
+    side = given.get("image_size") or image_size or config["image_size"]
+    config |= {key: value for key, value in given.items() if key in config and key != "model_type"}
     config |= {
         "hidden_size": hidden,
         "patch_size": patch,
         "num_channels": channels,
         "intermediate_size": shape_of(views, "vision_encoder.encoder.layers.0.mlp.fc1.weight")[0],
         "num_hidden_layers": _num_layers(views, "vision_encoder.encoder.layers."),
-        "image_size": given.get("image_size") or image_size or 384,
-        "vision_use_head": False,
+        "image_size": side,
     }
-    positions = shape_of(views, "vision_encoder.embeddings.position_embedding.weight")[0]
+    if not is_clip(views):
+        config["vision_use_head"] = False
+    positions = shape_of(views, "vision_encoder.embeddings.position_embedding.weight")[0] - is_clip(views)
     if positions != (config["image_size"] // patch) ** 2:
         raise ValueError(
             f"The vision tower has {positions} positions, but an image of {config['image_size']} pixels in patches of "
@@ -139,6 +167,21 @@ def vision_config_of(views: Views, given: dict | None, image_size: int | None) -
             "tower's config.json with --vision-config."
         )
     return config
+
+
+def _timm_config_of(views: Views, given: dict) -> dict:
+    """Return the `timm_wrapper` configuration of a tower that keeps timm's names."""
+    given = given.get("vision_config", given)
+    hidden, _, patch, _ = shape_of(views, f"vision_encoder.{TIMM}patch_embed.proj.weight")
+    sizes = {"hidden_size": hidden, "image_size": given_sizes(given).get("image_size"), "patch_size": patch}
+    if sizes["image_size"] is None:
+        raise ValueError(
+            f"The config.json of the timm tower {given.get('architecture')!r} gives no image size; expected three "
+            "numbers under pretrained_cfg.input_size. It was probably written by hand: add them."
+        )
+    args = {"global_pool": "", **(given.get("model_args") or {}), "img_size": sizes["image_size"]}
+    names = {"model_type": "timm_wrapper", "architecture": given["architecture"], "model_args": args}
+    return {**names, "do_pooling": False, **sizes}
 
 
 def resampler_config_of(views: Views, source: dict) -> dict:
@@ -159,7 +202,21 @@ def resampler_config_of(views: Views, source: dict) -> dict:
         "num_attention_heads": max(1, inner // config["head_dim"]),
         "intermediate_size": shape_of(views, "vision_tokenizer.layers.0.1.1.weight")[0],
         "token_sampling": "patch" if sampling else "fixed",
+        **_family_settings(views),
     }
+
+
+def is_first_family(views: Views) -> bool:
+    """Whether released tensors are of r-v1: a CLIP tower, or a resampler that reads the prompt."""
+    return is_clip(views) or any(name.startswith("vision_tokenizer.text_projection.") for name in views)
+
+
+def _family_settings(views: Views) -> dict:
+    """Return what only the first family's resampler does: it reads padding, and in its instruct model the prompt."""
+    if not is_first_family(views):
+        return {}
+    asks = "vision_tokenizer.text_projection.0.weight" in views
+    return {"num_text_queries": TEXT_QUERIES if asks else 0, "hide_padding": False}
 
 
 def _num_layers(views: Views, prefix: str) -> int:
@@ -242,10 +299,11 @@ def read_released_config(path: Path, is_required: bool) -> dict:
         )
     config = optional_json(path) or {}
     text = config.get("text_config", {})
-    if config and (config.get("model_type") != "xgenmm" or text.get("model_type", "phi3") != "phi3"):
+    if config and (config.get("model_type") not in MODEL_TYPES or text.get("model_type", "phi3") != "phi3"):
         raise ValueError(
             f"{path} has model_type {config.get('model_type')!r} with text model {text.get('model_type')!r}; expected "
-            "'xgenmm' with 'phi3'. It probably belongs to another model: pass the right one with --source-config."
+            "'xgenmm' or 'blip_3' with 'phi3'. It probably belongs to another model: pass the right one with "
+            "--source-config."
         )
     return config
 
@@ -259,7 +317,7 @@ def released_config(
         views: released names, before folding.
         source: the released config.json, or empty.
         preprocessor: the released preprocessor_config.json.
-        given_vision: a SigLIP config.json.
+        given_vision: the tower's configuration, see `given_sizes`.
         variant: `auto`, `instruct` or `base`.
 
     Returns:
@@ -270,6 +328,7 @@ def released_config(
     """
     size = (preprocessor or {}).get("size")
     image_size = size[0] if isinstance(size, list) else size.get("height") if isinstance(size, dict) else size
+    image_size = image_size or source.get("vision_encoder_config", {}).get("force_image_size")
     vision = vision_config_of(views, given_vision, image_size)
     source_text = source.get("text_config", RELEASED_TEXT)
     text = text_config_of(source_text, window_shift=1)
@@ -280,11 +339,28 @@ def released_config(
             "config.json with --source-config."
         )
     grids = (preprocessor or {}).get("grids") or source.get("vision_encoder_config", {}).get("anyres_grids")
-    if variant == "auto":
+    if is_first_family(views):
+        variant = _first_family_variant(views, variant)
+    elif variant == "auto":
         variant = "base" if preprocessor is not None and preprocessor.get("grids") is None else "instruct"
     num_ids = source_text.get("initial_tokenizer_len", RELEASED_TEXT["initial_tokenizer_len"])
     resampler = resampler_config_of(views, source)
     return join_config(vision, resampler, text, num_ids, grids, variant), variant
+
+
+def _first_family_variant(views: Views, variant: str) -> str:
+    """Return the variant that the tensors tell.
+
+    Raises:
+        ValueError: if another one is asked for.
+    """
+    found = "instruct" if "vision_tokenizer.text_projection.0.weight" in views else "base"
+    if variant not in ("auto", found):
+        raise ValueError(
+            f"--variant {variant} was given, but of r-v1 the instruct model alone has text_projection, and these "
+            f"{len(views)} tensors are those of {found}. It was probably meant for another checkpoint: leave it out."
+        )
+    return found
 
 
 def join_config(
@@ -307,9 +383,20 @@ def join_config(
 def preprocessor_config_of(source: dict | None, config: dict) -> dict:
     """Return our preprocessor_config.json: the source's mean and standard deviation, and the config's sizes."""
     side = config["vision_config"]["image_size"]
-    values = {key: source[key] for key in ("image_mean", "image_std") if source and key in source}
+    values = dict(CLIP_STATISTICS) if config["vision_config"]["model_type"] == "clip_vision_model" else {}
+    values |= {key: source[key] for key in ("image_mean", "image_std") if source and key in source}
     sizes = {"size": {"height": side, "width": side}, "tile_grids": config["tile_grids"]}
     return read_json(TEMPLATES / "preprocessor_config.json") | values | sizes
+
+
+def tower_statistics(folder: Path) -> dict | None:
+    """Read the pixels' mean and standard deviation off a tower's folder, whichever library wrote it."""
+    if found := optional_json(folder / "preprocessor_config.json"):
+        return found
+    open_clip = optional_json(folder / "open_clip_config.json") or {}
+    timm = optional_json(folder / "config.json") or {}
+    found = open_clip.get("preprocess_cfg") or timm.get("pretrained_cfg") or {}
+    return {f"image_{key}": list(found[key]) for key in ("mean", "std") if key in found}
 
 
 def own_preprocessor(folders: tuple[Path, ...], config: dict) -> dict:
@@ -344,9 +431,10 @@ def complete_config(config: dict) -> tuple[dict, str]:
     config = dict(config, tile_grids=built.tile_grids, image_token_id=built.image_token_id)
     config["text_config"] = text_config_of(built.text_config.to_dict() | config["text_config"], window_shift=0)
     for name, sub_config in (("vision_config", built.vision_config), ("resampler_config", built.resampler_config)):
-        known = template()[name]
+        known = TIMM_KEYS if sub_config.model_type == "timm_wrapper" else template()[name]
         values = {key: value for key, value in sub_config.to_dict().items() if key in known}
-        config[name] = values | config[name] | {"model_type": known["model_type"]}
+        given = config[name] if known is not TIMM_KEYS else {}
+        config[name] = values | given | {"model_type": sub_config.model_type}
     return config, "unfused" if built.text_config.model_type == "mistral" else "fused"
 
 
@@ -398,22 +486,25 @@ def _rebuilt_config(ours: dict) -> dict:
     text |= {"initial_tokenizer_len": num_ids, "vocab_size": vocab}
     if text["sliding_window"] is not None:
         text["sliding_window"] -= 1
-    vision: dict[str, Any] = {"model_type": "xgenmm_vision_encoder", "image_aspect_ratio": "anyres"}
+    is_first = ours["vision_config"]["model_type"] == "clip_vision_model"
+    kind, code = ("blip_3", "modeling_blip_3.Blip3") if is_first else ("xgenmm", "modeling_xgenmm.XGenMM")
+    vision: dict[str, Any] = {"model_type": f"{kind}_vision_encoder", "image_aspect_ratio": "anyres"}
     vision["anyres_patch_sampling"] = resampler["token_sampling"] == "patch"
-    if ours["tile_grids"]:
+    if is_first:
+        vision |= {"model_name": "ViT-H-14-378-quickgelu", "force_image_size": ours["vision_config"]["image_size"]}
+    elif ours["tile_grids"]:
         vision["anyres_grids"] = _pixel_grids(ours)
-    code = "modeling_xgenmm.XGenMM"
     return {
-        "architectures": ["XGenMMModelForConditionalGeneration"],
+        "architectures": [f"{code.split('.')[1]}ModelForConditionalGeneration"],
         "auto_map": {
             "AutoConfig": f"{code}Config",
             "AutoModelForVision2Seq": f"{code}ModelForConditionalGeneration",
         },
-        "model_type": "xgenmm",
+        "model_type": kind,
         "text_config": text,
         "vision_encoder_config": vision,
         "vision_tokenizer_config": {
-            "model_type": "xgenmm_vision_tokenizer",
+            "model_type": f"{kind}_vision_tokenizer",
             "vis_feature_dim": resampler["hidden_size"],
             "lang_embedding_dim": text["hidden_size"],
             "num_vis_tokens": resampler["num_latents"],

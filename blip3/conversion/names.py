@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors of BLIP-3 (xGen-MM r-v1.5) by name: the only table from the released names to ours, and their shapes.
+"""The tensors of BLIP-3 (xGen-MM, r-v1.5 and r-v1) by name: the only table from released names to ours, and shapes.
 
 In: names, or a config. Out: names, or names with shapes. No file is read and no tensor is needed here.
 Released names are written without their outermost `vlm.` everywhere.
@@ -18,7 +18,10 @@ Weight = TypeVar("Weight")
 TOWER = "model.vision_tower."
 INNER = "vision_model."  # before each name inside a tower: always in files, in memory on transformers 4.57 alone
 
+TIMM = "timm_model."  # in its place, where the tower is timm's, on both lines
+
 PREFIXES: Pairs = (
+    ("vision_encoder." + TIMM, TOWER + TIMM),
     ("vision_encoder.", TOWER + INNER),
     ("vision_tokenizer.", "model.resampler."),
     ("lang_model.model.", "model.language_model."),
@@ -35,13 +38,7 @@ RESAMPLER_PARTS: Pairs = (
     ("1.3.", "fc2."),
 )
 RESAMPLER_LAYER = re.compile(r"(model\.resampler\.layers\.\d+\.)(.+)")
-TIMM_NAMES: Pairs = (
-    ("patch_embed.proj.", "embeddings.patch_embedding."),
-    ("norm1.", "layer_norm1."),
-    ("norm2.", "layer_norm2."),
-    ("attn.proj.", "self_attn.out_proj."),
-    ("norm.", "post_layernorm."),
-)
+TIMM_PART = re.compile(r"(patch_embed|blocks|cls_token|pos_embed|reg_token|norm|norm_pre|fc_norm)\b")
 EMBEDDING = "lang_model.model.embed_tokens.weight"
 HEAD_WEIGHT, HEAD_BIAS = "lang_model.lm_head.weight", "lang_model.lm_head.bias"
 FOLDED = {
@@ -50,7 +47,9 @@ FOLDED = {
     HEAD_BIAS: "lang_model.lm_head.additional_fc.bias",
 }
 DEAD_ROWS = "dead_rows."  # prefix, in original/unused.safetensors, of rows no token id reaches
-POOLING_HEAD = "vision_encoder.head."
+POOLING_HEAD = "vision_encoder.head."  # SigLIP's
+PROJECTION = "vision_encoder.proj"  # open_clip's, of the class token
+UNUSED = (POOLING_HEAD, PROJECTION)
 IMAGE_TOKENS = ("<image>", "<image placeholder>", "<|endofchunk|>")
 
 # sha256 and bytes of the shards, from the pointer files of the releases.
@@ -111,7 +110,7 @@ def name_for_both_lines(name: str) -> str:
 
 def with_inner(name: str) -> str:
     """Return the name inside a tower that transformers 4.57 has, and files on both lines."""
-    return INNER + without_inner(name)
+    return name if name.startswith(TIMM) else INNER + without_inner(name)
 
 
 def without_inner(name: str) -> str:
@@ -153,13 +152,19 @@ def expected_shapes(config: dict) -> Shapes:
 
 
 def _vision_shapes(vision: dict) -> Shapes:
+    if vision["model_type"] == "timm_wrapper":
+        return _timm_shapes(vision)
     width, mlp, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
-    positions = (vision["image_size"] // patch) ** 2
+    is_clip = vision["model_type"] == "clip_vision_model"
+    positions = (vision["image_size"] // patch) ** 2 + is_clip
     shapes = {
         "vision_encoder.embeddings.patch_embedding.weight": (width, vision["num_channels"], patch, patch),
-        "vision_encoder.embeddings.patch_embedding.bias": (width,),
         "vision_encoder.embeddings.position_embedding.weight": (positions, width),
     } | _norm("vision_encoder.post_layernorm", width)
+    if is_clip:
+        shapes |= {"vision_encoder.embeddings.class_embedding": (width,)} | _norm("vision_encoder.pre_layrnorm", width)
+    else:
+        shapes["vision_encoder.embeddings.patch_embedding.bias"] = (width,)
     for layer in range(vision["num_hidden_layers"]):
         prefix = f"vision_encoder.encoder.layers.{layer}."
         for name in ("layer_norm1", "layer_norm2"):
@@ -171,6 +176,21 @@ def _vision_shapes(vision: dict) -> Shapes:
     return shapes
 
 
+def _timm_shapes(vision: dict) -> Shapes:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            f"The vision tower is timm's {vision['architecture']!r}, and timm, which builds it and tells its tensors, "
+            "is not installed. It is probably missing from this environment alone: pip install timm"
+        ) from error
+    import torch
+
+    with torch.device("meta"):
+        tower = timm.create_model(vision["architecture"], pretrained=False, num_classes=0, **vision["model_args"])
+    return {f"vision_encoder.{TIMM}{name}": tuple(each.shape) for name, each in tower.state_dict().items()}
+
+
 def _resampler_shapes(resampler: dict, text_width: int) -> Shapes:
     width, mlp = resampler["hidden_size"], resampler["intermediate_size"]
     inner = resampler["num_attention_heads"] * resampler["head_dim"]
@@ -179,6 +199,10 @@ def _resampler_shapes(resampler: dict, text_width: int) -> Shapes:
         "vision_tokenizer.projection.weight": (text_width, width),
         "vision_tokenizer.projection.bias": (text_width,),
     } | _norm("vision_tokenizer.norm", width)
+    if resampler.get("num_text_queries"):
+        for name, columns in (("0", text_width), ("2", width)):
+            shapes[f"vision_tokenizer.text_projection.{name}.weight"] = (width, columns)
+            shapes[f"vision_tokenizer.text_projection.{name}.bias"] = (width,)
     for layer in range(resampler["num_hidden_layers"]):
         prefix = f"vision_tokenizer.layers.{layer}."
         for name in ("0.norm_media", "0.norm_latents", "1.0"):

@@ -128,6 +128,8 @@ def write_small_files(
     write_json(folder / "generation_config.json", generation | ids)
     write_json(folder / "preprocessor_config.json", checkpoint.preprocessor)
     processor = {key: config["resampler_config"][key] for key in ("num_latents", "token_sampling")}
+    if config["resampler_config"].get("num_text_queries"):
+        processor["num_text_queries"] = config["resampler_config"]["num_text_queries"]
     write_json(folder / "processor_config.json", read_json(TEMPLATES / "processor_config.json") | processor)
     write_card(folder, checkpoint, args, size)
     write_attributes(folder)

@@ -4,15 +4,13 @@
 In: the command line. Out: a `Checkpoint`, its tensors checked against its config by name and shape.
 
     from_release      a released folder, or a LAVIS .pt with or without the vision tower
-    from_backbones    SigLIP and Phi-3, with newly initialised weights between them
+    from_backbones    a vision tower and Phi-3, with newly initialised weights between them
     from_ours         a folder this script wrote, or that `save_pretrained` wrote from one
 """
 
 import argparse
 import hashlib
 import re
-from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from .configs import (
     released_config,
     template,
     text_config_of,
+    tower_statistics,
     vision_config_of,
 )
 from .names import (
@@ -43,15 +42,11 @@ from .names import (
     HEAD_BIAS,
     HEAD_WEIGHT,
     IMAGE_TOKENS,
-    INNER,
     KNOWN_RELEASES,
-    POOLING_HEAD,
     PREFIXES,
-    TIMM_NAMES,
-    TOWER,
+    UNUSED,
     check_shapes,
     expected_shapes,
-    swap_prefix,
     to_ours,
     to_released,
 )
@@ -72,6 +67,7 @@ from .tensors import (
     views_of,
 )
 from .tokenizer_files import TOKENIZER_FILES, count_ids, present_files
+from .towers import find_tower, from_open_clip
 
 FILE_NAME = re.compile(r"[^/\\\0]*[^/\\\0.][^/\\\0]*")  # no path, and not only dots
 ORIGINAL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.model")
@@ -191,7 +187,7 @@ def from_release(args: argparse.Namespace) -> Checkpoint:
     if not has_tower and args.vision is None:
         raise ValueError(
             f"{description} has {len(views)} tensors and no vision tower, as training under DDP leaves it. The model "
-            "needs the tower it was trained with: pass --vision DIR, a SigLIP folder or a released folder."
+            "needs the tower it was trained with: pass --vision DIR, its folder or a released one."
         )
     if has_tower and args.vision is not None:
         raise ValueError(
@@ -199,7 +195,7 @@ def from_release(args: argparse.Namespace) -> Checkpoint:
             "used. --vision is for .pt files without a tower: leave it out."
         )
     if not has_tower:
-        views |= vision_views(open_reader(args.vision), str(args.vision))
+        views |= find_tower(views_of(open_reader(args.vision)), str(args.vision), _given_vision(args))
     config_path = args.source_config or folder / "config.json"
     source_config = read_released_config(config_path, is_required=path.is_dir() or args.source_config is not None)
     preprocessor = optional_json(folder / "preprocessor_config.json")
@@ -230,28 +226,13 @@ def released_views(reader: Reader, description: str) -> Views:
     Raises:
         ValueError: if they are another model's; `description` says where they are from.
     """
-    refuse_first_family(reader.specs, description)
     views = {name.removeprefix("vlm."): view for name, view in views_of(reader).items()}
     if not any(name.startswith(tuple(prefix for prefix, _ in PREFIXES)) for name in views):
         raise ValueError(
             f"{description} has {len(views)} tensors, none under vlm.*, vision_encoder.*, vision_tokenizer.* or "
             f"lang_model.* ({list_names(views)}). It is probably another model: check the path given."
         )
-    return views
-
-
-def refuse_first_family(names: Iterable[str], description: str) -> None:
-    """Refuse xGen-MM r-v1 checkpoints, which have another architecture.
-
-    Raises:
-        ValueError: if the names are of one.
-    """
-    found = [name for name in names if "vision_encoder.conv1." in name or "text_projection." in name]
-    if found:
-        raise ValueError(
-            f"{description} holds {list_names(found)}, which r-v1.5 has not: xGen-MM r-v1 has another vision tower (a "
-            "CLIP ViT-H of width 1280). It is probably an r-v1 checkpoint: convert one of the r-v1.5 releases."
-        )
+    return from_open_clip(views)
 
 
 def _check_big_vocabulary(views: Views, source_config: dict) -> None:
@@ -268,14 +249,14 @@ def _check_big_vocabulary(views: Views, source_config: dict) -> None:
 
 
 def from_backbones(args: argparse.Namespace) -> Checkpoint:
-    """Join SigLIP and Phi-3 with a newly initialised resampler: the starting point of pre-training.
+    """Join a vision tower and Phi-3 with a newly initialised resampler: the starting point of pre-training.
 
     Raises:
         FileNotFoundError: if weights are missing, or the tokenizer is and the text model is not Phi-3-mini.
         ValueError: if anything does not fit together; the message says what.
     """
     description = f"{args.vision} + {args.text}"
-    views = vision_views(open_reader(args.vision), str(args.vision))
+    views = find_tower(views_of(open_reader(args.vision)), str(args.vision), _given_vision(args))
     vision = vision_config_of(views, _given_vision(args), None)
     source_text = optional_json(_folder_of(args.text) / "config.json")
     text = text_config_of(source_text or RELEASED_TEXT, window_shift=1)
@@ -296,7 +277,7 @@ def from_backbones(args: argparse.Namespace) -> Checkpoint:
         views=used,
         unused=unused,
         config=config,
-        preprocessor=preprocessor_config_of(optional_json(args.vision / "preprocessor_config.json"), config),
+        preprocessor=preprocessor_config_of(tower_statistics(_folder_of(args.vision)), config),
         generation=optional_json(folder / "generation_config.json") or {},
         variant=variant,
         description=description,
@@ -306,64 +287,25 @@ def from_backbones(args: argparse.Namespace) -> Checkpoint:
 
 
 def _given_vision(args: argparse.Namespace) -> dict | None:
-    """Return the SigLIP config of --vision-config, else the one in SOURCE, else --vision's if it is SigLIP's own."""
+    """Return the configuration of --vision-config, else that in SOURCE, else --vision's if it is the tower's own."""
     if args.vision_config:
         return read_json(args.vision_config)
-    if args.source and (beside := optional_json(_folder_of(args.source) / "siglip_vision_config.json")):
-        return beside
-    config = optional_json(_folder_of(args.vision) / "config.json") if args.vision else None
-    return config if config and (config.get("vision_config") or "num_attention_heads" in config) else None
-
-
-def vision_views(reader: Reader, description: str) -> Views:
-    """Find a SigLIP tower under any of its namings; text tower and timm's pooling head are left out.
-
-    Raises:
-        ValueError: if there is none; `description` says where the tensors are from.
-    """
-    views = views_of(reader)
-    kept = ("embeddings.", "encoder.", "post_layernorm.", "head.")
-    prefixes = ("vlm.vision_encoder.", "vision_encoder.", TOWER + INNER, TOWER, INNER, "")
-    for prefix in prefixes:
-        if prefix + "embeddings.patch_embedding.weight" in views:
-            tower = {name.removeprefix(prefix): view for name, view in views.items() if name.startswith(prefix)}
-            names = [name for name in tower if name.startswith(kept) and "position_ids" not in name]
-            return {"vision_encoder." + name: tower[name] for name in names}
-    for prefix in ("visual.trunk.", "trunk.", ""):
-        if prefix + "patch_embed.proj.weight" in views:
-            tower = {name.removeprefix(prefix): view for name, view in views.items() if name.startswith(prefix)}
-            return _from_timm({name: view for name, view in tower.items() if not name.startswith("attn_pool.")})
-    refuse_first_family(views, description)
-    raise ValueError(
-        f"{description} has {len(views)} tensors and none is a SigLIP patch embedding, in transformers' naming "
-        "(embeddings.patch_embedding) or timm's (patch_embed.proj). It is probably another model: pass SigLIP."
-    )
-
-
-def _from_timm(views: Views) -> Views:
-    result: Views = {}
-    for name, view in views.items():
-        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-        prefix, rest = (f"encoder.layers.{block[1]}.", block[2]) if block else ("", name)
-        if rest.startswith("attn.qkv."):
-            width = view.shape[0] // 3
-            for index, letter in enumerate("qkv"):
-                new = f"self_attn.{letter}_proj." + rest.removeprefix("attn.qkv.")
-                result["vision_encoder." + prefix + new] = view.rows(index * width, (index + 1) * width)
-            continue
-        if rest == "pos_embed":  # (1, positions, width) in timm
-            rest, view = "embeddings.position_embedding.weight", replace(view, shape=view.shape[-2:])
-        rest = swap_prefix(rest, TIMM_NAMES)
-        if block or rest.startswith(("embeddings.", "post_layernorm.")):
-            result["vision_encoder." + prefix + rest] = view
-    return result
+    for name in ("siglip_vision_config.json", "open_clip_config.json"):
+        if args.source and (beside := optional_json(_folder_of(args.source) / name)):
+            return beside
+    if not args.vision:
+        return None
+    folder = _folder_of(args.vision)
+    config = optional_json(folder / "open_clip_config.json") or optional_json(folder / "config.json") or {}
+    own = ("vision_config", "num_attention_heads", "model_cfg", "vision_cfg", "architecture")
+    return config if any(config.get(name) for name in own) else None
 
 
 def _add_initialised(views: Views, config: dict) -> tuple[Views, Views]:
     """Add newly initialised resampler weights and vocabulary rows; return all views and those never used."""
     initialised, num_ids = InitialisedReader(), config["image_token_id"]
     text, std = config["text_config"], config["resampler_config"]["initializer_range"]
-    unused = {name: views.pop(name) for name in list(views) if name.startswith(POOLING_HEAD)}
+    unused = {name: views.pop(name) for name in list(views) if name.startswith(UNUSED)}
     for name in (EMBEDDING, HEAD_WEIGHT):
         whole = views[name] if name in views else views[EMBEDDING]
         kept = min(num_ids, whole.shape[0])

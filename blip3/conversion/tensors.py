@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ..files import writing
 from ..refusals import list_names
-from .names import DEAD_ROWS, FOLDED, POOLING_HEAD, projection_widths
+from .names import DEAD_ROWS, FOLDED, POOLING_HEAD, PROJECTION, UNUSED, projection_widths
 
 CHUNK_BYTES = 32 * 2**20
 REMAP_BYTES = 512 * 2**20  # a mapped .pt is mapped anew after this much was read, so that its pages leave memory
@@ -160,8 +160,8 @@ def fold(views: Views, num_ids: int) -> tuple[Views, Views]:
     Raises:
         ValueError: if a matrix has fewer rows than there are ids.
     """
-    used = {name: view for name, view in views.items() if not name.startswith(POOLING_HEAD)}
-    unused = {name: view for name, view in views.items() if name.startswith(POOLING_HEAD)}
+    used = {name: view for name, view in views.items() if not name.startswith(UNUSED)}
+    unused = {name: view for name, view in views.items() if name.startswith(UNUSED)}
     for name, added in FOLDED.items():
         if name not in used or added not in used:
             continue  # check_shapes names the missing one
@@ -199,8 +199,10 @@ def unfold(views: Views, unused: Views, num_ids: int, num_dead_rows: int) -> tup
         live = whole.rows(0, num_ids)
         views[name] = replace(concat(live, dead), dtype=whole.dtype) if dead else live
         views[added] = whole.rows(num_ids, whole.shape[0])
-    head = {name: view for name, view in unused.items() if name.startswith(POOLING_HEAD)}
-    return views | head, lost if head else [*lost, POOLING_HEAD + "* (omitted)"]
+    head = {name: view for name, view in unused.items() if name.startswith(UNUSED)}
+    is_clip = "vision_encoder.embeddings.class_embedding" in views
+    omitted = PROJECTION if is_clip else POOLING_HEAD + "*"
+    return views | head, lost if head else [*lost, omitted + " (omitted)"]
 
 
 def split_text(views: Views, text: dict) -> Views:

@@ -62,6 +62,8 @@ side = 2 * processor.tile_size
 pixels = processor(Image.new("RGB", (side, side), "teal"), return_tensors="pt").to(model.dtype)
 num_read = model.model.count_image_tokens(tuple(pixels["image_sizes"][0].tolist()))
 ids = torch.full((1, num_read), model.config.image_token_id)
+if model.config.resampler_config.num_text_queries:
+    pixels["query_ids"] = ids[:, :1]
 ids = model.generate(ids, **pixels, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False)
 done.set()
 print(json.dumps({"answering": peak(), "tokens": [num_read, ids.shape[1] - num_read]}))

@@ -2,6 +2,7 @@
 """A record -> token ids, labels and images; several of them -> a batch, padded or packed.
 
     record   --Encoder-->  input_ids (l,), labels (l,), pixel_values (i, T, 3, S, S), image_sizes (i, 2)
+                           query_ids (i, W), if the processor gives them
     samples  --pad-->      input_ids, attention_mask, labels (B, L)           one sample a row
     samples  --pack-->     input_ids, position_ids, labels (R, L)             several samples a row
 
@@ -19,6 +20,7 @@ from ..data.images import open_images
 from ..data.records import CHAT_KINDS, END_OF_CHUNK, Record, to_messages, to_pretraining_text
 
 IGNORE_INDEX = -100
+IMAGE_INPUTS = ("pixel_values", "image_sizes", "query_ids")
 
 
 class TooLongError(ValueError):
@@ -88,7 +90,7 @@ class Encoder:
             tokens = self.processor.tokenizer.convert_ids_to_tokens(ids.tolist())
             sample["labels"].masked_fill_(torch.tensor(find_questions(tokens)), IGNORE_INDEX)
         if images:
-            sample |= {name: inputs[name] for name in ("pixel_values", "image_sizes")}
+            sample |= {name: inputs[name] for name in IMAGE_INPUTS if name in inputs}
         return sample
 
 
@@ -195,7 +197,7 @@ def join_images(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.T
     shown = [sample for sample in samples if "pixel_values" in sample]
     if not shown:
         return {}
-    return {name: torch.cat([sample[name] for sample in shown]) for name in ("pixel_values", "image_sizes")}
+    return {name: torch.cat([sample[name] for sample in shown]) for name in IMAGE_INPUTS if name in shown[0]}
 
 
 class Collator:

@@ -37,7 +37,7 @@ PRIVATE = {name: private_definitions(text) for name, text in TEXTS.items()}
 MOST_NESTED, MOST_LINES, MOST_CODE, MOST_TEST_CODE = 3, 60, 500, 600
 LONG_TABLES = {"write_release_layout"}  # one literal per file it writes
 LONG_FILES = {  # with their own limits
-    "modeling_blip3.py": 530,  # the Hub's reader opens one file
+    "modeling_blip3.py": 560,  # the Hub's reader opens one file
     "tests/model/test_bad_input.py": 720,  # to be cut by model file
 }
 CONTRACT = {

@@ -79,7 +79,7 @@ def test_padded_tiles_never_reach_the_tower_and_each_layer_runs_once(tiny_model,
     with counting_calls(tiny_model.vision_tower) as tower_calls, counting_calls(layer) as layer_calls:
         tiny_model(**inputs)
     assert tower_calls == [(num_tiles, 3, 76, 76)]
-    assert layer_calls == [(num_tiles, 8, 32)]
+    assert layer_calls == [(num_tiles * 8, 32)]
 
 
 def test_logits_are_computed_only_where_asked(tiny_model, processor):

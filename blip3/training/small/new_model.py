@@ -304,7 +304,7 @@ def _write_configs(output: Path, values: dict[str, Any], tokenizer: PreTrainedTo
         "preprocessor_config.json": {"size": side, "tile_grids": grids},
         "processor_config.json": {
             key: values["resampler_config"][key]
-            for key in ("num_latents", "token_sampling")
+            for key in ("num_latents", "token_sampling", "num_text_queries")
             if key in values["resampler_config"]
         },
         "generation_config.json": {**stops, "eos_token_id": [ids["<|end|>"], ids["<|endofchunk|>"]]},
