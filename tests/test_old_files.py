@@ -95,7 +95,7 @@ def settings_of(values: dict) -> object:
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
-def test_training_resumes_at_the_right_step_with_the_same_losses(old, monkeypatch):
+def test_training_resumes_at_the_right_step_with_the_same_losses(old, monkeypatch, caplog):
     pytest.importorskip("accelerate", reason="trains: pip install 'blip3[train]'")
     from blip3.training import train
     from blip3.training.recipe import Recipe, load_recipe
@@ -105,6 +105,7 @@ def test_training_resumes_at_the_right_step_with_the_same_losses(old, monkeypatc
     assert vars(load_recipe("training/run/recipe.yaml", Recipe)) == vars(recipe)
     before = json.loads(Path("training/run/checkpoint-3/trainer_state.json").read_text(encoding="utf-8"))
     output = train.train(recipe)
+    assert "begins anew" not in caplog.text
     state = json.loads((output.parent / "checkpoint-6" / "trainer_state.json").read_text(encoding="utf-8"))
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     assert state["global_step"] == 6
@@ -112,6 +113,19 @@ def test_training_resumes_at_the_right_step_with_the_same_losses(old, monkeypatc
     assert losses == pytest.approx(json.loads(Path("training/expected_losses.json").read_text()), rel=1e-4)
     with pytest.raises(ValueError, match=r"holds a run whose learning_rate was 0\.003"):
         train.train(load_recipe("training/recipe.yaml", Recipe, ["learning_rate=0.1"]))
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (OLD / "training" / "run" / "checkpoint-3").iterdir()))
+def test_a_damaged_checkpoint_of_before_is_passed_over(old, name, caplog):
+    pytest.importorskip("accelerate", reason="trains: pip install 'blip3[train]'")
+    from blip3.training import resume
+
+    run = old / "training" / "run"
+    assert resume.find_checkpoint(run) == str(run / "checkpoint-3")
+    file = run / "checkpoint-3" / name
+    file.write_bytes(file.read_bytes()[:-9])
+    assert resume.find_checkpoint(run) is None
+    assert "Passed over: " in caplog.text
 
 
 def test_scoring_asks_only_what_has_no_answer(old):

@@ -6,6 +6,7 @@
 
 A checkpoint without a manifest was being written when its run ended. One whose files differ from its manifest was
 damaged later. Either is passed over, with a line in the log, and written again when the resumed run gets there.
+Runs of versions before manifests have none at all: there a checkpoint is whole if each of its files can be read.
 """
 
 import contextlib
@@ -13,10 +14,12 @@ import json
 import logging
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import safetensors
 from transformers import set_seed
 
 from ..files import only_writer_in, remove_unfinished, sha256_of, sync_folder, write_json
@@ -120,8 +123,10 @@ def _as_json(value: Any) -> Any:
 def find_checkpoint(output: Path) -> str | None:
     """Find the newest whole checkpoint, and name the newer ones that are not whole in the log."""
     passed_over = 0
-    for folder in reversed(checkpoints_in(output)):
-        reason = what_is_wrong(folder)
+    folders = checkpoints_in(output)
+    examine = what_is_wrong if any((each / MANIFEST).exists() for each in folders) else what_cannot_be_read
+    for folder in reversed(folders):
+        reason = examine(folder)
         if not reason:
             if passed_over:
                 logger.warning("The run goes on from %s, the newest whole checkpoint.", folder)
@@ -157,6 +162,35 @@ def what_is_wrong(folder: Path) -> str:
         if sha256_of(path) != digest:
             return f"{name} has other contents than were written"
     return "" if expected else f"its {MANIFEST} names no file"
+
+
+def what_cannot_be_read(folder: Path) -> str:
+    """Read every file of a checkpoint that was written before manifests; gives what is wrong, or nothing.
+
+    `Trainer` writes trainer_state.json last. PyTorch's files carry checksums of their contents, safetensors a length.
+    """
+    if not (folder / "trainer_state.json").is_file():
+        return f"it has neither a {MANIFEST} nor a trainer_state.json, so it was never finished"
+    for path in sorted(each for each in folder.rglob("*") if each.is_file()):
+        try:
+            is_whole = _read_whole(path)
+        except (OSError, ValueError, zipfile.BadZipFile, safetensors.SafetensorError):
+            is_whole = False
+        if not is_whole:
+            return f"{path.relative_to(folder).as_posix()} cannot be read"
+    return ""
+
+
+def _read_whole(path: Path) -> bool:
+    if path.suffix == ".json":
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    if path.suffix == ".safetensors":
+        with safetensors.safe_open(path, "pt") as file:
+            return bool(file.keys())
+    if path.suffix in (".pt", ".pth", ".bin", ".distcp"):
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    return True
 
 
 def write_manifest(folder: Path) -> None:
