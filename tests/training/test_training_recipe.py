@@ -147,6 +147,7 @@ def test_overrides_are_yaml_and_the_last_wins(recipe_file):
     overrides = ["max_steps=3", "trainable=[resampler]", "max_steps=4", "learning_rate=2e-4", "bf16=true"]
     recipe = load_recipe(recipe_file, Recipe, overrides)
     assert (recipe.max_steps, recipe.trainable, recipe.learning_rate, recipe.bf16) == (4, ("resampler",), 2e-4, True)
+    assert load_recipe(recipe_file, Recipe, ["notes=tried once", "notes="]).notes == ""
 
 
 def test_a_world_file_stands_beside_the_recipe(recipe_file):
