@@ -59,7 +59,7 @@ class Output:
     def __enter__(self) -> "Output":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         try:
             if kind is None:  # workers of a driver that was killed may have begun a file since the start
                 remove_unfinished(self.folder)
