@@ -17,8 +17,8 @@ LINES = ("4", "5")
 EXTRAS = {"4": "test", "5": "dev"}  # `serve` of the second is for transformers 5
 OF_TORCH = r"^(torch|triton|setuptools|nvidia-.*|cuda-.*)$"
 HEADER = """\
-# The packages of constraints/{line}.txt, and what they bring on other platforms, with the sha256 of every file that the
-# package index has of them; made by .ci/hashes.py. torch is not among them (docs/security.md says why and how to install).
+# The packages of constraints/{line}.txt, and what they bring on other platforms, with the sha256 of every file that
+# the package index has of them; made by .ci/hashes.py. torch is left out: docs/security.md says why.
 """
 
 
