@@ -55,8 +55,11 @@ def watch(folder: Path, notice: Callable[[str], None]) -> None:
             is_change = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
         else:
             is_change = event in CHANGES
-        if is_change and str(folder) in str(arguments[0]):
-            notice(str(arguments[0]))
+        path = str(arguments[0]) if is_change else ""
+        if event in ("os.remove", "os.rmdir") and arguments[1] >= 0:  # a name in an open folder, as `rmtree` gives it
+            path = os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), path)
+        if str(folder) in path:
+            notice(path)
 
     sys.addaudithook(hook)
 
