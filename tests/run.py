@@ -6,6 +6,7 @@
     python tests/run.py engines                           the data engines, with killed workers
     python tests/run.py harness                           lmms-eval and VLMEvalKit on look-alikes of benchmarks
     python tests/run.py kills                             conversions, training and batches, killed a hundred times
+    python tests/run.py memory                            peaks at the largest inputs allowed, against their bounds
     python tests/run.py soak --backend http --minutes 10  a server under load
     python tests/run.py soak --hostile --minutes 10       the handler, a quarter of whose requests are hostile files
     python tests/run.py vllm                              vLLM on the CPU
@@ -25,6 +26,7 @@ RUNNERS = {
     "engines": "environments.engines.run",
     "harness": "environments.harness.run",
     "kills": "environments.kills.run",
+    "memory": "environments.memory.run",
     "soak": "environments.soak.run",
     "vllm": "environments.on_vllm.run",
     "wheel": "environments.wheel.run",
