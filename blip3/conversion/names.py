@@ -246,7 +246,9 @@ def projection_widths(text: dict) -> tuple[int, int]:
         ValueError: if a number of heads is not positive.
     """
     for name in ("num_attention_heads", "num_key_value_heads"):
-        check_positive(f"text_config has {name}", text[name])
+        check_positive(
+            f"text_config has {name}", text[name], advice="config.json is probably damaged: download it again"
+        )
     head_dim = text["hidden_size"] // text["num_attention_heads"]
     return text["num_attention_heads"] * head_dim, text["num_key_value_heads"] * head_dim
 
