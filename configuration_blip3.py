@@ -64,6 +64,25 @@ RESIZE_BACKENDS = {"pil": tuple(range(6)), "torch": (2, 3)}  # and the filters e
 TOKEN_SAMPLINGS = ("patch", "fixed")
 TILE_GROUPINGS = ("stripes", "tiles")
 
+# The largest number that a setting may be, by its name; the first pattern that fits decides. Real models are far below
+# (Llama 3.1 405B has 126 layers and is 16,384 wide), so that a larger one is damage, or meant to exhaust a machine.
+LARGEST_SIZES = (
+    (r"(layers?|depths?|blocks)$", 2**10),
+    (r"(heads?|experts)$", 2**10),
+    (r"(image|img|input|patch)_size$", 2**13),
+    (r"vocab_size$", 2**24),
+    (r"hidden_size$|^d_model$|^n_embd$", 2**16),
+    (r"(^|_)(size|dim|width|rank|features)$", 2**20),
+    (r"^num_latents$", 2**12),
+    (r"^(num|n)_", 2**16),
+    (r"position_embeddings$|positions$", 2**28),
+)
+LARGEST_INTEGER = 2**32  # of any other setting: ids, seeds, windows
+MOST_TILE_GRIDS = 2**12
+MOST_VIEW_PIXELS = 2**26  # of all tiles of an image together: 0.8 GiB in float32
+MOST_IMAGE_TOKENS = 2**20  # of one image
+MOST_PATCHES_PER_SIDE = 2**10
+
 
 class Blip3ResamplerConfig(PretrainedConfig):
     """Perceiver resampler between the vision tower and the language model (Flamingo, arXiv:2204.14198, A.1.1).
@@ -88,7 +107,7 @@ class Blip3ResamplerConfig(PretrainedConfig):
         initializer_range: standard deviation of newly initialised weights.
 
     Raises:
-        ValueError: on an unknown key, or a size that is not a positive integer.
+        ValueError: on an unknown key, or a size that is not a positive integer or larger than `LARGEST_SIZES`.
     """
 
     model_type = "blip3_resampler"
@@ -123,6 +142,7 @@ class Blip3ResamplerConfig(PretrainedConfig):
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
         _check_keys("resampler_config", kwargs, known=vars(self), refuse_all=True)
+        check_sizes("resampler_config", kwargs)
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size"):
             check_positive(f"resampler_config.{name}", getattr(self, name))
         check_positive("resampler_config.num_latents", num_latents)
@@ -148,7 +168,8 @@ class Blip3Config(PretrainedConfig):
         tie_word_embeddings: share input and output embeddings.
 
     Raises:
-        ValueError: when sizes contradict each other, or a key looks like a misspelling of one of these.
+        ValueError: when sizes contradict each other or are larger than `LARGEST_SIZES`, or a key looks like a
+            misspelling of one of these.
     """
 
     model_type = "blip3"
@@ -183,6 +204,7 @@ class Blip3Config(PretrainedConfig):
         self.tile_grids = [list(grid) for grid in tile_grids]
         self.lm_head_bias = lm_head_bias
         _check_keys("config", kwargs, known=vars(self), refuse_all=False)
+        check_sizes("config", kwargs)
         self._validate()
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
@@ -193,6 +215,13 @@ class Blip3Config(PretrainedConfig):
                 f"vision_config has image_size {vision.image_size} and patch_size {vision.patch_size}, but a tile "
                 "must hold at least one patch. The two were probably swapped: set image_size to the side in pixels."
             )
+        if self.patches_per_side > MOST_PATCHES_PER_SIDE:
+            raise ValueError(
+                f"vision_config has image_size {vision.image_size} and patch_size {vision.patch_size}, "
+                f"{self.patches_per_side} patches a side, but at most {MOST_PATCHES_PER_SIDE} are expected. One of "
+                "them was probably mistyped: copy both from the vision tower's own config.json."
+            )
+        check_views(self.tile_grids, self.tile_size, resampler.num_latents)
         if vision.hidden_size != resampler.hidden_size:
             raise ValueError(
                 f"resampler_config.hidden_size is {resampler.hidden_size} but vision_config.hidden_size is "
@@ -254,6 +283,11 @@ def check_tile_grids(tile_grids: Any) -> None:
             f"tile_grids is {tile_grids!r} but must be a list of (rows, columns), or empty for the global view alone. "
             "A single number was probably given: write for example [[2, 1], [1, 2]]."
         )
+    if len(tile_grids) > MOST_TILE_GRIDS:
+        raise ValueError(
+            f"tile_grids has {len(tile_grids)} grids but at most {MOST_TILE_GRIDS} are expected, as many as differ. "
+            "The list was probably repeated: list each grid once."
+        )
     for index, grid in enumerate(tile_grids):
         is_pair = isinstance(grid, list | tuple) and len(grid) == 2
         if not is_pair or not all(isinstance(side, int) and 1 <= side <= 64 for side in grid):
@@ -264,7 +298,35 @@ def check_tile_grids(tile_grids: Any) -> None:
             )
 
 
+def check_views(tile_grids: Any, tile_size: int, num_latents: int = 1) -> None:
+    """Refuse grids whose tiles, or image tokens, no machine holds.
+
+    Args:
+        tile_grids: (rows, columns) each.
+        tile_size: side in pixels.
+        num_latents: image tokens a view.
+
+    Raises:
+        ValueError: naming the setting at fault.
+    """
+    rows, columns = max(tile_grids, key=lambda grid: grid[0] * grid[1], default=(0, 0))
+    pixels, num_tokens = rows * columns * tile_size**2, (rows * columns + 1) * num_latents
+    if pixels > MOST_VIEW_PIXELS:
+        raise ValueError(
+            f"tile_grids has {rows} x {columns} tiles of {tile_size} pixels a side, {pixels} pixels, but at most "
+            f"{MOST_VIEW_PIXELS} are expected of one image. The grid was probably mistyped, or tiles are larger than "
+            "meant: list smaller grids."
+        )
+    if num_tokens > MOST_IMAGE_TOKENS:
+        raise ValueError(
+            f"num_latents is {num_latents} and tile_grids has {rows} x {columns} tiles, {num_tokens} image tokens, "
+            f"but at most {MOST_IMAGE_TOKENS} are expected of one image. One of the two was probably mistyped: lower "
+            "it."
+        )
+
+
 def _build_sub_config(name: str, sub_config: Any, default: dict) -> PretrainedConfig:
+    check_sizes(name, sub_config)
     if isinstance(sub_config, PretrainedConfig):
         if sub_config.model_type != "timm_wrapper":
             return sub_config
@@ -394,8 +456,48 @@ LEGACY_CONFIG_KEYS = frozenset(
 )
 
 
+def check_sizes(place: str, values: Any) -> None:
+    """Refuse numbers beyond `LARGEST_SIZES`, however deep they stand, before anything is built from them.
+
+    Args:
+        place: of the values, for the error.
+        values: a configuration, its dict, or a part of one.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    waiting = [(place, "", values)]
+    while waiting:
+        path, name, value = waiting.pop()
+        if isinstance(value, PretrainedConfig):
+            value = vars(value)
+        if isinstance(value, Mapping):
+            waiting += [(f"{path}.{key}", str(key), inner) for key, inner in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(path, name, inner) for inner in value]
+        else:
+            _check_largest(path, name, value)
+
+
+def _check_largest(path: str, name: str, value: Any) -> None:
+    """Refuse a number that is larger than a setting of this name may be."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    largest = next((size for pattern, size in LARGEST_SIZES if re.search(pattern, name)), None)
+    if largest is None and isinstance(value, int):
+        largest = LARGEST_INTEGER
+    if largest is None or value <= largest:  # which NaN is not
+        return
+    is_short = isinstance(value, float) or value.bit_length() < 64
+    shown = value if is_short else f"an integer of {value.bit_length()} bits"
+    raise ValueError(
+        f"{path} is {shown} but at most {largest} is expected, more than any model has. The file is probably damaged, "
+        "or was made to exhaust the machine: compare it with the model's own, and get it again."
+    )
+
+
 def check_positive(name: str, value: Any) -> None:
-    """Refuse anything but a positive integer.
+    """Refuse anything but a positive integer, and one beyond `LARGEST_SIZES`.
 
     Raises:
         ValueError: naming the setting.
@@ -405,6 +507,7 @@ def check_positive(name: str, value: Any) -> None:
             f"{name} is {value!r} but must be a positive integer. It was probably left empty or scaled by a ratio: "
             "write the number itself."
         )
+    _check_largest(name, name.rpartition(".")[2], value)
 
 
 def check_text_queries(name: str, value: Any) -> None:
@@ -451,7 +554,9 @@ def check_image_settings(settings: Mapping[str, Any]) -> None:
             f'size is {size!r} but tiles are square: expected {{"height": S, "width": S}} with S the vision '
             "tower's image_size in pixels. A grid was probably given as size: list grids in tile_grids instead."
         )
+    _check_largest("size.height", "image_size", size["height"])
     check_tile_grids(tile_grids)
+    check_views(tile_grids, size["height"])
     backend, resample = settings["resize_backend"], settings["resample"]
     if backend not in list(RESIZE_BACKENDS):  # may be of any type
         raise ValueError(

@@ -28,6 +28,7 @@ from .configuration_blip3 import (
     check_choice,
     check_positive,
     check_text_queries,
+    check_views,
     expose_in_package,
 )
 from .image_processing_blip3 import Blip3ImageProcessorKwargs, is_source, list_images
@@ -129,6 +130,7 @@ class Blip3Processor(ProcessorMixin):
         check_positive("num_latents", num_latents)
         check_choice("token_sampling", token_sampling, TOKEN_SAMPLINGS)
         check_text_queries("num_text_queries", num_text_queries)
+        check_views(image_processor.tile_grids, image_processor.tile_size, num_latents)
         self.num_latents = num_latents
         self.token_sampling = token_sampling
         self.num_text_queries = num_text_queries

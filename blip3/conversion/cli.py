@@ -76,7 +76,7 @@ def convert(args: argparse.Namespace) -> None:
     prepare_output(args.output, sources)
     try:
         checkpoint = load_source(args)
-    except (TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+    except (TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(
             f"{' and '.join(map(str, sources))} cannot be read ({reason}). A JSON file there probably holds a value "

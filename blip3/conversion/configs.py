@@ -89,6 +89,17 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def read_sizes(path: Path) -> dict:
+    """Read a JSON object that describes a model.
+
+    Raises:
+        ValueError: if it is no JSON object, or a size in it is one that no model has.
+    """
+    content = read_json(path)
+    model_code("configuration_blip3.check_sizes")(str(path), content)
+    return content
+
+
 def optional_json(path: Path) -> dict | None:
     """Read a JSON object, or return None when there is no such file."""
     return read_json(path) if path.is_file() else None
@@ -297,7 +308,7 @@ def read_released_config(path: Path, is_required: bool) -> dict:
             f"{path} does not exist; expected the release's config.json, which gives initial_tokenizer_len. It was "
             "probably not downloaded: add it, or pass --source-config FILE."
         )
-    config = optional_json(path) or {}
+    config = read_sizes(path) if path.is_file() else {}
     text = config.get("text_config", {})
     if config and (config.get("model_type") not in MODEL_TYPES or text.get("model_type", "phi3") != "phi3"):
         raise ValueError(

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-from ..refusals import list_names
+from ..refusals import check_positive, list_names
 
 Pairs = tuple[tuple[str, str], ...]
 Shapes = dict[str, tuple[int, ...]]
@@ -240,7 +240,15 @@ def _norm(name: str, width: int) -> Shapes:
 
 
 def projection_widths(text: dict) -> tuple[int, int]:
-    """Return the rows of the query projection and of the key (and value) projection of a text_config."""
+    """Return the rows of the query projection and of the key (and value) projection of a text_config.
+
+    Raises:
+        ValueError: if a number of heads is not positive.
+    """
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        check_positive(
+            f"text_config has {name}", text[name], advice="config.json is probably damaged: download it again"
+        )
     head_dim = text["hidden_size"] // text["num_attention_heads"]
     return text["num_attention_heads"] * head_dim, text["num_key_value_heads"] * head_dim
 

@@ -12,6 +12,7 @@ output and tells our files from the user's:
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -175,7 +176,8 @@ def replacing(output: Path) -> Iterator[Path]:
         (output / MARK).unlink()
         sync_folder(output.parent)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _remove(partial)
         _put_back(old, output)
         raise
     _remove(old)
@@ -184,7 +186,7 @@ def replacing(output: Path) -> Iterator[Path]:
 def _recover(output: Path) -> None:
     """Remove what killed runs left beside OUTPUT, and put back what one of them had moved away.
 
-    Only folders with our mark are touched; a user may have one of such a name.
+    Only folders with our mark are touched, and empty ones; a user may have one of such a name.
     """
     output = output.absolute()
     if not output.parent.is_dir():
@@ -198,6 +200,11 @@ def _recover(output: Path) -> None:
     for path in marked:
         if path.suffix in (PARTIAL, OLD, REMOVED):
             _remove(path)
+    suffixes = "|".join(map(re.escape, (PARTIAL, REMOVED)))
+    name = re.compile(rf"\.{re.escape(output.name)}\.\d+-[0-9a-f]{{8}}({suffixes})")
+    for path in beside:
+        if name.fullmatch(path.name) and path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 def _put_back(old: Path, output: Path) -> None:
@@ -208,11 +215,21 @@ def _put_back(old: Path, output: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a marked folder; renamed first, so that what a kill leaves of it is never put back."""
-    if folder.exists():
-        removed = folder.with_suffix(REMOVED)
-        folder.rename(removed)
-        shutil.rmtree(removed, ignore_errors=True)
+    """Remove a marked folder; renamed first, so that what a kill leaves of it is never put back.
+
+    The mark goes last: without it the next run would take what is left for the user's.
+    """
+    if not folder.exists():
+        return
+    removed = folder.with_suffix(REMOVED)
+    folder.rename(removed)
+    for path in removed.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != MARK:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _sibling(output: Path, suffix: str) -> Path:

@@ -29,6 +29,7 @@ from .configs import (
     preprocessor_config_of,
     read_json,
     read_released_config,
+    read_sizes,
     released_config,
     template,
     text_config_of,
@@ -258,7 +259,8 @@ def from_backbones(args: argparse.Namespace) -> Checkpoint:
     description = f"{args.vision} + {args.text}"
     views = find_tower(views_of(open_reader(args.vision)), str(args.vision), _given_vision(args))
     vision = vision_config_of(views, _given_vision(args), None)
-    source_text = optional_json(_folder_of(args.text) / "config.json")
+    text_config = _folder_of(args.text) / "config.json"
+    source_text = read_sizes(text_config) if text_config.is_file() else None
     text = text_config_of(source_text or RELEASED_TEXT, window_shift=1)
     text_views = {
         "lang_model." + name: view
@@ -289,14 +291,14 @@ def from_backbones(args: argparse.Namespace) -> Checkpoint:
 def _given_vision(args: argparse.Namespace) -> dict | None:
     """Return the configuration of --vision-config, else that in SOURCE, else --vision's if it is the tower's own."""
     if args.vision_config:
-        return read_json(args.vision_config)
+        return read_sizes(args.vision_config)
     for name in ("siglip_vision_config.json", "open_clip_config.json"):
-        if args.source and (beside := optional_json(_folder_of(args.source) / name)):
-            return beside
+        if args.source and (_folder_of(args.source) / name).is_file():
+            return read_sizes(_folder_of(args.source) / name)
     if not args.vision:
         return None
-    folder = _folder_of(args.vision)
-    config = optional_json(folder / "open_clip_config.json") or optional_json(folder / "config.json") or {}
+    paths = [_folder_of(args.vision) / name for name in ("open_clip_config.json", "config.json")]
+    config = next((read_sizes(path) for path in paths if path.is_file()), {})
     own = ("vision_config", "num_attention_heads", "model_cfg", "vision_cfg", "architecture")
     return config if any(config.get(name) for name in own) else None
 

@@ -26,6 +26,8 @@ NOISE_PIXELS = ("normalised", "unit")
 _COUNTED = ("max_steps", "batch_size", "accumulation", "log_every", "save_every", "keep_checkpoints", "max_length")
 _BOUNDS: dict[str, Bounds] = {
     **dict.fromkeys(_COUNTED, (1, 2**31)),
+    **dict.fromkeys(("batch_size", "accumulation"), (1, 2**16)),
+    "max_length": (1, 2**24),
     "seed": (0, 2**32 - 1),  # what numpy takes
     "learning_rate": (0, None),
     "vision_learning_rate": (0, None),

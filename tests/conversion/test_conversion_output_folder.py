@@ -11,8 +11,10 @@ import textwrap
 import pytest
 
 from blip3.conversion import cli as convert_weights
+from blip3.conversion import replace
 from support import ROOT, convert, needs_reference
 from support.conversion import refused, write_sparse_release
+from support.killed import Command, kill_at_change
 
 pytestmark = needs_reference
 
@@ -194,6 +196,28 @@ def test_kill_at_every_step(tmp_path, ours, had_output):
     assert outcomes[0] == ("old" if had_output else "none")
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     convert(output, tmp_path / "again", "--verify")
+
+
+def test_a_kill_while_the_old_output_is_removed_leaves_nothing_for_good(tmp_path):
+    """What is left of it keeps its mark to the last, or is empty: the next run removes it."""
+    output = tmp_path / "outputs" / "out"
+
+    def write() -> None:
+        replace.prepare_output(output, [])
+        with replace.replacing(output) as folder:
+            (folder / "config.json").write_text('{"model_type": "blip3"}')
+            for name in ("a", "b/c", "b/d"):
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text("ours")
+
+    write()
+    command, number = Command(write, output.parent, lambda: None), 1
+    while kill_at_change(command, replace.REMOVED, number):
+        assert len(list(output.parent.iterdir())) == 2, number
+        replace.prepare_output(output, [])
+        assert [path.name for path in output.parent.iterdir()] == ["out"], number
+        number += 1
+    assert number > 6
 
 
 KILLED_IN_TIME = """

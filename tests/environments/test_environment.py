@@ -119,3 +119,22 @@ def test_the_makefile_sets_up_the_extra_each_target_needs():
 def test_the_probe_needs_no_torch():
     run = subprocess.run([sys.executable, "-S", "-c", environment.PROBE], capture_output=True, text=True, check=True)
     assert json.loads(run.stdout) == ["", ""]
+
+
+@pytest.mark.parametrize("line", ["4", "5"])
+def test_the_hashes_are_of_the_versions_that_are_pinned(line):
+    """Same versions as constraints/LINE.txt; beside them only what other platforms need, and no torch."""
+
+    def versions(text: str) -> dict[str, str]:
+        return {
+            name.lower().replace("_", "-"): version for name, version in re.findall(r"(?m)^([\w.-]+)==(\S+)", text)
+        }
+
+    pinned = versions((ROOT / "constraints" / f"{line}.txt").read_text(encoding="utf-8"))
+    text = (ROOT / "constraints" / f"hashes-{line}.txt").read_text(encoding="utf-8")
+    hashed = versions(text)
+    assert pinned.pop("torch")
+    assert pinned.items() <= hashed.items()
+    assert hashed.keys() - pinned.keys() <= {"appnope", "cffi", "colorama", "httpx2-jsfetch", "pycparser"}
+    for requirement in re.split(r"(?m)^(?=\w)", text.split("\n\n")[-1].split("says why.\n")[-1])[1:]:
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}\b", requirement), requirement

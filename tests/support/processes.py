@@ -19,10 +19,10 @@ def start(*command: object, modules: Path, **variables: str) -> subprocess.Popen
     )
 
 
-def expect_success(process: subprocess.Popen) -> str:
-    """Wait for a process and give what it wrote; one that failed or takes ten minutes fails the test."""
+def expect_success(process: subprocess.Popen, seconds: float = 600) -> str:
+    """Wait for a process and give what it wrote; one that failed or takes longer fails the test."""
     try:
-        output = process.communicate(timeout=600)[0]
+        output = process.communicate(timeout=seconds)[0]
     finally:
         process.kill()
     assert process.returncode == 0, output[-6000:]

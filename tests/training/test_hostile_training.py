@@ -2,9 +2,7 @@
 """Runs that meet bad data, diverge, are killed at any moment, find damaged checkpoints, or are started twice."""
 
 import json
-import random
 import shutil
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from blip3.training import train as stage
 from blip3.training.encode import Encoder
 from blip3.training.mixture import Mixture
 from blip3.training.pairs import PairEncoder
-from support import render_image
+from support import ROOT, render_image
 from support.processes import expect_success, start
 from support.training import WORLD, losses_of, newest_checkpoint, tiny_recipe, weights_in, write_recipe
 
@@ -257,85 +255,10 @@ def test_a_second_run_of_an_output_is_refused(small_model, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-KILLED = """
-    import os, random, signal, sys, time
-    from pathlib import Path
-    from blip3.training import train
-
-    recipe, output, count, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    sys.argv[1:] = [recipe]
-    choose = random.Random(seed)
-
-    def kill_at_write(number):
-        '''Die when the output is about to be changed for the so manieth time.'''
-        left = [number]
-
-        def hook(event, arguments):
-            if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"):
-                flags = arguments[2] if event == "open" and isinstance(arguments[2], int) else 0
-                writes = event != "open" or flags & (os.O_WRONLY | os.O_RDWR)
-                if writes and str(output) in str(arguments[0]):
-                    left[0] -= 1
-                    if left[0] == 0:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
-
-    def attempt(writes=None, seconds=None):
-        '''Train in a process of its own, and kill it; tells whether it was.'''
-        child = os.fork()
-        if child == 0:
-            if writes:
-                kill_at_write(writes)
-            train.main()
-            os._exit(0)
-        if seconds:
-            time.sleep(seconds)
-            os.kill(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
-        assert status in (0, signal.SIGKILL), status
-        return status == signal.SIGKILL
-
-    def damage():
-        '''Cut, change or remove a file of the newest checkpoint.'''
-        folders = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        files = [path for path in folders[-1].iterdir() if path.is_file()] if len(folders) > 1 else []
-        if not files:
-            return
-        path = choose.choice(sorted(files))
-        data = path.read_bytes()
-        place = choose.randrange(max(1, len(data)))
-        how = choose.choice(["cut", "change", "remove"])
-        if how == "remove" or not data:
-            path.unlink()
-        else:
-            path.write_bytes(data[:place] + (b"" if how == "cut" else bytes([data[place] ^ 1]) + data[place + 1:]))
-        print("damaged", path, how)
-
-    kills = 0
-    while kills < count:
-        how = {"writes": choose.randrange(1, 120)} if choose.random() < 0.6 else {"seconds": choose.uniform(0.5, 9)}
-        if not attempt(**how):
-            print("finished")
-            continue
-        kills += 1
-        print("killed", how, sorted(path.name for path in output.glob("*")))
-        if choose.random() < 0.4:
-            damage()
-    assert not attempt()
-    print(f"{kills} kills in all")
-"""
-
-
-def kill_often(recipe: Path, kills: int, modules: Path) -> str:
-    """Kill a run at random moments, also while it writes, and damage its newest checkpoint in between."""
-    seed = random.randrange(10**6)
-    command = ("-c", textwrap.dedent(KILLED), recipe, recipe.with_suffix(""), kills, seed)
-    return expect_success(start(*command, modules=modules, PYTHONUNBUFFERED="1"))
-
-
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(straight, small_model, tmp_path):
+    """At random moments, also while it writes, with damage to its newest checkpoint in between."""
     path = write_recipe(tmp_path / "run.yaml", small_model, **SMALL)
-    output = kill_often(path, 5, tmp_path / "modules")
+    command = (ROOT / "tests" / "support" / "killed.py", "train", path, tmp_path / "run", "--kills", 5)
+    output = expect_success(start(*command, modules=tmp_path / "modules", PYTHONUNBUFFERED="1"))
     assert_same(tmp_path / "run", straight)
-    assert "5 kills in all" in output
+    assert json.loads(output.splitlines()[-1])["kills"] == 5

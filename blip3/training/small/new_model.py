@@ -175,6 +175,8 @@ def read_sizes(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     check_fields(f"{path} has", Sizes(**values), _BOUNDS)
     for section in ("vision_config", "text_config", "resampler_config"):
         _check_section(f"{path} has {section}", values[section], section)
+    model_code("configuration_blip3.check_sizes")(str(path), values)
+    model_code("configuration_blip3.check_tile_grids")(values["tile_grids"])
     for task in values.get("tokenizer_tasks", ()):
         check_choice(f"{path} has tokenizer_tasks with", task, TASKS)
     return values
