@@ -40,6 +40,7 @@ COMMANDS = {
     "train": Command("training.train", "train a stage of the recipe", "train"),
     "train-tower": Command("training.tower.train", "train the small model's vision tower (stage 0)", "train"),
     "new-model": Command("training.small.new_model", "make a small model with newly initialised weights", "train"),
+    "plan": Command("training.plan.command", "plan a run before renting: memory, hours, cores, disk", "train"),
     "average": Command("training.average", "average the weights of models trained from one another", "train"),
     "publish": Command("training.small.publish", "write trained models as shipped, with example images", "train"),
     "packing": Command("training.measure_packing", "measure tokens a second, padded and packed", "train"),

@@ -5,8 +5,8 @@ r"""Plan a run before renting: tokens, arithmetic, memory of a GPU, hours, cores
     python -m blip3.training.plan.command recipes/4b/4_dpo.yaml --gpus 8 --gpu a100-80 [key=value ...]
     python -m blip3.training.plan.command --check      the formulas beside what torch counts, on this machine
 
-Nothing is trained and no weights are read. Rendered samples are encoded to know their length. Of other data the mean sample is
-assumed; options give your own. What was assumed stands at the end of the plan.
+Nothing is trained and no weights are read. Rendered samples are encoded to know their length. Of other data the mean
+sample is assumed; options give your own. What was assumed stands at the end of the plan.
 """
 
 import argparse
@@ -57,7 +57,10 @@ def _arguments() -> argparse.ArgumentParser:
     add("overrides", nargs="*", metavar="key=value", help="in place of the recipe's values")
     add("--gpus", type=int, default=8, help="how many (default: %(default)s)")
     add("--gpu", choices=GPUS, default="h100", help="kind (default: %(default)s)")
-    add("--model", help="folder or owner/name whose sizes count (default: the recipe's model, or configs/ of its folder's name)")
+    add(
+        "--model",
+        help="folder or owner/name whose sizes count (default: the recipe's model, or configs/ of its folder's name)",
+    )
     add("--tokens", help="to train on, such as 100B, in place of the recipe's steps")
     add("--share", type=float, default=SHARE, help="of the GPU's peak that is reached (default: %(default)s)")
     add("--sample-tokens", type=float, help="of a sample, image tokens and one answer included")
@@ -97,7 +100,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
         gpu=args.gpu,
         share=args.share,
         image_seconds=seconds,
-        assumed=(*assumed, f"an image takes {1000 * seconds:.1f} ms of a core ({how})", *standing_assumptions(recipe, args.share)),
+        assumed=(
+            *assumed,
+            f"an image takes {1000 * seconds:.1f} ms of a core ({how})",
+            *standing_assumptions(recipe, args.share),
+        ),
         tokens=parse_tokens(args.tokens) if args.tokens else None,
         gpu_price=args.gpu_price,
         core_price=args.core_price,
@@ -126,9 +133,9 @@ def find_model(path: Path, recipe: Recipe, asked: str | None) -> str:
     if (named / "config.json").is_file():
         return str(named)
     raise FileNotFoundError(
-        f"{recipe.model}, the recipe's model, has no config.json, and there is no {named.relative_to(ROOT)}; a plan needs the sizes "
-        "of the model. The stage before has probably not been run yet: name a model of the same sizes with --model, for "
-        "example --model ."
+        f"{recipe.model}, the recipe's model, has no config.json, and there is no {named.relative_to(ROOT)}; a plan "
+        "needs the sizes of the model. The stage before has probably not been run yet: name a model of the same sizes "
+        "with --model, for example --model ."
     )
 
 
@@ -144,8 +151,8 @@ def parse_tokens(text: str) -> float:
     match = re.fullmatch(r"([\d.]+)([a-z]?)", text.strip().lower().replace(",", "").replace("_", ""))
     if match is None or match[2] not in LETTERS or match[1].count(".") > 1 or match[1] == ".":
         raise ValueError(
-            f"--tokens is {text!r} but must be a number, perhaps with k, M, B or T behind it. It was probably mistyped: "
-            "write for example 100B."
+            f"--tokens is {text!r} but must be a number, perhaps with k, M, B or T behind it. It was probably "
+            "mistyped: write for example 100B."
         )
     return float(match[1]) * LETTERS[match[2]]
 

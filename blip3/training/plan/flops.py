@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic of a step by part of the model, in floating-point operations of matrix products; a product and a sum are two.
+"""Arithmetic of a step by part of the model: operations of matrix products, a multiplication and a sum being two.
 
-    products      2 * tokens * weights forward; as much again backward for the gradient of the input, if anything below it
-                  learns, and for that of the weights, if they learn
-    attention     4 * queries * keys * width forward; backward 2.5 times that, because fused kernels compute the scores again.
-                  Causal masks are not deducted: kernels that skip what is hidden do down to half
-    recomputed    by gradient checkpointing: every layer that has a backward, but for its last product, which nobody needs
-    adapters      2 * tokens * their weights forward, twice that backward
+    products      2 * tokens * weights forward; as much again backward for the gradient of the input, if anything
+                  below it learns, and for that of the weights, if they learn
+    attention     4 * queries * keys * width forward; backward 2.5 times that, because fused kernels compute the
+                  scores again. Causal masks are not deducted: kernels that skip what is hidden do down to half
+    recomputed    by gradient checkpointing: every layer that has a backward, but for its last product, which nobody
+    needs adapters      2 * tokens * their weights forward, twice that backward
 
 `torch.utils.flop_counter` counts in the same way (check.py compares).
 """
@@ -35,8 +35,8 @@ class Learning:
 
     @property
     def reaches_decoder_input(self) -> bool:
-        """Whether the decoder's input needs a gradient: something before it learns, or its embeddings do."""
-        return self.tower or self.resampler or self.decoder
+        """Whether the decoder's input gets a gradient: something before it learns, its embeddings do, or PEFT asks."""
+        return self.tower or self.resampler or self.decoder or self.is_checkpointed
 
 
 def learning_of(recipe: Recipe) -> Learning:
@@ -153,7 +153,7 @@ def add_decoder(flops: Flops, sizes: Sizes, batch: Batch, learning: Learning) ->
     if adapters:
         flops.add(PARTS[4], "backward", 2 * terms.adapters - terms.first_adapters)
     if learning.is_checkpointed:
-        has_last_adapter = bool(adapters) and "down_proj" in adapters.targets
+        has_last_adapter = adapters is not None and "down_proj" in adapters.targets
         last = 0 if has_last_adapter else 2 * batch.positions * decoder.last_linear * decoder.layers
         flops.add(PARTS[2], "recomputed", terms.products - last + terms.attention)
         if adapters:

@@ -84,8 +84,10 @@ def _run(plan: Plan) -> Iterator[str]:
     yield f"  vision tower {sizes.tower.parameters:,}, resampler {sizes.resampler.parameters:,},"
     yield f"  language model {sizes.decoder.body:,}, output layer {sizes.decoder.head:,}"
     named = "adapters" if recipe.adapters else ", ".join(recipe.trainable)
-    yield f"  {weights.learning:,} of them learn: {named}" if not recipe.adapters else (
-        f"  and adapters of {weights.adapters:,}, which learn"
+    yield (
+        f"  {weights.learning:,} of them learn: {named}"
+        if not recipe.adapters
+        else (f"  and adapters of {weights.adapters:,}, which learn")
     )
     sample = plan.sample
     yield f"Sample: {sample.tokens:.0f} tokens, of which {_image_tokens(plan):.0f} show {sample.images:.2f} images"
@@ -152,8 +154,8 @@ def _time(plan: Plan) -> Iterator[str]:
     core_hours = plan.images * plan.image_seconds / HOUR
     cores = core_hours / hours / plan.gpus
     yield (
-        f"Images: {core_hours:,.0f} core hours at {1000 * plan.image_seconds:.1f} ms each; {cores:.1f} cores a GPU keep up, "
-        f"the recipe has num_workers {plan.recipe.num_workers}"
+        f"Images: {core_hours:,.0f} core hours at {1000 * plan.image_seconds:.1f} ms each; {cores:.1f} cores a GPU "
+        f"keep up, the recipe has num_workers {plan.recipe.num_workers}"
     )
     if plan.gpu_price is not None:
         yield f"Price: {hours * plan.gpus * plan.gpu_price:,.0f} for the GPUs"

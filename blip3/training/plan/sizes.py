@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sizes of a model's parts, read from its configuration, and their numbers of parameters in closed form.
 
-Known are the towers SigLIP and CLIP and the text models phi3 (fused projections), mistral and llama (split ones). Letters as in
-modeling_blip3.py: P patches, D vision width, Q latents, E text width, and M the width inside an MLP.
+Known are the towers SigLIP and CLIP and the text models phi3 (fused projections), mistral and llama (split ones).
+Letters as in modeling_blip3.py: P patches, D vision width, Q latents, E text width, and M the width inside an MLP.
 """
 
 from dataclasses import dataclass
@@ -55,9 +55,14 @@ class Resampler:
     """Text width."""
 
     @property
+    def layer_linear(self) -> int:
+        """Weights of a layer's products."""
+        return self.width * (4 * self.inner + 2 * self.mlp)
+
+    @property
     def parameters(self) -> int:
         """All: latents, layers without biases and with three norms, the last norm, the projection."""
-        layer = self.width * (4 * self.inner + 2 * self.mlp) + 6 * self.width
+        layer = self.layer_linear + 6 * self.width
         text = (self.output + self.width + 2) * self.width if self.text_queries else 0
         ends = self.latents * self.width + 2 * self.width + (self.width + 1) * self.output
         return ends + text + self.layers * layer

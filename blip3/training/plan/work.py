@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What passes through the model in one forward of one process: rows, tokens, views.
 
-    recipe, mean sample  --mean_batch-->     the batch that hours are computed from
-                         --fullest_batch-->  the largest that can come, which memory is computed from
+recipe, mean sample  --mean_batch-->     the batch that hours are computed from
+                     --fullest_batch-->  the largest that can come, which memory is computed from
 """
 
 import math
