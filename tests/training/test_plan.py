@@ -116,9 +116,7 @@ def test_sharding_shares_out_what_it_says():
 def test_the_recipes_fit_the_gpus_they_name(size):
     for path in sorted((ROOT / "recipes" / size).glob("*.yaml")):
         gpus = 64 if path.name.startswith("1") else 8
-        *_, memory = plan_of(
-            f"{size}/{path.name}", gpus, "fsdp2" if "fsdp: true" in path.read_text() else "ddp"
-        )
+        *_, memory = plan_of(f"{size}/{path.name}", gpus, "fsdp2" if "fsdp: true" in path.read_text() else "ddp")
         assert memory.total < GPUS["h100"].memory * 1e9, (path.name, memory.by)
 
 

@@ -175,7 +175,7 @@ def _sample(
     sample = dataclasses.replace(sample, **changes)
     options = {"sample_tokens", "images", "views", "answer_tokens", "padding"}
     named = sorted(f"--{name.replace('_', '-')}" for name in options if getattr(args, name) is not None)
-    text = f"sample: {sample.tokens:.0f} tokens, {sample.images:.2f} images of {sample.views:.2f} views in all: {why}"
+    text = f"sample: {sample.tokens:.0f} tokens, {sample.images:.2f} images with {sample.views:.2f} views: {why}"
     return sample, [text + (f"; as given: {', '.join(named)}" if named else "")]
 
 

@@ -117,7 +117,7 @@ class _Part:
     """Kept outside the layers."""
     layers: int
     moment: float
-    """Gradients that exist while all of a layer is still kept: those of its last product."""
+    """Gradients that exist while nearly all of a layer is still kept: those of its last product."""
     weights: int
     """Numbers, not bytes, of a layer that learns."""
 
@@ -158,7 +158,9 @@ def _decoder(decoder: Decoder, batch: Batch, learning: Learning, precision: Prec
         token += _adapters(decoder, learning.adapters, e)
     mask = batch.rows * batch.length**2 * e
     once = positions * (FLOAT32 + learns * r) * width + batch.rows * batch.kept * learns * e * width
-    moment = positions * decoder.mlp * e + learns * decoder.last_linear * FLOAT32
+    # Of the last product's input; then of both of its factors, when what learning kept of it has been given back.
+    first = positions * decoder.mlp * e + learns * decoder.last_linear * FLOAT32
+    moment = max(first, (3 - learns) * positions * decoder.mlp * e)
     weights = learns * decoder.layer_linear
     return _Part(positions * token + mask, positions * r * width, once, decoder.layers, moment, weights)
 
@@ -232,8 +234,8 @@ def gpu_memory(recipe: Recipe, sizes: Sizes, batch: Batch, gpus: int, sharding: 
         sizes: of the model.
         batch: of one process and forward.
         gpus: of the run.
-        sharding: `ddp` keeps everything on every GPU, `zero2` shares out gradients and optimiser, `fsdp2` (ZeRO-3)
-        weights too.
+        sharding: `ddp` keeps everything on every GPU, `zero2` shares out gradients and optimiser, `fsdp2` (as
+            ZeRO-3 does) weights too.
     """
     weights, precision = count_weights(recipe, sizes), precision_of(recipe, sharding)
     kept = kept_by_forward(sizes, batch, learning_of(recipe), precision)

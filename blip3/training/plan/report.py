@@ -11,7 +11,7 @@ from .flops import PARTS, PHASES, Flops, step_flops
 from .gpus import GPUS
 from .memory import SHARDINGS, checkpoint_bytes, count_weights, final_bytes, gpu_memory
 from .sizes import Sizes
-from .work import Sample, fullest_batch, is_teacher_forced, mean_batch, num_answers
+from .work import LONGEST_PACKED, Sample, fullest_batch, is_teacher_forced, mean_batch, num_answers
 
 GB, TERA, HOUR = 1e9, 1e12, 3600
 RESERVE = 2 * GB  # of a GPU, for the driver, the communication library and what the allocator cannot use
@@ -183,6 +183,8 @@ def standing_assumptions(recipe: Recipe, share: float) -> Iterator[str]:
     yield "attention is fused; causal masks are not deducted from its arithmetic"
     yield f"the driver, the communication library and gaps in memory take {RESERVE / GB:.0f} GB of a GPU"
     yield "samples that an image or the length makes unusable cost nothing; images are on a disk that keeps up"
+    if recipe.packing:
+        yield f"a packed batch is at most {LONGEST_PACKED:g} times as long as the mean one"
     if recipe.optimizer == "soap":
         yield "SOAP's own matrices are not counted, neither in memory nor in arithmetic"
     if recipe.adapters and recipe.adapters.quantize:

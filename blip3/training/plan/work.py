@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from ..recipe import Recipe
 from .sizes import Sizes
 
+LONGEST_PACKED = 1.5  # times the mean: a packed batch holds a fixed number of samples, which may all be long
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -61,10 +63,14 @@ def mean_batch(recipe: Recipe, sample: Sample, sizes: Sizes) -> Batch:
 
 
 def fullest_batch(recipe: Recipe, sample: Sample, sizes: Sizes) -> Batch:
-    """Give the batch whose rows are all `max_length` long, with as many more images as tokens."""
+    """Give the batch whose rows are all `max_length` long, or the longest packed one, with as many more images."""
     batch = mean_batch(recipe, sample, sizes)
     if recipe.packing:
-        return replace(batch, rows=math.ceil(batch.rows))
+        rows = math.ceil(LONGEST_PACKED * batch.rows)
+        more = rows / batch.rows
+        return replace(
+            batch, rows=rows, views=batch.views * more, groups=batch.groups * more, patches=batch.patches * more
+        )
     longest = float(recipe.max_length)
     full = replace(sample, padding=0)
     if recipe.loss == "next_token":  # a pair's longest prompt shows no more images than the mean one
