@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from blip3 import cli
 from blip3.training.plan import check
-from blip3.training.plan.command import parse_tokens
+from blip3.training.plan.command import SHARE, parse_tokens
 from blip3.training.plan.flops import step_flops
 from blip3.training.plan.gpus import GPUS
 from blip3.training.plan.memory import checkpoint_bytes, count_weights, final_bytes, gpu_memory
+from blip3.training.plan.report import Plan
 from blip3.training.plan.samples import assume_sample
 from blip3.training.plan.sizes import sizes_of
 from blip3.training.plan.work import fullest_batch, mean_batch
@@ -24,6 +25,7 @@ from support import ROOT
 from support.training import make_small_model, newest_checkpoint, tiny_recipe
 
 CASES = check.cases()
+RECIPES = [path for size in ("4b", "14b") for path in sorted((ROOT / "recipes" / size).glob("*.yaml"))]
 OPTIONS = ["--image-ms", "10"]
 
 
@@ -112,12 +114,37 @@ def test_sharding_shares_out_what_it_says():
     assert zero["weights"] == whole["weights"]
 
 
-@pytest.mark.parametrize("size", ["4b", "14b"])
-def test_the_recipes_fit_the_gpus_they_name(size):
-    for path in sorted((ROOT / "recipes" / size).glob("*.yaml")):
-        gpus = 64 if path.name.startswith("1") else 8
+def test_the_recipes_fit_the_gpus_they_name():
+    for path in RECIPES:
+        size, gpus = path.parent.name, 64 if path.name.startswith("1") else 8
         *_, memory = plan_of(f"{size}/{path.name}", gpus, "fsdp2" if "fsdp: true" in path.read_text() else "ddp")
         assert memory.total < GPUS["h100"].memory * 1e9, (path.name, memory.by)
+
+
+def row_of(path) -> str:
+    """The row of docs/training.md: the recipe as it is, stage 1 with the report's 100B tokens."""
+    gpus, tokens = (64 if path.name.startswith("1") else 8), (100e9 if path.name.startswith("1_") else None)
+    recipe, sizes, sample, _ = plan_of(f"{path.parent.name}/{path.name}", gpus, "ddp")
+    sharding = "fsdp2" if recipe.fsdp else "ddp"
+    memory = gpu_memory(recipe, sizes, fullest_batch(recipe, sample, sizes), gpus, sharding)
+    plan = Plan(recipe, sizes, sample, gpus, "h100", SHARE, 0.01, (), tokens)
+    billions = plan.steps * plan.samples_per_step * plan.sample_tokens / 1e9
+    hours = plan.hours * gpus
+    cells = [
+        f"`{path.parent.name}/{path.name}`",
+        str(gpus),
+        f"{billions:.2f}" if billions < 10 else f"{billions:.0f}",
+        f"{hours:,.1f}" if hours < 10 else f"{hours:,.0f}",
+        f"{memory.total / 1e9:.0f} ({sharding})",
+        f"{checkpoint_bytes(recipe, sizes) / 1e9:.1f}",
+        f"{final_bytes(recipe, sizes) / 1e9:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_documentation_has_the_plan_of_every_recipe(path):
+    assert row_of(path) in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 
 
 def test_a_pair_costs_a_pass_of_the_reference_and_perhaps_one_more():

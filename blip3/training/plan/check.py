@@ -98,7 +98,8 @@ def build(case: Case) -> Any:
         values = {key: value for key, value in config.to_dict().items() if key != "dtype"}
         config = type(config).from_dict(values | {"text_config": WIDER})
     dtype = torch.bfloat16 if PRECISIONS[case.precision].weight == BFLOAT16 else torch.float32
-    model: Any = AutoModelForImageTextToText.from_config(config, trust_remote_code=True, dtype=dtype).train()
+    # transformers 4.57 gives each part the type that its own configuration names
+    model: Any = AutoModelForImageTextToText.from_config(config, trust_remote_code=True).to(dtype).train()
     learning = case.learning
     if learning.adapters:
         model = add_adapters(model, learning.adapters, "a small model")
