@@ -32,6 +32,7 @@ COMMANDS = {
     "demo": Command("demo", "ask the small model, or another, about example images or your own", "demo"),
     "convert": Command("conversion.cli", "convert released weights, and back", "demo"),
     "export-onnx": Command("elsewhere.export", "write a checkpoint as ONNX files", "onnx"),
+    "answer-onnx": Command("elsewhere.answer", "answer with ONNX files", "onnx"),
     "page": Command("serving.page.app", "serve a page to talk about images in the browser", "app"),
     "batch": Command("serving.batch", "ask about many images with Ray Data, resumably", "batch"),
     "ocr-records": Command("engines.ocr.rendered", "write rendered pages as an OCR reader read them", "engines"),

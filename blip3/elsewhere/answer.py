@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answer with the ONNX files of export.py: onnxruntime in place of torch, greedy, one prompt at a time.
+r"""Answer with the ONNX files of export.py: onnxruntime in place of torch, greedy, one prompt at a time.
+
+    python -m blip3.elsewhere.answer outputs/onnx "How many grey umbrellas are there?" \
+        --images examples/images/count-0.png
 
 What is left of Python is what a program in another language would have to do, too: choose the patches of each group,
 put image tokens where the prompt has places for them, and pass the cache on.
 """
 
+import argparse
 import json
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoProcessor
 
+from ..answering import render_question
 from ..checkpoints import locate
 from ..hub import model_code
 
@@ -105,3 +110,25 @@ class OnnxModel:
     def _empty_cache(self) -> list[np.ndarray]:
         shape = (1, self.sizes["num_key_value_heads"], 0, self.sizes["head_dim"])
         return [np.zeros(shape, np.float32)] * (2 * self.sizes["num_layers"])
+
+
+def main() -> None:
+    """Read the command line and print the answer."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="that `export` wrote")
+    parser.add_argument("question", help="with <image> where images belong, or without: then they come first")
+    parser.add_argument("--images", type=Path, nargs="+", default=[], help="files, in their order")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="most to write (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        model = OnnxModel(args.folder)
+    except (FileNotFoundError, ImportError) as error:
+        raise SystemExit(f"error: {error}") from None
+    processor = AutoProcessor.from_pretrained(**locate(args.folder))
+    text = render_question(processor, args.question, len(args.images))
+    inputs = processor(text=text, images=[str(path) for path in args.images] or None, return_tensors="pt")
+    print(processor.decode(model.generate(inputs, args.max_new_tokens), skip_special_tokens=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import AutoProcessor
 
+from blip3 import cli
 from blip3.answering import Answerer, render_question
+from blip3.checkpoints import locate
 from blip3.data.images import open_images
 from blip3.elsewhere.answer import OnnxModel
 from blip3.elsewhere.export import export
@@ -59,8 +62,9 @@ def test_answers_are_those_of_generate(task, exported, answerer):
     assert max(lengths) >= 2  # a word and the token that ends it
 
 
-def test_text_alone_is_answered(exported, answerer):
-    inputs = answerer.prepare([render_question(answerer.processor, "What is red?", 0)], [[]])
+def test_text_alone_is_answered_with_the_processor_of_the_folder(folder, exported, answerer):
+    processor = AutoProcessor.from_pretrained(**locate(folder))
+    inputs = processor(text=render_question(processor, "What is red?", 0), return_tensors="pt")
     expected = answerer.model.generate(**inputs, max_new_tokens=12, do_sample=False)[0]
     assert exported.generate(inputs, max_new_tokens=12) == expected[inputs["input_ids"].shape[1] :].tolist()
 
@@ -91,6 +95,14 @@ def test_rows_of_a_batch_are_kept_apart(exported, answerer):
     given = {"embeddings": embeddings.numpy(), "attention_mask": mask.numpy(), "position_ids": positions.numpy()}
     logits = exported.decoder.run(["logits"], given | cache)[0]
     np.testing.assert_allclose(logits[:, -1], expected.numpy(), atol=2e-3)
+
+
+def test_the_command_answers(folder, answerer, capsys):
+    question, image = "How many grey umbrellas are there?", str(ROOT / "examples" / "images" / "count-0.png")
+    inputs = answerer.prepare([render_question(answerer.processor, question, 1)], [[image]])
+    ids = answerer.model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert cli.main(["answer-onnx", str(folder), question, "--images", image, "--max-new-tokens", "24"]) == 0
+    assert capsys.readouterr().out.strip() == answerer.processor.decode(ids, skip_special_tokens=True)
 
 
 def test_a_folder_that_is_there_is_refused(folder):
