@@ -537,7 +537,7 @@ def test_a_folder_saved_under_fsdp2_is_complete(sharded_run, tiny_repo):
     assert config["auto_map"]["AutoModelForImageTextToText"] == "modeling_blip3.Blip3ForConditionalGeneration"
     assert {value.split(".")[0] for value in config["auto_map"].values()} == {"modeling_blip3", "configuration_blip3"}
     names = {path.name for path in saved.glob("*.py")}
-    assert names == {f"{name}_blip3.py" for name in ("configuration", "generation", "modeling", "tiling")}
+    assert names == {f"{name}_blip3.py" for name in ("configuration", "generation", "modeling", "tiling", "towers")}
     assert_same_weights(weights_of(load_model(saved)), torch.load(sharded_run / "trained.pt"))
 
 
