@@ -10,6 +10,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from blip3 import cli
+from blip3.training.pairs import PairCollator
 from blip3.training.plan import check
 from blip3.training.plan.command import SHARE, parse_tokens
 from blip3.training.plan.flops import step_flops
@@ -18,7 +19,8 @@ from blip3.training.plan.memory import checkpoint_bytes, count_weights, final_by
 from blip3.training.plan.report import Plan
 from blip3.training.plan.samples import assume_sample
 from blip3.training.plan.sizes import sizes_of
-from blip3.training.plan.work import fullest_batch, mean_batch
+from blip3.training.plan.work import Sample, fullest_batch, mean_batch
+from blip3.training.preference import PreferenceObjective
 from blip3.training.recipe import Recipe, load_recipe
 from blip3.training.train import train
 from support import ROOT
@@ -37,7 +39,13 @@ def count(module: torch.nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.is_wider or "alone" in case.name else [])
+        for case in CASES
+    ],
+)
 def test_the_formulas_give_what_torch_counts(case):
     """Worst of all forms: operations 0.1 %, bytes that are kept 4.1 %, the allocator's highest level 12.8 %."""
     plan, found = check.compare(case)
@@ -162,6 +170,40 @@ def test_a_pair_costs_a_pass_of_the_reference_and_perhaps_one_more():
     assert (
         0.5 < backward / flops(plain).of("language model", "forward") < 0.7
     )  # of two passes, half again for attention
+
+
+PAIR = {"prompt": 100, "chosen": 30, "rejected": 30}  # tokens; the prompt shows an image of 80
+
+
+@pytest.mark.parametrize("is_teacher_forced", [False, True])
+def test_the_operations_of_a_preference_step_are_those_that_torch_counts(is_teacher_forced):
+    """Two pairs with a noised answer in the row, or teacher-forced by one more pass over the noised image."""
+    case = next(case for case in CASES if case.name == "adapters")
+    model = check.build(case)
+    side, image_token = model.config.tile_size, model.config.image_token_id
+    lengths = PAIR if is_teacher_forced else PAIR | {"noised": 30}
+    sample = {name: torch.full((length,), 5) for name, length in lengths.items()}
+    sample["prompt"][:80] = image_token
+    pixels = torch.rand(1, 5, 3, side, side)
+    sample |= {"pixel_values": pixels, "image_sizes": torch.tensor([[2 * side, 2 * side]])}
+    sample |= {"noised_pixel_values": pixels} if is_teacher_forced else {}
+    recipe = Recipe(
+        model="small",
+        output="nowhere",
+        max_steps=1,
+        batch_size=2,
+        learning_rate=1e-4,
+        mixture=({"rendered": "contrast"},),
+        trainable=("language_model",),
+        loss="preference",
+        lora={"rank": 8, "alpha": 8},
+        noised_weight=1.0,
+        noised_answers="" if is_teacher_forced else "answers.parquet",
+    )
+    batch = PairCollator(0)([sample, sample])
+    counted = check.count_operations(lambda: PreferenceObjective(recipe)(model, batch)[0])
+    sizes, mean = sizes_of(model.config), Sample(130, 1, 5, 30)
+    assert step_flops(recipe, sizes, mean_batch(recipe, mean, sizes), 30).of() == pytest.approx(sum(counted), rel=0.02)
 
 
 def test_a_plan_of_tokens_says_what_it_assumes(capsys):

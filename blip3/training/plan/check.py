@@ -160,11 +160,7 @@ def measure(case: Case, model: Any, inputs: dict[str, torch.Tensor]) -> Found:
         num_kept = kept_bytes()
     loss.backward()
     del loss
-    with FlopCounterMode(display=False, custom_mapping=_attention_on_cpu()) as counter:
-        loss = forward()
-        num_forward = counter.get_total_flops()
-        loss.backward()
-    del loss
+    num_forward, num_backward = count_operations(forward)
     learning = [each for each in model.parameters() if each.requires_grad]
     peak = _highest_level(forward)
     optimizer = torch.optim.AdamW(learning)
@@ -173,11 +169,20 @@ def measure(case: Case, model: Any, inputs: dict[str, torch.Tensor]) -> Found:
     return Found(
         parameters=sum(each.numel() for each in model.parameters()),
         forward=num_forward,
-        backward=counter.get_total_flops() - num_forward,
+        backward=num_backward,
         kept=num_kept,
         peak=peak,
         moments=sum(value.nbytes for value in moments),
     )
+
+
+def count_operations(forward: Callable[[], torch.Tensor]) -> tuple[int, int]:
+    """Count the operations of a function that gives a loss, and those of its backward pass."""
+    with FlopCounterMode(display=False, custom_mapping=_attention_on_cpu()) as counter:
+        loss = forward()
+        num_forward = counter.get_total_flops()
+        loss.backward()
+    return num_forward, counter.get_total_flops() - num_forward
 
 
 def _attention_on_cpu() -> dict[Any, Any]:
