@@ -59,8 +59,12 @@ class Output:
     def __enter__(self) -> "Output":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._lines.close()
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        try:
+            if kind is None:  # workers of a driver that was killed may have begun a file since the start
+                remove_unfinished(self.folder)
+        finally:
+            self._lines.close()
 
     def append(self, lines: Iterable[str]) -> None:
         """Write lines of JSON, each with an `id`, and wait until they are on the disk."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine on Ray whose workers and driver are killed: every row once, and the same as without."""
 
+import contextlib
 import io
 import json
 import os
@@ -94,7 +95,10 @@ class Driver:
         """End the driver by a signal, and wait until its workers are gone."""
         self.wait_for_rows(9)
         children = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.send_signal(number)
+        while self.process.poll() is None:  # an interrupt inside one of Ray's own callbacks is lost: press again
+            self.process.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=2)
         self.process.communicate(timeout=120)
         assert self.process.returncode != 0
         workers = [child for child in children if is_alive(child) and "MapWorker" in child.name()]

@@ -76,6 +76,8 @@ def test_a_line_that_lost_its_file_is_not_done(tmp_path):
     (tmp_path / ".c.parquet.7-ab.unfinished").write_bytes(b"left by a kill")
     with open_output(tmp_path, is_there=is_there) as output:
         assert output.done == {'"b.parquet"'}
+        assert not list(tmp_path.glob(".*.unfinished"))
+        (tmp_path / ".d.parquet.8-cd.unfinished").write_bytes(b"of a worker that outlived its driver for a moment")
     assert not list(tmp_path.glob(".*"))
 
 
