@@ -31,6 +31,8 @@ class Command:
 COMMANDS = {
     "demo": Command("demo", "ask the small model, or another, about example images or your own", "demo"),
     "convert": Command("conversion.cli", "convert released weights, and back", "demo"),
+    "export-onnx": Command("elsewhere.export", "write a checkpoint as ONNX files", "onnx"),
+    "answer-onnx": Command("elsewhere.answer", "answer with ONNX files", "onnx"),
     "page": Command("serving.page.app", "serve a page to talk about images in the browser", "app"),
     "batch": Command("serving.batch", "ask about many images with Ray Data, resumably", "batch"),
     "ocr-records": Command("engines.ocr.rendered", "write rendered pages as an OCR reader read them", "engines"),
@@ -40,6 +42,7 @@ COMMANDS = {
     "train": Command("training.train", "train a stage of the recipe", "train"),
     "train-tower": Command("training.tower.train", "train the small model's vision tower (stage 0)", "train"),
     "new-model": Command("training.small.new_model", "make a small model with newly initialised weights", "train"),
+    "plan": Command("training.plan.command", "plan a run before renting: memory, hours, cores, disk", "train"),
     "average": Command("training.average", "average the weights of models trained from one another", "train"),
     "publish": Command("training.small.publish", "write trained models as shipped, with example images", "train"),
     "packing": Command("training.measure_packing", "measure tokens a second, padded and packed", "train"),

@@ -8,6 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from blip3.conversion.configs import text_config_of
+from blip3.conversion.names import expected_shapes, to_ours, to_released
+from blip3.training.plan.sizes import sizes_of
 from support import ROOT
 
 PHI3_MEDIUM = {  # config.json of microsoft/Phi-3-medium-4k-instruct, whose window does not count the token itself
@@ -36,26 +38,49 @@ PHI3_MEDIUM = {  # config.json of microsoft/Phi-3-medium-4k-instruct, whose wind
 }
 
 
-def count(module: torch.nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())
+PUBLISHED_TEXT = {"4b": 3_821_079_552, "14b": 13_960_238_080}  # Phi-3-mini-4k and Phi-3-medium-4k
+PUBLISHED_ROWS = 32064  # of their embeddings and output layers, which have no bias
+PUBLISHED_TOWER = 428_225_600  # of SigLIP-SO400M/14 at 384, with the pooling head that images here do not pass
+LAYERS = {"4b": {"qkv": 9216, "width": 3072, "mlp": 8192}, "14b": {"qkv": 7680, "width": 5120, "mlp": 17920}}
 
 
-@pytest.mark.parametrize(
-    ("size", "text", "total"),
-    [("4b", (3.82e9, 3.83e9), (4.34e9, 4.35e9)), ("14b", (13.95e9, 13.97e9), (14.48e9, 14.49e9))],
-)
-def test_the_model_builds_at_its_size(size, text, total):
-    """4B: 3.82 billion parameters of Phi-3-mini, 4.34 in all. 14B: 13.96 of Phi-3-medium, 14.49 in all.
+def config_of(size: str):
+    return AutoConfig.from_pretrained(ROOT, subfolder=f"configs/{size}", trust_remote_code=True)
 
-    The vision tower has 0.413 billion in either, the resampler 0.110 and 0.112.
-    """
-    config = AutoConfig.from_pretrained(ROOT, subfolder=f"configs/{size}", trust_remote_code=True)
+
+def build_without_memory(size: str) -> torch.nn.Module:
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
-    assert text[0] < count(model.language_model) + count(model.lm_head) < text[1]
-    assert 0.412e9 < count(model.vision_tower) < 0.414e9
-    assert 0.109e9 < count(model.model.resampler) < 0.113e9
-    assert total[0] < count(model) < total[1]
+        return AutoModelForImageTextToText.from_config(config_of(size), trust_remote_code=True)
+
+
+@pytest.mark.parametrize(("size", "total"), [("4b", 4_343_699_327), ("14b", 14_485_018_495)])
+def test_the_parts_have_the_sizes_of_what_they_are_made_from(size, total):
+    """Published sizes of tower and text model, less what is left out, and what is added: tokens, an output bias."""
+    sizes = sizes_of(config_of(size))
+    width, mlp = sizes.tower.width, sizes.tower.mlp
+    attention = 4 * (width**2 + width)
+    pooling_head = width + attention + 2 * width + 2 * width * mlp + mlp + width
+    assert sizes.tower.parameters + pooling_head == PUBLISHED_TOWER
+    decoder = sizes.decoder
+    added = 2 * (decoder.vocabulary - PUBLISHED_ROWS) * decoder.width + decoder.vocabulary
+    assert decoder.parameters - added == PUBLISHED_TEXT[size]
+    assert sum(parameter.numel() for parameter in build_without_memory(size).parameters()) == total
+    assert sizes.parameters == total
+
+
+@pytest.mark.parametrize("size", ["4b", "14b"])
+def test_every_tensor_has_the_name_and_shape_that_the_converter_writes(size):
+    """The whole model without memory; released names lead to ours and back."""
+    config = json.loads((ROOT / "configs" / size / "config.json").read_text(encoding="utf-8"))
+    tensors = build_without_memory(size).state_dict()
+    found = {to_released(name): tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert found == expected_shapes(config)
+    assert {to_released(to_ours(name)) for name in found} == set(found)
+    sizes = LAYERS[size]
+    first = "lang_model.model.layers.0."
+    assert found[first + "self_attn.qkv_proj.weight"] == (sizes["qkv"], sizes["width"])
+    assert found[first + "mlp.gate_up_proj.weight"] == (2 * sizes["mlp"], sizes["width"])
+    assert found["vision_tokenizer.projection.weight"] == (sizes["width"], 1152)
 
 
 def test_the_14b_text_model_is_phi_3_medium():
