@@ -75,7 +75,7 @@ def train(recipe: Recipe) -> Path:
 
 
 def _train(recipe: Recipe, arguments: TrainingArguments, source: dict[str, Any], checkpoint: str | None) -> Path:
-    dtype, options = loading_options(recipe.adapters, recipe.bf16, recipe.fsdp)
+    dtype, options = loading_options(recipe.adapters, recipe.bf16, recipe.fsdp or bool(recipe.deepspeed))
     with arguments.main_process_first(desc="copying the model's code into the cache"):
         processor = AutoProcessor.from_pretrained(**source)
         model = load_model(source | options, dtype=dtype)
