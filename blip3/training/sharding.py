@@ -63,8 +63,8 @@ def read_deepspeed(name: str) -> dict[str, Any]:
     own += [key for key in _RECIPE_SAYS if config.get(key, "auto") != "auto"]
     if own:
         raise ValueError(
-            f"The recipe has deepspeed {name!r}, which sets {own[0]} to {config[own[0]]!r}, but the recipe itself says "
-            f"{_RECIPE_SAYS.get(own[0], 'optimizer and schedule')}. It was probably copied from another project: "
+            f"The recipe has deepspeed {name!r}, which sets {own[0]} to {config[own[0]]!r}, but the recipe itself "
+            f"says {_RECIPE_SAYS.get(own[0], 'optimizer and schedule')}. It was probably copied from another project: "
             "remove the key."
         )
     return config | {key: "auto" for key in _RECIPE_SAYS}
@@ -83,8 +83,8 @@ def check_sharding(fsdp: bool, deepspeed: str, others: Sequence[str]) -> None:
     """
     if fsdp and deepspeed:
         raise ValueError(
-            f"The recipe has fsdp true and deepspeed {deepspeed!r}, but only one of them can shard a model. The second "
-            "was probably added to a recipe that had the first: remove one."
+            f"The recipe has fsdp true and deepspeed {deepspeed!r}, but only one of them can shard a model. The "
+            "second was probably added to a recipe that had the first: remove one."
         )
     if deepspeed:
         read_deepspeed(deepspeed)
@@ -126,8 +126,8 @@ def _check_launcher(fsdp: bool, deepspeed: str) -> None:
     asked = [name for name in wanted if os.environ.get(name, "false").lower() == "true" and not wanted[name]]
     if asked:
         raise ValueError(
-            f"The launcher sets {list_names(asked)} but the recipe has fsdp {fsdp} and deepspeed {deepspeed!r}, and the "
-            "recipe says how to shard. The options probably stand in accelerate's configuration file: launch with "
+            f"The launcher sets {list_names(asked)} but the recipe has fsdp {fsdp} and deepspeed {deepspeed!r}, and "
+            "the recipe says how to shard. The options probably stand in accelerate's configuration file: launch with "
             "`accelerate launch --multi_gpu` or torchrun, and write fsdp: true or deepspeed: zero3 into the recipe."
         )
     if deepspeed and "LOCAL_RANK" not in os.environ:
@@ -139,10 +139,16 @@ def _check_launcher(fsdp: bool, deepspeed: str) -> None:
 
 
 def _deepspeed_on_cpus() -> dict[str, Any]:
-    """Start the process group: of DeepSpeed on CPUs accelerate counts one process, unless a backend is named."""
+    """Start the process group: of DeepSpeed on CPUs accelerate counts one process, unless a backend is named.
+
+    DeepSpeed would compile a shared-memory reduction first, for minutes, and a killed run leaves a lock on it at which
+    every later one waits for ever. Without it gloo reduces.
+    """
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.ops
     from accelerate import PartialState
 
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
     del os.environ["ACCELERATE_USE_DEEPSPEED"]

@@ -24,7 +24,7 @@ from ..checkpoints import load_model, locate
 from ..data.records import Record
 from .encode import Collator, Encoder, TooLongError
 from .lora import add_adapters, loading_options, write_merged
-from .mixture import Mixture
+from .mixture import Mixture, mixture_of
 from .noise import Noiser
 from .noised_answers import check_answers_belong, read_noised_answers
 from .pairs import PairCollator, PairEncoder
@@ -84,7 +84,8 @@ def _train(recipe: Recipe, arguments: TrainingArguments, source: dict[str, Any],
     else:
         freeze(model, recipe)
     is_preference = recipe.loss == "preference"
-    samples = make_samples(recipe, processor)
+    with arguments.main_process_first(desc="looking through shards"):
+        samples = make_samples(recipe, processor)
     pad_id = processor.tokenizer.pad_token_id
     trainer = StageTrainer(
         model=model,
@@ -108,7 +109,7 @@ def make_samples(recipe: Recipe, processor: Any) -> "Samples":
         ValueError: if the recipe's noised answers are those of other pairs.
     """
     count = recipe.max_steps * recipe.batch_size * recipe.accumulation * num_processes()
-    mixture = Mixture(recipe.mixture, count, recipe.seed, recipe.world, skip_faulty=not recipe.strict)
+    mixture = mixture_of(recipe, count)
     if recipe.loss == "next_token":
         options = (recipe.any_resolution, recipe.learn_end_of_chunk, recipe.learn_questions)
         return Samples(mixture, Encoder(processor, recipe.max_length, *options), recipe.strict)
