@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import AutoProcessor, TrainingArguments
 
 from .. import images
-from ..checkpoints import load_model, locate
+from ..checkpoints import copy_code, load_model, locate
 from ..data.records import Record
 from .encode import Collator, Encoder, TooLongError
 from .lora import add_adapters, loading_options, write_merged
@@ -78,7 +78,8 @@ def _train(recipe: Recipe, arguments: TrainingArguments, source: dict[str, Any],
     dtype, options = loading_options(recipe.adapters, recipe.bf16, recipe.fsdp or bool(recipe.deepspeed))
     with arguments.main_process_first(desc="copying the model's code into the cache"):
         processor = AutoProcessor.from_pretrained(**source)
-        model = load_model(source | options, dtype=dtype)
+        copy_code(source)
+    model = load_model(source | options, dtype=dtype)  # together: under ZeRO-3 each process keeps its shard
     if recipe.adapters:
         model = add_adapters(model, recipe.adapters, recipe.model)
     else:
