@@ -246,12 +246,13 @@ class Blip3PreTrainedModel(PreTrainedModel):
         self._require_grads_hooks = []
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Save as transformers does, also from under FSDP2 and after bitsandbytes answered on a CPU.
+        """Save as transformers does, also from under FSDP2 or ZeRO-3 and after bitsandbytes answered on a CPU.
 
         `fully_shard` swaps the class for one made on the spot in torch's package, whose source file transformers would
         copy in place of ours: the class goes back to its own identity first.
         """
         _restore_quantization_scales(self)
+        _forget_unused_conversions(self)
         cls = type(self)
         if cls.__module__.startswith("torch."):
             original = next(base for base in cls.__mro__[1:] if issubclass(base, PreTrainedModel))
@@ -272,6 +273,17 @@ def _require_grad_if_trained(part: nn.Module, module: nn.Module, inputs: Any, ou
 def _require_grad_of_patches(resampler: nn.Module, inputs: tuple) -> None:
     """The same for the patch tokens that a resampler reads (a forward pre-hook)."""
     _require_grad_if_trained(resampler, resampler, None, inputs[0])
+
+
+def _forget_unused_conversions(model: nn.Module) -> None:
+    """Forget conversions of names that the model's checkpoint did not need.
+
+    A model that transformers 5 loads under ZeRO-3 remembers all that it might have needed, and would save its weights
+    under names that it reads nowhere else (seen with 5.24).
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions and hasattr(conversions[0], "was_used"):
+        model._weight_conversions = [each for each in conversions if each.was_used()]
 
 
 def _restore_quantization_scales(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ import pytest
 from blip3.data.records import Record, Turn, write_jsonl
 from blip3.training import train as stage
 from blip3.training.resume import MANIFEST, resume_or_refuse
+from support import load_model
 from support.processes import expect_success, start
 from support.training import losses_of, newest_checkpoint, tiny_recipe, weights_in, write_recipe
 
@@ -36,6 +37,8 @@ SCRIPT = """
         if recipe.fsdp:
             assert all(type(each).__name__ == "DTensor" for each in parameters)
             assert sum(each.to_local().numel() for each in parameters) < 0.6 * sum(each.numel() for each in parameters)
+            kinds = {type(module).__name__ for module in engine.modules()}
+            assert {"FSDPPhi3DecoderLayer", "FSDPSiglipEncoderLayer", "FSDPBlip3ResamplerLayer"} <= kinds, kinds
         elif recipe.deepspeed == "zero3":
             whole = sum(each.ds_numel for each in parameters)
             assert sum(each.ds_tensor.numel() for each in parameters) < 0.6 * whole
@@ -102,6 +105,7 @@ def test_shards_train_as_one_process_and_a_killed_run_resumes(form, straight, sm
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (found[name] - tensor).abs().mean() < 1e-4, name  # Adam enlarges rounding
+    load_model(tmp_path / "run" / "final")
 
 
 @needs_deepspeed
