@@ -226,9 +226,17 @@ class ShardReader:
 
     def __init__(self, url: str, groups_held: int = 1):
         self.url, self.groups_held = url, groups_held
+        self._index: ShardIndex | None = None
         self._file: Any = None
         self._process = 0
         self._groups: OrderedDict[int, Any] = OrderedDict()
+
+    @property
+    def index(self) -> ShardIndex:
+        """Where the rows lie."""
+        if self._index is None:
+            self._index = index_of(self.url)
+        return self._index
 
     def row(self, number: int) -> dict[str, Any]:
         """Read a row, images encoded.
@@ -236,7 +244,7 @@ class ShardReader:
         Raises:
             ShardError: if it cannot be read.
         """
-        index = index_of(self.url)
+        index = self.index
         if index.damage and number == index.count - 1:
             raise ShardError(index.damage)
         try:
@@ -292,9 +300,9 @@ def _decoded(kind: str, data: bytes) -> Any:
 
 
 @lru_cache(maxsize=OPEN_AT_ONCE)
-def shard_reader(url: str, groups_held: int = 1) -> ShardReader:
+def shard_reader(url: str) -> ShardReader:
     """Give the reader of a shard; the last few stay open."""
-    return ShardReader(url, groups_held)
+    return ShardReader(url)
 
 
 # --------------------------------------------------------------------------------------------------- images in tars

@@ -9,6 +9,7 @@ A row that has no record (it is faulty, or the reader's options leave it out) gi
 which a data engine has no result are left out from the start.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 
 from ..data.readers.rows import Rows, row_of
 from ..data.records import Record, RecordError, log_skipped
-from ..data.shards import count_rows, find_shards, index_of
+from ..data.shards import ShardReader, count_rows, find_shards
 
 
 class RecordStream:
@@ -63,6 +64,7 @@ class RecordStream:
         if any(self.counts[lane::lanes].sum() == 0 for lane in range(lanes)):
             raise self._nothing()
         self.num_faulty = 0
+        self._readers: dict[int, OrderedDict[str, ShardReader]] = {lane: OrderedDict() for lane in range(lanes)}
         self._shards_of = lru_cache(maxsize=2 * lanes)(self._order_shards)
         self._block_of = lru_cache(maxsize=2 * lanes)(self._order_block)
 
@@ -79,7 +81,7 @@ class RecordStream:
         """
         for position in range(number, number + int(self.counts[lane :: self.lanes].sum())):
             shard, row = self.place_of(lane, position)
-            records = self._records_of(shard, row)
+            records = self._records_of(self._reader_of(lane, shard), row)
             if records:
                 passes = position // int(self.counts[lane :: self.lanes].sum())
                 return records[passes % len(records)]
@@ -107,12 +109,22 @@ class RecordStream:
     def _order_block(self, lane: int, passes: int, block: int, size: int) -> np.ndarray:
         return np.random.default_rng([self.seed, lane, passes, block]).permutation(size)
 
-    def _records_of(self, shard: str, row: int) -> list[Record]:
-        index = index_of(shard)
-        number = row if index.kept is None else index.kept[row]
-        held = 1 + sum(np.cumsum(index.groups) < self.shuffle) if self.shuffle else 1
+    def _reader_of(self, lane: int, url: str) -> ShardReader:
+        """Give the reader of a shard; of each lane as many stay open as a block of its rows lies in."""
+        readers = self._readers[lane]
+        if url not in readers:
+            while len(readers) >= 2 + self.shuffle // max(1, int(self.counts.min())):
+                readers.popitem(last=False)
+            readers[url] = ShardReader(url)
+            readers[url].groups_held += int((np.cumsum(readers[url].index.groups) < self.shuffle).sum())
+        readers.move_to_end(url)
+        return readers[url]
+
+    def _records_of(self, reader: ShardReader, row: int) -> list[Record]:
+        kept = reader.index.kept
+        number = row if kept is None else kept[row]
         try:
-            return list(self.read(Rows(iter([row_of(shard, number, held)]))))
+            return list(self.read(Rows(iter([row_of(reader, number)]))))
         except RecordError as error:
             if not self.skip:
                 raise

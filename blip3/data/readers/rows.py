@@ -17,7 +17,7 @@ from PIL import Image
 from ...refusals import list_names, show
 from ..images import ImageSource, RecordError
 from ..records import Record, is_unicode, log_skipped, log_skipped_in_all, record_from_json
-from ..shards import ShardError, find_shards, iterate, shard_reader, tar_beside
+from ..shards import ShardError, ShardReader, find_shards, iterate, shard_reader, tar_beside
 
 Row = dict[str, Any]
 OTHER_FORM = ("The row is probably of another data set, or damaged.", "Use the reader for its form, or drop the row.")
@@ -64,20 +64,19 @@ def stream_rows(paths: str | Sequence[str]) -> Rows:
             f"Reading {len(files)} shards needs the package pyarrow, which is not installed. The extra was probably "
             "left out: run `pip install 'blip3[data]'`."
         )
-    return Rows(row_of(url, number) for url, number in iterate(files))
+    return Rows(row_of(shard_reader(url), number) for url, number in iterate(files))
 
 
-def row_of(url: str, number: int, groups_held: int = 1) -> tuple[str, Row | RecordError]:
+def row_of(reader: ShardReader, number: int) -> tuple[str, Row | RecordError]:
     """Read a row of a shard; gives its place and the row, or what is wrong with it.
 
     Args:
-        url: of the shard.
+        reader: of the shard.
         number: of the row, from 0.
-        groups_held: see `shards.ShardReader`.
     """
-    place = f"{url} row {number + 1}"
+    place = f"{reader.url} row {number + 1}"
     try:
-        return place, shard_reader(url, groups_held).row(number)
+        return place, reader.row(number)
     except ShardError as error:
         return place, fault(
             place,
