@@ -96,8 +96,10 @@ def _size(parameter: torch.Tensor) -> int:
 
 
 def base_of(model: Any) -> Any:
-    """Take the wrapper of data-parallel training off; what is left is PEFT's model, or the model itself."""
-    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+    """Take the wrapper of DDP or DeepSpeed off; what is left is PEFT's model, or the model itself."""
+    from accelerate.utils import extract_model_from_parallel
+
+    return extract_model_from_parallel(model)
 
 
 def loading_options(settings: LoraSettings | None, bf16: bool, fsdp: bool) -> tuple[torch.dtype, dict[str, Any]]:

@@ -51,7 +51,7 @@ KINDS = {
 }
 _TYPES: dict[str, type] = {"weight": float, "options": dict, "world": dict, "shuffle": int, "lanes": int}
 
-Source = Callable[[int, int], Record]  # lane, and number of the sample within this source's lane -> record
+Source = Callable[[int, int], Record] | RecordStream  # lane, number of the sample in it -> record
 
 
 class Mixture(Dataset):
@@ -105,6 +105,15 @@ class Mixture(Dataset):
         source = int(self.choice[index])
         lane = index // self.batch_size % self.lanes[source]
         return self.sources[source](lane, int(np.searchsorted(self.positions[source][lane], index)))
+
+    def count_streams(self) -> int:
+        """Count the rows of all streams, which looks through their shards before a first sample is asked for.
+
+        Raises:
+            FileNotFoundError: if there is no shard.
+            ValueError: if there are fewer shards than lanes, or no row.
+        """
+        return sum(len(source) for source in self.sources if isinstance(source, RecordStream))
 
     def _positions_by_lane(self, source: int) -> Iterator[np.ndarray]:
         positions = np.flatnonzero(self.choice == source)
@@ -220,4 +229,4 @@ def _streamed(entry: dict[str, Any], seed: int, skip: bool) -> Source:
     """Read shards, again from the start after the last."""
     options = entry.get("options", {}) | ({"image_folder": entry["images"]} if "images" in entry else {})
     read = partial(READERS[entry["reader"]], **options)
-    return RecordStream(entry["stream"], read, seed, skip=skip, **stream_options(entry)).get
+    return RecordStream(entry["stream"], read, seed, skip=skip, **stream_options(entry))

@@ -11,7 +11,7 @@ which a data engine has no result are left out from the start.
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from ..data.shards import ShardReader, count_rows, find_shards
 
 
 class RecordStream:
-    """Records of shards, by lane and number.
+    """Records of shards, by lane and number. The shards are looked for when they are first needed.
 
     Args:
         pattern: of the shards: files or URLs.
@@ -31,10 +31,6 @@ class RecordStream:
         shuffle: rows that are shuffled among themselves; a process holds about as many. 0 keeps the order of files.
         lanes: parts of the shards that are read independently, each by the processes that need it.
         skip: log and count faulty rows, in place of raising.
-
-    Raises:
-        FileNotFoundError: if there is no shard.
-        ValueError: if there are fewer shards than lanes, or no row at all.
     """
 
     def __init__(
@@ -46,29 +42,42 @@ class RecordStream:
         lanes: int = 1,
         skip: bool = False,
     ):
-        self.pattern, self.read, self.seed, self.shuffle, self.lanes, self.skip = (
-            pattern,
-            read,
-            seed,
-            shuffle,
-            lanes,
-            skip,
-        )
-        self.urls = find_shards(pattern)
-        if lanes > len(self.urls):
-            raise ValueError(
-                f"The stream {pattern!r} has lanes {lanes} but {len(self.urls)} shards, and each lane needs one of "
-                "its own. It was probably written for more shards: lower lanes, or cut the data into smaller shards."
-            )
-        self.counts = np.array(count_rows(self.urls), dtype=np.int64)
-        if any(self.counts[lane::lanes].sum() == 0 for lane in range(lanes)):
-            raise self._nothing()
+        self.pattern, self.read, self.seed = pattern, read, seed
+        self.shuffle, self.lanes, self.skip = shuffle, lanes, skip
         self.num_faulty = 0
         self._readers: dict[int, OrderedDict[str, ShardReader]] = {lane: OrderedDict() for lane in range(lanes)}
         self._shards_of = lru_cache(maxsize=2 * lanes)(self._order_shards)
         self._block_of = lru_cache(maxsize=2 * lanes)(self._order_block)
 
-    def get(self, lane: int, number: int) -> Record:
+    @cached_property
+    def urls(self) -> list[str]:
+        """The shards."""
+        found = find_shards(self.pattern)
+        if self.lanes > len(found):
+            raise ValueError(
+                f"The stream {self.pattern!r} has lanes {self.lanes} but {len(found)} shards, and each lane needs one "
+                "of its own. It was probably written for more shards: lower lanes, or cut the data into smaller shards."
+            )
+        return found
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """Rows of each shard that have a result."""
+        return np.array(count_rows(self.urls), dtype=np.int64)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Rows of each lane that have a result."""
+        lengths = [int(self.counts[lane :: self.lanes].sum()) for lane in range(self.lanes)]
+        if not all(lengths):
+            raise self._nothing()
+        return lengths
+
+    def __len__(self) -> int:
+        """Rows that have a result; looks through the shards that are not in the cache."""
+        return sum(self.lengths)
+
+    def __call__(self, lane: int, number: int) -> Record:
         """Give a record.
 
         Args:
@@ -76,20 +85,21 @@ class RecordStream:
             number: of the sample within it; after a pass over the lane's shards the next begins.
 
         Raises:
+            FileNotFoundError: if there is no shard.
             RecordError: for a faulty row, unless they are skipped.
-            ValueError: if a whole pass gives no record.
+            ValueError: if there are fewer shards than lanes, or a whole pass gives no record.
         """
-        for position in range(number, number + int(self.counts[lane :: self.lanes].sum())):
+        length = self.lengths[lane]
+        for position in range(number, number + length):
             shard, row = self.place_of(lane, position)
             records = self._records_of(self._reader_of(lane, shard), row)
             if records:
-                passes = position // int(self.counts[lane :: self.lanes].sum())
-                return records[passes % len(records)]
+                return records[position // length % len(records)]
         raise self._nothing()
 
     def place_of(self, lane: int, number: int) -> tuple[str, int]:
         """Give the shard of a sample and the number of its row there, of those that have a result."""
-        total = int(self.counts[lane :: self.lanes].sum())
+        total = self.lengths[lane]
         passes, position = divmod(number, total)
         if self.shuffle:
             block, inside = divmod(position, self.shuffle)

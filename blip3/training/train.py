@@ -111,6 +111,7 @@ def make_samples(recipe: Recipe, processor: Any) -> "Samples":
     """
     count = recipe.max_steps * recipe.batch_size * recipe.accumulation * num_processes()
     mixture = mixture_of(recipe, count)
+    mixture.count_streams()
     if recipe.loss == "next_token":
         options = (recipe.any_resolution, recipe.learn_end_of_chunk, recipe.learn_questions)
         return Samples(mixture, Encoder(processor, recipe.max_length, *options), recipe.strict)

@@ -72,7 +72,7 @@ def training_arguments(recipe: RunRecipe, **others: Any) -> TrainingArguments:
         report_to=["tensorboard"],
         **others,
     )
-    if arguments.device.type == "cpu" and getattr(recipe, "fsdp", False):  # which sets up accelerate
+    if isinstance(recipe, Recipe) and recipe.fsdp and arguments.device.type == "cpu":
         shard_on_cpus()
     return arguments
 

@@ -202,7 +202,8 @@ def test_lanes_keep_shards_apart(shards):
         assert {name[0] for name in own} == {str(lane)}, "a process that takes every third batch opens one shard"
         assert all(sorted(own[first : first + 4]) == IN_ORDER[4 * lane : 4 * lane + 4] for first in range(0, 24, 4))
     with pytest.raises(ValueError, match=r"lanes 4 but 3 shards.* probably .*: lower lanes"):
-        mixture_of(entry | {"lanes": 4})
+        mixture_of(entry | {"lanes": 4}).count_streams()
+    assert mixture_of(entry, *streams(shards)).count_streams() == 36
 
 
 def test_a_row_without_a_record_gives_way_to_the_next(tmp_path):

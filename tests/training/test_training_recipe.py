@@ -230,8 +230,8 @@ def test_deepspeeds_configuration_is_checked_with_the_recipe(recipe_file, tmp_pa
         "[]": "is no JSON of DeepSpeed",
         '{"zero_optimization": {}}': r"is no JSON of DeepSpeed with zero_optimization.stage \(KeyError",
         '{"zero_optimization": {"stage": 0}}': "zero_optimization.stage 0 but it must be 1, 2 or 3",
-        '{"zero_optimization": {"stage": 3}, "train_batch_size": 8}': "sets train_batch_size to 8, but the recipe itself",
-        '{"zero_optimization": {"stage": 3}, "scheduler": {}}': "sets scheduler to {}, but the recipe itself says optim",
+        '{"zero_optimization": {"stage": 3}, "train_batch_size": 8}': "sets train_batch_size to 8, but the recipe",
+        '{"zero_optimization": {"stage": 3}, "scheduler": {}}': "sets scheduler to {}, but the recipe itself says",
     }.items():
         own.write_text(text)
         with pytest.raises(ValueError, match=message):
