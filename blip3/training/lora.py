@@ -90,9 +90,9 @@ def count_weights(model: Any) -> tuple[int, int]:
 
 
 def _size(parameter: torch.Tensor) -> int:
-    """Count weights; bitsandbytes packs two into a byte."""
+    """Count weights; bitsandbytes packs two into a byte, and ZeRO-3 leaves none where it took the shards out."""
     state = getattr(parameter, "quant_state", None)
-    return state.shape.numel() if state is not None else parameter.numel()
+    return state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
 def base_of(model: Any) -> Any:

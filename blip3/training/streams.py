@@ -56,7 +56,7 @@ class RecordStream:
         if self.lanes > len(found):
             raise ValueError(
                 f"The stream {self.pattern!r} has lanes {self.lanes} but {len(found)} shards, and each lane needs one "
-                "of its own. It was probably written for more shards: lower lanes, or cut the data into smaller shards."
+                "of its own. It was probably written for more shards: lower lanes, or cut the data into smaller ones."
             )
         return found
 
