@@ -119,6 +119,12 @@ def eager_attention_forward(
     return output.transpose(1, 2).contiguous(), weights
 
 
+def split_runs(tokens: torch.Tensor, runs: list[tuple[int, int]]) -> list[torch.Tensor]:
+    """Split tokens (n, D) into runs of (groups, tokens per group), n their sum of products: (g, tokens, D) each."""
+    parts = tokens.split([groups * count for groups, count in runs])
+    return [part.unflatten(0, run) for part, run in zip(parts, runs, strict=True)]
+
+
 class Blip3ResamplerLayer(GradientCheckpointingLayer):
     """One Perceiver layer: the latents read the patches, then think.
 
@@ -151,21 +157,25 @@ class Blip3ResamplerLayer(GradientCheckpointingLayer):
         self.fc2 = nn.Linear(config.intermediate_size, width, bias=False)
 
     def forward(self, latents: torch.Tensor, patches: torch.Tensor, runs: list[tuple[int, int, int]]) -> torch.Tensor:
-        """Update latents (Z, D) from patches (V, D), Z and V the sums of groups * queries and groups * patches."""
+        """Update latents (Z, D) from patches (V, D), Z and V the sums of groups * queries and groups * patches.
+
+        Each projection runs once, whatever the runs: where weights are sharded, processes gather them together at each
+        call, and every process has other images.
+        """
         patches, queries = self.patch_norm(patches), self.latent_norm(latents)
-        patch_runs = patches.split([groups * length for groups, length, _ in runs])
-        query_runs = queries.split([groups * count for groups, _, count in runs])
-        read = [
-            self._attend(query_run.unflatten(0, (groups, count)), patch_run.unflatten(0, (groups, length)))
-            for query_run, patch_run, (groups, length, count) in zip(query_runs, patch_runs, runs, strict=True)
-        ]
+        asking = [(groups, count) for groups, _, count in runs]
+        patch_runs, query_runs = split_runs(patches, [run[:2] for run in runs]), split_runs(queries, asking)
+        tokens = [torch.cat(each, dim=1).flatten(0, 1) for each in zip(patch_runs, query_runs, strict=True)]
+        query_runs = split_runs(self.q_proj(queries), asking)
+        sizes = [(groups, length + count) for groups, length, count in runs]
+        key_value_runs = split_runs(self.kv_proj(torch.cat(tokens)), sizes)
+        read = [self._attend(*each) for each in zip(query_runs, key_value_runs, strict=True)]
         latents = latents + self.o_proj(torch.cat([run.flatten(0, 1) for run in read]))
         return latents + self.fc2(nn.functional.gelu(self.fc1(self.mlp_norm(latents))))
 
-    def _attend(self, latents: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """Attention of latents (g, Q, D) over patches (g, length, D) and themselves; gives (g, Q, inner width)."""
-        query = self.q_proj(latents)
-        key, value = self.kv_proj(torch.cat([patches, latents], dim=1)).chunk(2, dim=-1)
+    def _attend(self, query: torch.Tensor, key_value: torch.Tensor) -> torch.Tensor:
+        """Attention of queries (g, Q, inner) over keys and values (g, K, 2 * inner); gives (g, Q, inner)."""
+        key, value = key_value.chunk(2, dim=-1)
         query, key, value = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (query, key, value))
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention_forward)
         output, _ = attend(self, query, key, value, None, scaling=self.scaling, dropout=0.0, is_causal=False)
@@ -236,12 +246,13 @@ class Blip3PreTrainedModel(PreTrainedModel):
         self._require_grads_hooks = []
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Save as transformers does, also from under FSDP2 and after bitsandbytes answered on a CPU.
+        """Save as transformers does, also from under FSDP2 or ZeRO-3 and after bitsandbytes answered on a CPU.
 
         `fully_shard` swaps the class for one made on the spot in torch's package, whose source file transformers would
         copy in place of ours: the class goes back to its own identity first.
         """
         _restore_quantization_scales(self)
+        _forget_unused_conversions(self)
         cls = type(self)
         if cls.__module__.startswith("torch."):
             original = next(base for base in cls.__mro__[1:] if issubclass(base, PreTrainedModel))
@@ -262,6 +273,17 @@ def _require_grad_if_trained(part: nn.Module, module: nn.Module, inputs: Any, ou
 def _require_grad_of_patches(resampler: nn.Module, inputs: tuple) -> None:
     """The same for the patch tokens that a resampler reads (a forward pre-hook)."""
     _require_grad_if_trained(resampler, resampler, None, inputs[0])
+
+
+def _forget_unused_conversions(model: nn.Module) -> None:
+    """Forget conversions of names that the model's checkpoint did not need.
+
+    A model that transformers 5 loads under ZeRO-3 remembers all that it might have needed, and would save its weights
+    under names that it reads nowhere else (seen with 5.24).
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions and hasattr(conversions[0], "was_used"):
+        model._weight_conversions = [each for each in conversions if each.was_used()]
 
 
 def _restore_quantization_scales(model: nn.Module) -> None:
@@ -318,20 +340,17 @@ class Blip3Resampler(Blip3PreTrainedModel):
             lengths: (groups, patches per group) of each run of them.
             texts: read where the config asks for text queries: per run the embeddings (groups, t, E).
         """
-        queries, runs = [], []
-        for index, (groups, length) in enumerate(lengths):
-            latents = self.latents.expand(groups, -1, -1)  # (g, Q, D)
-            if self.text_projection is not None:
-                latents = torch.cat([latents, self.text_projection(texts[index].to(latents.dtype))], dim=1)
-            queries.append(latents.flatten(0, 1))
-            runs.append((groups, length, latents.shape[1]))
-        patches, latents = patches.to(self.latents.dtype), torch.cat(queries)
+        queries = [self.latents.expand(groups, -1, -1) for groups, _ in lengths]  # (g, Q, D) each
+        if self.text_projection is not None:
+            flat = torch.cat([text.flatten(0, 1) for text in texts]).to(self.latents)
+            projected = split_runs(self.text_projection(flat), [(len(text), text.shape[1]) for text in texts])
+            queries = [torch.cat(each, dim=1) for each in zip(queries, projected, strict=True)]
+        runs = [(*run, query.shape[1]) for run, query in zip(lengths, queries, strict=True)]
+        patches, latents = patches.to(self.latents), torch.cat([query.flatten(0, 1) for query in queries])
         for layer in self.layers:
             latents = layer(latents, patches, runs)
-        read = [
-            run.unflatten(0, (groups, count))[:, : self.config.num_latents]
-            for run, (groups, _, count) in zip(latents.split([len(each) for each in queries]), runs, strict=True)
-        ]
+        resampled = split_runs(latents, [(groups, count) for groups, _, count in runs])
+        read = [run[:, : self.config.num_latents] for run in resampled]
         return self.projection(self.norm(torch.cat(read)))
 
 
@@ -498,9 +517,8 @@ class Blip3Model(Blip3PreTrainedModel):
     def _embed_queries(self, query_ids: torch.Tensor | None, num_images: int) -> list[torch.Tensor]:
         """Embed the prompt of each image: (t, E), or nothing (0, E) without text queries."""
         if query_ids is None:
-            return [self.resampler.latents.new_zeros(0, self.config.text_config.hidden_size)] * num_images
+            return [torch.zeros(0, self.config.text_config.hidden_size)] * num_images
         embeddings = self.get_input_embeddings()(query_ids.clamp(min=0))  # (I, W, E)
-        embeddings = embeddings.to(self.resampler.latents.device)
         return [row[ids >= 0] for row, ids in zip(embeddings, query_ids.to(embeddings.device), strict=True)]
 
     def count_image_tokens(self, image_size: tuple[int, int]) -> int:
@@ -641,32 +659,34 @@ class Blip3Model(Blip3PreTrainedModel):
 
     @property
     def _is_sharded(self) -> bool:
-        """Whether ranks gather weights together, module by module: FSDP2 renames the classes it shards."""
-        return type(self.resampler.layers[0]).__name__.startswith("FSDP")
+        """Whether ranks gather weights together, module by module: FSDP2 renames classes, ZeRO-3 numbers weights."""
+        layer = self.resampler.layers[0]
+        return type(layer).__name__.startswith("FSDP") or any(hasattr(each, "ds_id") for each in layer.parameters())
 
     def _must_run_dummy_vision_pass(self, cache: Any) -> bool:
         """Whether a batch without images must pass through the vision modules all the same.
 
-        In training every trainable parameter needs a gradient. Under FSDP2 a rank that skips the vision modules leaves
-        the others waiting, in evaluation too.
+        In training every trainable parameter needs a gradient. Under FSDP2 and ZeRO-3 a rank that skips the vision
+        modules leaves the others waiting, in evaluation too.
         """
         return (self.training and torch.is_grad_enabled()) or (self._is_sharded and cache is None)
 
     def _dummy_vision_pass(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """A zero that depends on every vision parameter.
+        """A zero that depends on every vision parameter, by the calls that an image takes.
 
         A frozen tower in a single process has nothing to gather and no gradient, and is left out.
         """
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        weight = self.resampler.latents
         if is_distributed or any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
-            side, dtype = self.config.tile_size, self.vision_tower.dtype
-            blank = torch.zeros(1, 3, side, side, device=weight.device, dtype=dtype)
-            patches = self._encode_views(blank).last_hidden_state[0]
+            blank = inputs_embeds.new_zeros(1, 1, 3, self.config.tile_size, self.config.tile_size)
+            sizes = torch.zeros(1, 2, dtype=torch.long)
+            asks = self.config.resampler_config.num_text_queries > 0
+            query_ids = torch.zeros(1, 1, dtype=torch.long, device=inputs_embeds.device) if asks else None
+            (image_tokens,) = self.get_image_features(blank, sizes, query_ids, return_dict=True).pooler_output
         else:
-            patches = weight.new_zeros(0, weight.shape[-1])
-        text = weight.new_zeros(1, 0, self.config.text_config.hidden_size)
-        image_tokens = self.resampler(patches, [(1, len(patches))], [text])
+            patches = inputs_embeds.new_zeros(0, self.config.resampler_config.hidden_size)
+            text = inputs_embeds.new_zeros(1, 0, self.config.text_config.hidden_size)
+            image_tokens = self.resampler(patches, [(1, 0)], [text])
         return (image_tokens.sum() * 0).to(inputs_embeds.device, inputs_embeds.dtype)
 
 

@@ -77,6 +77,17 @@ def locate(checkpoint: str | Path, subfolder: str = "", *, only_small_files: boo
     return {"pretrained_model_name_or_path": str(code), "subfolder": inside, "trust_remote_code": True}
 
 
+def copy_code(source: Mapping[str, Any]) -> None:
+    """Copy a checkpoint's model code into transformers' cache, as loading its model does, but load no weights.
+
+    Args:
+        source: as `locate` gives it.
+    """
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    get_class_from_dynamic_module(f"{Path(CODE_FILES[-1]).stem}.__name__", source["pretrained_model_name_or_path"])
+
+
 def load_model(source: Mapping[str, Any], dtype: Any = "auto") -> Any:
     """Load a checkpoint's model, and be sure that every weight is the checkpoint's.
 

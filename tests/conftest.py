@@ -4,9 +4,10 @@
 import os
 import tempfile
 
-# Before transformers is imported: no hub, and remote code cached apart from the user's and from other runs.
+# Before transformers is imported: no hub; remote code and indices of shards apart from the user and other runs.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="blip3-modules-")
+os.environ["BLIP3_CACHE"] = tempfile.mkdtemp(prefix="blip3-cache-")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path

@@ -90,14 +90,16 @@ def count_weights(model: Any) -> tuple[int, int]:
 
 
 def _size(parameter: torch.Tensor) -> int:
-    """Count weights; bitsandbytes packs two into a byte."""
+    """Count weights; bitsandbytes packs two into a byte, and ZeRO-3 leaves none where it took the shards out."""
     state = getattr(parameter, "quant_state", None)
-    return state.shape.numel() if state is not None else parameter.numel()
+    return state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
 def base_of(model: Any) -> Any:
-    """Take the wrapper of data-parallel training off; what is left is PEFT's model, or the model itself."""
-    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+    """Take the wrapper of DDP or DeepSpeed off; what is left is PEFT's model, or the model itself."""
+    from accelerate.utils import extract_model_from_parallel
+
+    return extract_model_from_parallel(model)
 
 
 def loading_options(settings: LoraSettings | None, bf16: bool, fsdp: bool) -> tuple[torch.dtype, dict[str, Any]]:

@@ -18,7 +18,7 @@ from transformers import AutoProcessor
 from ..answering import pick_device
 from ..checkpoints import load_model, locate
 from .encode import Collator, Encoder
-from .mixture import Mixture
+from .mixture import mixture_of
 from .recipe import Recipe, load_recipe, plain_errors, recipe_arguments
 from .train import freeze
 
@@ -53,7 +53,7 @@ def measure(recipe: Recipe, num_batches: int) -> dict[str, dict[str, float]]:
         processor, recipe.max_length, recipe.any_resolution, recipe.learn_end_of_chunk, recipe.learn_questions
     )
     count = num_batches * recipe.batch_size
-    mixture = Mixture(recipe.mixture, count, recipe.seed, recipe.world, skip_faulty=not recipe.strict)
+    mixture = mixture_of(recipe, count)
     samples = [encoder(mixture[index]) for index in range(count)]
     found = {}
     for name, packing in ORDERS.items():

@@ -24,7 +24,7 @@ from ..checkpoints import load_model, locate
 from ..data.images import open_images
 from ..data.records import Record, to_preference
 from .lora import add_adapters, lora_config
-from .mixture import Mixture
+from .mixture import mixture_of
 from .pairs import PairCollator, PairEncoder, pair_key
 from .preference import PreferenceObjective
 from .recipe import LoraSettings, Recipe, load_recipe, plain_errors, recipe_arguments
@@ -51,7 +51,7 @@ def measure(recipe: Recipe, num_batches: int) -> dict[str, float]:
         seconds a pair of the median batch, by candidate.
     """
     count = (num_batches + 1) * recipe.batch_size  # the first batch is to warm up
-    mixture = Mixture(recipe.mixture, count, recipe.seed, recipe.world, skip_faulty=not recipe.strict)
+    mixture = mixture_of(recipe, count)
     records = [mixture[index] for index in range(count)]
     processor = AutoProcessor.from_pretrained(**locate(recipe.model))
     noised = {

@@ -7,6 +7,7 @@
     - {llava: mix.yaml, images: images, weight: 1}                        LLaVA JSON or a YAML mixture of it
     - {stream: "ocr/*.parquet", reader: ocr, images: images, weight: 1}   parquet or webdataset shards, in their order
     - {stream: "cc/*.tar", reader: captions, options: {column: txt}}      the same with arguments for the reader
+    - {stream: "s3://bucket/cc/*.tar", reader: captions, shuffle: 10000, lanes: 64}   from an object store, shuffled
     - {preferences: "vlfeedback/*.parquet", images: images}               shards of VLFeedback, in their order
     - {safety: train.json, images: train}                                 VLGuard's JSON, a conversation for each image
 
@@ -15,9 +16,8 @@ any step without a saved state, and any number of processes share the samples ou
 """
 
 import inspect
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ..data.records import Record, read_jsonl
 from ..refusals import check_choice, check_keys, check_positive, show
 from ..world.settings import settings_from
 from ..world.tasks import TASKS, rendered_record
+from .streams import RecordStream, stream_options
 
 READERS: dict[str, Callable[..., Iterator[Record]]] = {
     "captions": readers.read_captions,
@@ -44,13 +45,13 @@ KINDS = {
     "rendered": ("weight", "world"),
     "records": ("weight",),
     "llava": ("weight", "images"),
-    "stream": ("weight", "reader", "images", "options"),
-    "preferences": ("weight", "images", "options"),
+    "stream": ("weight", "reader", "images", "options", "shuffle", "lanes"),
+    "preferences": ("weight", "images", "options", "shuffle", "lanes"),
     "safety": ("weight", "images"),
 }
-REMEMBERED = 16  # records of a stream that may be asked for again without opening it again
+_TYPES: dict[str, type] = {"weight": float, "options": dict, "world": dict, "shuffle": int, "lanes": int}
 
-Source = Callable[[int], Record]  # index of the sample within this source -> record
+Source = Callable[[int, int], Record] | RecordStream  # lane, number of the sample in it -> record
 
 
 class Mixture(Dataset):
@@ -63,6 +64,7 @@ class Mixture(Dataset):
         world: settings of rendered sources; an entry's own `world` overrides single fields.
         split: `train` or `held_out`, for rendered sources.
         skip_faulty: log and count the rows of files that are no records, in place of raising.
+        batch_size: samples next to each other that come from one lane of a stream, as one process trains on them.
 
     Raises:
         ValueError: for an entry that cannot be read.
@@ -77,6 +79,7 @@ class Mixture(Dataset):
         split: str = "train",
         *,
         skip_faulty: bool = False,
+        batch_size: int = 1,
     ):
         weights = np.array([check_entry(entry, index) for index, entry in enumerate(entries)], dtype=float)
         self.sources = [
@@ -88,7 +91,8 @@ class Mixture(Dataset):
         self.names = [str(next(entry[kind] for kind in KINDS if kind in entry)) for entry in entries]
         rng = np.random.default_rng([seed, len(entries)])
         self.choice = rng.choice(len(entries), size=count, p=weights / weights.sum()).astype(np.int16)
-        self.positions = [np.flatnonzero(self.choice == source) for source in range(len(entries))]
+        self.batch_size, self.lanes = batch_size, [int(entry.get("lanes", 1)) for entry in entries]
+        self.positions = [list(self._positions_by_lane(source)) for source in range(len(entries))]
 
     def __len__(self) -> int:
         return len(self.choice)
@@ -99,7 +103,34 @@ class Mixture(Dataset):
 
     def __getitem__(self, index: int) -> Record:
         source = int(self.choice[index])
-        return self.sources[source](int(np.searchsorted(self.positions[source], index)))
+        lane = index // self.batch_size % self.lanes[source]
+        return self.sources[source](lane, int(np.searchsorted(self.positions[source][lane], index)))
+
+    def count_streams(self) -> int:
+        """Count the rows of all streams, which looks through their shards before a first sample is asked for.
+
+        Raises:
+            FileNotFoundError: if there is no shard.
+            ValueError: if there are fewer shards than lanes, or no row.
+        """
+        return sum(len(source) for source in self.sources if isinstance(source, RecordStream))
+
+    def _positions_by_lane(self, source: int) -> Iterator[np.ndarray]:
+        positions = np.flatnonzero(self.choice == source)
+        lanes = positions // self.batch_size % self.lanes[source]
+        return (positions[lanes == lane] for lane in range(self.lanes[source]))
+
+
+def mixture_of(recipe: Any, count: int) -> Mixture:
+    """Make the mixture of a `training.recipe.Recipe`, of `count` samples."""
+    return Mixture(
+        recipe.mixture,
+        count,
+        recipe.seed,
+        recipe.world,
+        skip_faulty=not recipe.strict,
+        batch_size=recipe.batch_size,
+    )
 
 
 def check_entry(entry: dict[str, Any], index: int) -> float:
@@ -118,7 +149,7 @@ def check_entry(entry: dict[str, Any], index: int) -> float:
     (kind,) = kinds
     check_keys(place, entry, [kind, *KINDS[kind]])
     for name, value in entry.items():
-        _check_type(f"{place} has {name}", value, {"weight": float, "options": dict, "world": dict}.get(name, str))
+        _check_type(f"{place} has {name}", value, _TYPES.get(name, str))
     if kind == "rendered":
         check_choice("The mixture names the task", entry["rendered"], TASKS)
         settings_from(entry.get("world", {}), f"{place}.world")
@@ -133,6 +164,9 @@ def check_entry(entry: dict[str, Any], index: int) -> float:
 def _check_type(subject: str, value: Any, kind: type) -> None:
     if kind is float:
         return  # `check_positive` says more
+    if kind is int:
+        check_positive(subject, value)
+        return
     if not isinstance(value, kind) or value == "":
         expected = "a mapping" if kind is dict else "a text that is not empty"
         raise ValueError(f"{subject} {show(value)} but it must be {expected}. It was probably left empty: fill it in.")
@@ -159,7 +193,7 @@ def _open_source(entry: dict[str, Any], seed: int, skip: bool) -> Source:
         return _listed(list(readers.read_safety(rows, entry.get("images", ""), **options)), seed, entry["safety"])
     if "preferences" in entry:
         entry = {"stream": entry["preferences"], "reader": "preferences"} | entry
-    return _streamed(entry, skip)
+    return _streamed(entry, seed, skip)
 
 
 def _rendered_source(
@@ -172,7 +206,7 @@ def _rendered_source(
     alike = [number for number, other in enumerate(entries) if other.get("rendered") == task]
     first, step = alike.index(index), len(alike)
     settings = settings_from(world | entry.get("world", {}), f"mixture[{index}].world")
-    return lambda number: rendered_record(task, split, seed, first + step * number, settings)
+    return lambda _, number: rendered_record(task, split, seed, first + step * number, settings)
 
 
 def _listed(records: list[Record], seed: int, place: str) -> Source:
@@ -184,44 +218,15 @@ def _listed(records: list[Record], seed: int, place: str) -> Source:
     def order(passes: int) -> np.ndarray:
         return np.random.default_rng([seed, passes]).permutation(len(records))
 
-    def sample_from(index: int) -> Record:
+    def sample_from(_: int, index: int) -> Record:
         passes, position = divmod(index, len(records))
         return records[int(order(passes)[position])]
 
     return sample_from
 
 
-def _streamed(entry: dict[str, Any], skip: bool) -> Source:
-    """Read shards in their order, again from the start after the last; asking for an earlier record reopens them."""
-    read, options = READERS[entry["reader"]], entry.get("options", {})
-    options = {"skip_faulty": skip} | options | ({"image_folder": entry["images"]} if "images" in entry else {})
-    return _Stream(lambda: read(readers.stream_rows(entry["stream"]), **options), str(entry["stream"])).get
-
-
-class _Stream:
-    """A sequence of records read one after another."""
-
-    def __init__(self, reopen: Callable[[], Iterator[Record]], place: str):
-        self.reopen, self.place = reopen, place
-        self.records: Iterator[Record] = iter(())
-        self.position = 0
-        self.length: int | None = None
-        self.recent: deque[Record] = deque(maxlen=REMEMBERED)
-
-    def get(self, index: int) -> Record:
-        """Give the record of an index; quick when indices are asked for in rising order."""
-        position = index % self.length if self.length else index
-        if 0 < self.position - position <= len(self.recent):
-            return self.recent[position - self.position]
-        if position < self.position or self.position == 0:
-            self.records, self.position = self.reopen(), 0
-            self.recent.clear()
-        for record in self.records:
-            self.position += 1
-            self.recent.append(record)
-            if self.position > position:
-                return record
-        self.length = self.position
-        if not self.length:
-            raise ValueError(f"{self.place} holds no record. It was probably written empty: build it again.")
-        return self.get(index)
+def _streamed(entry: dict[str, Any], seed: int, skip: bool) -> Source:
+    """Read shards, again from the start after the last."""
+    options = entry.get("options", {}) | ({"image_folder": entry["images"]} if "images" in entry else {})
+    read = partial(READERS[entry["reader"]], **options)
+    return RecordStream(entry["stream"], read, seed, skip=skip, **stream_options(entry))

@@ -27,7 +27,7 @@ from ..data.images import RecordError, open_images
 from ..data.records import IMAGE_TOKEN, MARKERS, Record, to_messages, to_preference
 from ..files import JsonLines, writing
 from ..world.descriptions import named_kinds
-from .mixture import Mixture
+from .mixture import Mixture, mixture_of
 from .noise import Noiser, noise_deviation
 from .pairs import pair_key
 from .recipe import Recipe, load_recipe, plain_errors, recipe_arguments
@@ -74,7 +74,7 @@ def pairs_of(recipe: Recipe, count: int) -> list[Record]:
     Raises:
         ValueError: for records of another kind, or if there is none.
     """
-    mixture = Mixture(recipe.mixture, count, recipe.seed, recipe.world, skip_faulty=not recipe.strict)
+    mixture = mixture_of(recipe, count)
     found: dict[str, Record] = {}
     for index in range(count):
         record = mixture[index]

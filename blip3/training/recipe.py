@@ -17,6 +17,7 @@ from ..refusals import Bounds, check_choice, check_fields, check_keys, check_pos
 from ..world.settings import settings_from
 from ..world.tasks import TASKS
 from .mixture import check_entry
+from .sharding import check_sharding
 
 MODULES = ("vision_tower", "resampler", "language_model")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -69,7 +70,7 @@ class RunRecipe:
     """Batches whose gradients are summed into one step."""
     optimizer: str = "adamw"
     """`adamw`, or `soap` (arXiv:2409.11321, by pytorch-optimizer): AdamW in the eigenbasis of each matrix's gradients.
-    Pays off where matrices are small, as the small model's are; not with `fsdp`."""
+    Pays off where matrices are small, as the small model's are; not with `fsdp` or `deepspeed`."""
     schedule: str = "cosine"
     """`constant`, `linear` (to zero) or `cosine` (to zero), after the warm-up."""
     warmup_steps: int = 0
@@ -185,6 +186,8 @@ class Recipe(RunRecipe):
     """Recompute activations in the backward pass: less memory, about a third more arithmetic."""
     fsdp: bool = False
     """Shard weights, gradients and optimiser with FSDP2, a decoder, vision or resampler layer at a time."""
+    deepspeed: str = ""
+    """Shard with DeepSpeed: `zero2`, `zero3`, or a JSON file of its settings (`blip3/training/sharding.py`)."""
     vision_learning_rate: float | None = None
     """Learning rate of the tower when it is trainable; that of the rest if None."""
     lora: dict[str, Any] = field(default_factory=dict)
@@ -248,22 +251,15 @@ class Recipe(RunRecipe):
                 f"The recipe has trainable {list(self.trainable)} but it must name one or more of "
                 f"{', '.join(MODULES)}. A name is probably misspelt: correct it."
             )
-        if self.fsdp and self.optimizer == "soap":
-            raise ValueError(
-                "The recipe has optimizer 'soap' and fsdp true, but SOAP needs whole matrices and fsdp shards them. "
-                "The optimizer was probably copied from the small model's recipes: remove it, or train without fsdp."
-            )
         if self.adapters and list(self.trainable) != ["language_model"]:
             raise ValueError(
                 f"The recipe has lora and trainable {list(self.trainable)}, but adapters are added to the language "
                 "model and everything else stays as it is. The list was probably left out: write trainable: "
                 "[language_model]."
             )
-        if self.adapters and self.adapters.quantize and self.fsdp:
-            raise ValueError(
-                "The recipe has fsdp true and lora with quantize '4bit', but 4-bit weights are not sharded. Both were "
-                "probably meant to save memory: leave one of them out."
-            )
+        quantizes = self.adapters is not None and self.adapters.quantize is not None
+        is_whole = {"optimizer 'soap'": self.optimizer == "soap", "lora with quantize '4bit'": quantizes}
+        check_sharding(self.fsdp, self.deepspeed, [name for name, is_so in is_whole.items() if is_so])
 
     def _check_preference(self) -> None:
         check_choice("The recipe has loss", self.loss, LOSSES)

@@ -100,10 +100,12 @@ def resume_or_refuse(recipe: RunRecipe) -> str | None:
     checkpoint = find_checkpoint(output)
     if saved.is_file() and checkpoint:
         before = load_recipe(saved, type(recipe))
+        others = processes_of(Path(checkpoint))
+        may_change = _MAY_CHANGE if others == num_processes() else (*_MAY_CHANGE, "accumulation")
         changed = [
             name
             for name in vars(recipe)
-            if name not in _MAY_CHANGE and _as_json(getattr(before, name)) != _as_json(getattr(recipe, name))
+            if name not in may_change and _as_json(getattr(before, name)) != _as_json(getattr(recipe, name))
         ]
         if changed:
             raise ValueError(
@@ -111,9 +113,40 @@ def resume_or_refuse(recipe: RunRecipe) -> str | None:
                 f"{getattr(recipe, changed[0])!r}; resumed, it would be neither of the two. The recipe was probably "
                 "edited: give it another output, or remove the folder."
             )
+        _check_processes(before, recipe, others)
     save_recipe(recipe, saved)
     remove_unfinished(output)
     return checkpoint
+
+
+def processes_of(checkpoint: Path) -> int:
+    """Give how many processes wrote a checkpoint; those of now if it does not say, as earlier versions' do not."""
+    try:
+        values = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return num_processes()
+    return int(values.get("processes", num_processes()))
+
+
+def _check_processes(before: RunRecipe, recipe: RunRecipe, others: int) -> None:
+    """Refuse another number of processes where samples would fall into other steps, or shards do not fit."""
+    processes = num_processes()
+    if processes == others:
+        return
+    if before.accumulation * others != recipe.accumulation * processes:
+        raise ValueError(
+            f"{recipe.output} holds a run of {others} processes with accumulation {before.accumulation}, and now "
+            f"there are {processes} with {recipe.accumulation}; a step would be made of other samples. The run was "
+            "probably moved to another number of devices: choose accumulation so that processes times accumulation "
+            f"stay {before.accumulation * others}, or start {others} processes."
+        )
+    sharding = "deepspeed" if getattr(recipe, "deepspeed", "") else "fsdp" if getattr(recipe, "fsdp", False) else ""
+    if sharding == "deepspeed" or (sharding and 1 in (others, processes)):
+        raise ValueError(
+            f"{recipe.output} holds a run of {others} processes with {sharding}, and now there are {processes}, for "
+            f"which its shards were not cut. The run was probably moved to another number of devices: start {others} "
+            "processes. With fsdp any numbers above one fit each other, and without either any do."
+        )
 
 
 def _as_json(value: Any) -> Any:
@@ -200,7 +233,7 @@ def write_manifest(folder: Path) -> None:
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in files
     }
-    write_json(folder / MANIFEST, {"files": values})
+    write_json(folder / MANIFEST, {"processes": num_processes(), "files": values})
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -20,11 +20,11 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import AutoProcessor, TrainingArguments
 
 from .. import images
-from ..checkpoints import load_model, locate
+from ..checkpoints import copy_code, load_model, locate
 from ..data.records import Record
 from .encode import Collator, Encoder, TooLongError
 from .lora import add_adapters, loading_options, write_merged
-from .mixture import Mixture
+from .mixture import Mixture, mixture_of
 from .noise import Noiser
 from .noised_answers import check_answers_belong, read_noised_answers
 from .pairs import PairCollator, PairEncoder
@@ -75,16 +75,18 @@ def train(recipe: Recipe) -> Path:
 
 
 def _train(recipe: Recipe, arguments: TrainingArguments, source: dict[str, Any], checkpoint: str | None) -> Path:
-    dtype, options = loading_options(recipe.adapters, recipe.bf16, recipe.fsdp)
+    dtype, options = loading_options(recipe.adapters, recipe.bf16, recipe.fsdp or bool(recipe.deepspeed))
     with arguments.main_process_first(desc="copying the model's code into the cache"):
         processor = AutoProcessor.from_pretrained(**source)
-        model = load_model(source | options, dtype=dtype)
+        copy_code(source)
+    model = load_model(source | options, dtype=dtype)  # together: under ZeRO-3 each process keeps its shard
     if recipe.adapters:
         model = add_adapters(model, recipe.adapters, recipe.model)
     else:
         freeze(model, recipe)
     is_preference = recipe.loss == "preference"
-    samples = make_samples(recipe, processor)
+    with arguments.main_process_first(desc="looking through shards"):
+        samples = make_samples(recipe, processor)
     pad_id = processor.tokenizer.pad_token_id
     trainer = StageTrainer(
         model=model,
@@ -108,7 +110,8 @@ def make_samples(recipe: Recipe, processor: Any) -> "Samples":
         ValueError: if the recipe's noised answers are those of other pairs.
     """
     count = recipe.max_steps * recipe.batch_size * recipe.accumulation * num_processes()
-    mixture = Mixture(recipe.mixture, count, recipe.seed, recipe.world, skip_faulty=not recipe.strict)
+    mixture = mixture_of(recipe, count)
+    mixture.count_streams()
     if recipe.loss == "next_token":
         options = (recipe.any_resolution, recipe.learn_end_of_chunk, recipe.learn_questions)
         return Samples(mixture, Encoder(processor, recipe.max_length, *options), recipe.strict)

@@ -3,6 +3,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from ..conversion.names import name_for_both_lines
 from ..refusals import list_names
 from .recipe import Recipe, RunRecipe
 from .resume import checkpoints_in, keep_newest, num_processes, remove_checkpoint, write_manifest
+from .sharding import shard_on_cpus, sharding_arguments
 
 RESAMPLER_FILE = "resampler.safetensors"  # beside a published tower
 PROCESSOR_FILES = (
@@ -47,11 +49,8 @@ def training_arguments(recipe: RunRecipe, **others: Any) -> TrainingArguments:
     if isinstance(recipe, Recipe):
         if recipe.gradient_checkpointing:
             others |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-        if recipe.fsdp:
-            # transformers 4.57 passes neither on to accelerate
-            os.environ |= {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
-            others |= {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
-    return TrainingArguments(
+        others |= sharding_arguments(recipe.fsdp, recipe.deepspeed)
+    arguments = TrainingArguments(
         output_dir=recipe.output,
         max_steps=recipe.max_steps,
         per_device_train_batch_size=recipe.batch_size,
@@ -73,6 +72,9 @@ def training_arguments(recipe: RunRecipe, **others: Any) -> TrainingArguments:
         report_to=["tensorboard"],
         **others,
     )
+    if isinstance(recipe, Recipe) and recipe.fsdp and arguments.device.type == "cpu":
+        shard_on_cpus()
+    return arguments
 
 
 class DivergedError(ArithmeticError):
@@ -135,8 +137,11 @@ class RecipeTrainer(Trainer):
         """Drop the gradients of a step that has no finite loss and gradient.
 
         Raises:
-            DivergedError: if there were too many.
+            DivergedError: if there were too many; at the first under DeepSpeed, which has taken the step by then.
         """
+        if self.is_deepspeed_enabled:
+            self._refuse_bad_step()
+            return
         gradients = [local(each.grad) for each in self.model.parameters() if each.grad is not None]
         is_gradient_bad = not bool(torch.nn.utils.get_total_norm(gradients).isfinite())
         had_bad_loss, had_bad_gradient = self.are_so_anywhere(bool(self.is_loss_bad), is_gradient_bad)
@@ -157,6 +162,16 @@ class RecipeTrainer(Trainer):
                 f"row and {MAX_BAD_STEPS - 1} in all are passed over. {self._advice()}"
             )
 
+    def _refuse_bad_step(self) -> None:
+        norm = float(self.model_wrapped.get_global_grad_norm() or 0.0)
+        is_gradient_bad = not 0 <= norm < math.inf  # -1 stands for NaN
+        had_bad_loss, had_bad_gradient = self.are_so_anywhere(bool(self.is_loss_bad), is_gradient_bad)
+        if had_bad_loss or had_bad_gradient:
+            raise DivergedError(
+                f"The loss or its gradient was not finite (NaN or infinity) in step {self.state.global_step + 1}, and "
+                f"DeepSpeed takes a step before it can be left out. {self._advice()}"
+            )
+
     def check_weights(self) -> None:
         """Refuse weights that are not finite.
 
@@ -165,7 +180,7 @@ class RecipeTrainer(Trainer):
         """
         bad = [
             name for name, each in self.model.named_parameters()
-            if each.is_floating_point() and not bool(local(each.detach()).isfinite().all())
+            if each.is_floating_point() and not bool(local(each).detach().isfinite().all())
         ]  # fmt: skip
         if any(self.are_so_anywhere(bool(bad))):
             raise DivergedError(
@@ -235,7 +250,8 @@ class RecipeTrainer(Trainer):
 
 
 def local(tensor: Any) -> torch.Tensor:
-    """Give what this process holds of a tensor that may be sharded."""
+    """Give what this process holds of a tensor that may be sharded, by FSDP2 or by ZeRO-3."""
+    tensor = getattr(tensor, "ds_tensor", tensor)
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions several test files use; fixtures are in conftest.py."""
 
+import contextlib
+import functools
 import io
 import sys
 import tarfile
-from collections.abc import Mapping
-from http.server import ThreadingHTTPServer
+import threading
+from collections.abc import Iterator, Mapping
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +79,45 @@ class QuietServer(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
+
+
+class RangeHandler(SimpleHTTPRequestHandler):
+    """Serves files as object stores do: the part of a file that is asked for. Notes what was asked."""
+
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        """Answer with the bytes of a `Range`, or with the whole file or the list of a folder."""
+        path, wanted = Path(self.translate_path(self.path)), self.headers.get("Range", "")
+        if path.is_file():
+            self.asked.append(path.name)
+        if not path.is_file() or not wanted:
+            super().do_GET()
+            return
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        data = path.read_bytes()
+        part = data[int(first) : int(last or len(data) - 1) + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+    def end_headers(self) -> None:
+        """Say that parts may be asked for."""
+        self.send_header("Accept-Ranges", "bytes")
+        super().end_headers()
+
+    def log_message(self, *args: object) -> None:
+        """Write no log."""
+
+
+@contextlib.contextmanager
+def object_store(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Serve a folder over HTTP; gives its URL, and the names of files in the order they are asked for."""
+    asked: list[str] = []
+    handler = type("Handler", (RangeHandler,), {"asked": asked})
+    with QuietServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()

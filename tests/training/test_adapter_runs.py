@@ -236,49 +236,55 @@ def test_4_bits_without_bitsandbytes_names_what_to_install():
 SHARDED = """
     import os
     from pathlib import Path
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
     from torch.distributed.tensor import DTensor
     from blip3.training import train
 
-    real_arguments, real_step = train.training_arguments, train.StageTrainer.training_step
-    kinds = []
-
-    def training_arguments(recipe):
-        arguments = real_arguments(recipe)
-        arguments.device
-        # accelerate shards on accelerators only; under another name it does so on CPUs
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
-        return arguments
+    real_step, kinds = train.StageTrainer.training_step, []
 
     def training_step(self, model, inputs, *arguments, **options):
         kinds.append("pixel_values" in inputs)
-        assert all(isinstance(parameter, DTensor) for parameter in model.parameters()), "every weight is sharded"
+        if self.recipe.fsdp:
+            assert all(isinstance(parameter, DTensor) for parameter in model.parameters()), "every weight is sharded"
+        if self.recipe.deepspeed == "zero3":
+            assert all(hasattr(parameter, "ds_id") for parameter in model.parameters()), "every weight is sharded"
         return real_step(self, model, inputs, *arguments, **options)
 
-    train.training_arguments, train.StageTrainer.training_step = training_arguments, training_step
+    train.StageTrainer.training_step = training_step
     train.main()
     Path(__file__).with_name(f"kinds-{os.environ['RANK']}").write_text("".join("it"[not kind] for kind in kinds))
 """
 
 
-@pytest.mark.parametrize(
-    ("form", "fsdp"), [("generated", False), ("teacher-forced", True)], ids=["generated, DDP", "teacher-forced, FSDP2"]
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
 )
-def test_two_processes_train_as_one_where_one_may_have_text_alone(small_model, pairs, noised, tmp_path, fsdp, form):
+
+
+@pytest.mark.parametrize(
+    ("form", "sharding"),
+    [
+        pytest.param("generated", {}, id="generated, DDP"),
+        pytest.param("teacher-forced", {"fsdp": True}, id="teacher-forced, FSDP2"),
+        pytest.param("teacher-forced", {"deepspeed": "zero3"}, id="teacher-forced, ZeRO-3", marks=needs_deepspeed),
+        pytest.param("generated", {"deepspeed": "zero2"}, id="generated, ZeRO-2", marks=needs_deepspeed),
+    ],
+)
+def test_two_processes_train_as_one_where_one_may_have_text_alone(
+    small_model, pairs, noised, tmp_path, sharding, form
+):
     common = PREFERENCE | {"lora": {"rank": 2, "alpha": 4}, "mixture": pairs, "noised_weight": 1.0}
     common |= {"noised_answers": noised} if form == "generated" else {}
     stage.train(tiny_recipe(tmp_path / "one.yaml", small_model, **common, batch_size=2))
     (tmp_path / "sharded.py").write_text(textwrap.dedent(SHARDED))
-    path = write_recipe(tmp_path / "two.yaml", small_model, **common, batch_size=1, fsdp=fsdp)
-    launch = [tmp_path / "sharded.py"] if fsdp else ["-m", "blip3.training.train"]
+    path = write_recipe(tmp_path / "two.yaml", small_model, **common, batch_size=1, **sharding)
+    launch = [tmp_path / "sharded.py"] if sharding else ["-m", "blip3.training.train"]
     expect_success(
         start(
             "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *launch, path,
             modules=tmp_path / "modules",
         )
     )  # fmt: skip
-    if fsdp:
+    if sharding:
         kinds = [(tmp_path / f"kinds-{rank}").read_text() for rank in (0, 1)]
         assert any(one != other for one, other in zip(*kinds, strict=True)), f"a step with text on one side: {kinds}"
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-4)

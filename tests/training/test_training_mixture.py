@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from blip3.data.images import ImageSource
 from blip3.data.records import Record, Turn, write_jsonl
-from blip3.training.mixture import REMEMBERED, Mixture
+from blip3.training.mixture import Mixture
 from blip3.world import build
 from blip3.world.settings import settings_from
 from blip3.world.splits import split_of
@@ -177,13 +177,48 @@ def test_streams_are_read_in_order_and_wrap_round(shards, kind):
 
 def test_streams_give_earlier_records_again(shards):
     mixture = mixture_of(streams(shards)[1], count=40)
-    opened = []
-    real = mixture.sources[0].__self__.reopen
-    mixture.sources[0].__self__.reopen = lambda: opened.append(1) or real()
     assert ids_of(mixture, [0, 1, 0, 1, 2]) == ["00", "01", "00", "01", "02"]
-    assert len(opened) == 1, "recent records are remembered"
-    assert REMEMBERED >= 2
     assert ids_of(mixture, [30, 3, 31, 0]) == [(IN_ORDER * 3)[index] for index in (30, 3, 31, 0)]
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["webdataset", "parquet"])
+def test_shuffled_streams_repeat_nothing_within_a_pass_and_hold_few_rows(shards, kind):
+    entry = streams(shards)[kind] | {"shuffle": 5}
+    ids = ids_of(mixture_of(entry, count=36))
+    passes = [ids[first : first + 12] for first in range(0, 36, 12)]
+    assert all(sorted(each) == IN_ORDER for each in passes)
+    assert len({tuple(each) for each in passes}) == 3, "each pass has its own order"
+    for each in passes:  # a block of five rows lies in two shards next to each other
+        assert all(len({name[0] for name in each[first : first + 5]}) <= 2 for first in (0, 5))
+    assert ids_of(mixture_of(entry, count=36), [35, 17, 3]) == [ids[35], ids[17], ids[3]]
+    assert ids_of(mixture_of(entry, count=36, seed=1)) != ids
+
+
+def test_lanes_keep_shards_apart(shards):
+    entry = streams(shards)[1] | {"shuffle": 4, "lanes": 3}
+    ids = ids_of(mixture_of(entry, count=72, batch_size=2))
+    for lane in range(3):
+        own = [ids[index] for index in range(72) if index // 2 % 3 == lane]
+        assert {name[0] for name in own} == {str(lane)}, "a process that takes every third batch opens one shard"
+        assert all(sorted(own[first : first + 4]) == IN_ORDER[4 * lane : 4 * lane + 4] for first in range(0, 24, 4))
+    with pytest.raises(ValueError, match=r"lanes 4 but 3 shards.* probably .*: lower lanes"):
+        mixture_of(entry | {"lanes": 4}).count_streams()
+    assert mixture_of(entry, *streams(shards)).count_streams() == 36
+
+
+def test_a_row_without_a_record_gives_way_to_the_next(tmp_path):
+    """An engine's rows without a result are left out from the start; what a reader does not want gives way."""
+    from datasets import Dataset as Rows
+
+    image = build.encode(rendered_record("caption", settings=settings_from(WORLD)).images[0], "png")
+    rows = [
+        {"uid": str(n), "captions": json.dumps([["text", int(n == 5), False]]), "image": image,
+         "error": "It is none." if n in (2, 3) else None, "filtered_by": None}
+        for n in range(8)
+    ]  # fmt: skip
+    Rows.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
+    mixture = mixture_of({"stream": str(tmp_path / "*.parquet"), "reader": "ocr"}, count=12)
+    assert ids_of(mixture) == ["0", "1", "4", "6", "6", "7"] * 2
 
 
 class Ids(Dataset):
@@ -229,6 +264,8 @@ def test_worker_processes_change_nothing(shards, jsonl, num_workers):
         ({"stream": "x", "reader": "orc"}, "reader 'orc' but it must be one of captions"),
         ({"stream": "x"}, "reader None"),
         ({"stream": "x", "reader": "captions", "options": {"colum": "a"}}, "unknown key 'colum'.*'column'"),
+        ({"stream": "x", "reader": "captions", "lanes": 0}, "has lanes 0 but it must be a positive integer"),
+        ({"stream": "x", "reader": "captions", "shuffle": "many"}, "has shuffle 'many' but it must be a positive"),
     ],
 )
 def test_wrong_entries_are_refused_at_the_start(entry, message):

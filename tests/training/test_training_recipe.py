@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes: every file that ships loads, faults are named, the saved one says the same."""
 
+import importlib.util
 import json
 import re
 import threading
@@ -14,6 +15,7 @@ import yaml
 from blip3.training import resume, trainer
 from blip3.training.mixture import Mixture, check_entry
 from blip3.training.recipe import LoraSettings, Recipe, TowerRecipe, check_keys, load_recipe, save_recipe
+from blip3.training.sharding import sharding_arguments
 from blip3.training.small.new_model import KEYS
 from blip3.world.settings import load_settings, settings_from
 from support import ROOT
@@ -216,8 +218,48 @@ def test_a_key_that_stands_twice_is_refused(recipe_file, line, key):
 
 def test_soap_is_refused_where_matrices_are_sharded(recipe_file):
     assert load_recipe(recipe_file, Recipe, ["optimizer=soap"]).optimizer == "soap"
-    with pytest.raises(ValueError, match="optimizer 'soap' and fsdp true, but SOAP needs whole matrices"):
+    with pytest.raises(ValueError, match="fsdp true and optimizer 'soap', but that needs whole matrices"):
         load_recipe(recipe_file, Recipe, ["optimizer=soap", "fsdp=true"])
+    with pytest.raises(ValueError, match="deepspeed 'zero2' and optimizer 'soap', but that needs whole matrices"):
+        load_recipe(recipe_file, Recipe, ["optimizer=soap", "deepspeed=zero2"])
+
+
+def test_deepspeeds_configuration_is_checked_with_the_recipe(recipe_file, tmp_path):
+    own = tmp_path / "own.json"
+    for text, message in {
+        "{": "is no JSON of DeepSpeed",
+        "[]": "is no JSON of DeepSpeed",
+        '{"zero_optimization": {}}': r"is no JSON of DeepSpeed with zero_optimization.stage \(KeyError",
+        '{"zero_optimization": {"stage": 0}}': "zero_optimization.stage 0 but it must be 1, 2 or 3",
+        '{"zero_optimization": {"stage": 3}, "train_batch_size": 8}': "sets train_batch_size to 8, but the recipe",
+        '{"zero_optimization": {"stage": 3}, "scheduler": {}}': "sets scheduler to {}, but the recipe itself says",
+    }.items():
+        own.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_recipe(recipe_file, Recipe, [f"deepspeed={own}"])
+    own.write_text('{"zero_optimization": {"stage": 3}, "train_batch_size": "auto"}')
+    assert load_recipe(recipe_file, Recipe, [f"deepspeed={own}"]).deepspeed == str(own)
+    with pytest.raises(ValueError, match="deepspeed 'zero4' but it must be one of zero2, zero3 or a JSON file"):
+        load_recipe(recipe_file, Recipe, ["deepspeed=zero4"])
+    with pytest.raises(ValueError, match="fsdp true and deepspeed 'zero3', but only one of them"):
+        load_recipe(recipe_file, Recipe, ["deepspeed=zero3", "fsdp=true"])
+
+
+def test_a_launcher_that_shards_otherwise_than_the_recipe_is_refused(monkeypatch):
+    assert sharding_arguments(fsdp=False, deepspeed="") == {}
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="launcher sets ACCELERATE_USE_DEEPSPEED but the recipe has fsdp False"):
+        sharding_arguments(fsdp=False, deepspeed="")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match=r"deepspeed 'zero3' but this process has no LOCAL_RANK.*run `torchrun"):
+        sharding_arguments(fsdp=False, deepspeed="zero3")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
+def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ImportError, match=r"the package deepspeed, .* run `pip install 'blip3\[deepspeed\]'`"):
+        sharding_arguments(fsdp=False, deepspeed="zero3")
 
 
 def test_adapters_go_with_what_they_can(recipe_file):

@@ -354,44 +354,6 @@ def test_samples_of_like_length_go_together(small_model, mixture):
 
 # -- two processes ----------------------------------------------------------------------------------------------------
 
-SHARDED = """
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
-    from torch.distributed.tensor import DTensor
-    from blip3.training import train
-
-    real_arguments, real_step = train.training_arguments, train.StageTrainer.training_step
-    steps = []
-
-    class Stopped(Exception):
-        pass
-
-    def training_arguments(recipe):
-        arguments = real_arguments(recipe)
-        arguments.device
-        # accelerate shards on accelerators only; under another name it does so on CPUs
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
-        return arguments
-
-    def training_step(self, model, *arguments, **options):
-        steps.append(self.state.global_step)
-        if len(steps) == 9:
-            raise Stopped
-        weights = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
-        assert len(weights) == len(list(model.parameters())), "every weight is sharded"
-        assert sum(weight.to_local().numel() for weight in weights) < 0.6 * sum(weight.numel() for weight in weights)
-        kinds = {type(module).__name__ for module in model.modules()}
-        assert {"FSDPPhi3DecoderLayer", "FSDPSiglipEncoderLayer", "FSDPBlip3ResamplerLayer"} <= kinds, kinds
-        return real_step(self, model, *arguments, **options)
-
-    train.training_arguments, train.StageTrainer.training_step = training_arguments, training_step
-    try:
-        train.main()
-    except Stopped:
-        train.main()
-    assert steps == [*range(9), *range(6, 12)], steps
-"""
-
 
 def train_on_two(path: Path, *launch: object) -> None:
     """Train on two processes that talk through gloo."""
@@ -416,15 +378,6 @@ def test_two_processes_train_as_one(straight, small_model, mixture, tmp_path):
     settings = {"mixture": mixture, "max_steps": 12, "batch_size": 2}
     train_on_two(write_recipe(tmp_path / "run.yaml", small_model, **settings), "-m", "blip3.training.train")
     assert_same_run(tmp_path / "run", straight)
-
-
-def test_sharded_processes_train_as_one_resume_and_save_a_complete_folder(straight, small_model, mixture, tmp_path):
-    (tmp_path / "sharded.py").write_text(textwrap.dedent(SHARDED))
-    settings = {"mixture": mixture, "max_steps": 12, "batch_size": 2, "fsdp": True}
-    path = write_recipe(tmp_path / "run.yaml", small_model, **settings)
-    train_on_two(path, tmp_path / "sharded.py")
-    assert_same_run(tmp_path / "run", straight)
-    assert_is_complete(tmp_path / "run" / "final")
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_workers": 1}, {"group_by_length": True}], ids=str)

@@ -4,7 +4,7 @@
 Every fault names the row and the field; `skip_faulty=True` of any reader logs and counts faulty rows instead.
 """
 
-import glob
+import importlib.util
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +17,7 @@ from PIL import Image
 from ...refusals import list_names, show
 from ..images import ImageSource, RecordError
 from ..records import Record, is_unicode, log_skipped, log_skipped_in_all, record_from_json
+from ..shards import ShardError, ShardReader, find_shards, iterate, shard_reader, tar_beside
 
 Row = dict[str, Any]
 OTHER_FORM = ("The row is probably of another data set, or damaged.", "Use the reader for its form, or drop the row.")
@@ -47,60 +48,43 @@ class Rows(Iterator[Row]):
         return item
 
 
-def stream_rows(paths: str | Sequence[str], format: str | None = None) -> Rows:
-    """Stream rows of local parquet or webdataset shards through `datasets`; images stay encoded.
-
-    The rest of a shard that is damaged cannot be read: it counts as one faulty row, and the next shard follows.
+def stream_rows(paths: str | Sequence[str]) -> Rows:
+    """Stream rows of parquet or webdataset shards, here or in an object store; images stay encoded.
 
     Args:
-        paths: files or patterns, such as `ocr/*.parquet` or `shard-*.tar`.
-        format: `parquet` or `webdataset`; from the file names if None.
+        paths: files, URLs or patterns of them, such as `ocr/*.parquet` or `s3://bucket/shard-*.tar`.
 
     Raises:
         FileNotFoundError: if no file matches.
-        ImportError: if `datasets` is not installed.
+        ImportError: if `pyarrow`, or the package of an object store, is not installed.
     """
-    patterns = [paths] if isinstance(paths, str | Path) else list(paths)
-    files = sorted(file for pattern in patterns for file in glob.glob(str(pattern)))
-    if not files:
-        raise FileNotFoundError(
-            f"No file matches {patterns}, but at least one shard is needed. The folder is probably another one, or "
-            "the shards were not downloaded: check the pattern."
-        )
-    try:
-        import datasets  # noqa: F401
-    except ImportError as error:
+    files = find_shards(paths)
+    if importlib.util.find_spec("pyarrow") is None:
         raise ImportError(
-            f"Reading {len(files)} shards needs the package datasets, which is not installed. The extra was probably "
+            f"Reading {len(files)} shards needs the package pyarrow, which is not installed. The extra was probably "
             "left out: run `pip install 'blip3[data]'`."
-        ) from error
-    return Rows(item for file in files for item in _rows_of_shard(file, format))
+        )
+    return Rows(row_of(shard_reader(url), number) for url, number in iterate(files))
 
 
-def _rows_of_shard(file: str, format: str | None) -> Iterator[tuple[str, Row | RecordError]]:
-    import datasets
+def row_of(reader: ShardReader, number: int) -> tuple[str, Row | RecordError]:
+    """Read a row of a shard; gives its place and the row, or what is wrong with it.
 
-    kind = format or ("webdataset" if file.endswith(".tar") else "parquet")
-    number = 0
+    Args:
+        reader: of the shard.
+        number: of the row, from 0.
+    """
+    place = f"{reader.url} row {number + 1}"
     try:
-        rows = datasets.load_dataset(kind, data_files=[file], split="train", streaming=True)
-        # In batches of one: plain iteration inside a DataLoader worker gives that worker's share of the files only.
-        for batch in rows.decode(False).iter(batch_size=1):
-            number += 1
-            yield f"{file} row {number}", {name: values[0] for name, values in batch.items()}
-    except Exception as error:  # `datasets` passes on what pyarrow, tarfile and its own builders raise
-        place = f"{file} row {number + 1}"
-        reason = " ".join(str(error).split())[:200]
-        yield (
+        return place, reader.row(number)
+    except ShardError as error:
+        return place, fault(
             place,
-            fault(
-                place,
-                "(rest of the file)",
-                f"it cannot be read ({type(error).__name__}: {reason})",
-                f"it must be a whole {kind} file",
-                "It was probably cut off in a download, or is another file.",
-                "Fetch it again, or pass it over with skip_faulty.",
-            ),
+            "(whole row)",
+            f"it cannot be read ({error})",
+            "it must be a row of a whole parquet file or tar",
+            "The shard was probably cut off in a download, or is another file.",
+            "Fetch it again, or pass it over with skip_faulty.",
         )
 
 
@@ -110,7 +94,7 @@ def read_parquet(paths: str | Sequence[str], skip_faulty: bool = False) -> Itera
     Raises:
         RecordError: naming row and field.
     """
-    yield from read_rows(stream_rows(paths, "parquet"), skip_faulty, str(paths))
+    yield from read_rows(stream_rows(paths), skip_faulty, str(paths))
 
 
 def read_rows(rows: Iterable[Row], skip_faulty: bool = False, source: str = "records") -> Iterator[Record]:
@@ -353,13 +337,20 @@ def image_from(value: Any, place: str, name: str, folder: str = "") -> ImageSour
 
 
 def image_of(row: Row, place: str, folder: str) -> ImageSource:
-    """Find a row's image: a column of its own, or in a folder `key`.jpg, as img2dataset fills it, or `key` itself."""
+    """Find a row's image: a column of its own, or in a folder.
+
+    In a folder it is in the tar of the same name as the row's shard, as data engines write theirs; else it is the file
+    `key`.jpg, as img2dataset fills a folder, or `key` itself.
+    """
     for name in ("image", "jpg", "jpeg", "png", "webp"):
         if row.get(name) is not None:
             return image_from(row[name], place, name, folder)
     name = next((name for name in ("key", "__key__", "uid") if row.get(name)), "")
     if folder and name:
         key = _a_name(row[name], place, name)
+        shard = row.get("__url__") if name != "uid" else ""
+        if shard and (tar := tar_beside(folder, str(shard))):
+            return ImageSource(path=key, tar=tar)
         is_file = Path(key).suffix.lower() in Image.registered_extensions()
         return image_from(key if is_file else f"{key}.jpg", place, name, folder)
     return image_from(None, place, "image")

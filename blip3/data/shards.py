@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shards of rows, on this machine or in an object store: any row by its number, and any file of a tar by its name.
+
+    find_shards("s3://bucket/ocr/*.parquet")     --> URLs, in order; whatever fsspec opens
+    count_rows(urls)                             --> rows of each shard, looked up once a machine
+    ShardReader(url).row(5)                      --> {"uid": ..., "image": {"bytes": ..., "path": ...}, ...}
+    read_image("shards/00000.tar", "000000017")  --> the bytes of that sample's image
+
+A shard is parquet, or a tar as webdataset has it: the files of a sample lie side by side and share a key. The footer
+of parquet says where rows lie; a tar is looked through once. What was found is kept in a cache folder of this user
+(`BLIP3_CACHE`, else `~/.cache/blip3`), under the shard's name, size and time: none is looked through twice.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..files import write_text
+
+IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+TEXT_KINDS = ("txt", "text", "transcript")
+DROPPED = ("error", "filtered_by")
+"""Columns of a data engine: a row with a value in one of them has no result."""
+OPEN_AT_ONCE = 8  # shards a process holds open
+THREADS = 16  # that look through shards, which mostly wait for an object store
+_FORMAT = 1  # of the files in the cache
+
+
+class ShardError(OSError):
+    """A shard or a row that cannot be read, in one sentence."""
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where the rows of a shard lie."""
+
+    count: int
+    """Rows, with one for the rest of a damaged shard."""
+    groups: tuple[int, ...] = ()
+    """Parquet: rows of each row group."""
+    kept: tuple[int, ...] | None = None
+    """Numbers of the rows that have a result; None for all."""
+    samples: tuple[tuple[str, dict[str, tuple[int, int]]], ...] = field(default=(), repr=False)
+    """Tar: key of each sample, and (offset, bytes) of its files by what follows the key."""
+    damage: str = ""
+    """Why the shard ends early."""
+
+    @property
+    def used(self) -> int:
+        """Rows that have a result."""
+        return self.count if self.kept is None else len(self.kept)
+
+
+def find_shards(paths: str | Sequence[str]) -> list[str]:
+    """Find shards.
+
+    Args:
+        paths: files, URLs or patterns of them, such as `ocr/*.parquet` or `s3://bucket/shards/*.tar`.
+
+    Raises:
+        FileNotFoundError: if nothing matches.
+        ImportError: if the package for an object store is not installed.
+    """
+    patterns = [paths] if isinstance(paths, str | Path) else list(paths)
+    found = sorted({url for pattern in patterns for url in _expand(str(pattern))})
+    if not found:
+        raise FileNotFoundError(
+            f"No file matches {patterns}, but at least one shard is needed. The folder is probably another one, or "
+            "the shards were not downloaded: check the pattern."
+        )
+    return found
+
+
+def _expand(pattern: str) -> list[str]:
+    system, path = _locate(pattern)
+    if not any(sign in path for sign in "*?["):
+        return [pattern] if system.exists(path) else []
+    is_local = "://" not in pattern and "::" not in pattern
+    return [each if is_local else system.unstrip_protocol(each) for each in system.glob(path)]
+
+
+def _locate(url: str) -> tuple[Any, str]:
+    try:
+        import fsspec.core
+    except ImportError as error:
+        raise ImportError(
+            f"Reading {url!r} needs the package fsspec, which is not installed. The extra was probably left out: run "
+            "`pip install 'blip3[data]'`."
+        ) from error
+    system, path = fsspec.core.url_to_fs(url)  # of this process: what a fork inherits is of no use
+    return system, path if "://" in url or "::" in url else url
+
+
+# -------------------------------------------------------------------------------------------------------- the index
+
+
+def cache_folder() -> Path:
+    """Give the folder in which indices are kept."""
+    return Path(os.environ.get("BLIP3_CACHE") or Path("~/.cache/blip3").expanduser()) / "shards"
+
+
+def count_rows(urls: Sequence[str]) -> list[int]:
+    """Count the rows of each shard that have a result, looking through those that are not in the cache."""
+    if len(urls) == 1:
+        return [_used_rows(urls[0])]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(_used_rows, urls))
+
+
+def _used_rows(url: str) -> int:
+    try:
+        with _cache_file(url).open(encoding="utf-8") as file:
+            return int(json.loads(file.readline())["used"])
+    except (OSError, ValueError, LookupError):
+        return index_of(url).used
+
+
+def _cache_file(url: str) -> Path:
+    system, path = _locate(url)
+    identity = f"{_FORMAT} {url if '://' in url else os.path.abspath(url)} {system.ukey(path)}"
+    return cache_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
+
+
+@lru_cache(maxsize=4 * OPEN_AT_ONCE)
+def index_of(url: str) -> ShardIndex:
+    """Give a shard's index, from the cache or by looking through the shard."""
+    file = _cache_file(url)
+    try:
+        return _parse_index(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, LookupError, TypeError):
+        index = _index_tar(url) if url.endswith(".tar") else _index_parquet(url)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, _index_text(url, index))
+    except OSError:  # without room or rights the shard is looked through again next time
+        pass
+    return index
+
+
+def _index_text(url: str, index: ShardIndex) -> str:
+    head = {"url": url, "used": index.used}
+    return f"{json.dumps(head)}\n{json.dumps(vars(index))}\n"
+
+
+def _parse_index(text: str) -> ShardIndex:
+    values = json.loads(text.split("\n")[1])
+    samples = tuple((key, {kind: tuple(place) for kind, place in files.items()}) for key, files in values["samples"])
+    kept = None if values["kept"] is None else tuple(values["kept"])
+    return ShardIndex(values["count"], tuple(values["groups"]), kept, samples, values["damage"])
+
+
+def _index_parquet(url: str) -> ShardIndex:
+    import pyarrow.parquet
+
+    try:
+        with _open(url) as file:
+            shard = pyarrow.parquet.ParquetFile(file)
+            groups = tuple(shard.metadata.row_group(number).num_rows for number in range(shard.num_row_groups))
+            names = [name for name in DROPPED if name in shard.schema_arrow.names]
+            rows = shard.read(columns=names).to_pylist() if names else []
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        return ShardIndex(1, damage=_reason(error))
+    kept = tuple(number for number, row in enumerate(rows) if not any(row.values()))
+    return ShardIndex(sum(groups), groups, kept if len(kept) < len(rows) else None)
+
+
+def _index_tar(url: str) -> ShardIndex:
+    samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
+    damage = ""
+    try:
+        with _open(url) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # a tar of a million files would fill the memory
+                key, kind = split_name(member.name)
+                if not member.isreg() or not kind:
+                    continue
+                if not samples or samples[-1][0] != key:
+                    samples.append((key, {}))
+                samples[-1][1].setdefault(kind, (member.offset_data, member.size))
+            file.seek(tar.offset)  # type: ignore[attr-defined]
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile ends in silence at a bad header
+                damage = "a header is damaged, or the end is missing"
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        damage = _reason(error)
+    return ShardIndex(len(samples) + bool(damage), samples=tuple(samples), damage=damage)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Cut the name of a tar's file into key and kind, as webdataset does: at the first dot behind the folders.
+
+    >>> split_name("00/017.seg.PNG")
+    ('00/017', 'seg.png')
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, _, kind = base.partition(".")
+    return folder + slash + stem, kind.lower()
+
+
+def _open(url: str) -> Any:
+    system, path = _locate(url)
+    return system.open(path, "rb")
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+# ------------------------------------------------------------------------------------------------------- the reader
+
+
+class ShardReader:
+    """Reads rows of one shard by number; what it holds open is of the process that reads.
+
+    Args:
+        url: of the shard.
+        groups_held: row groups of parquet that stay decoded.
+    """
+
+    def __init__(self, url: str, groups_held: int = 1):
+        self.url, self.groups_held = url, groups_held
+        self._index: ShardIndex | None = None
+        self._file: Any = None
+        self._process = 0
+        self._groups: OrderedDict[int, Any] = OrderedDict()
+
+    @property
+    def index(self) -> ShardIndex:
+        """Where the rows lie."""
+        if self._index is None:
+            self._index = index_of(self.url)
+        return self._index
+
+    def row(self, number: int) -> dict[str, Any]:
+        """Read a row, images encoded.
+
+        Raises:
+            ShardError: if it cannot be read.
+        """
+        index = self.index
+        if index.damage and number == index.count - 1:
+            raise ShardError(index.damage)
+        try:
+            row = self._tar_row(index, number) if index.samples else self._parquet_row(index, number)
+        except ShardError:
+            raise
+        except Exception as error:  # pyarrow, tar members and object stores raise what a damaged file makes them meet
+            raise ShardError(_reason(error)) from error
+        return row | {"__url__": self.url}
+
+    def file(self, use: Callable[[Any], Any]) -> Any:
+        """Open the shard if this process has not, and keep it open."""
+        if self._process != os.getpid():
+            self._process, self._groups = os.getpid(), OrderedDict()
+            self._file = use(_open(self.url))
+        return self._file
+
+    def _parquet_row(self, index: ShardIndex, number: int) -> dict[str, Any]:
+        import pyarrow.parquet
+
+        group = 0
+        while number >= index.groups[group]:
+            number -= index.groups[group]
+            group += 1
+        file = self.file(pyarrow.parquet.ParquetFile)
+        if group not in self._groups:
+            while len(self._groups) >= self.groups_held:
+                self._groups.popitem(last=False)
+            self._groups[group] = file.read_row_group(group)
+        self._groups.move_to_end(group)
+        return self._groups[group].slice(number, 1).to_pylist()[0]
+
+    def _tar_row(self, index: ShardIndex, number: int) -> dict[str, Any]:
+        key, files = index.samples[number]
+        values = {kind: _decoded(kind, self.member(*place)) for kind, place in files.items()}
+        return values | {"__key__": key}
+
+    def member(self, offset: int, size: int) -> bytes:
+        """Read a file of a tar."""
+        file = self.file(lambda opened: opened)
+        file.seek(offset)
+        data = file.read(size)
+        if len(data) != size:
+            raise ShardError(f"the tar ends after {len(data)} of {size} bytes of a file")
+        return data
+
+
+def _decoded(kind: str, data: bytes) -> Any:
+    last = kind.rpartition(".")[2]
+    if last == "json":
+        return json.loads(data)
+    return data.decode("utf-8") if last in TEXT_KINDS else data
+
+
+@lru_cache(maxsize=OPEN_AT_ONCE)
+def shard_reader(url: str) -> ShardReader:
+    """Give the reader of a shard; the last few stay open."""
+    return ShardReader(url)
+
+
+# --------------------------------------------------------------------------------------------------- images in tars
+
+
+@lru_cache(maxsize=OPEN_AT_ONCE)
+def _images_of(tar: str) -> dict[str, tuple[int, int]]:
+    """Places of a tar's images, by key and by name."""
+    places: dict[str, tuple[int, int]] = {}
+    for key, files in index_of(tar).samples:
+        images = [kind for kind in files if kind.rpartition(".")[2] in IMAGE_KINDS]
+        places |= {f"{key}.{kind}": files[kind] for kind in images}
+        if images:
+            places.setdefault(key, files[min(images, key=len)])  # `jpg` before `seg.png`
+    return places
+
+
+def read_image(tar: str, name: str) -> bytes:
+    """Read an image out of a tar, by its file's name or its sample's key.
+
+    Raises:
+        FileNotFoundError: if tar or image are not there.
+        ShardError: if the tar is damaged there.
+    """
+    places = _images_of(tar)
+    if name not in places:
+        raise FileNotFoundError(f"{tar} has no image {name}")
+    return shard_reader(tar).member(*places[name])
+
+
+@lru_cache(maxsize=4096)
+def tar_beside(folder: str, shard: str) -> str:
+    """Find the tar of a data engine's output: of the same name as the shard, below a folder; empty if there is none.
+
+    Args:
+        folder: with the tars that the engine read.
+        shard: that the engine wrote, such as `ocr/a/00000.parquet` for `FOLDER/a/00000.tar`.
+    """
+    parts = str(Path(shard.partition("://")[2] or shard).with_suffix(".tar")).split("/")
+    for first in range(max(0, len(parts) - 8), len(parts)):
+        tar = "/".join([folder.rstrip("/"), *parts[first:]])
+        system, path = _locate(tar)
+        if system.isfile(path):
+            return tar
+    return ""
+
+
+def iterate(urls: Iterable[str]) -> Iterable[tuple[str, int]]:
+    """Give shard and number of every row, shard after shard."""
+    for url in urls:
+        yield from ((url, number) for number in range(index_of(url).count))
