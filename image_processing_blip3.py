@@ -8,7 +8,8 @@
 A view is the global view or a tile. Letters: I images of the whole batch in reading order, T the constant number of
 view slots (1 + the largest grid), S the side of a view in pixels, R x C the grid chosen for one image. `pixel_values`
 is (I, T, 3, S, S), slots an image does not use are zero; `image_sizes` is (I, 2), original (height, width). Which
-slots are used is never stored: tiling_blip3.py derives it from the size wherever it is needed.
+slots are used is never stored: tiling_blip3.py derives it from the size wherever it is needed. `pixel_values` are
+scaled numbers, or the bytes themselves: a quarter of the memory, scaled by the model on its device to the same bits.
 """
 
 import base64
@@ -33,7 +34,7 @@ from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, logging
 
 from .configuration_blip3 import RELEASED_TILE_GRIDS, check_image_settings, expose_in_package
-from .tiling_blip3 import GLOBAL_VIEW_ONLY, count_view_slots, count_views, fit_inside, grid_of, letterbox
+from .tiling_blip3 import GLOBAL_VIEW_ONLY, count_view_slots, count_views, fit_inside, grid_of, letterbox, scale_pixels
 
 logger = logging.get_logger(__name__)
 
@@ -48,6 +49,7 @@ class Blip3ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
         do_image_splitting: False gives the global view alone.
         do_exif_transpose: True turns every image upright as its EXIF tag says, False none, None those opened here.
         resize_backend: `pil` or `torch`.
+        pixel_dtype: `float32` or `uint8`.
         max_image_pixels: larger images are refused.
     """
 
@@ -55,6 +57,7 @@ class Blip3ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
     do_image_splitting: bool | None
     do_exif_transpose: bool | None
     resize_backend: str | None
+    pixel_dtype: str | None
     max_image_pixels: int | None
 
 
@@ -90,6 +93,9 @@ class Blip3ImageProcessor(BaseImageProcessor):
         do_exif_transpose: turn images upright as their EXIF tag says. None turns what is opened here and leaves PIL
             images as given, as the released preprocessing does; True turns PIL images as well; False turns nothing.
         max_image_pixels: larger images are refused before they are decoded (decompression bombs).
+        pixel_dtype: `float32` gives scaled values. `uint8` gives bytes, a quarter of the memory, which the model
+            scales on its device by `rescale_factor`, `image_mean` and `image_std` of its configuration: to the same
+            bits, where they are this processor's.
 
     Raises:
         ValueError: on a misspelt argument or a value that cannot work.
@@ -113,6 +119,7 @@ class Blip3ImageProcessor(BaseImageProcessor):
         do_convert_rgb: bool = True,
         do_exif_transpose: bool | None = None,
         max_image_pixels: int = 178_956_970,
+        pixel_dtype: str = "float32",
         **kwargs: Any,
     ):
         _refuse_misspelt(kwargs)
@@ -130,6 +137,7 @@ class Blip3ImageProcessor(BaseImageProcessor):
         self.do_convert_rgb = do_convert_rgb
         self.do_exif_transpose = do_exif_transpose
         self.max_image_pixels = max_image_pixels
+        self.pixel_dtype = pixel_dtype
         check_image_settings(vars(self))
 
     @classmethod
@@ -202,7 +210,7 @@ class Blip3ImageProcessor(BaseImageProcessor):
                 `input_data_format` and `device`.
 
         Returns:
-            `pixel_values` (I, T, 3, S, S) float32 and `image_sizes` (I, 2) int64.
+            `pixel_values` (I, T, 3, S, S), float32 or uint8 as `pixel_dtype` says, and `image_sizes` (I, 2) int64.
 
         Raises:
             ValueError: naming the image at fault, or an argument that cannot be honoured.
@@ -214,7 +222,8 @@ class Blip3ImageProcessor(BaseImageProcessor):
                 "images is empty but at least one image is needed. A text-only prompt was probably given an empty "
                 "list: leave images out or pass None."
             )
-        pixel_values = torch.empty(len(given), self.num_view_slots, 3, self.tile_size, self.tile_size)
+        shape = (len(given), self.num_view_slots, 3, self.tile_size, self.tile_size)
+        pixel_values = torch.empty(shape, dtype=getattr(torch, options["pixel_dtype"]))
         image_sizes = torch.zeros(len(given), 2, dtype=torch.long)
         for index, source in enumerate(given):
             try:
@@ -308,28 +317,23 @@ class Blip3ImageProcessor(BaseImageProcessor):
             tiles = torch.from_numpy(canvas).view(rows, side, columns, side, 3).permute(0, 2, 4, 1, 3)
             pixel_values[1:num_views].view(rows, columns, 3, side, side).copy_(tiles)  # (R, C, 3, S, S)
         pixel_values[num_views:] = 0
-        for view in pixel_values[:num_views]:  # one view at a time stays in the processor's cache
-            self._normalize(view, options)
-
-    def _normalize(self, view: torch.Tensor, options: dict) -> None:
-        """Scale 8-bit values in place, in the order of operations of the release so that every bit agrees."""
-        if options["do_rescale"]:
-            factor = options["rescale_factor"]
-            view = view.div_(255) if factor == 1 / 255 else view.mul_(factor)
-        if options["do_normalize"]:
-            mean, std = (torch.tensor(options[name]).view(-1, 1, 1) for name in ("image_mean", "image_std"))
-            view.sub_(mean).div_(std)
+        if pixel_values.is_floating_point():
+            factor = options["rescale_factor"] if options["do_rescale"] else None
+            mean, std = (options[name] if options["do_normalize"] else None for name in ("image_mean", "image_std"))
+            for view in pixel_values[:num_views]:  # one view at a time stays in the processor's cache
+                scale_pixels(view, factor, mean, std)
 
     def tiles_to_images(self, pixel_values: torch.Tensor) -> list[Image.Image]:
         """Show what the model sees: tiles and global views (N, 3, S, S) as images again, as `preprocess` made them.
 
-        Settings given to that call alone are not known here: the values are read by the processor's own.
+        Settings given to that call alone are not known here: the values are read by the processor's own. Integers are
+        bytes, whatever the settings.
         """
         values = pixel_values.detach().float().cpu()
-        if self.do_normalize:
+        if self.do_normalize and pixel_values.is_floating_point():
             mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (self.image_mean, self.image_std))
             values = values * std + mean
-        if self.do_rescale:
+        if self.do_rescale and pixel_values.is_floating_point():
             values = values / self.rescale_factor
         return [Image.fromarray(view.numpy()) for view in values.round().clamp(0, 255).byte().permute(0, 2, 3, 1)]
 

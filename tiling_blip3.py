@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the tiles of an image lie, and how many image tokens it takes: the one place that knows either.
+"""What image processor and model must both know: where tiles lie, how many tokens they take, how bytes are scaled.
 
     image (H, W) -- choose_grid --> (R, C) tiles -- letterbox --> R * C tiles, row by row
          |                                                             |
@@ -223,3 +223,27 @@ def _unpadded_region(
         return (padding, map_height - padding), (0, map_width)
     padding = (map_width - int(width * (map_height / height))) // 2
     return (0, map_height), (padding, map_width - padding)
+
+
+# -- how bytes are scaled ---------------------------------------------------------------------------------------------
+
+
+def scale_pixels(
+    pixels: torch.Tensor, rescale_factor: float | None, image_mean: list[float] | None, image_std: list[float] | None
+) -> torch.Tensor:
+    """Scale float32 pixels of 0 to 255 in place, in the order of operations of the release so that every bit agrees.
+
+    Args:
+        pixels: (..., 3, height, width), on any device.
+        rescale_factor: to multiply by; None for not at all. 1/255 divides by 255, as the release does.
+        image_mean: to subtract from each channel then; None for not at all.
+        image_std: to divide by last; goes with `image_mean`.
+    """
+    if rescale_factor == 1 / 255:  # a tensor of the same device: by a number, a GPU multiplies with its reciprocal
+        pixels.div_(torch.tensor(255.0, device=pixels.device))
+    elif rescale_factor is not None:
+        pixels.mul_(rescale_factor)
+    if image_mean is not None:
+        mean, std = (torch.tensor(each, device=pixels.device).view(-1, 1, 1) for each in (image_mean, image_std))
+        pixels.sub_(mean).div_(std)
+    return pixels
