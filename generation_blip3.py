@@ -295,7 +295,7 @@ class Blip3GenerationMixin(GenerationMixin):
         mm_token_type_ids = kwargs.pop("mm_token_type_ids", None)
         kwargs["inputs_embeds"] = inputs_embeds  # by its name in the signature transformers knows that it is taken
         model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        features = (model_inputs.get("mm_encoder_outputs") or {}).get("image")
+        features: Any = (model_inputs.get("mm_encoder_outputs") or {}).get("image")
         if getattr(features, "query_ids", None) is not None:  # transformers 5 has taken them out
             model_inputs["query_ids"] = features.query_ids
         if mm_token_type_ids is not None and any(model_inputs.get(name) is not None for name in _IMAGE_INPUTS):

@@ -15,8 +15,10 @@ size (0, 0) both mean a global view alone.
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
+import numpy as np
 import torch
 
 GLOBAL_VIEW_ONLY = (0, 0)  # the `image_sizes` row of an image given as its global view alone
@@ -229,21 +231,26 @@ def _unpadded_region(
 
 
 def scale_pixels(
-    pixels: torch.Tensor, rescale_factor: float | None, image_mean: list[float] | None, image_std: list[float] | None
-) -> torch.Tensor:
+    pixels: Any, rescale_factor: float | None, image_mean: list[float] | None, image_std: list[float] | None
+) -> Any:
     """Scale float32 pixels of 0 to 255 in place, in the order of operations of the release so that every bit agrees.
 
     Args:
-        pixels: (..., 3, height, width), on any device.
+        pixels: (..., 3, height, width), a numpy array or a tensor on any device.
         rescale_factor: to multiply by; None for not at all. 1/255 divides by 255, as the release does.
         image_mean: to subtract from each channel then; None for not at all.
         image_std: to divide by last; goes with `image_mean`.
+
+    Returns:
+        `pixels`.
     """
-    if rescale_factor == 1 / 255:  # a tensor of the same device: by a number, a GPU multiplies with its reciprocal
-        pixels.div_(torch.tensor(255.0, device=pixels.device))
+    # tensors of the same device: by a number, a GPU multiplies with its reciprocal
+    like = pixels.new_tensor if isinstance(pixels, torch.Tensor) else partial(np.asarray, dtype=pixels.dtype)
+    if rescale_factor == 1 / 255:
+        pixels /= like(255.0)
     elif rescale_factor is not None:
-        pixels.mul_(rescale_factor)
+        pixels *= like(rescale_factor)
     if image_mean is not None:
-        mean, std = (torch.tensor(each, device=pixels.device).view(-1, 1, 1) for each in (image_mean, image_std))
-        pixels.sub_(mean).div_(std)
+        pixels -= like(image_mean).reshape(-1, 1, 1)
+        pixels /= like(image_std).reshape(-1, 1, 1)
     return pixels
