@@ -223,13 +223,7 @@ class Blip3ImageProcessor(BaseImageProcessor):
         pixel_values = np.zeros(shape, dtype=options["pixel_dtype"])  # slots that no one writes cost no memory
         num_threads = min(len(given), torch.get_num_threads(), MOST_THREADS) if _are_apart(given) else 1
         options["num_threads"] = torch.get_num_threads() if num_threads == 1 else 1  # for one image
-
-        def fill(index: int) -> tuple[int, int]:
-            try:
-                return self._fill_slots(pixel_values[index], given[index], options)
-            except Exception as error:  # decoders raise whatever a broken file makes them meet
-                raise ValueError(f"Image {index + 1} of {len(given)}: {_explain(error)}") from error
-
+        fill = partial(self._fill_numbered, given, pixel_values, options)
         sizes = _map_in_threads(fill, range(len(given)), num_threads)
         return self._package(pixel_values, np.array(sizes, dtype=np.int64), return_tensors, options)
 
@@ -291,6 +285,13 @@ class Blip3ImageProcessor(BaseImageProcessor):
                 "you trust it."
             )
         return image
+
+    def _fill_numbered(self, given: list, pixel_values: np.ndarray, options: dict, index: int) -> tuple[int, int]:
+        """Fill the slots of one image of a batch; errors say which one it is."""
+        try:
+            return self._fill_slots(pixel_values[index], given[index], options)
+        except Exception as error:  # decoders raise whatever a broken file makes them meet
+            raise ValueError(f"Image {index + 1} of {len(given)}: {_explain(error)}") from error
 
     def _fill_slots(self, slots: np.ndarray, source: Any, options: dict) -> tuple[int, int]:
         """Write the views of one image into its (T, 3, S, S) zeros; returns its `image_sizes` row.
