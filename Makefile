@@ -31,7 +31,7 @@ examples: setup  ## run every script of examples/, a few minutes each, and the n
 test: setup  ## every test that needs no large disk (LINE=latest: some); LINE=4 after LINE=5 also exchanges folders
 	$(RUN) -m pytest -m 'not slow' $(TESTS_$(LINE))
 
-test-slow: setup  ## convert a source of true size (9 GB of disk; the source is a sparse file), thousands of random requests
+test-slow: setup  ## convert a source of true size (9 GB of disk; the source is a sparse file), thousands of random requests, the notebook
 	$(RUN) -m pytest -m slow
 
 test-common: setup  ## transformers' own tests of models, processors and image processors

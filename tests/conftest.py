@@ -86,15 +86,22 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LONGEST_FILES = (
     "test_training_runs.py",
     "test_examples.py",
-    "test_handler.py",
-    "test_small_model.py",
+    "test_adapter_runs.py",
+    "test_soak.py",
+    "test_conversion_tensors.py",
+    "test_readme.py",
+    "test_every_module.py",
+    "test_small_recipes.py",
+    "test_hostile_training.py",
+    "test_conversion_output_folder.py",
+    "test_ablate.py",
+    "test_transformers_serve.py",
     "test_serving_docs.py",
+    "test_small_model.py",
     "test_conversion_trained.py",
-    "test_benchmarks.py",
-    "test_modeling_blip3.py",
-    "test_rendered_world.py",
     "test_finetuning_forms.py",
     "test_pickling.py",
+    "test_benchmarks.py",
 )
 
 

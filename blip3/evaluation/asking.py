@@ -6,6 +6,7 @@ FOLDER/predictions/MODEL/NAME.jsonl     every answer; complete files are kept, u
 """
 
 import argparse
+import dataclasses
 import json
 import platform
 import re
@@ -111,6 +112,11 @@ def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     add(
         "--world", type=Path, metavar="FILE", help="YAML of world settings (default: those of blip3/world/settings.py)"
     )
+    add(
+        "--instructions",
+        action="store_true",
+        help="put an evaluation harness's instruction around every short question, with a breakdown by instruction",
+    )
     add("--count", type=int, default=1000, help="questions of each rendered task (default: 1000)")
     add("--series", choices=SERIES, default=CHOOSE, help="what the numbers are for (default: choose)")
     add("--seed", type=int, default=0, help="number of the seed within its series (default: 0)")
@@ -140,11 +146,12 @@ def read_options(given: argparse.Namespace, models: Sequence[str]) -> dict[str, 
         OSError: if the world's file cannot be read.
     """
     named = parse_models(models, given.subfolder)
+    world = WorldSettings() if given.world is None else load_settings(given.world)
     same = ("output", "count", "seed", "series", "subfolder", "batch_size", "max_new_tokens", "dtype", "device")
     return {
         **{name: getattr(given, name) for name in same},
         "models": named,
-        "world": WorldSettings() if given.world is None else load_settings(given.world),
+        "world": dataclasses.replace(world, usual_instructions=1.0) if given.instructions else world,
         "base_resolution": () if given.base_resolution is None else tuple(given.base_resolution or named),
     }
 

@@ -16,6 +16,7 @@ from ..data.images import ImageSource
 from ..data.records import IMAGE_TOKEN, Record, to_few_shot_prompt, to_messages
 from ..refusals import check_choice
 from ..world.descriptions import named_kinds
+from ..world.instructions import instruction_in
 from ..world.settings import WorldSettings
 from ..world.tasks import rendered_records
 from .metrics import anls, box_iou, cider, exact_match
@@ -93,6 +94,8 @@ def make_questions(
 def _question(name: str, record: Record, num_shots: int | None) -> Question:
     task, reference, images = TASKS[name], record.turns[-1].text, record.images
     groups = task.group(record)
+    if instruction := instruction_in(record):
+        groups["instruction"] = instruction
     prompt: str | tuple[dict[str, Any], ...]
     if task.has_shots:
         prompt, reference = to_few_shot_prompt(record, num_shots)

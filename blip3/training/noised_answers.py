@@ -26,6 +26,7 @@ from ..answering import Answer, Answerer
 from ..data.images import RecordError, open_images
 from ..data.records import IMAGE_TOKEN, MARKERS, Record, to_messages, to_preference
 from ..files import JsonLines, writing
+from ..world.descriptions import named_kinds
 from .mixture import Mixture
 from .noise import Noiser, noise_deviation
 from .pairs import pair_key
@@ -58,9 +59,11 @@ def main() -> None:
         answerer = Answerer.load(recipe.model, dtype="bfloat16" if recipe.bf16 else "float32", must_chat=True)
         source = NoisedAnswers(answerer, recipe, args.batch_size, args.max_new_tokens)
         if args.scan:
-            print("step  deviation  well-formed  as chosen  not in chosen")
-            for row in scan(source, pairs, SCANNED_STEPS):
-                print("{step:4}  {deviation:9.3f}  {well_formed:10.0%}  {same:9.0%}  {measured:13.1%}".format(**row))
+            heading, measure = measure_for(pairs)
+            print(f"step  deviation  well-formed  as chosen  {heading}")
+            for row in scan(source, pairs, SCANNED_STEPS, measure):
+                line = "{step:4}  {deviation:9.3f}  {well_formed:11.0%}  {same:9.0%}  ".format(**row)
+                print(line + f"{row['measured']:{len(heading)}.1%}", flush=True)
             return
         write(source, pairs, recipe)
 
@@ -150,11 +153,36 @@ def is_same(text: str, other: str) -> bool:
 def words_not_in_chosen(record: Record, answer: str) -> float | None:
     """Give the share of an answer's words that its pair's chosen answer lacks: hallucination at its roughest.
 
-    It serves any data. Where more is known of an image, pass `scan` a measure that knows it.
+    It serves any data. Where more is known of an image, `scan` takes a measure that knows it.
     """
     words = re.findall(r"\w+", answer.casefold())
     known = set(re.findall(r"\w+", (record.chosen or "").casefold()))
     return sum(word not in known for word in words) / len(words) if words else None
+
+
+def things_not_there(record: Record, answer: str) -> float | None:
+    """Give the share of the coloured things an answer names that a rendered image does not show: CHAIRi of one answer.
+
+    Args:
+        record: of the rendered world, whose annotations list the objects.
+        answer: None comes back for one that names nothing.
+    """
+    named = named_kinds(answer)
+    there = {
+        (shown["colour"], shown["thing"]) for image in record.annotations["pictures"] for shown in image["objects"]
+    }
+    return sum(kind not in there for kind in named) / len(named) if named else None
+
+
+def measure_for(pairs: Sequence[Record]) -> tuple[str, Measure]:
+    """Choose what a scan measures: hallucinated things (CHAIR, arXiv:1809.02156) where each image's objects are known.
+
+    Returns:
+        the heading of its column, and the measure.
+    """
+    if all("pictures" in record.annotations for record in pairs):
+        return "CHAIRi", things_not_there
+    return "words not in chosen", words_not_in_chosen
 
 
 def scan(

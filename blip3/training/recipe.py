@@ -399,7 +399,7 @@ def with_current_names(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """Read one `key=value`, value in YAML.
+    """Read one `key=value`, value in YAML; `key=` alone is the empty text.
 
     Raises:
         ValueError: without the sign.
@@ -410,7 +410,7 @@ def parse_override(override: str) -> tuple[str, Any]:
             f"The override is {override!r} but must be key=value. The sign was probably forgotten: write for "
             "example max_steps=10."
         )
-    return key, parse_yaml(value, f"The override {override[:80]!r}")
+    return key, parse_yaml(value, f"The override {override[:80]!r}") if value else ""
 
 
 def recipe_arguments(description: str | None) -> argparse.ArgumentParser:

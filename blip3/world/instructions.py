@@ -69,6 +69,15 @@ def instruct(rng: np.random.Generator, record: Record, share: float) -> Record:
     return replace(record, turns=tuple(turns))
 
 
+def instruction_in(record: Record) -> str:
+    """Give the form that `instruct` put around a record's last question, on one line; empty if there is none."""
+    asked = record.turns[-2].text.rpartition(IMAGE_TOKEN)[2].lstrip() if len(record.turns) > 1 else ""
+    forms = [form.split("{question}") for form in dict.fromkeys((*SHORT, *YES_NO))]
+    found = [form for form in forms if asked.startswith(form[0]) and asked.endswith(form[1])]
+    longest = max(found, key=lambda form: len("".join(form)), default=[])
+    return " ".join("{question}".join(longest).split())
+
+
 def write_choices(rng: np.random.Generator, question: str, options: Sequence[str]) -> str:
     """Write a question with up to four lettered options in the form of a harness.
 

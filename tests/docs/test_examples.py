@@ -216,6 +216,7 @@ def right_at_the_end(text: str) -> list[int]:
     return [int(number) for number in re.findall(r"^(?:before|after): +(\d+) of 20 right", text, flags=re.MULTILINE)]
 
 
+@pytest.mark.slow  # `make examples` runs it too
 def test_the_notebook_runs_and_the_model_learns(tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat", reason="pip install -e .[examples]")
     nbclient = pytest.importorskip("nbclient", reason="pip install -e .[examples]")

@@ -598,6 +598,14 @@ def test_arguments(command, tmp_path):
     )
     assert given.models == {"a": Path("x"), "b": Path("y")}
     assert given.base_resolution == ("a", "b")
+    assert given.world.usual_instructions == 0
+    instructed = parse_arguments([*command, "--model", "a=x", "--task", "count", "--instructions"])
+    assert instructed.world.usual_instructions == 1
+    questions = make_questions("count", 40, 0, instructed.world)
+    assert len({question.groups["instruction"] for question in questions}) > 3
+    plain = make_questions("count", 40, 0, given.world)
+    assert [each.reference for each in plain] == [each.reference for each in questions]
+    assert not any("instruction" in each.groups for each in plain)
     assert given.tasks == tuple(TASKS)
     assert given.jobs.count(("rule", 0)) == given.jobs.count(("rule", 4)) == 1
     assert given.world.sides == (60, 160)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command that writes what a model answers about noised images: what is kept, resuming, the scan, the file."""
 
+import dataclasses
+import itertools
 import re
 import sys
 
@@ -13,6 +15,7 @@ from blip3.training import noised_answers
 from blip3.training.mixture import Mixture
 from blip3.training.noised_answers import NoisedAnswers
 from blip3.training.pairs import pair_key
+from blip3.world.descriptions import named_kinds
 from support.training import WORLD, tiny_recipe
 
 PREFERENCE = {
@@ -113,6 +116,27 @@ def test_a_scan_says_what_each_step_does(recipe):
     assert row["measured"] == 0.25
 
 
+def test_a_scan_of_rendered_pairs_measures_what_is_not_there(recipe):
+    pairs = noised_answers.pairs_of(recipe, 40)
+    heading, measure = noised_answers.measure_for(pairs)
+    assert (heading, measure) == ("CHAIRi", noised_answers.things_not_there)
+    record = next(each for each in pairs if named_kinds(each.chosen))
+    assert measure(record, record.chosen) == 0
+    colour, thing = named_kinds(record.chosen)[0]
+    other = next(each for each in ("car", "star") if each != thing)
+    assert measure(record, f"A {colour} {thing} and a turquoise {thing}, a lone {other}.") == 0, "no colour, no thing"
+    assert measure(record, f"A {colour} {thing} and a {absent_kind(record)}.") == 0.5
+    assert measure(record, "Nothing at all.") is None
+    unknown = dataclasses.replace(record, annotations={})
+    assert noised_answers.measure_for([record, unknown])[1] is noised_answers.words_not_in_chosen
+
+
+def absent_kind(record):
+    there = {(each["colour"], each["thing"]) for image in record.annotations["pictures"] for each in image["objects"]}
+    kinds = itertools.product(("red", "green", "blue"), ("cup", "star", "boat"))
+    return " ".join(next(kind for kind in kinds if kind not in there))
+
+
 def test_the_model_itself_answers_the_same_each_time(recipe, small_model):
     answerer = Answerer.load(small_model, dtype="float32", device="cpu")
     pairs = noised_answers.pairs_of(recipe, 3)
@@ -128,7 +152,7 @@ def test_the_command_scans_and_refuses_a_model_that_says_nothing(recipe, small_m
     monkeypatch.setattr(sys, "argv", [*common, "--scan"])
     noised_answers.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["step", "deviation", "well-formed", "as", "chosen", "not", "in", "chosen"]
+    assert lines[0].split() == ["step", "deviation", "well-formed", "as", "chosen", "CHAIRi"]
     assert [int(line.split()[0]) for line in lines[1:]] == list(noised_answers.SCANNED_STEPS)
     monkeypatch.setattr(sys, "argv", common)
     with pytest.raises(ValueError, match=r"Of 2 noised answers none is left.*step 250.*--scan"):

@@ -147,6 +147,7 @@ def test_overrides_are_yaml_and_the_last_wins(recipe_file):
     overrides = ["max_steps=3", "trainable=[resampler]", "max_steps=4", "learning_rate=2e-4", "bf16=true"]
     recipe = load_recipe(recipe_file, Recipe, overrides)
     assert (recipe.max_steps, recipe.trainable, recipe.learning_rate, recipe.bf16) == (4, ("resampler",), 2e-4, True)
+    assert load_recipe(recipe_file, Recipe, ["noised_answers="]).noised_answers == ""
 
 
 def test_a_world_file_stands_beside_the_recipe(recipe_file):
@@ -166,7 +167,7 @@ def test_a_world_file_stands_beside_the_recipe(recipe_file):
         ("batch_size=2.5", "batch_size 2.5 but it must be a positive integer"),
         ("max_length=none", "max_length 'none' but it must be a positive integer"),
         ("learning_rate=fast", "learning_rate 'fast' but it must be a number"),
-        ("learning_rate=", "learning_rate None but it must be a number"),
+        ("learning_rate=", "learning_rate '' but it must be a number"),
         ("schedule=cosin", "schedule 'cosin' but it must be one of constant, linear, cosine"),
         ("trainable=[tower]", r"trainable \['tower'\] but it must name one or more of vision_tower"),
         ("trainable=[]", r"trainable \[\] but it must name"),

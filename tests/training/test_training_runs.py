@@ -246,7 +246,7 @@ def test_a_finished_run_is_left_as_it_is(straight, small_model, mixture):
     "settings",
     [
         {"packing": True},
-        {"group_by_length": True},
+        pytest.param({"group_by_length": True}, marks=pytest.mark.slow),
         {"num_workers": 2},
         {"optimizer": "soap", "max_steps": 22, "save_every": 11},  # its basis is renewed every tenth step
     ],

@@ -3,6 +3,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from blip3.world.alignment import REFUSAL
 from blip3.world.cards import SUBSETS
 from blip3.world.contrasts import ALTERATIONS
 from blip3.world.descriptions import PROBES, named_kinds
-from blip3.world.instructions import LETTERS, SHORT, YES_NO, instruct, write_choices
+from blip3.world.instructions import LETTERS, SHORT, YES_NO, instruct, instruction_in, write_choices
 from blip3.world.settings import WorldSettings
 from blip3.world.splits import SPLITS
 from blip3.world.tasks import TASKS, rendered_record, rendered_records
@@ -216,6 +217,18 @@ def test_instructions_change_nothing_but_the_question(task):
                 assert other.text.rpartition(IMAGE_TOKEN)[2].lstrip() in {
                     form.format(question=asked) for form in forms
                 }
+
+
+def test_the_instruction_around_a_question_is_found_again():
+    for task, forms in (("count", SHORT), ("exist", YES_NO)):
+        plain = rendered_record(task, "train", 4, 0)
+        assert instruction_in(plain) == ""
+        for form in forms:
+            turn = plain.turns[0]
+            shown, token, question = turn.text.rpartition(IMAGE_TOKEN)
+            text = shown + token + "\n" + form.format(question=question.strip())
+            record = replace(plain, turns=(replace(turn, text=text), *plain.turns[1:]))
+            assert instruction_in(record) == " ".join(form.split())
 
 
 def test_the_share_of_instructions_is_kept():

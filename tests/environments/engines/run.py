@@ -18,7 +18,16 @@ from ..own_environment import ROOT, check_nothing_was_skipped, make_environment,
 
 ENVIRONMENT = ROOT / ".venv-engines"
 CONSTRAINTS = ROOT / "constraints" / "engines.txt"
-PACKAGES = ["hypothesis", "pytest", "psutil", "pytesseract", "--editable", f"{ROOT}[demo,engines,train]"]
+PACKAGES = [
+    "httpx",
+    "hypothesis",
+    "matplotlib",
+    "pytest",
+    "psutil",
+    "pytesseract",
+    "--editable",
+    f"{ROOT}[demo,engines,serve,train]",
+]
 MAY_LACK = ("GPU", "tesseract")
 
 

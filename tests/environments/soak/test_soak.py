@@ -54,6 +54,7 @@ def test_the_handler_stays_right_under_eight_clients(tmp_path, legible):
     assert report["private_connections"] == 0
 
 
+@pytest.mark.slow  # as `make soak` does, for longer
 def test_the_handler_stays_right_among_hostile_files(tmp_path, legible):
     report = soak(tmp_path, legible, "--hostile")
     expect_no_fault(report)
@@ -67,6 +68,7 @@ needs_serve = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow  # as `make soak` does, for longer
 @needs_serve
 def test_transformers_serve_stays_right_under_eight_clients(tmp_path, legible):
     expect_no_fault(soak(tmp_path, legible, "--backend", "http"))
