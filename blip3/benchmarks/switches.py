@@ -16,7 +16,7 @@ Beside the times stand counts of one run each, which a busy machine does not cha
 import io
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -37,8 +37,9 @@ MIXED_ROWS = (0, 3, 1, 0)  # images of each row
 JPEG_SIZE, QUICK_JPEG_SIZE, BATCH = (3024, 4032), (448, 448), 8
 COUNTED = ("aten::cat", "aten::copy_")
 
-Switch = tuple[str, Candidate, Callable[[], AbstractContextManager], str, Callable[[Candidate], dict[str, int]]]
-"""Name, what is run, what turns the optimisation off, the metric in seconds, and what counts beside it in one run."""
+State = Callable[[], AbstractContextManager]
+Switch = tuple[str, Candidate, Mapping[str, State], str, Callable[[Candidate], dict[str, int]]]
+"""Name, what is run, what turns the optimisation on and off, the metric in seconds, and what is counted in one run."""
 
 
 def measure_switches(bench: Bench) -> list[Comparison]:
@@ -46,8 +47,10 @@ def measure_switches(bench: Bench) -> list[Comparison]:
     found: list[Comparison] = []
     dtype = bench.dtypes[0]
     model = bench.build(OURS, dtype)
-    for name, work, off, metric, count in (*_of_model(bench, model, dtype), *_of_images(bench)):
-        runners: dict[str, Candidate] = {ON: work, OFF: partial(_run_under, off, work)}
+    for name, work, states, metric, count in (*_of_model(bench, model, dtype), *_of_images(bench)):
+        runners: dict[str, Candidate] = {
+            state: partial(_run_under, states.get(state, nullcontext), work) for state in (ON, OFF)
+        }
         facts = {"dtype": dtype, "threads": bench.threads, **{state: count(run) for state, run in runners.items()}}
         found += bench.compare(name, runners, {metric: ("", "ms", 1000.0)}, facts)
     return found
@@ -66,14 +69,14 @@ def _of_model(bench: Bench, model: Any, dtype: str) -> Iterator[Switch]:
     copies = partial(mock.patch.object, generation, "grow_in_place", lambda cache: None)
     together = partial(mock.patch.object, generation, "group_rows_by_length", lambda mask: [])
     at_once = partial(mock.patch.object, generation, "SMALLEST_BLOCK", sys.maxsize)
-    yield "growing cache, each further token", partial(generate, few), copies, "next", count
-    yield "prefill by length, first token", partial(generate, mixed), together, "first", count
+    yield "growing cache, each further token", partial(generate, few), {OFF: copies}, "next", count
+    yield "prefill by length, first token", partial(generate, mixed), {OFF: together}, "first", count
     read = timed(partial(prefill, model, one), bench.device)
     read_long = timed(partial(prefill, model, long), bench.device)
-    plainly, by_sdpa = (partial(_resampler_with, model, attention) for attention in ("eager", "sdpa"))
-    yield "few tiles at a time, prefill", read, partial(_all_views_at_once, model), "seconds", count
-    yield "resampler attention, prefill", partial(_run_under, plainly, read), by_sdpa, "seconds", count
-    yield "window in blocks, prefill", read_long, at_once, "seconds", count
+    kinds = {state: partial(_resampler_with, model, kind) for state, kind in ((ON, "eager"), (OFF, "sdpa"))}
+    yield "few tiles at a time, prefill", read, {OFF: partial(_all_views_at_once, model)}, "seconds", count
+    yield "resampler attention, prefill", read, kinds, "seconds", count
+    yield "window in blocks, prefill", read_long, {OFF: at_once}, "seconds", count
 
 
 def _of_images(bench: Bench) -> Iterator[Switch]:
@@ -92,17 +95,19 @@ def _of_images(bench: Bench) -> Iterator[Switch]:
         work()
         return dict(moved)
 
-    as_bytes = partial(mock.patch.object, processor, "pixel_dtype", "uint8")
-    as_floats = partial(mock.patch.object, processor, "pixel_dtype", "float32")
+    dtypes = {
+        state: partial(mock.patch.object, processor, "pixel_dtype", dtype)
+        for state, dtype in ((ON, "uint8"), (OFF, "float32"))
+    }
     whole = partial(mock.patch.object, module, "decode_smaller", lambda image, size, is_turned: image)
     one_thread = partial(mock.patch.object, module, "MOST_THREADS", 1)
     once, batch = timed(lambda: process(data), bench.device), timed(lambda: process([data] * BATCH), bench.device)
-    yield "bytes, pixels on the device", partial(_run_under, as_bytes, once), as_floats, "seconds", count
-    yield "JPEG scale, pixels on the device", once, whole, "seconds", count
-    yield f"images on threads, batch of {BATCH}", batch, one_thread, "seconds", count
+    yield "bytes, pixels on the device", once, dtypes, "seconds", count
+    yield "JPEG scale, pixels on the device", once, {OFF: whole}, "seconds", count
+    yield f"images on threads, batch of {BATCH}", batch, {OFF: one_thread}, "seconds", count
 
 
-def _run_under(context: Callable[[], AbstractContextManager], work: Candidate) -> Mapping[str, float]:
+def _run_under(context: State, work: Candidate) -> Mapping[str, float]:
     with context():
         return work()
 
