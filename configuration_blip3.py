@@ -61,6 +61,7 @@ PHI3_MINI_4K = {
 IGNORE_INDEX = -100  # of labels that no loss is wanted for
 
 RESIZE_BACKENDS = {"pil": tuple(range(6)), "torch": (2, 3)}  # and the filters each knows, by Pillow's numbers
+PIXEL_DTYPES = ("float32", "uint8")
 TOKEN_SAMPLINGS = ("patch", "fixed")
 TILE_GROUPINGS = ("stripes", "tiles")
 
@@ -166,6 +167,9 @@ class Blip3Config(PretrainedConfig):
             tile instead of two on small images.
         lm_head_bias: whether the output layer has a bias. The released weights do, Phi-3 itself does not.
         tie_word_embeddings: share input and output embeddings.
+        rescale_factor: what the model multiplies `pixel_values` by that come as bytes; the image processor's.
+        image_mean: what it subtracts then, for each channel; the image processor's.
+        image_std: what it divides by then, for each channel; the image processor's.
 
     Raises:
         ValueError: when sizes contradict each other or are larger than `LARGEST_SIZES`, or a key looks like a
@@ -190,6 +194,9 @@ class Blip3Config(PretrainedConfig):
         tile_grids: list | tuple | None = RELEASED_TILE_GRIDS,
         lm_head_bias: bool = True,
         tie_word_embeddings: bool = False,
+        rescale_factor: float = 1 / 255,
+        image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5),
+        image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5),
         **kwargs: Any,
     ):
         self.vision_config = _build_sub_config("vision_config", vision_config, SIGLIP_SO400M_14_384)
@@ -203,6 +210,10 @@ class Blip3Config(PretrainedConfig):
         check_tile_grids(tile_grids)
         self.tile_grids = [list(grid) for grid in tile_grids]
         self.lm_head_bias = lm_head_bias
+        self.rescale_factor = rescale_factor
+        for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+            setattr(self, name, list(values) if isinstance(values, list | tuple) else values)
+        _check_scaling(vars(self))
         _check_keys("config", kwargs, known=vars(self), refuse_all=False)
         check_sizes("config", kwargs)
         self._validate()
@@ -569,10 +580,31 @@ def check_image_settings(settings: Mapping[str, Any]) -> None:
             f"resample is {resample!r} but the {backend} backend knows {known} only, 3 being bicubic. It was probably "
             "given by name or chosen for the other backend: pass the number, and resize_backend='pil' for all of them."
         )
-    _check_image_numbers(settings)
+    _check_scaling(settings)
+    _check_pixel_dtype(settings)
+    if not _is_count(settings["max_image_pixels"]):
+        raise ValueError(
+            f"max_image_pixels is {settings['max_image_pixels']!r} but must be a positive integer. It was probably "
+            "meant to switch the limit off: write a number larger than any image you trust."
+        )
 
 
-def _check_image_numbers(settings: Mapping[str, Any]) -> None:
+def _check_pixel_dtype(settings: Mapping[str, Any]) -> None:
+    dtype = settings["pixel_dtype"]
+    if dtype not in PIXEL_DTYPES:
+        raise ValueError(
+            f"pixel_dtype is {dtype!r} but must be 'float32' (scaled by the processor) or 'uint8' (bytes, scaled by "
+            "the model). The model's own dtype was probably given: leave it out, or take 'uint8' to save memory."
+        )
+    if dtype == "uint8" and not (settings["do_rescale"] and settings["do_normalize"]):
+        raise ValueError(
+            f"pixel_dtype is 'uint8' with do_rescale {settings['do_rescale']!r} and do_normalize "
+            f"{settings['do_normalize']!r}, but the model rescales and normalises all bytes it is given: expected "
+            "True for both. Plain pixels were probably wanted for another model: pass pixel_dtype='float32'."
+        )
+
+
+def _check_scaling(settings: Mapping[str, Any]) -> None:
     for name in ("image_mean", "image_std"):
         values = settings[name]
         is_triple = isinstance(values, list) and len(values) == 3 and all(map(_is_number, values))
@@ -585,11 +617,6 @@ def _check_image_numbers(settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"rescale_factor is {settings['rescale_factor']!r} but must be a finite number. It was probably left "
             "empty: use 1/255, or do_rescale=False to keep values from 0 to 255."
-        )
-    if not _is_count(settings["max_image_pixels"]):
-        raise ValueError(
-            f"max_image_pixels is {settings['max_image_pixels']!r} but must be a positive integer. It was probably "
-            "meant to switch the limit off: write a number larger than any image you trust."
         )
 
 

@@ -8,36 +8,42 @@
 A view is the global view or a tile. Letters: I images of the whole batch in reading order, T the constant number of
 view slots (1 + the largest grid), S the side of a view in pixels, R x C the grid chosen for one image. `pixel_values`
 is (I, T, 3, S, S), slots an image does not use are zero; `image_sizes` is (I, 2), original (height, width). Which
-slots are used is never stored: tiling_blip3.py derives it from the size wherever it is needed.
+slots are used is never stored: tiling_blip3.py derives it from the size wherever it is needed. `pixel_values` are
+scaled numbers, or the bytes themselves: a quarter of the memory, scaled by the model on its device to the same bits.
 """
 
-import base64
+import ctypes
 import difflib
 import inspect
-import io
-import os
-import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image, ImageFile
 from PIL import __version__ as pillow_version
-from transformers import image_utils
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import ChannelDimension, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, logging
 
 from .configuration_blip3 import RELEASED_TILE_GRIDS, check_image_settings, expose_in_package
-from .tiling_blip3 import GLOBAL_VIEW_ONLY, count_view_slots, count_views, fit_inside, grid_of, letterbox
+from .opening_blip3 import (
+    ImageError,
+    decode_smaller,
+    entries_of,
+    is_opened_here,
+    is_source,
+    open_source,
+    size_before_decoding,
+    turn_upright,
+)
+from .tiling_blip3 import GLOBAL_VIEW_ONLY, count_view_slots, fit_inside, grid_of, letterbox, scale_pixels
 
 logger = logging.get_logger(__name__)
-
-URL_TIMEOUT_SECONDS = 60
 
 
 class Blip3ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -48,6 +54,7 @@ class Blip3ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
         do_image_splitting: False gives the global view alone.
         do_exif_transpose: True turns every image upright as its EXIF tag says, False none, None those opened here.
         resize_backend: `pil` or `torch`.
+        pixel_dtype: `float32` or `uint8`.
         max_image_pixels: larger images are refused.
     """
 
@@ -55,11 +62,8 @@ class Blip3ImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
     do_image_splitting: bool | None
     do_exif_transpose: bool | None
     resize_backend: str | None
+    pixel_dtype: str | None
     max_image_pixels: int | None
-
-
-class _ImageError(ValueError):
-    """What is wrong with one image; `preprocess` says which one it is."""
 
 
 class Blip3ImageProcessor(BaseImageProcessor):
@@ -90,6 +94,9 @@ class Blip3ImageProcessor(BaseImageProcessor):
         do_exif_transpose: turn images upright as their EXIF tag says. None turns what is opened here and leaves PIL
             images as given, as the released preprocessing does; True turns PIL images as well; False turns nothing.
         max_image_pixels: larger images are refused before they are decoded (decompression bombs).
+        pixel_dtype: `float32` gives scaled values. `uint8` gives bytes, a quarter of the memory, which the model
+            scales on its device by `rescale_factor`, `image_mean` and `image_std` of its configuration: to the same
+            bits, where they are this processor's.
 
     Raises:
         ValueError: on a misspelt argument or a value that cannot work.
@@ -113,6 +120,7 @@ class Blip3ImageProcessor(BaseImageProcessor):
         do_convert_rgb: bool = True,
         do_exif_transpose: bool | None = None,
         max_image_pixels: int = 178_956_970,
+        pixel_dtype: str = "float32",
         **kwargs: Any,
     ):
         _refuse_misspelt(kwargs)
@@ -130,6 +138,7 @@ class Blip3ImageProcessor(BaseImageProcessor):
         self.do_convert_rgb = do_convert_rgb
         self.do_exif_transpose = do_exif_transpose
         self.max_image_pixels = max_image_pixels
+        self.pixel_dtype = pixel_dtype
         check_image_settings(vars(self))
 
     @classmethod
@@ -168,17 +177,12 @@ class Blip3ImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: if an entry cannot be opened as an image.
         """
-        entries = _entries_of(images)
+        entries = entries_of(images)
         if entries is not None:
             return [self.fetch_images(image) for image in entries]
         if not is_source(images):
             return images
-        try:
-            image = _open(images)
-        except Exception as error:  # decoders raise whatever a broken file makes them meet
-            raise ValueError(_explain_unopened(images, error)) from error
-        setattr(image, _OPENED_HERE, True)
-        return image
+        return open_source(images)
 
     def open_image(self, image: Any) -> Image.Image:
         """Open one image as `preprocess` reads it: decoded, RGB, turned upright where `do_exif_transpose` says so.
@@ -186,9 +190,10 @@ class Blip3ImageProcessor(BaseImageProcessor):
         Raises:
             ValueError: if it cannot be opened or decoded, or is too large.
         """
-        opened = self.fetch_images(image)
+        opened, options = self.fetch_images(image), self._options({})
         try:
-            return self._to_rgb(opened, self._options({}))
+            opened = self._check(opened, options)
+            return _flatten_to_rgb(turn_upright(opened) if _is_turned(opened, options) else opened)
         except Exception as error:  # decoders raise whatever a broken file makes them meet
             raise ValueError(f"Image 1 of 1: {_explain(error)}") from error
 
@@ -202,7 +207,7 @@ class Blip3ImageProcessor(BaseImageProcessor):
                 `input_data_format` and `device`.
 
         Returns:
-            `pixel_values` (I, T, 3, S, S) float32 and `image_sizes` (I, 2) int64.
+            `pixel_values` (I, T, 3, S, S), float32 or uint8 as `pixel_dtype` says, and `image_sizes` (I, 2) int64.
 
         Raises:
             ValueError: naming the image at fault, or an argument that cannot be honoured.
@@ -214,25 +219,20 @@ class Blip3ImageProcessor(BaseImageProcessor):
                 "images is empty but at least one image is needed. A text-only prompt was probably given an empty "
                 "list: leave images out or pass None."
             )
-        pixel_values = torch.empty(len(given), self.num_view_slots, 3, self.tile_size, self.tile_size)
-        image_sizes = torch.zeros(len(given), 2, dtype=torch.long)
-        for index, source in enumerate(given):
-            try:
-                image = self._to_rgb(source, options)
-            except Exception as error:  # decoders raise whatever a broken file makes them meet
-                raise ValueError(f"Image {index + 1} of {len(given)}: {_explain(error)}") from error
-            image_size = self.image_size_for_model(image.height, image.width, options["do_image_splitting"])
-            image_sizes[index] = torch.tensor(image_size)
-            self._fill_views(pixel_values[index], image, grid_of(image_size, self.tile_grids, self.tile_size), options)
-        return self._package(pixel_values, image_sizes, return_tensors, options)
+        shape = (len(given), self.num_view_slots, 3, self.tile_size, self.tile_size)
+        pixel_values = np.zeros(shape, dtype=options["pixel_dtype"])  # slots that no one writes cost no memory
+        num_threads = min(len(given), torch.get_num_threads(), MOST_THREADS) if _are_apart(given) else 1
+        options["num_threads"] = torch.get_num_threads() if num_threads == 1 else 1  # for one image
+        fill = partial(self._fill_numbered, given, pixel_values, options)
+        sizes = _map_in_threads(fill, range(len(given)), num_threads)
+        return self._package(pixel_values, np.array(sizes, dtype=np.int64), return_tensors, options)
 
     def _package(
-        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor, return_tensors: Any, options: dict
+        self, pixel_values: np.ndarray, image_sizes: np.ndarray, return_tensors: Any, options: dict
     ) -> BatchFeature:
+        data = {"pixel_values": pixel_values, "image_sizes": image_sizes}
         if return_tensors in ("pt", TensorType.PYTORCH):
-            device = options["device"]
-            return BatchFeature({"pixel_values": pixel_values.to(device), "image_sizes": image_sizes.to(device)})
-        data = {"pixel_values": pixel_values.numpy(), "image_sizes": image_sizes.numpy()}
+            return BatchFeature({name: torch.from_numpy(a).to(options["device"]) for name, a in data.items()})
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _options(self, kwargs: dict) -> dict:
@@ -269,67 +269,94 @@ class Blip3ImageProcessor(BaseImageProcessor):
             )
         return options
 
-    def _to_rgb(self, image: Any, options: dict) -> Image.Image:
-        """Decode and convert one image to an RGB image of 8 bits per channel."""
+    def _check(self, image: Any, options: dict) -> Image.Image:
+        """Refuse what is empty or too large; returns a PIL image of any mode, decoded or not."""
         if not isinstance(image, Image.Image):
             image = _array_to_image(image, options["input_data_format"])
         if image.width < 1 or image.height < 1:
-            raise _ImageError(
+            raise ImageError(
                 f"it is {image.height} x {image.width} pixels (height x width) but both sides must be positive. "
                 "It was probably cropped to nothing: check the crop or drop the image."
             )
         if image.width * image.height > options["max_image_pixels"]:
-            raise _ImageError(
+            raise ImageError(
                 f"it has {image.width * image.height} pixels but at most {options['max_image_pixels']} are "
                 "decoded. It is probably a decompression bomb or a scan: downscale it, or raise max_image_pixels if "
                 "you trust it."
             )
-        turns = options["do_exif_transpose"]
-        if getattr(image, _OPENED_HERE, False) if turns is None else turns:
-            image = _turn_upright(image)
-        return _flatten_to_rgb(image)
+        return image
+
+    def _fill_numbered(self, given: list, pixel_values: np.ndarray, options: dict, index: int) -> tuple[int, int]:
+        """Fill the slots of one image of a batch; errors say which one it is."""
+        try:
+            return self._fill_slots(pixel_values[index], given[index], options)
+        except Exception as error:  # decoders raise whatever a broken file makes them meet
+            raise ValueError(f"Image {index + 1} of {len(given)}: {_explain(error)}") from error
+
+    def _fill_slots(self, slots: np.ndarray, source: Any, options: dict) -> tuple[int, int]:
+        """Write the views of one image into its (T, 3, S, S) zeros; returns its `image_sizes` row.
+
+        The torch backend decodes a JPEG no larger than it needs: at least twice what any view is resized to.
+        """
+        image = self._check(source, options)
+        is_turned, splits = _is_turned(image, options), options["do_image_splitting"]
+        size = size_before_decoding(image, is_turned) if options["resize_backend"] == "torch" else None
+        if size is not None:
+            views = self._resized_sizes(size, self.image_size_for_model(*size, splits))
+            needed = (2 * max(height for height, _ in views), 2 * max(width for _, width in views))
+            image = decode_smaller(image, needed, is_turned)
+        image = _flatten_to_rgb(turn_upright(image) if is_turned else image)
+        size = (image.height, image.width) if size is None else size
+        image_size = self.image_size_for_model(*size, splits)
+        self._fill_views(slots, image, size, image_size, options)
+        return image_size
+
+    def _resized_sizes(self, size: tuple[int, int], image_size: tuple[int, int]) -> list[tuple[int, int]]:
+        """(height, width) that an image is resized to: for its global view, and if it has tiles for them together."""
+        rows, columns = grid_of(image_size, self.tile_grids, self.tile_size)
+        side = self.tile_size
+        return [(side, side)] + ([fit_inside(size, (rows * side, columns * side))] if rows else [])
 
     def _fill_views(
-        self, pixel_values: torch.Tensor, image: Image.Image, grid: tuple[int, int], options: dict
+        self,
+        slots: np.ndarray,
+        image: Image.Image,
+        size: tuple[int, int],
+        image_size: tuple[int, int],
+        options: dict,
     ) -> None:
-        """Write one image's global view and (rows, columns) of tiles into its (T, 3, S, S) slots."""
-        side, (rows, columns), num_views = self.tile_size, grid, count_views(grid)
-        image_size, canvas_size = (image.height, image.width), (rows * side, columns * side)
-        sizes = [(side, side)]
-        if num_views > 1:
-            sizes.append(fit_inside(image_size, canvas_size))
-        resize = resize_with_torch if options["resize_backend"] == "torch" else resize_with_pil
-        resized = resize(image, sizes, options["resample"])
-        pixel_values[0] = torch.from_numpy(resized[0]).permute(2, 0, 1)
-        if num_views > 1:
-            canvas = np.zeros((*canvas_size, 3), dtype=np.uint8)
-            (top, bottom), (left, right) = letterbox(image_size, canvas_size)
-            canvas[top:bottom, left:right] = resized[1]
-            tiles = torch.from_numpy(canvas).view(rows, side, columns, side, 3).permute(0, 2, 4, 1, 3)
-            pixel_values[1:num_views].view(rows, columns, 3, side, side).copy_(tiles)  # (R, C, 3, S, S)
-        pixel_values[num_views:] = 0
-        for view in pixel_values[:num_views]:  # one view at a time stays in the processor's cache
-            self._normalize(view, options)
+        """Write the global view and the tiles of an image, decoded at any scale, of original (height, width) `size`.
 
-    def _normalize(self, view: torch.Tensor, options: dict) -> None:
-        """Scale 8-bit values in place, in the order of operations of the release so that every bit agrees."""
-        if options["do_rescale"]:
-            factor = options["rescale_factor"]
-            view = view.div_(255) if factor == 1 / 255 else view.mul_(factor)
-        if options["do_normalize"]:
-            mean, std = (torch.tensor(options[name]).view(-1, 1, 1) for name in ("image_mean", "image_std"))
-            view.sub_(mean).div_(std)
+        All of it in numpy, which no thread waits for: torch would share loops of 0.05 ms out among threads, and beside
+        a busy program each of its barriers takes longer than the loop.
+        """
+        side, (rows, columns) = self.tile_size, grid_of(image_size, self.tile_grids, self.tile_size)
+        resize = resize_with_torch if options["resize_backend"] == "torch" else resize_with_pil
+        sizes = self._resized_sizes(size, image_size)
+        whole, *parts = resize(image, sizes, options["resample"], options["num_threads"])
+        slots[0] = whole.transpose(2, 0, 1)
+        if parts:
+            (top, _), (left, _) = letterbox(size, (rows * side, columns * side))
+            for tile in range(rows * columns):
+                row, column = divmod(tile, columns)
+                _paste(parts[0], (top - row * side, left - column * side), slots[1 + tile])
+        if options["pixel_dtype"] == "float32":
+            factor = options["rescale_factor"] if options["do_rescale"] else None
+            mean, std = (options[name] if options["do_normalize"] else None for name in ("image_mean", "image_std"))
+            for view in slots[: 1 + rows * columns]:  # one view at a time stays in the processor's cache
+                scale_pixels(view, factor, mean, std)
 
     def tiles_to_images(self, pixel_values: torch.Tensor) -> list[Image.Image]:
         """Show what the model sees: tiles and global views (N, 3, S, S) as images again, as `preprocess` made them.
 
-        Settings given to that call alone are not known here: the values are read by the processor's own.
+        Settings given to that call alone are not known here: the values are read by the processor's own. Integers are
+        bytes, whatever the settings.
         """
         values = pixel_values.detach().float().cpu()
-        if self.do_normalize:
+        if self.do_normalize and pixel_values.is_floating_point():
             mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (self.image_mean, self.image_std))
             values = values * std + mean
-        if self.do_rescale:
+        if self.do_rescale and pixel_values.is_floating_point():
             values = values / self.rescale_factor
         return [Image.fromarray(view.numpy()) for view in values.round().clamp(0, 255).byte().permute(0, 2, 3, 1)]
 
@@ -347,167 +374,143 @@ _UNSUPPORTED = {
 }
 
 _PILLOW_CHOOSES_THE_ORDER = int(pillow_version.split(".")[0]) >= 13
+STRIP_BYTES = 2**21  # of an image that is resized in strips: fits the processor's cache
+MOST_THREADS = 8  # each holds a decoded image
 _RESAMPLE_MODES = {PILImageResampling.BICUBIC: "bicubic", PILImageResampling.BILINEAR: "bilinear"}
 
 
-def resize_with_pil(image: Image.Image, sizes: Sequence[tuple[int, int]], resample: int) -> list[np.ndarray]:
+def resize_with_pil(
+    image: Image.Image, sizes: Sequence[tuple[int, int]], resample: int, num_threads: int = 1
+) -> list[np.ndarray]:
     """Resize to each (height, width); returns (height, width, 3) uint8 each.
 
-    Pillow lets other threads run meanwhile, so where torch may use several, the sizes are made side by side.
+    Pillow lets other threads run meanwhile, so where there are several, the sizes are made side by side.
     """
-    resize = partial(_resize_once, image, resample=resample)
-    if len(sizes) == 1 or torch.get_num_threads() == 1:
-        return list(map(resize, sizes))
-    with ThreadPoolExecutor(len(sizes)) as pool:  # none is kept: its threads would be missing after a fork
-        return list(pool.map(resize, sizes))
+    return _map_in_threads(partial(_resize_once, image, resample=resample), sizes, min(len(sizes), num_threads))
 
 
 def _resize_once(image: Image.Image, size: tuple[int, int], resample: int) -> np.ndarray:
-    return np.array(image.resize((size[1], size[0]), resample))
+    return np.asarray(image.resize((size[1], size[0]), resample))
 
 
-def resize_with_torch(image: Image.Image, sizes: Sequence[tuple[int, int]], resample: int) -> list[np.ndarray]:
-    """Resize to each (height, width) with torch's antialiased 8-bit kernels; returns (height, width, 3) uint8 each."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W), channels last in memory
-    return [_interpolate(pixels, size, _RESAMPLE_MODES[resample]) for size in sizes]
+def resize_with_torch(
+    image: Image.Image, sizes: Sequence[tuple[int, int]], resample: int, num_threads: int = 1
+) -> list[np.ndarray]:
+    """Resize to each (height, width) with torch's antialiased 8-bit kernels; returns (height, width, 3) uint8 each.
+
+    These take a direction at a time, with 8 bits between, in one thread. Where Pillow keeps the image in one piece
+    they read it there, else strip by strip, so that it is never copied whole. Sizes whose first pass is the same share
+    it.
+    """
+    mode, (width, height) = _RESAMPLE_MODES[resample], image.size
+    first = {size: _size_between((height, width), size) for size in sizes}
+    pixels = _pixels_of(image)
+    if pixels is None:
+        between = _shrink_strips(image, set(first.values()), mode)
+    else:  # torch's own order, horizontal first, is faster in one call
+        counts = Counter(first.values())
+        in_two = [size for size, count in counts.items() if count > 1 or size[1] == width]
+        between = {size: _interpolate(pixels, size, mode) if size in in_two else pixels for size in counts}
+    resized = [_interpolate(between[first[size]], size, mode) for size in sizes]
+    return [each[0].permute(1, 2, 0).numpy()[..., :3] for each in resized]
 
 
-def _interpolate(pixels: torch.Tensor, size: tuple[int, int], mode: str) -> np.ndarray:
-    """Resize (1, 3, H, W) to (height, width, 3) in two passes with 8 bits between them, in the order Pillow picks.
+def _size_between(size: tuple[int, int], new_size: tuple[int, int]) -> tuple[int, int]:
+    """Give the size after the first of the two passes, in the order that Pillow picks.
 
     Since 13.0 that is vertical first where height shrinks more (found by comparing 2,900 random sizes); the other
     order, which is torch's own, changes a quarter of the values.
     """
-    (height, width), (new_height, new_width) = pixels.shape[-2:], size
+    (height, width), (new_height, new_width) = size, new_size
     shrinks_in_height = height - new_height > max(0, 2 * (width - new_width))
-    passes = [(new_height, width), size] if _PILLOW_CHOOSES_THE_ORDER and shrinks_in_height else [size]
-    for pass_size in passes:
-        pixels = torch.nn.functional.interpolate(pixels, pass_size, mode=mode, align_corners=False, antialias=True)
-    return pixels[0].permute(1, 2, 0).numpy()
+    return (new_height, width) if _PILLOW_CHOOSES_THE_ORDER and shrinks_in_height else (height, new_width)
 
 
-# -- Opening ----------------------------------------------------------------------------------------------------------
-
-_OPENED_HERE = "is_opened_by_blip3"  # attribute of PIL images that `fetch_images` made
-_MAX_PATH_CHARACTERS = 4096
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # EXIF orientation -> what shows the image upright
+def _interpolate(pixels: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
+    return torch.nn.functional.interpolate(pixels, size, mode=mode, align_corners=False, antialias=True)
 
 
-def list_images(images: Any) -> Any:
-    """Turn whatever holds images (a `datasets` Column, an iterator, ...) into lists, row by row; read once, in order.
+def _shrink_strips(
+    image: Image.Image, sizes: Collection[tuple[int, int]], mode: str
+) -> dict[tuple[int, int], torch.Tensor]:
+    """Resize in one direction each, to sizes that have the image's height or width, in strips along that side."""
+    found: dict[tuple[int, int], torch.Tensor] = {}
+    for axis in (2, 3):  # of (1, 4, H, W): strips are runs of rows, or of columns
+        wanted = [size for size in sizes if (size[0] == image.height) == (axis == 2)]
+        if not wanted:
+            continue
+        length, across = (image.height, image.width) if axis == 2 else (image.width, image.height)
+        step = max(1, STRIP_BYTES // (4 * across))
+        parts: dict[tuple[int, int], list[torch.Tensor]] = {size: [] for size in wanted}
+        for start in range(0, length, step):
+            end = min(start + step, length)
+            strip = image.crop((0, start, image.width, end) if axis == 2 else (start, 0, end, image.height))
+            pixels = _pixels_of(strip)
+            if pixels is None:  # someone had Pillow allocate less at once than a strip takes
+                pixels = torch.from_numpy(np.array(strip)).permute(2, 0, 1)[None]
+            for height, width in wanted:
+                part_size = (end - start, width) if axis == 2 else (height, end - start)
+                parts[height, width].append(_interpolate(pixels, part_size, mode))
+        found |= {size: torch.cat(strips, dim=axis) for size, strips in parts.items()}
+    return found
 
-    >>> list_images(iter(["a.jpg", ("b.jpg", "c.jpg")]))
-    ['a.jpg', ['b.jpg', 'c.jpg']]
+
+class _ArrowArray(ctypes.Structure):
+    """`struct ArrowArray` of Arrow's C data interface (arrow.apache.org/docs/format/CDataInterface.html)."""
+
+
+_ArrowArray._fields_ = [
+    *[(name, ctypes.c_int64) for name in ("length", "null_count", "offset", "n_buffers", "n_children")],
+    ("buffers", ctypes.POINTER(ctypes.c_void_p)),
+    ("children", ctypes.POINTER(ctypes.POINTER(_ArrowArray))),
+    *[(name, ctypes.c_void_p) for name in ("dictionary", "release", "private_data")],
+]
+_pointer_in = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
+def _pixels_of(image: Image.Image) -> torch.Tensor | None:
+    """View the memory of an RGB image as (1, 4, H, W), the fourth channel unused; None where it is in several pieces.
+
+    The view lives no longer than the image. Pillow gives it to users of Arrow; numpy would get a copy of a copy.
     """
-    entries = _entries_of(images)
-    return images if entries is None else [list_images(entry) for entry in entries]
-
-
-def _entries_of(images: Any) -> list | None:
-    """List the entries of what holds images; None for what is one image, or nothing that could hold any."""
-    if is_source(images) or isinstance(images, Image.Image | Mapping | Set) or not isinstance(images, Iterable):
+    try:
+        _, capsule = image.__arrow_c_array__()
+    except ValueError:  # more than Pillow allocates at once, 16 MiB if no one changed it
         return None
-    is_numeric = getattr(getattr(images, "dtype", None), "kind", "O") in "biufc" or isinstance(images, torch.Tensor)
-    return None if is_numeric or getattr(images, "ndim", 1) != 1 else list(images)
+    array = ctypes.cast(_pointer_in(capsule, b"arrow_array"), ctypes.POINTER(_ArrowArray)).contents
+    address = array.children[0].contents.buffers[1]
+    values = (ctypes.c_uint8 * (4 * image.width * image.height)).from_address(address)
+    return torch.frombuffer(values, dtype=torch.uint8).view(1, image.height, image.width, 4).permute(0, 3, 1, 2)
 
 
-def is_source(image: Any) -> bool:
-    """Whether this is something to open, rather than pixels."""
-    if isinstance(image, Mapping):  # an undecoded image of `datasets`
-        return not image.keys().isdisjoint(("bytes", "path"))
-    return isinstance(image, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(image, "read")
+def _paste(image: np.ndarray, corner: tuple[int, int], tile: np.ndarray) -> None:
+    """Write what a tile (3, S, S) shows of an image (height, width, 3) whose corner is at (y, x) of it, or outside."""
+    (y, x), side = corner, tile.shape[-1]
+    shown = image[max(0, -y) : side - y, max(0, -x) : side - x]
+    top, left = max(0, y), max(0, x)
+    tile[:, top : top + shown.shape[0], left : left + shown.shape[1]] = shown.transpose(2, 0, 1)
 
 
-def _open(source: Any) -> Image.Image:
-    if isinstance(source, Mapping):  # either may be None
-        source = source.get("bytes") or source.get("path")
-        if source is None:
-            raise _ImageError("it has neither bytes nor path")
-    if isinstance(source, str):
-        return _open_text(source)
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source)
+def _map_in_threads(function: Callable[[Any], Any], items: Sequence[Any], num_threads: int) -> list:
+    if num_threads < 2:
+        return list(map(function, items))
+    with ThreadPoolExecutor(num_threads) as pool:  # none is kept: its threads would be missing after a fork
+        return list(pool.map(function, items))
 
 
-def _open_text(text: str) -> Image.Image:
-    """Open a file name, URL or base64 text; a file name goes first, since base64 text may look like one."""
-    if text.startswith(("http://", "https://")):
-        return _open_url(text)
-    if len(text) < _MAX_PATH_CHARACTERS and os.path.exists(text):
-        return Image.open(text)
-    is_data_url = text.startswith("data:")
-    try:
-        return Image.open(io.BytesIO(base64.b64decode(text.split(",", 1)[-1] if is_data_url else text)))
-    except Exception as error:
-        may_be_name = len(text) < _MAX_PATH_CHARACTERS or any(character in text for character in ".\\:~-_")
-        if text and may_be_name and not is_data_url:
-            raise FileNotFoundError(text) from error
-        raise
+def _are_apart(images: Sequence[Any]) -> bool:
+    """Whether threads may take one image each: none decodes from a file that another image, or its owner, reads."""
+    files = [getattr(image, "fp", None) or image for image in images]
+    is_ours = all(is_opened_here(image) or not isinstance(image, ImageFile.ImageFile) for image in images)
+    return is_ours and len(set(map(id, files))) == len(files)
 
 
-def _open_url(url: str) -> Image.Image:
-    """Download an image with the client of transformers' own loader, which would turn every image upright.
-
-    Raises:
-        ValueError: if the server's answer is not a file.
-    """
-    if hasattr(image_utils, "httpx"):  # transformers 5
-        response = image_utils.httpx.get(url, timeout=URL_TIMEOUT_SECONDS, follow_redirects=True)
-    else:
-        response = image_utils.requests.get(url, timeout=URL_TIMEOUT_SECONDS)
-    if response.status_code != 200:
-        raise _ImageError(f"its server answered with status {response.status_code}")
-    return Image.open(io.BytesIO(response.content))
-
-
-def _explain_unopened(source: Any, error: Exception) -> str:
-    """Say what was to be opened, why it could not be, and what to do about it."""
-    if isinstance(source, Mapping):
-        source = source.get("bytes") or source.get("path") or dict(source)
-    is_path = isinstance(source, str | os.PathLike) and len(str(source)) < _MAX_PATH_CHARACTERS
-    if isinstance(error, FileNotFoundError):
-        reason = "no such file, nor base64 text of an image" if isinstance(source, str) else "no such file"
-        advice = "The name is probably misspelt or starts in another folder: correct it, or pass the whole path."
-    elif is_path and os.path.isdir(source):
-        reason, advice = "it is a folder", "Its files were probably meant: name them one by one."
-    elif is_path and os.path.isfile(source) and not os.path.getsize(source):
-        reason, advice = "the file is empty", "It was probably cut off in a download: fetch it again or drop it."
-    elif isinstance(error, _ImageError):
-        reason, advice = str(error), "It was probably moved or never stored: look where it comes from, or drop it."
-    else:
-        reason = f"{type(error).__name__}: {re.sub(r' ?<[^<>]* object at 0x[^<>]*>', '', str(error))[:200]}"
-        advice = "It is probably damaged, of another type or out of reach: check that PIL.Image.open reads it."
-    return (
-        f"{_name_source(source)} could not be opened as an image ({reason}). Expected an image file, its bytes, a "
-        f"URL or a base64 string. {advice}"
-    )
-
-
-def _name_source(source: Any) -> str:
-    """Name what was to be opened; texts longer than a file's name may be are cut."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        return f"{len(source)} bytes"
-    text = os.fspath(source) if isinstance(source, os.PathLike) else source
-    if isinstance(text, str) and len(text) > 255:
-        return f"{text[:80]!r}... ({len(text)} characters)"
-    return repr(text)[:600]
-
-
-def _turn_upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF tag says. `ImageOps.exif_transpose` fails on tags that have nothing to do with it."""
-    image.load()
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF, which says nothing about the pixels
-        return image
-    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+def _is_turned(image: Image.Image, options: dict) -> bool:
+    """Whether an image is turned as its EXIF tag says."""
+    turns = options["do_exif_transpose"]
+    return is_opened_here(image) if turns is None else turns
 
 
 # -- Pixels -----------------------------------------------------------------------------------------------------------
@@ -545,7 +548,7 @@ def _array_to_image(array: Any, input_data_format: Any, bits: int = 8) -> Image.
         array = array.detach().cpu()
         array = (array.float() if array.is_floating_point() else array).numpy()  # numpy lacks bfloat16 and float8
     if not isinstance(array, np.ndarray):
-        raise _ImageError(
+        raise ImageError(
             f"it is a {type(array).__name__} but images are paths, bytes, URLs, PIL images, numpy arrays or torch "
             "tensors. A list of numbers was probably passed: wrap it in np.array."
         )
@@ -561,7 +564,7 @@ def _channels_last(array: np.ndarray, input_data_format: Any, prefer_first: bool
     if array.ndim == 2:
         return array[..., None]
     if array.ndim != 3:
-        raise _ImageError(
+        raise ImageError(
             f"it has {array.ndim} dimensions {array.shape} but an image has 2, (height, width), or 3, with channels "
             "first or last. It is probably one value of a batch too deep: index it or squeeze it."
         )
@@ -571,7 +574,7 @@ def _channels_last(array: np.ndarray, input_data_format: Any, prefer_first: bool
         first, last = first and is_first, last and not is_first
     if not first and not last:
         where = "neither end is" if input_data_format is None else f"{input_data_format!r} does not find"
-        raise _ImageError(
+        raise ImageError(
             f"it has the shape {array.shape}, where {where} a channel count of 1, 3 or 4. It is probably a stack of "
             "feature maps or multispectral: pass grey, RGB or RGBA."
         )
@@ -585,7 +588,7 @@ def _to_uint8(array: np.ndarray, bits: int) -> np.ndarray:
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
     if array.dtype.kind not in "iuf":
-        raise _ImageError(
+        raise ImageError(
             f"its values are of type {array.dtype} (shape {array.shape}) but must be integers or floats. It was "
             "probably read as text or transformed to frequencies: pass the original pixels."
         )
@@ -594,13 +597,13 @@ def _to_uint8(array: np.ndarray, bits: int) -> np.ndarray:
     is_16_bit = not is_float and (bits == 16 or (array.dtype.kind, array.dtype.itemsize) == ("u", 2))
     limit, slack = 65535 if is_16_bit else 255, 1e-3 if is_float else 0  # arithmetic leaves floats a hair outside
     if not (low >= -slack and high <= limit + slack):  # also catches NaN
-        raise _ImageError(
+        raise ImageError(
             f"its values run from {low:g} to {high:g} but must be within 0 to {limit}"
             f"{' or 0 to 1' if is_float else ''}, without NaN. It was probably normalised already or is not a "
             "image: pass the original pixels."
         )
     if is_float and 1 + slack < high < 2:
-        raise _ImageError(
+        raise ImageError(
             f"its values run from {low:g} to {high:g}, where 0 to 1 and 0 to 255 cannot be told apart. It was "
             "probably scaled to 0 to 1 by a filter that overshoots: clip it to 1, or pass uint8."
         )
@@ -613,7 +616,7 @@ def _to_uint8(array: np.ndarray, bits: int) -> np.ndarray:
 
 def _explain(error: Exception) -> str:
     """The message of one of our own errors as it is; a decoder's error with what to do about it."""
-    if isinstance(error, _ImageError):
+    if isinstance(error, ImageError):
         return str(error)
     return (
         f"it could not be decoded ({type(error).__name__}: {str(error)[:200]}). Expected a complete image file. It is "

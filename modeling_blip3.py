@@ -4,7 +4,7 @@
     pixel_values (I, T, 3, S, S)                                     input_ids (B, L)
          | drop the slots an image does not use                           |
     views (N, 3, S, S)                                                    | embed
-         | vision_tower                                                   |
+         | scale bytes, vision_tower                                                |
     patch tokens (N, P, D)                                                |
          | gather the visible ones, group by group                        |
     patches (V, D)       query_ids (I, W), where the config asks for them |
@@ -49,7 +49,7 @@ from .generation_blip3 import (
     one_cache,
     run_decoder,
 )
-from .tiling_blip3 import count_image_tokens, count_views, grid_of, visible_patches
+from .tiling_blip3 import count_image_tokens, count_views, grid_of, scale_pixels, visible_patches
 from .towers_blip3 import accept_checkpoint_names, first_layer, patch_tokens
 
 try:  # transformers 5: initialisers that leave loaded weights alone
@@ -417,7 +417,8 @@ class Blip3Model(Blip3PreTrainedModel):
         """Encode images.
 
         Args:
-            pixel_values: (I, T, 3, S, S), or the views in use alone, (N, 3, S, S).
+            pixel_values: (I, T, 3, S, S), or the views in use alone, (N, 3, S, S); scaled floats, or integers of 0 to
+                255, which are scaled here as the configuration says.
             image_sizes: (I, 2) original (height, width); (0, 0) marks a global view alone.
             query_ids: (I, W), for a resampler with text queries: ids of each image's prompt with one `<image>` an
                 image and without its answer, -1 behind them. The processor makes them.
@@ -456,17 +457,24 @@ class Blip3Model(Blip3PreTrainedModel):
 
         In float32 a CPU infers few views at a time, whose activations fit its caches; bfloat16 gains nothing.
         """
-        settings, dtype = self.config.vision_config, self.vision_tower.dtype
-        is_bound_by_memory = views.device.type == "cpu" and dtype == torch.float32
+        settings = self.config.vision_config
+        is_bound_by_memory = views.device.type == "cpu" and self.vision_tower.dtype == torch.float32
         gives_more = bool(kwargs or settings.output_hidden_states or settings.output_attentions)
         if not is_bound_by_memory or gives_more or torch.is_grad_enabled() or self._is_sharded:
-            outputs = self.vision_tower(views.to(dtype), return_dict=True, **kwargs)
+            outputs = self.vision_tower(self._to_numbers(views), return_dict=True, **kwargs)
             return patch_tokens(self.vision_tower, outputs, self.config)
         num_values = self.config.patches_per_side**2 * settings.hidden_size
         runs = views.split(max(1, self.values_at_once // num_values))
-        tokens = [self.vision_tower(run.to(dtype), return_dict=True).last_hidden_state for run in runs]
+        tokens = [self.vision_tower(self._to_numbers(run), return_dict=True).last_hidden_state for run in runs]
         outputs = BaseModelOutputWithPooling(last_hidden_state=torch.cat(tokens))
         return patch_tokens(self.vision_tower, outputs, self.config)
+
+    def _to_numbers(self, views: torch.Tensor) -> torch.Tensor:
+        """Give views the tower's dtype; bytes are scaled in float32, as the image processor scales them."""
+        if not views.is_floating_point():
+            scaling = (self.config.rescale_factor, self.config.image_mean, self.config.image_std)
+            views = scale_pixels(views.to(torch.float32), *scaling)
+        return views.to(self.vision_tower.dtype)
 
     def _used_views(self, pixel_values: torch.Tensor, num_views: list[int]) -> torch.Tensor:
         """Drop the slots without a view: (I, T, 3, S, S) -> (N, 3, S, S)."""

@@ -31,7 +31,8 @@ from .configuration_blip3 import (
     check_views,
     expose_in_package,
 )
-from .image_processing_blip3 import Blip3ImageProcessorKwargs, is_source, list_images
+from .image_processing_blip3 import Blip3ImageProcessorKwargs
+from .opening_blip3 import is_source, list_images
 from .tiling_blip3 import count_image_tokens, grid_of
 
 # transformers 5 finds the parts of a processor from its arguments and expands placeholders in its own __call__.

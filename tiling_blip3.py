@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the tiles of an image lie, and how many image tokens it takes: the one place that knows either.
+"""What image processor and model must both know: where tiles lie, how many tokens they take, how bytes are scaled.
 
     image (H, W) -- choose_grid --> (R, C) tiles -- letterbox --> R * C tiles, row by row
          |                                                             |
@@ -15,8 +15,10 @@ size (0, 0) both mean a global view alone.
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
+import numpy as np
 import torch
 
 GLOBAL_VIEW_ONLY = (0, 0)  # the `image_sizes` row of an image given as its global view alone
@@ -223,3 +225,32 @@ def _unpadded_region(
         return (padding, map_height - padding), (0, map_width)
     padding = (map_width - int(width * (map_height / height))) // 2
     return (0, map_height), (padding, map_width - padding)
+
+
+# -- how bytes are scaled ---------------------------------------------------------------------------------------------
+
+
+def scale_pixels(
+    pixels: Any, rescale_factor: float | None, image_mean: list[float] | None, image_std: list[float] | None
+) -> Any:
+    """Scale float32 pixels of 0 to 255 in place, in the order of operations of the release so that every bit agrees.
+
+    Args:
+        pixels: (..., 3, height, width), a numpy array or a tensor on any device.
+        rescale_factor: to multiply by; None for not at all. 1/255 divides by 255, as the release does.
+        image_mean: to subtract from each channel then; None for not at all.
+        image_std: to divide by last; goes with `image_mean`.
+
+    Returns:
+        `pixels`.
+    """
+    # tensors of the same device: by a number, a GPU multiplies with its reciprocal
+    like = pixels.new_tensor if isinstance(pixels, torch.Tensor) else partial(np.asarray, dtype=pixels.dtype)
+    if rescale_factor == 1 / 255:
+        pixels /= like(255.0)
+    elif rescale_factor is not None:
+        pixels *= like(rescale_factor)
+    if image_mean is not None:
+        pixels -= like(image_mean).reshape(-1, 1, 1)
+        pixels /= like(image_std).reshape(-1, 1, 1)
+    return pixels

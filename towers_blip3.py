@@ -34,7 +34,7 @@ def patch_tokens(
     tokens, settings = outputs.last_hidden_state, config.vision_config
     timm_model: Any = getattr(vision_tower, "timm_model", None)
     if timm_model is None:
-        known = (0, 1, 1 + getattr(settings, "num_register_tokens", 0))
+        known: tuple[int, ...] = (0, 1, 1 + getattr(settings, "num_register_tokens", 0))
     else:
         known = (getattr(timm_model, "num_prefix_tokens", 0),)
     num_prefix = tokens.shape[1] - config.patches_per_side**2

@@ -22,6 +22,7 @@ import torch
 from transformers import AutoProcessor, BatchFeature, StoppingCriteria
 
 from .checkpoints import load_model, locate
+from .images import byte_options
 
 IMAGE_TOKEN = "<image>"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -101,7 +102,7 @@ class Answerer:
         return cls(processor, to_device(model, device).eval())
 
     def prepare(self, texts: Sequence[str], images: Sequence[Sequence[Any]], **image_options: Any) -> BatchFeature:
-        """Prepare model inputs on the CPU.
+        """Prepare model inputs on the CPU, images as bytes where the model scales them as its processor does.
 
         Args:
             texts: B prompts as `render` writes them.
@@ -116,7 +117,7 @@ class Answerer:
             ValueError: if an image cannot be read, or images and `<image>` differ in number.
         """
         has_images = any(images)
-        options = image_options if has_images else {}
+        options = byte_options(self.processor, self.model.config) | image_options if has_images else {}
         rows = [list(row) for row in images] if has_images else None
         return self.processor(
             text=list(texts), images=rows, padding=True, padding_side="left", return_tensors="pt", **options

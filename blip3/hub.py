@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).resolve().parent
 CODE_FILES = (
     "configuration_blip3.py",
     "tiling_blip3.py",
+    "opening_blip3.py",
     "image_processing_blip3.py",
     "processing_blip3.py",
     "generation_blip3.py",

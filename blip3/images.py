@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images as a person holds them: turned upright as their EXIF tag says, wherever this package opens one itself.
+"""Images as this package holds them: turned upright as their EXIF tag says where it opens one, bytes until the model.
 
 The tag is read here and not by Pillow, which copies the value of every tag it meets: a block of 64 KiB whose tags all
 point at the same bytes takes hundreds of MiB there, and its values go into the library's log.
@@ -18,6 +18,7 @@ _ORIENTATION = 0x0112
 _MAX_TAGS = 65_535
 _INTEGERS = {1: "B", 3: "H", 4: "L"}  # TIFF's types that an orientation is written in
 _METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # of Pillow's `info`
+_SCALING = ("rescale_factor", "image_mean", "image_std")
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -32,6 +33,28 @@ _TURNS = {
 def turns_upright(processor: Any) -> bool:
     """Whether images are turned upright for a model: unless its processor forbids it by `do_exif_transpose` False."""
     return processor.image_processor.do_exif_transpose is not False
+
+
+def byte_options(processor: Any, config: Any) -> dict[str, str]:
+    """Say to a processor that its model scales bytes itself, if both do it alike; nothing, so floats, if they do not.
+
+    Args:
+        processor: of text and images; one whose code is older than bytes gives none.
+        config: of the model.
+
+    Returns:
+        arguments of a call with images.
+    """
+    tiler = processor.image_processor
+    knows = hasattr(tiler, "pixel_dtype") and hasattr(config, "image_mean")
+    scales_alike = knows and all(getattr(tiler, name) == getattr(config, name) for name in _SCALING)
+    return {"pixel_dtype": "uint8"} if scales_alike and tiler.do_rescale and tiler.do_normalize else {}
+
+
+def float_options(processor: Any) -> dict[str, str]:
+    """Ask an image processor, or a processor that has one, for scaled floats; its settings may ask for bytes."""
+    tiler = getattr(processor, "image_processor", processor)
+    return {"pixel_dtype": "float32"} if hasattr(tiler, "pixel_dtype") else {}
 
 
 def turn_upright(image: Image.Image) -> Image.Image:

@@ -32,6 +32,7 @@ from .memory import measure_memory
 from .overhead import measure_overhead
 from .report import update_documents, write_report
 from .scaling import measure_scaling
+from .switches import measure_switches
 from .tokens import measure_tokens
 from .training_step import measure_training
 
@@ -45,6 +46,7 @@ SUITES: dict[str, tuple[Callable[[Bench], list[Comparison]], str]] = {
     "memory": (measure_memory, "Peak memory of loading, of a prefill and of a training step."),
     "training": (measure_training, "A training step with a frozen vision tower."),
     "scaling": (measure_scaling, "Cost of a prefill against images, views and rows."),
+    "switches": (measure_switches, "Each optimisation on and off, everything else alike."),
 }
 RESULTS, QUICK_RESULTS = PACKAGE / "benchmarks" / "results", Path("outputs", "benchmarks")
 QUICK_EFFORT = {"rounds": 2, "seconds": 1.0, "longest_run_seconds": 60.0}

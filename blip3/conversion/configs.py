@@ -400,6 +400,11 @@ def preprocessor_config_of(source: dict | None, config: dict) -> dict:
     return read_json(TEMPLATES / "preprocessor_config.json") | values | sizes
 
 
+def scaling_of(preprocessor: dict) -> dict:
+    """Return how a preprocessor_config.json scales pixels, for our config.json: the model scales bytes by that."""
+    return {name: preprocessor[name] for name in ("rescale_factor", "image_mean", "image_std") if name in preprocessor}
+
+
 def tower_statistics(folder: Path) -> dict | None:
     """Read the pixels' mean and standard deviation off a tower's folder, whichever library wrote it."""
     if found := optional_json(folder / "preprocessor_config.json"):

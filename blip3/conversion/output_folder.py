@@ -21,6 +21,7 @@ from .configs import (
     Checkpoint,
     build_config,
     read_json,
+    scaling_of,
     template,
     unfused_text_config,
 )
@@ -121,6 +122,7 @@ def write_small_files(
         eos = ids["eos_token_id"]
         text = text | ids | {"eos_token_id": eos[0] if isinstance(eos, list) else eos}
     config = without_paths(checkpoint.config | {"dtype": dtype, "auto_map": template()["auto_map"]})
+    config |= scaling_of(checkpoint.preprocessor)
     config["text_config"] = unfused_text_config(text) if text_layout == "unfused" else text
     build_config(config)  # validates
     write_json(folder / "config.json", config)

@@ -29,6 +29,7 @@ from transformers import AutoProcessor
 from ..checkpoints import CODE_FILES, GOLDEN_FILE, folder_of, load_model, locate
 from ..files import sha256_of
 from ..hub import ROOT
+from ..images import float_options
 
 SHIPPED = (ROOT, ROOT / "base")
 # Largest difference of a value, where logits spread by about 1.5. Seen: 3e-6 between transformers 4.57.6 and 5.24 and
@@ -92,7 +93,8 @@ def compute(model: Any, processor: Any) -> dict[str, torch.Tensor]:
             content = [*([{"type": "image"}] * num_images), {"type": "text", "text": text}]
             messages = [{"role": "user", "content": content}]
             text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        inputs = processor(text=text, images=images or None, return_tensors="pt")
+        options = float_options(processor) if images else {}
+        inputs = processor(text=text, images=images or None, return_tensors="pt", **options)
         logits = model(**inputs).logits[0].float()
         found[f"{name}.ids"] = inputs["input_ids"][0].to(torch.int32)
         if images:

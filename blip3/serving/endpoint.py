@@ -140,11 +140,12 @@ class EndpointHandler:
         return [[next(files) for _ in prompt.images] for prompt in prompts]
 
     def _opened_bytes(self, files: Sequence[Checked]) -> int:
-        """Bytes of decoded images, of the one being converted, and of model inputs in two dtypes."""
+        """Bytes of decoded images, of those being converted, one a thread, and of model inputs in two dtypes."""
         images = self.answerer.processor.image_processor
         pixels = [file.height * file.width for file in files]
         input_bytes = images.num_view_slots * 3 * images.tile_size**2 * 2 * torch.float32.itemsize
-        return PIXEL_BYTES * sum(pixels) + CONVERTING_BYTES * max(pixels, default=0) + input_bytes * len(files)
+        converting = sum(sorted(pixels)[-torch.get_num_threads() :])
+        return PIXEL_BYTES * sum(pixels) + CONVERTING_BYTES * converting + input_bytes * len(files)
 
     def _take_turn(self, job: _Job, is_gone: Callable[[], bool] | None) -> Answers:
         """Wait for the model and its answers, as long as the deadline allows and the client is there."""

@@ -10,7 +10,7 @@ In a packed row positions start at 0 with every sample, and without an attention
 by that: each token sees its own sample only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,7 @@ class Encoder:
         any_resolution: False gives each image as its global view alone.
         learn_end_of_chunk: whether `<|endofchunk|>` is learned; the report's loss leaves it out.
         learn_questions: whether few-shot prompts are learned whole, or their answers alone.
+        pixel_options: of the processor, such as those of `byte_options`.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class Encoder:
         any_resolution: bool = True,
         learn_end_of_chunk: bool = False,
         learn_questions: bool = True,
+        pixel_options: Mapping[str, str] | None = None,
     ):
+        self.pixel_options = pixel_options or {}
         self.learn_questions = learn_questions
         self.processor, self.max_length, self.any_resolution = processor, max_length, any_resolution
         self.end_of_text = processor.tokenizer.eos_token
@@ -80,7 +83,7 @@ class Encoder:
             images=images or None,
             return_tensors="pt",
             return_labels=is_chat,
-            **({"do_image_splitting": self.any_resolution} if images else {}),
+            **({"do_image_splitting": self.any_resolution, **self.pixel_options} if images else {}),
         )
         ids = inputs["input_ids"][0]
         labels = inputs["labels"][0] if is_chat else ids.masked_fill(torch.isin(ids, self.ignored), IGNORE_INDEX)

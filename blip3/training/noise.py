@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..images import float_options
 from ..refusals import check_choice
 from .recipe import NOISE_PIXELS
 
@@ -71,12 +72,14 @@ class Noiser:
             **options: of the image processor.
 
         Returns:
-            what the processor gives for one prompt.
+            what the processor gives for one prompt; pixels that were noised themselves are floats.
         """
         digest = hashlib.sha256(f"{self.seed} {record_id}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         if self.pixels == "unit":
             images = [self._noise_image(image, generator) for image in images]
+        else:
+            options |= float_options(processor)
         inputs = processor(text=text, images=images, return_tensors="pt", **options)
         if self.pixels == "normalised":
             inputs["pixel_values"] = add_noise(inputs["pixel_values"], self.step, generator)

@@ -35,6 +35,7 @@ class PairEncoder:
         any_resolution: False gives each image as its global view alone.
         noised_answers: rejected answers of the second term, by `pair_key`; pairs without one have no second term.
         noiser: gives a sample `noised_pixel_values` as well, for teacher-forced answers.
+        pixel_options: of the processor, such as those of `byte_options`.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class PairEncoder:
         any_resolution: bool = True,
         noised_answers: Mapping[str, str] | None = None,
         noiser: Noiser | None = None,
+        pixel_options: Mapping[str, str] | None = None,
     ):
+        self.pixel_options = pixel_options or {}
         self.processor, self.max_length, self.any_resolution = processor, max_length, any_resolution
         self.noised_answers, self.noiser = noised_answers or {}, noiser
 
@@ -58,7 +61,7 @@ class PairEncoder:
         to_preference(record)  # refuses other kinds
         images = open_images(record.images, self.processor)
         prompt = self.processor.apply_chat_template(to_messages(record), tokenize=False, add_generation_prompt=True)
-        options = {"do_image_splitting": self.any_resolution} if images else {}
+        options = {"do_image_splitting": self.any_resolution, **self.pixel_options} if images else {}
         inputs = self.processor(text=prompt, images=images or None, return_tensors="pt", **options)
         sample = {"prompt": inputs["input_ids"][0]}
         texts = (record.chosen, record.rejected, self.noised_answers.get(pair_key(record)))

@@ -10,7 +10,7 @@ OUTPUT/final, its adapters alone, if it has some, in OUTPUT/adapter; curves are 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def _train(recipe: Recipe, arguments: TrainingArguments, source: dict[str, Any],
         freeze(model, recipe)
     is_preference = recipe.loss == "preference"
     with arguments.main_process_first(desc="looking through shards"):
-        samples = make_samples(recipe, processor)
+        samples = make_samples(recipe, processor, images.byte_options(processor, model.config))
     pad_id = processor.tokenizer.pad_token_id
     trainer = StageTrainer(
         model=model,
@@ -103,8 +103,13 @@ def _train(recipe: Recipe, arguments: TrainingArguments, source: dict[str, Any],
     return save_final(trainer, recipe)
 
 
-def make_samples(recipe: Recipe, processor: Any) -> "Samples":
+def make_samples(recipe: Recipe, processor: Any, pixel_options: Mapping[str, str] | None = None) -> "Samples":
     """Make the samples of a whole run, encoded for the recipe's loss.
+
+    Args:
+        recipe: of the run.
+        processor: of the model.
+        pixel_options: of the processor, such as those of `byte_options`.
 
     Raises:
         ValueError: if the recipe's noised answers are those of other pairs.
@@ -113,16 +118,15 @@ def make_samples(recipe: Recipe, processor: Any) -> "Samples":
     mixture = mixture_of(recipe, count)
     mixture.count_streams()
     if recipe.loss == "next_token":
-        options = (recipe.any_resolution, recipe.learn_end_of_chunk, recipe.learn_questions)
+        options = (recipe.any_resolution, recipe.learn_end_of_chunk, recipe.learn_questions, pixel_options)
         return Samples(mixture, Encoder(processor, recipe.max_length, *options), recipe.strict)
     answers = read_noised_answers(recipe.noised_answers) if recipe.noised_answers else {}
     if recipe.noised_answers:
         check_answers_belong(answers, recipe.noised_answers, mixture)
     is_teacher_forced = recipe.noised_weight > 0 and not recipe.noised_answers
     noiser = Noiser(recipe.noise_step, recipe.noise_pixels, recipe.seed) if is_teacher_forced else None
-    return Samples(
-        mixture, PairEncoder(processor, recipe.max_length, recipe.any_resolution, answers, noiser), recipe.strict
-    )
+    encoder = PairEncoder(processor, recipe.max_length, recipe.any_resolution, answers, noiser, pixel_options)
+    return Samples(mixture, encoder, recipe.strict)
 
 
 def save_final(trainer: "StageTrainer", recipe: Recipe) -> Path:

@@ -62,6 +62,20 @@ def rows_of(folder, suite):
     return {row["name"]: row for row in json.loads((folder / f"cpu_{suite}.json").read_text())["comparisons"]}
 
 
+def test_every_optimisation_is_measured_on_and_off(results):
+    rows = rows_of(results, "switches")
+    assert all(list(row["values"]) == ["on", "off"] for row in rows.values())
+    counts = {name.split(",")[0]: (row["facts"]["on"], row["facts"]["off"]) for name, row in rows.items()}
+    on, off = counts["growing cache"]
+    assert on["aten::cat"] < off["aten::cat"]
+    for name in ("prefill by length", "window in blocks"):
+        on, off = counts[name]
+        assert on["language model"] > off["language model"], name
+    on, off = counts["bytes"]
+    assert 4 * on["bytes"] == off["bytes"]
+    assert len(counts) == 8
+
+
 def test_every_suite_leaves_results_with_machine_and_versions(results):
     for suite in run.SUITES:
         result = json.loads((results / f"cpu_{suite}.json").read_text())

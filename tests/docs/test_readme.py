@@ -18,7 +18,13 @@ from support import IS_TRANSFORMERS_5, ROOT, render_image
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-NO_DOCTESTS = ("configuration_blip3", "modeling_blip3", "processing_blip3", "towers_blip3")
+NO_DOCTESTS = (
+    "configuration_blip3",
+    "image_processing_blip3",
+    "modeling_blip3",
+    "processing_blip3",
+    "towers_blip3",
+)
 
 
 def test_every_python_block_runs_on_the_lines_it_names(monkeypatch):

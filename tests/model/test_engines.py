@@ -50,9 +50,10 @@ def no_network(monkeypatch):
 def collate(processor):
     """Rows to a training batch, as a user's collator would."""
 
-    def collate(rows: list[dict]) -> dict:
+    def collate(rows: list[dict], **options: str) -> dict:
         texts, images = [row["text"] for row in rows], [row["images"] for row in rows]
-        return dict(processor(text=texts, images=images, padding=True, return_labels=True, return_tensors="pt"))
+        options = {"padding": True, "return_labels": True, "return_tensors": "pt", **options}
+        return dict(processor(text=texts, images=images, **options))
 
     return collate
 
@@ -495,8 +496,9 @@ SHARDED_STEPS = """
 @pytest.fixture(scope="module")
 def sharded_steps(collate) -> list[list[dict]]:
     """One batch per rank and step."""
+    as_bytes = collate(ROWS[:2], pixel_dtype="uint8")
     return [
-        [collate(ROWS[:2]), collate(ROWS[2:])],
+        [as_bytes, collate(ROWS[2:])],
         [collate(ROWS[2:3]), collate(TEXT_ROWS[:1])],  # one rank has no images; both must call the same layers
         [collate(TEXT_ROWS[:1]), collate(TEXT_ROWS[1:])],
     ]

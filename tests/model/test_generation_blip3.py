@@ -192,6 +192,71 @@ def test_a_prompt_read_group_by_group_equals_one_read_at_once(
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
+WINDOWED_ROWS = [ROWS[3], ROWS[0]]  # of like length: too little padding for groups
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("has_positions", [True, False])
+@pytest.mark.parametrize("gives", ["a cache", "no cache", "no use of one"])
+def test_a_prompt_read_a_window_at_a_time_equals_one_read_at_once(
+    tiny_model, processor, monkeypatch, has_positions, gives, attention
+):
+    """Logits, the cache, and the logits of a step after it; most tokens meet one window and their block."""
+    row = (PROMPT.format("<image> and <image>?"), ROWS[2][1][:2])
+    texts, images = zip(*[ROWS[3], row], strict=True)
+    inputs = dict(processor(text=list(texts), images=list(images), padding=True, return_tensors="pt"))
+    mask, window = inputs["attention_mask"], 30
+    assert 0 < (mask == 0).sum() < 0.25 * mask.numel()
+    inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) if has_positions else None
+    monkeypatch.setattr(tiny_model.config.text_config, "sliding_window", window)
+    monkeypatch.setattr(tiny_model.config.text_config, "_attn_implementation_internal", attention)
+    monkeypatch.setitem(tiny_model.prepare_inputs_for_generation.__func__.__globals__, "SMALLEST_BLOCK", 8)
+    lengths: list[int] = []
+    handle = tiny_model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+
+    def read(**options: bool) -> list[torch.Tensor]:
+        cache = DynamicCache(config=tiny_model.config.text_config) if gives == "a cache" else None
+        options |= {"use_cache": gives != "no use of one", CACHE_NAME: cache}
+        with torch.no_grad():
+            outputs = tiny_model(**inputs, **options)
+            cache = outputs[CACHE_NAME] if options["use_cache"] else None
+            if cache is None:
+                assert getattr(outputs, CACHE_NAME) is None
+                return [outputs.logits[mask.bool()]]
+            longer = torch.cat([mask, mask[:, -1:]], dim=1)
+            step = {"position_ids": longer.sum(-1, keepdim=True) - 1} if has_positions else {}
+            step |= {"attention_mask": longer, CACHE_NAME: cache}
+            after = tiny_model(torch.full_like(mask[:, -1:], 7), **step).logits
+        assert {layer.keys.shape[2] for layer in cache.layers} == {window - 1}
+        return [outputs.logits[mask.bool()], after, *(layer.values for layer in cache.layers)]
+
+    in_blocks = read()
+    num_blocks = -(-mask.shape[1] // (window - 1))
+    assert lengths[:num_blocks] == [window - 1] * (num_blocks - 1) + [mask.shape[1] - (num_blocks - 1) * (window - 1)]
+    del lengths[:]
+    at_once = read(output_hidden_states=True)  # which keeps the prompt together
+    handle.remove()
+    assert lengths[0] == mask.shape[1]
+    for one, other in zip(in_blocks, at_once, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_generate_continues_a_prompt_read_a_window_at_a_time(tiny_model, processor, monkeypatch, window):
+    monkeypatch.setattr(tiny_model.config.text_config, "sliding_window", window)
+    at_once = generate(tiny_model, processor, WINDOWED_ROWS)
+    monkeypatch.setitem(tiny_model.prepare_inputs_for_generation.__func__.__globals__, "SMALLEST_BLOCK", 8)
+    lengths: list[int] = []
+    handle = tiny_model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    assert generate(tiny_model, processor, WINDOWED_ROWS) == at_once
+    handle.remove()
+    assert (lengths.count(29) > 1) == (window == 30)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generate_reads_a_mixed_batch_group_by_group(tiny_model, processor, cache):
     lengths: list[tuple[int, ...]] = []

@@ -473,7 +473,7 @@ def test_a_missing_page_is_refused(server, processor):
 
 
 def test_a_silent_server_is_given_up(server, processor, monkeypatch):
-    monkeypatch.setattr(image_processing_blip3, "URL_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setitem(image_processing_blip3.open_source.__globals__, "URL_TIMEOUT_SECONDS", 0.1)
     with pytest.raises(ValueError, match=r"slow.* could not be opened as an image \(ReadTimeout"):
         processor(f"{server}/slow")
 

@@ -153,6 +153,21 @@ def test_prefill_logits(case):
     assert worst(kept[:, -1], case.arrays["last_logits"]) < LOGIT_TOLERANCE
 
 
+@torch.no_grad()
+def test_a_long_prompt_read_a_window_at_a_time_gives_the_logits_of_the_reference(load_case, monkeypatch):
+    case, lengths = load_case("anyres_long_sliding_window"), []
+    monkeypatch.setitem(case.model.prepare_inputs_for_generation.__func__.__globals__, "SMALLEST_BLOCK", 1)
+    handle = case.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    test_prefill_logits(case)
+    test_greedy_ids_are_exact(case)
+    handle.remove()
+    window = case.facts["text_config_overrides"]["sliding_window"]
+    assert max(lengths) == window  # earlier keys of the reference; what transformers calls the window counts one more
+    assert lengths.count(window) >= 3 * (case.inputs()["input_ids"].shape[1] // window)
+
+
 def assert_logits_agree(logits: torch.Tensor, inputs: dict, case: Case) -> None:
     """Compare the real tokens of each row; the reference pads rows further than needed."""
     ours = inputs["attention_mask"].bool()

@@ -22,6 +22,7 @@ from PIL import Image
 
 from ...answering import Answerer, pick_device, to_device
 from ...files import writing
+from ...images import float_options
 from ...refusals import check_positive
 from .few_shot import BENCHMARKS, MOST_SHOTS, Place, load_place, parse_place
 
@@ -44,7 +45,9 @@ def encode_with_checkpoint(model: str, subfolder: str = "", device: str = "auto"
     tower = answerer.model.model.vision_tower
 
     def encode(images: Sequence[Image.Image]) -> torch.Tensor:
-        inputs = answerer.processor.image_processor(list(images), do_image_splitting=False, return_tensors="pt")
+        tiler = answerer.processor.image_processor
+        options = {"do_image_splitting": False, "return_tensors": "pt", **float_options(tiler)}
+        inputs = tiler(list(images), **options)
         views = inputs["pixel_values"][:, 0].to(answerer.model.device, answerer.model.dtype)
         return tower(pixel_values=views).last_hidden_state.float().mean(1)
 

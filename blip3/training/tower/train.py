@@ -28,6 +28,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, TrainingArguments
 from ...checkpoints import load_model, locate
 from ...conversion.names import tower_weights_for
 from ...hub import model_code
+from ...images import float_options
 from ...world.settings import WorldSettings, settings_from
 from ...world.tasks import rendered_record
 from ..recipe import TowerRecipe, load_recipe, plain_errors, recipe_arguments, save_recipe
@@ -128,7 +129,8 @@ class TowerImages(Dataset):
         task = self.recipe.tasks[index % len(self.recipe.tasks)]
         record = rendered_record(task, self.split, self.recipe.seed, index, self.settings)
         drawing, side = drawing_of(record), self.image_processor.tile_size
-        pixels = self.image_processor(record.images[0].open(), return_tensors="pt")["pixel_values"][0]
+        options = {"return_tensors": "pt", **float_options(self.image_processor)}
+        pixels = self.image_processor(record.images[0].open(), **options)["pixel_values"][0]
         grid = self.image_processor.grid_of(*drawing.size)
         regions, places = regions_of(record, drawing), view_places(drawing.size, grid, side)
         rng = np.random.default_rng([self.recipe.seed, index])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's own reading of the processor, without weights or an engine: ids, places and tensors of every image."""
 
+import dataclasses
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,23 @@ def test_ids_places_and_tensors_are_those_of_the_processor(folders, name, row):
         for key in ("pixel_values", "image_sizes"):
             assert torch.equal(item[key].data[0], expected[key][index]), key
             assert item[key].data.shape[0] == 1
+
+
+def test_bytes_stay_bytes_and_are_another_entry_of_the_cache(folders):
+    class WithBytes(Row):
+        @property
+        def image_options(self) -> dict[str, Any]:
+            return {"pixel_dtype": "uint8"}
+
+    row = ROWS[-1]
+    floats, given = (read(folders["fused"], kind(**dataclasses.asdict(row))) for kind in (Row, WithBytes))
+    assert floats["prompt_token_ids"] == given["prompt_token_ids"]
+    assert set(floats["mm_hashes"]["image"]).isdisjoint(given["mm_hashes"]["image"])
+    processor = AutoProcessor.from_pretrained(folders["fused"], trust_remote_code=True)
+    expected = processor.image_processor(row.images, return_tensors="pt", pixel_dtype="uint8")
+    for index, item in enumerate(given["mm_kwargs"]["image"]):
+        assert item["pixel_values"].data.dtype == torch.uint8
+        assert torch.equal(item["pixel_values"].data[0], expected["pixel_values"][index])
 
 
 def test_the_same_image_has_one_hash_and_another_option_another(folders):

@@ -48,6 +48,11 @@ def test_global_views_alone_for_every_request(folders, elsewhere):
     assert answers == elsewhere(answers_of_transformers, folders["fused"], GLOBAL_ROWS)
 
 
+def test_images_as_bytes_are_answered_alike(folders, expected):
+    with engine(folders["fused"], mm_processor_kwargs={"pixel_dtype": "uint8"}) as llm:
+        assert answers_of_vllm(llm, ROWS) == expected["fused"]
+
+
 def test_a_compiled_decoder(folders, expected):
     with engine(folders["fused"], enforce_eager=False) as llm:
         assert answers_of_vllm(llm, ROWS) == expected["fused"]
