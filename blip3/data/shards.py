@@ -16,7 +16,7 @@ import json
 import os
 import tarfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -176,21 +176,26 @@ def _index_tar(url: str) -> ShardIndex:
     samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
     damage = ""
     try:
-        with _open(url) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # a tar of a million files would fill the memory
-                key, kind = split_name(member.name)
-                if not member.isreg() or not kind:
-                    continue
-                if not samples or samples[-1][0] != key:
-                    samples.append((key, {}))
-                samples[-1][1].setdefault(kind, (member.offset_data, member.size))
-            file.seek(tar.offset)  # type: ignore[attr-defined]
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile ends in silence at a bad header
-                damage = "a header is damaged, or the end is missing"
+        for member in _members(url):
+            key, kind = split_name(member.name)
+            if not member.isreg() or not kind:
+                continue
+            if not samples or samples[-1][0] != key:
+                samples.append((key, {}))
+            samples[-1][1].setdefault(kind, (member.offset_data, member.size))
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         damage = _reason(error)
     return ShardIndex(len(samples) + bool(damage), samples=tuple(samples), damage=damage)
+
+
+def _members(url: str) -> Iterator[tarfile.TarInfo]:
+    with _open(url) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # a tar of a million files would fill the memory
+            yield member
+        file.seek(tar.offset)  # type: ignore[attr-defined]
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile ends in silence at a damaged header
+            raise tarfile.ReadError("a header is damaged, or the end is missing")
 
 
 def split_name(name: str) -> tuple[str, str]:
