@@ -35,7 +35,10 @@ class Learning:
 
     @property
     def reaches_decoder_input(self) -> bool:
-        """Whether the decoder's input gets a gradient: something before it learns, its embeddings do, or PEFT asks."""
+        """Whether the decoder's input gets a gradient: something before it learns, or its embeddings do.
+
+        Beside adapters alone transformers 5 asks for one under checkpointing, 4.57 does not; the larger is counted.
+        """
         return self.tower or self.resampler or self.decoder or self.is_checkpointed
 
 
