@@ -17,7 +17,7 @@ from ..refusals import Bounds, check_choice, check_fields, check_keys, check_pos
 from ..world.settings import settings_from
 from ..world.tasks import TASKS
 from .mixture import check_entry
-from .sharding import check_sharding
+from .sharding import check_sharding, stage_of
 
 MODULES = ("vision_tower", "resampler", "language_model")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -272,6 +272,12 @@ class Recipe(RunRecipe):
             raise ValueError(
                 f"The recipe has {changed[0]} {getattr(self, changed[0])!r} but its loss is next_token, which does "
                 "not read it. The loss was probably left out: write loss: preference."
+            )
+        if self.loss == "preference" and self.deepspeed and stage_of(self.deepspeed) == 3:
+            raise ValueError(
+                f"The recipe has loss preference and deepspeed {self.deepspeed!r}, which shards weights (ZeRO-3), but "
+                "the reference pass switches adapters off between two gathers, and no such run has ended yet. The key "
+                "was probably copied from another stage: take deepspeed: zero2, or fsdp: true."
             )
         if self.loss == "preference" and (not self.lora or self.packing):
             found = "packing true" if self.lora else "no lora"

@@ -70,6 +70,11 @@ def read_deepspeed(name: str) -> dict[str, Any]:
     return config | {key: "auto" for key in _RECIPE_SAYS}
 
 
+def stage_of(deepspeed: str) -> int:
+    """Give the stage of ZeRO that a recipe's `deepspeed` names: 1, 2 or 3."""
+    return int(read_deepspeed(deepspeed)["zero_optimization"]["stage"])
+
+
 def check_sharding(fsdp: bool, deepspeed: str, others: Sequence[str]) -> None:
     """Refuse ways of sharding that contradict each other, or what else a recipe asks for.
 

@@ -83,7 +83,13 @@ def test_recipes_of_the_small_model_say_what_to_expect(name):
     assert re.search(
         rf"^#   python -m blip3\.training\.(tower\.)?train recipes/small/{name}$", text, flags=re.MULTILINE
     )
-    for words in ("# Hardware: ", "Computed from", "# Expected", "provenance/", "ot been run|Not run as one chain|In a run "):
+    for words in (
+        "# Hardware: ",
+        "Computed from",
+        "# Expected",
+        "provenance/",
+        "ot been run|Not run as one chain|In a run ",
+    ):
         assert re.search(words, text), words
 
 
@@ -241,6 +247,10 @@ def test_deepspeeds_configuration_is_checked_with_the_recipe(recipe_file, tmp_pa
     assert load_recipe(recipe_file, Recipe, [f"deepspeed={own}"]).deepspeed == str(own)
     with pytest.raises(ValueError, match="deepspeed 'zero4' but it must be one of zero2, zero3 or a JSON file"):
         load_recipe(recipe_file, Recipe, ["deepspeed=zero4"])
+    preference = ["loss=preference", "trainable=[language_model]", "lora={rank: 2, alpha: 4}"]
+    with pytest.raises(ValueError, match="loss preference and deepspeed 'zero3', which shards weights"):
+        load_recipe(recipe_file, Recipe, [*preference, "deepspeed=zero3"])
+    assert load_recipe(recipe_file, Recipe, [*preference, "deepspeed=zero2"]).deepspeed == "zero2"
     with pytest.raises(ValueError, match="fsdp true and deepspeed 'zero3', but only one of them"):
         load_recipe(recipe_file, Recipe, ["deepspeed=zero3", "fsdp=true"])
 
