@@ -8,6 +8,7 @@ B rows of text, L tokens, I images of the whole batch in reading order; the j-th
 image. How many image tokens an image takes is in tiling_blip3.py.
 """
 
+import dataclasses
 import json
 import re
 from bisect import bisect_right
@@ -394,6 +395,7 @@ class Blip3Processor(ProcessorMixin):
         Raises:
             ValueError: for a text that holds a marker, see `refuse_markers`.
         """
+        conversation = _to_dicts(getattr(conversation, "messages", conversation))
         if isinstance(conversation, list | tuple):
             is_batched = isinstance(conversation[0], list | tuple)
             conversations = [
@@ -509,6 +511,17 @@ def _is_empty(value: Any) -> bool:
 
 def _to_list(values: Any) -> list:
     return values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else list(values)
+
+
+def _to_dicts(value: Any) -> Any:
+    """Turn messages that are dataclasses or pydantic models, as OpenAI's client gives, into dicts; images stay."""
+    if isinstance(value, dict):
+        return {key: _to_dicts(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_dicts(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _to_dicts(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return _to_dicts(value.model_dump()) if callable(getattr(value, "model_dump", None)) else value
 
 
 def _texts_of(message: Any) -> list[str]:
