@@ -154,7 +154,9 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
     (tmp_path / "run" / "final" / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="name run/final"):
         locate("run")
-    with pytest.raises(FileNotFoundError, match=r"no modeling_blip3.py, and neither has .*copy the 7 files"):
+    with pytest.raises(
+        FileNotFoundError, match=f"no modeling_blip3.py, and neither has .*copy the {len(CODE_FILES)} files"
+    ):
         locate("run/final")
 
 

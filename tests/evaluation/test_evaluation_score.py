@@ -267,7 +267,7 @@ def test_chat_prompts_follow_the_template(model):
         if part["type"] == "image":
             messages[0]["content"][index] = {"type": "image", "image": next(images).open()}
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    whole = model.processor.apply_chat_template(messages, **options)
+    whole = model.processor.apply_chat_template(messages, processor_kwargs={"pixel_dtype": "uint8"}, **options)
     prepared = model.prepare([question])
     for name in ("input_ids", "pixel_values", "image_sizes"):
         assert torch.equal(whole[name], prepared[name]), name

@@ -32,7 +32,7 @@ OTHER = {  # values of other types, for each type of field
     list: ["text", 7, {}, [7], [None], True],
     dict: ["none.yaml", 7, [], True, {7: 1}],
 }
-FREE = {"noised_answers": [""], "world": ["none.yaml", {7: 1}], "mixture": [], "notes": []}
+FREE = {"noised_answers": [""], "deepspeed": [""], "world": ["none.yaml", {7: 1}], "mixture": [], "notes": []}
 OPTIONAL = {"vision_learning_rate": [None]}
 
 

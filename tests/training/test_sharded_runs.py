@@ -117,6 +117,7 @@ def test_accelerate_launch_starts_the_same_run(straight, small_model, mixture, t
     assert losses_of(tmp_path / "run") == pytest.approx(losses_of(straight), abs=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_resumes_in_another_number_of_processes(small_model, mixture, tmp_path):
     common = {"mixture": mixture, "max_steps": 4, "save_every": 2, "batch_size": 1}
     stage.train(tiny_recipe(tmp_path / "one.yaml", small_model, **common, accumulation=6))
