@@ -281,9 +281,10 @@ def _forget_unused_conversions(model: nn.Module) -> None:
     A model that transformers 5 loads under ZeRO-3 remembers all that it might have needed, and would save its weights
     under names that it reads nowhere else (seen with 5.24).
     """
-    conversions = getattr(model, "_weight_conversions", None)
+    conversions: Any = getattr(model, "_weight_conversions", None)
     if conversions and hasattr(conversions[0], "was_used"):
-        model._weight_conversions = [each for each in conversions if each.was_used()]
+        used: Any = [each for each in conversions if each.was_used()]
+        model._weight_conversions = used
 
 
 def _restore_quantization_scales(model: nn.Module) -> None:

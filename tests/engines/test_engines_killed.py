@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine on Ray whose workers and driver are killed: every row once, and the same as without."""
 
-import contextlib
 import io
 import json
 import os
@@ -57,6 +56,11 @@ def rows_of(output: Path) -> list[dict]:
     return [row for path in sorted(output.glob("*.parquet")) for row in parquet.read_table(path).to_pylist()]
 
 
+def heed_interrupts() -> None:
+    """A shell's background processes ignore SIGINT, and pass that on to whatever they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Driver:
     """A run in a process of its own, which can be disturbed."""
 
@@ -72,6 +76,7 @@ class Driver:
             stderr=self.errors,
             text=True,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
+            preexec_fn=heed_interrupts,
         )
 
     def wait_for_rows(self, count: int) -> str:
@@ -95,10 +100,7 @@ class Driver:
         """End the driver by a signal, and wait until its workers are gone."""
         self.wait_for_rows(9)
         children = psutil.Process(self.process.pid).children(recursive=True)
-        while self.process.poll() is None:  # an interrupt inside one of Ray's own callbacks is lost: press again
-            self.process.send_signal(number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=2)
+        self.process.send_signal(number)
         self.process.communicate(timeout=120)
         assert self.process.returncode != 0
         workers = [child for child in children if is_alive(child) and "MapWorker" in child.name()]
