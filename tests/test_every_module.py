@@ -19,8 +19,10 @@ FILES = sorted((ROOT / "blip3").rglob("*.py"))
 MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES]
 # Each module in a process of its own, forked after the slow imports: one import may not rely on another.
 SCRIPT = """
-import importlib, json, os, sys
-import torch, transformers
+import contextlib, importlib, json, os, sys
+for package in ("torch", "transformers.trainer", "accelerate", "datasets", "peft", "matplotlib.pyplot"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(package)
 for module in sys.argv[1:]:
     read, write = os.pipe()
     child = os.fork()

@@ -116,6 +116,7 @@ def test_a_script_can_be_copied_as_it_is(name):
     assert {module.split(".")[0] for module in modules} <= allowed
 
 
+@pytest.mark.slow  # `make examples` runs it too
 def test_lora_learns_to_count_stripes(run):
     output, printed = run("finetune_lora.py")
     before, with_adapter, after = scores(printed)

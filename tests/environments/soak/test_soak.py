@@ -47,6 +47,7 @@ def expect_no_fault(report):
     assert report["memory"]["samples"] > 10
 
 
+@pytest.mark.slow  # as `make soak` does, for longer
 def test_the_handler_stays_right_under_eight_clients(tmp_path, legible):
     report = soak(tmp_path, legible, "--backend", "handler")
     expect_no_fault(report)
