@@ -42,6 +42,8 @@ def training_arguments(recipe: RunRecipe, **others: Any) -> TrainingArguments:
     """Translate a recipe for `Trainer`."""
     if not torch.accelerator.is_available():  # unasked, transformers refuses bfloat16 there
         others |= {"use_cpu": True, "ddp_backend": "gloo" if num_processes() > 1 else None}
+        # of several processes accelerate names cpu:0, to which torch reads no file; transformers 4.57 resumes so
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     # transformers 4.57 leaves a run's precision in the environment, where the next one would take it for granted
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if recipe.bf16 else "no"
     if recipe.tf32 and is_torch_tf32_available():  # unasked, transformers refuses it elsewhere
