@@ -49,6 +49,9 @@ test-engines:  ## the data engines on Ray with their readers, OCR and filters (e
 test-harness:  ## lmms-eval, and VLMEvalKit where a copy is named, on look-alikes (environment of its own, 2.4 GB)
 	$(PYTHON) tests/run.py harness
 
+test-scale:  ## several processes, DeepSpeed, object stores, ONNX, towers of timm (environment of its own, 2.5 GB)
+	$(PYTHON) tests/run.py scale
+
 test-wheel:  ## the package installed as a wheel, without the repository (environment of its own, 2 GB)
 	$(PYTHON) tests/run.py wheel
 
@@ -71,4 +74,4 @@ check: setup  ## lint and types
 fix: setup  ## format
 	$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
 
-.PHONY: help setup demo examples test test-slow test-common test-vllm test-backends test-engines test-harness test-wheel soak bench check fix
+.PHONY: help setup demo examples test test-slow test-common test-vllm test-backends test-engines test-harness test-scale test-wheel soak bench check fix

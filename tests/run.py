@@ -7,13 +7,14 @@
     python tests/run.py harness                           lmms-eval and VLMEvalKit on look-alikes of benchmarks
     python tests/run.py kills                             conversions, training and batches, killed a hundred times
     python tests/run.py memory                            peaks at the largest inputs allowed, against their bounds
+    python tests/run.py scale                             sharding, shards in object stores, ONNX, towers of timm
     python tests/run.py soak --backend http --minutes 10  a server under load
     python tests/run.py soak --hostile --minutes 10       the handler, a quarter of whose requests are hostile files
     python tests/run.py vllm                              vLLM on the CPU
     python tests/run.py wheel                             the package installed without the repository
 
-`python tests/run.py NAME --help` describes one. `backends`, `engines`, `harness`, `vllm` and `wheel` make their
-environment themselves and need nothing but Python; the others run in the environment they are started from.
+`python tests/run.py NAME --help` describes one. `backends`, `engines`, `harness`, `scale`, `vllm` and `wheel` make
+their environment themselves and need nothing but Python; the others run in the environment they are started from.
 """
 
 import argparse
@@ -27,6 +28,7 @@ RUNNERS = {
     "harness": "environments.harness.run",
     "kills": "environments.kills.run",
     "memory": "environments.memory.run",
+    "scale": "environments.scale.run",
     "soak": "environments.soak.run",
     "vllm": "environments.on_vllm.run",
     "wheel": "environments.wheel.run",

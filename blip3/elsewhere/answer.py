@@ -51,7 +51,10 @@ class OnnxModel:
         )
 
     def image_tokens(self, pixel_values: np.ndarray, image_sizes: np.ndarray) -> np.ndarray:
-        """Encode images: (I, T, 3, S, S) and (I, 2) to (n, E), end to end."""
+        """Encode images, scaled or as bytes: (I, T, 3, S, S) and (I, 2) to (n, E), end to end."""
+        if pixel_values.dtype.kind != "f":
+            scaling = (getattr(self.config, name) for name in ("rescale_factor", "image_mean", "image_std"))
+            pixel_values = model_code("tiling_blip3.scale_pixels")(pixel_values.astype(np.float32), *scaling)
         tokens = [
             self._encode(views, tuple(size)) for views, size in zip(pixel_values, image_sizes.tolist(), strict=True)
         ]
