@@ -4,7 +4,7 @@
     pixel_values (I, T, 3, S, S)                                     input_ids (B, L)
          | drop the slots an image does not use                           |
     views (N, 3, S, S)                                                    | embed
-         | scale bytes, vision_tower                                                |
+         | scale bytes, vision_tower                                      |
     patch tokens (N, P, D)                                                |
          | gather the visible ones, group by group                        |
     patches (V, D)       query_ids (I, W), where the config asks for them |

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_text
+from ..jobs.tars import split_name
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 TEXT_KINDS = ("txt", "text", "transcript")
@@ -182,7 +183,7 @@ def _index_tar(url: str) -> ShardIndex:
                 continue
             if not samples or samples[-1][0] != key:
                 samples.append((key, {}))
-            samples[-1][1].setdefault(kind, (member.offset_data, member.size))
+            samples[-1][1].setdefault(kind.lower(), (member.offset_data, member.size))
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         damage = _reason(error)
     return ShardIndex(len(samples) + bool(damage), samples=tuple(samples), damage=damage)
@@ -196,17 +197,6 @@ def _members(url: str) -> Iterator[tarfile.TarInfo]:
         file.seek(tar.offset)  # type: ignore[attr-defined]
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile ends in silence at a damaged header
             raise tarfile.ReadError("a header is damaged, or the end is missing")
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Cut the name of a tar's file into key and kind, as webdataset does: at the first dot behind the folders.
-
-    >>> split_name("00/017.seg.PNG")
-    ('00/017', 'seg.png')
-    """
-    folder, slash, base = name.rpartition("/")
-    stem, _, kind = base.partition(".")
-    return folder + slash + stem, kind.lower()
 
 
 def _open(url: str) -> Any:

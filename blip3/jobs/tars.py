@@ -73,7 +73,8 @@ def _samples(path: Path, image_suffixes: tuple[str, ...], max_image_bytes: int |
     sample, count = None, 0
     try:
         for tar, member in _members(path):
-            key, name, kind = _parse(member.name)
+            key, name = split_name(member.name)
+            kind = name.rpartition(".")[2].lower()
             is_image = f".{kind}" in image_suffixes
             if not is_image and kind not in TEXT_KINDS:
                 _skip(tar, member)
@@ -125,15 +126,15 @@ def _skip(tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
             raise tarfile.ReadError("unexpected end of data")
 
 
-def _parse(name: str) -> tuple[str, str, str]:
-    """Cut the name of a file into key, what follows the key, and the last part of that in small letters.
+def split_name(name: str) -> tuple[str, str]:
+    """Cut the name of a tar's file into key and what follows it, at the first dot of its last part as webdataset does.
 
-    >>> _parse("00/017.seg.PNG")
-    ('00/017', 'seg.PNG', 'png')
+    >>> split_name("00/017.seg.PNG")
+    ('00/017', 'seg.PNG')
     """
     folder, _, base = name.rpartition("/")
     stem, _, rest = base.partition(".")
-    return f"{folder}/{stem}" if folder else stem, rest, rest.rpartition(".")[2].lower()
+    return f"{folder}/{stem}" if folder else stem, rest
 
 
 def _add(sample: TarSample, name: str, kind: str, is_image: bool, data: bytes | None, too_large: str) -> None:

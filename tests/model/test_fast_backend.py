@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, JpegImagePlugin
 
 from blip3.hub import model_code
 from support import SHARED, needs_reference, render_image
+from support.exif import STORED
 
 image_processing_blip3 = model_code("image_processing_blip3")
 Blip3ImageProcessor = model_code("image_processing_blip3.Blip3ImageProcessor")
@@ -158,17 +159,8 @@ def test_an_image_that_was_fetched_keeps_all_of_its_pixels(fast, exact):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_turned_jpeg_is_what_its_upright_pixels_are(fast, scales, orientation):
     """Grid, size and scale follow from the upright image: (1, 3) tiles need less height than width."""
-    turns = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }  # what a camera does before it writes the tag
     upright = render_image(300, 900)
-    stored = upright.transpose(turns[orientation]) if orientation > 1 else upright
+    stored = upright.transpose(STORED[orientation]) if orientation in STORED else upright
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     inputs = run(fast, as_jpeg(stored, exif=exif))
