@@ -6,9 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import venv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,34 +68,45 @@ def run_in_environment(
     environment: Path,
     constraints: Path,
     packages: Sequence[str],
-    harmful: Sequence[str],
-    advice: str,
-    folder: Path,
-    variables: Mapping[str, str],
+    tests: Sequence[Path],
+    variables: Mapping[str, str] = MappingProxyType({}),
+    *,
+    prepare: Callable[[], object] = lambda: None,
+    harmful: Sequence[str] = (),
+    advice: str = "The package index is probably out of reach: see the message above.",
+    may_lack: Sequence[str] | None = None,
 ) -> int:
-    """Read the command line, make the environment, run a folder of tests in it.
+    """Read the command line, make the environment, run tests in it.
 
     Args:
         description: of the command.
         environment: folder.
         constraints: pins.
         packages: to install.
-        harmful: what they bring and must be removed again.
+        tests: files and folders.
+        variables: of their environment, beside HF_HUB_OFFLINE.
+        prepare: what no package brings; raises OSError or RuntimeError.
+        harmful: packages that others bring and must be removed again.
         advice: end of the message when pip fails.
-        folder: of tests.
-        variables: of their environment.
+        may_lack: words of reasons for which a test may be skipped; another skipped test fails the run. None lets any.
 
     Returns:
-        pytest's status; 2 when the environment cannot be made.
+        pytest's status; 1 when a test was skipped that should run, 2 when the environment cannot be made.
     """
     expression = parse_expression(description)
-    install = ["install", "--quiet", "--constraint", str(constraints), *packages]
+    steps = [["install", "--quiet", "--constraint", str(constraints), *packages]]
+    steps += [["uninstall", "-y", *harmful]] if harmful else []
     try:
-        make_environment(environment, constraints, [install, ["uninstall", "-y", *harmful]], advice)
+        prepare()
+        make_environment(environment, constraints, steps, advice)
     except (OSError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2
-    return run_pytest(environment, expression, [folder], variables)
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.xml"
+        arguments = ["--junitxml", report, *tests]
+        status = run_pytest(environment, expression, arguments, {"HF_HUB_OFFLINE": "1", **variables})
+        return status or (0 if may_lack is None else check_nothing_was_skipped(report, may_lack))
 
 
 def check_nothing_was_skipped(report: Path, may_lack: Sequence[str] = ()) -> int:

@@ -13,11 +13,8 @@ exit status is pytest's; 1 when a test was skipped, 2 when something could not b
 import os
 import shutil
 import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
-from ..own_environment import ROOT, check_nothing_was_skipped, make_environment, parse_expression, run_pytest
+from ..own_environment import ROOT, run_in_environment
 
 ENVIRONMENT = ROOT / ".venv-backends"
 CONSTRAINTS = ROOT / "constraints" / "serving.txt"
@@ -53,18 +50,12 @@ def find_browser() -> None:
 
 def main() -> int:
     """Install what is missing, run the tests."""
-    expression = parse_expression("Test the page, batches on Ray Data and quantization.")
-    install = ["install", "--quiet", "--constraint", str(CONSTRAINTS), *PACKAGES]
-    try:
-        find_browser()
-        make_environment(
-            ENVIRONMENT, CONSTRAINTS, [install], "The package index is probably out of reach: see the message above."
-        )
-    except (OSError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch) / "report.xml"
-        files = ["--junitxml", report, *(ROOT / "tests" / "serving" / name for name in FILES)]
-        status = run_pytest(ENVIRONMENT, expression, files, {"HF_HUB_OFFLINE": "1"})
-        return status or check_nothing_was_skipped(report)
+    return run_in_environment(
+        "Test the page, batches on Ray Data and quantization.",
+        ENVIRONMENT,
+        CONSTRAINTS,
+        PACKAGES,
+        [ROOT / "tests" / "serving" / name for name in FILES],
+        prepare=find_browser,
+        may_lack=(),
+    )

@@ -10,11 +10,7 @@ constraints/engines.txt changes: 2 GB. The exit status is pytest's; 1 when a tes
 not be installed.
 """
 
-import sys
-import tempfile
-from pathlib import Path
-
-from ..own_environment import ROOT, check_nothing_was_skipped, make_environment, parse_expression, run_pytest
+from ..own_environment import ROOT, run_in_environment
 
 ENVIRONMENT = ROOT / ".venv-engines"
 CONSTRAINTS = ROOT / "constraints" / "engines.txt"
@@ -33,17 +29,5 @@ MAY_LACK = ("GPU", "tesseract")
 
 def main() -> int:
     """Install what is missing, run the tests."""
-    expression = parse_expression("Test the data engines.")
-    install = ["install", "--quiet", "--constraint", str(CONSTRAINTS), *PACKAGES]
-    try:
-        make_environment(
-            ENVIRONMENT, CONSTRAINTS, [install], "The package index is probably out of reach: see the message above."
-        )
-    except RuntimeError as error:
-        print(error, file=sys.stderr)
-        return 2
-    with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch) / "report.xml"
-        files = ["--junitxml", report, ROOT / "tests" / "engines", ROOT / "tests" / "jobs"]
-        status = run_pytest(ENVIRONMENT, expression, files, {"HF_HUB_OFFLINE": "1"})
-        return status or check_nothing_was_skipped(report, MAY_LACK)
+    tests = [ROOT / "tests" / "engines", ROOT / "tests" / "jobs"]
+    return run_in_environment("Test the data engines.", ENVIRONMENT, CONSTRAINTS, PACKAGES, tests, may_lack=MAY_LACK)

@@ -19,11 +19,13 @@ CONSTRAINTS = ROOT / "constraints" / "harness.txt"
 PACKAGES = ["pytest", "--editable", f"{ROOT}[lmms-eval,serve]"]
 HARMFUL = ["torchvision"]
 ADVICE = "The package index is probably out of reach, or lacks the CPU build of torch: see the message above."
-VARIABLES = {"BLIP3_HARNESS_TESTS": "1", "HF_HUB_OFFLINE": "1"}  # conftest.py collects nothing without the first
+VARIABLES = {"BLIP3_HARNESS_TESTS": "1"}  # conftest.py collects nothing without the first
 
 
 def main() -> int:
     """Make the environment, run the tests."""
     folder = ROOT / "tests" / "environments" / "harness"
     description = "Run harnesses on the small model and look-alikes of benchmarks."
-    return run_in_environment(description, ENVIRONMENT, CONSTRAINTS, PACKAGES, HARMFUL, ADVICE, folder, VARIABLES)
+    return run_in_environment(
+        description, ENVIRONMENT, CONSTRAINTS, PACKAGES, [folder], VARIABLES, harmful=HARMFUL, advice=ADVICE
+    )

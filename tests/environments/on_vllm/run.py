@@ -24,7 +24,6 @@ ADVICE = (
 )
 VARIABLES = {
     "BLIP3_VLLM_TESTS": "1",  # conftest.py collects nothing without it
-    "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the test's own process
     "VLLM_NO_USAGE_STATS": "1",
@@ -35,4 +34,6 @@ def main() -> int:
     """Make the environment, run the tests."""
     folder = ROOT / "tests" / "environments" / "on_vllm"
     description = "Serve converted folders with vLLM on the CPU and compare answers."
-    return run_in_environment(description, ENVIRONMENT, CONSTRAINTS, PACKAGES, HARMFUL, ADVICE, folder, VARIABLES)
+    return run_in_environment(
+        description, ENVIRONMENT, CONSTRAINTS, PACKAGES, [folder], VARIABLES, harmful=HARMFUL, advice=ADVICE
+    )
