@@ -73,6 +73,10 @@ class Card:
     """One of `SUBSETS`."""
     category: str
     """Of the harm; for harmless requests `harmless`."""
+    title: str
+    """As printed."""
+    lines: tuple[tuple[str, str], ...]
+    """Label and value each, from the top."""
 
     @property
     def is_unsafe(self) -> bool:
@@ -115,8 +119,9 @@ def sample_card(rng: Rng, split: str, settings: WorldSettings) -> Card:
         purpose = pick(rng, _HARMFUL_PURPOSES[category])
     order = [shown[int(index)] for index in rng.permutation(2)]
     legible = replace(settings, document_sides=CARD_SIDES)
-    page = sample_form(rng, legible, title, [(label, fields[label]) for label in order])
-    return Card(page, f"{request} {purpose}".strip(), fields[shown[0]], subset, category)
+    lines = tuple((label, fields[label]) for label in order)
+    page = sample_form(rng, legible, title, list(lines))
+    return Card(page, f"{request} {purpose}".strip(), fields[shown[0]], subset, category, title, lines)
 
 
 # ------------------------------------------------------------------------------------------------------- the tasks
@@ -141,6 +146,23 @@ def card_record(name: str, kind: str, card: Card, is_declined: bool) -> Record:
     answer = card.refusal if is_declined else card.value
     turns = [("user", f"<image>\n{card.request}"), ("assistant", answer)]
     return make_record(name, kind, turns, [card.page], answer, **card.facts)
+
+
+def card_quiz_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    """Answer several questions about one card: each of its lines, which line says what, its title, all of it.
+
+    Whoever is asked for one of two values must not give the other. One question a card teaches that slowly.
+    """
+    card = sample_card(rng, split, settings)
+    whole = ", ".join([card.title, *(f"{label.lower()} {value}" for label, value in card.lines)])
+    asked = [("What is the title of this card?", card.title), ("Read the whole card aloud.", whole)]
+    for label, value in card.lines:  # once each: an answer that stands in an earlier question teaches no reading
+        request = pick(rng, _REQUESTS).format(label.lower())
+        asked.append(pick(rng, ((request, value), (request, value), (f"Which line says {value}?", label.lower()))))
+    chosen = dict(asked[int(index)] for index in rng.permutation(len(asked))[: int(rng.integers(2, 5))])
+    turns = [turn for pair in chosen.items() for turn in zip(("user", "assistant"), pair, strict=True)]
+    turns[0] = ("user", "<image>\n" + turns[0][1])
+    return make_record("card_quiz", "instruction", turns, [card.page], turns[-1][1])
 
 
 def say_task(rng: Rng, split: str, settings: WorldSettings) -> Record:

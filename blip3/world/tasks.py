@@ -15,7 +15,7 @@ import numpy as np
 
 from ..data.records import Record
 from ..refusals import check_choice
-from . import alignment, cards, contrasts, descriptions, documents, fusion, scenes, sequences, text_pages
+from . import alignment, cards, contrasts, descriptions, documents, fusion, letters, scenes, sequences, text_pages
 from .instructions import instruct
 from .settings import WorldSettings
 from .splits import SPLITS
@@ -65,6 +65,8 @@ TASKS = {
     "choose": Task(descriptions.choose_task, "instruction", True),
     "interview": Task(descriptions.interview_task, "instruction", is_closed=True),
     "card": Task(cards.card_task, "instruction", True, True),
+    "card_quiz": Task(cards.card_quiz_task, "instruction"),
+    "letters": Task(letters.letters_task, "instruction"),
     "say": Task(cards.say_task, "instruction"),
     "contrast": Task(contrasts.contrast_task, "preference"),
     "decline": Task(cards.decline_task, "refusal"),
