@@ -64,8 +64,7 @@ def _other(
 
 def contrast_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """Prefer the reference: a description, a yes or no, a count, a colour or a text against a wrong one."""
-    pairs = (_describe_pair, _describe_pair, _describe_pair, _exist_pair, _count_pair, _colour_pair, _read_pair)
-    return pick(rng, pairs)(rng, split, settings)
+    return _PAIRS[pick(rng, settings.contrasts)](rng, split, settings)
 
 
 def _describe_pair(rng: Rng, split: str, settings: WorldSettings) -> Record:
@@ -87,8 +86,16 @@ def _pair(question: str, image: object, chosen: str, rejected: str, altered: str
 
 
 def _exist_pair(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    return _yes_or_no_pair(rng, split, settings, PROBES)
+
+
+def _binding_pair(rng: Rng, split: str, settings: WorldSettings) -> Record:
+    return _yes_or_no_pair(rng, split, settings, ("adversarial",))
+
+
+def _yes_or_no_pair(rng: Rng, split: str, settings: WorldSettings, probes: tuple[str, ...]) -> Record:
     scene = sample_probed(rng, split, settings)
-    question, answer = exist_question(rng, scene, pick(rng, PROBES), settings)
+    question, answer = exist_question(rng, scene, pick(rng, probes), settings)
     return _pair(question, scene, answer, {"yes": "no", "no": "yes"}[answer], "answer")
 
 
@@ -111,3 +118,13 @@ def _read_pair(rng: Rng, split: str, settings: WorldSettings) -> Record:
     while wrong.casefold() == text.casefold():
         wrong = any_string(rng, split, settings)
     return _pair("What is written in the picture?", sample_page(rng, [text], settings), text, wrong, "text")
+
+
+_PAIRS = {
+    "describe": _describe_pair,
+    "exist": _exist_pair,
+    "binding": _binding_pair,
+    "count": _count_pair,
+    "colour": _colour_pair,
+    "read": _read_pair,
+}

@@ -56,6 +56,10 @@ LABELS = tuple(_LABELS.split())
 RULE_ATTRIBUTES = ("colour", "thing", "count", "place")
 """What few-shot rules may look at."""
 
+CONTRASTS = ("describe", "exist", "binding", "count", "colour", "read")
+"""What preference pairs are about: descriptions, yes or no, yes or no about a colour and a thing that are both there,
+counts, colours, texts."""
+
 RULE_FORMS = (
     "{word}:",
     "Word for {word}:",
@@ -131,6 +135,8 @@ class WorldSettings:
     """Share of a rule's questions that say what it looks at, "Which word for red?": then the text tells the answer."""
     word_rule_forms: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
     """Forms (`RULE_FORMS`) that the `word_rule` task samples, from `red:wug` to a whole question between."""
+    contrasts: tuple[str, ...] = ("describe", "describe", "describe", "exist", "count", "colour", "read")
+    """Kinds of pairs (`CONTRASTS`) that the `contrast` task samples; a frequent one stands several times."""
     box_decimals: int = 3
     """Digits after the point in boxes that are asked for; the report's finest level has 3."""
     ocr_granularities: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
@@ -152,6 +158,7 @@ class WorldSettings:
             ("fonts", 1, FACES),
             ("rule_attributes", 1, RULE_ATTRIBUTES),
             ("word_rule_forms", 1, range(len(RULE_FORMS))),
+            ("contrasts", 1, CONTRASTS),
         ):
             given = getattr(self, name)
             unknown = [value for value in given if value not in known]
