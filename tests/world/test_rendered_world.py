@@ -618,6 +618,8 @@ def test_settings_are_followed():
         {"made_up_words": 50},
         {"rule_attributes": ("size",)},
         {"word_rule_forms": (6,)},
+        {"contrasts": ("weather",)},
+        {"contrasts": ()},
     ],
 )
 def test_wrong_settings_are_refused(wrong):

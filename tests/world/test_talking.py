@@ -16,7 +16,7 @@ from blip3.world.cards import SUBSETS
 from blip3.world.contrasts import ALTERATIONS
 from blip3.world.descriptions import PROBES, named_kinds
 from blip3.world.instructions import LETTERS, SHORT, YES_NO, instruct, instruction_in, write_choices
-from blip3.world.settings import WorldSettings
+from blip3.world.settings import CONTRASTS, WorldSettings
 from blip3.world.splits import SPLITS
 from blip3.world.tasks import TASKS, rendered_record, rendered_records
 
@@ -196,6 +196,35 @@ def test_options_are_written_in_the_forms_of_harnesses():
     assert f"Hint: Look at the image.\n{kit}" in texts
 
 
+def test_letters_come_in_steps_and_each_answer_is_right():
+    steps = Counter()
+    for record in records_of("letters"):
+        plain_answers = {}
+        for question, answer in zip(record.turns[::2], record.turns[1::2], strict=True):
+            text = plain(question.text)
+            written = re.findall(r"^(?:([A-D])\.|\(([A-D])\)) (.+)$", text, flags=re.MULTILINE)
+            options = {first or second: option for first, second, option in written}
+            if not options:
+                steps["plain"] += 1
+                plain_answers[text] = answer.text
+            elif last := re.search(r"\n(?:What is option|What does option|What is) ([A-D])(?: say)?\?$", text):
+                steps["option of a letter"] += 1
+                assert answer.text == options[last[1]]
+            elif named := re.search(
+                r"Which option is (.+)\?|Which option says (.+)\?|It is (.+)\. What is it\?", text
+            ):
+                steps["letter of an option"] += 1
+                assert not record.images
+                assert options[answer.text] == next(name for name in named.groups() if name)
+            else:
+                assert {options[answer.text]} == right_options(text, options.values(), record)[1], text
+                before = [right for asked, right in plain_answers.items() if asked in text]
+                steps["after an answer" if before else "at once"] += 1
+                assert not before or options[answer.text] in before
+    assert set(steps) == {"plain", "option of a letter", "letter of an option", "after an answer", "at once"}
+    assert min(steps.values()) > COUNT / 5
+
+
 # -- instructions -----------------------------------------------------------------------------------------------------
 
 
@@ -283,9 +312,36 @@ def test_refusals_are_said_without_an_image_and_never_beside_one():
     share = sum(is_refusal(record.turns[1].text) for record in said) / COUNT
     assert 0.4 < share < 0.8
     assert any(record.turns[1].text == REFUSAL for record in said)
-    for task in ("card", "describe", "exist", "choose", "interview"):
+    for task in ("card", "card_quiz", "describe", "exist", "choose", "interview", "letters"):
         answers = [turn.text for record in records_of(task) for turn in record.turns if turn.role == "assistant"]
         assert not any(is_refusal(answer) for answer in answers)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_quiz_about_a_card_tells_its_two_lines_apart(split):
+    kinds = Counter()
+    for record in records_of("card_quiz", split):
+        printed = [mark.text for mark in record.images[0].drawing.marks if mark.name == "text"]
+        title, *rest = printed
+        lines = dict(zip((label.lower() for label in rest[::2]), rest[1::2], strict=True))
+        whole = ", ".join([title, *(f"{label} {value}" for label, value in lines.items())])
+        for question, answer in zip(record.turns[::2], record.turns[1::2], strict=True):
+            text = plain(question.text)
+            if line := re.fullmatch(r"Which line says (\w+)\?", text):
+                kinds["line"] += 1
+                assert lines[answer.text] == line[1]
+            elif "title" in text or "whole" in text:
+                kinds["whole" if "whole" in text else "title"] += 1
+                assert answer.text == (whole if "whole" in text else title)
+            else:
+                kinds["value"] += 1
+                assert answer.text == lines[re.search(r"\b(code|room|number|seat)\b", text)[1]]
+        told = [turn.text for turn in record.turns[1::2]]
+        assert not any(
+            value in plain(turn.text) and value in told for turn in record.turns[::2] for value in lines.values()
+        )
+    assert set(kinds) == {"line", "title", "whole", "value"}
+    assert kinds["value"] > kinds["line"] > COUNT / 4
 
 
 # -- pairs ------------------------------------------------------------------------------------------------------------
@@ -315,5 +371,29 @@ def test_a_rejected_answer_is_wrong_in_the_way_it_says():
 
 def test_pairs_of_other_settings_are_possible():
     few = WorldSettings(colours=("red", "blue", "green", "black"), things=("star", "car", "fish", "key"))
-    for task in ("describe", "exist", "choose", "interview", "contrast"):
+    for task in ("describe", "exist", "choose", "interview", "letters", "contrast"):
         assert len(list(rendered_records(task, "train", 0, 40, few))) == 40
+
+
+def test_pairs_are_of_the_kinds_that_the_settings_name():
+    seen = {}
+    for kind in CONTRASTS:
+        records = list(rendered_records("contrast", "train", 2, 60, WorldSettings(contrasts=(kind,))))
+        seen[kind] = {record.annotations["altered"] for record in records}
+        if kind == "binding":
+            for record in records:
+                ((colour, thing),) = named_kinds(record.turns[0].text)
+                colours, things = map(set, zip(*kinds_of(record), strict=True))
+                assert colour in colours
+                assert thing in things
+                assert record.chosen == ("yes" if (colour, thing) in kinds_of(record) else "no")
+    assert seen.pop("describe") == set(ALTERATIONS)
+    assert seen == {
+        "exist": {"answer"},
+        "binding": {"answer"},
+        "count": {"count"},
+        "colour": {"colour"},
+        "read": {"text"},
+    }
+    shares = Counter(kind for kind in WorldSettings().contrasts)
+    assert set(shares) == set(CONTRASTS) - {"binding"}
