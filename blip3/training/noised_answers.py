@@ -8,7 +8,8 @@ r"""Write what a model answers when the image is noised: the rejected answers of
 The pairs are those that the recipe's run will see, and the model is the one it starts from. Answers are greedy, and
 the noise on an image follows from the recipe's seed and the record's id, so the same command writes the same file; an
 interrupted one goes on where it was. Left out are answers that equal the chosen one and malformed ones: without an
-end, without a word, or with the same words three times in a row.
+end, without a word, or with the same words three times in a row. With --hallucinated those that are wrong in another
+way are left out too: noise makes the small model count too many, and learning that this is wrong made it count too few.
 
 The scan shows why: too little noise repeats the clean answer, too much gives no sentences. Neither teaches anything.
 """
@@ -51,6 +52,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="answers at once (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer (default: %(default)s)")
     parser.add_argument("--scan", action="store_true", help="write nothing, print a table of noise steps")
+    parser.add_argument(
+        "--hallucinated", action="store_true", help="keep answers only that name what their image does not show"
+    )
     args = parser.parse_intermixed_args()
     with plain_errors():
         recipe = load_recipe(args.recipe, Recipe, args.overrides)
@@ -65,7 +69,7 @@ def main() -> None:
                 line = "{step:4}  {deviation:9.3f}  {well_formed:11.0%}  {same:9.0%}  ".format(**row)
                 print(line + f"{row['measured']:{len(heading)}.1%}", flush=True)
             return
-        write(source, pairs, recipe)
+        write(source, pairs, recipe, measure_for(pairs)[1] if args.hallucinated else None)
 
 
 def pairs_of(recipe: Recipe, count: int) -> list[Record]:
@@ -220,8 +224,14 @@ def scan(
 # -- the file ---------------------------------------------------------------------------------------------------------
 
 
-def write(source: NoisedAnswers, pairs: Sequence[Record], recipe: Recipe) -> Path:
+def write(source: NoisedAnswers, pairs: Sequence[Record], recipe: Recipe, measure: Measure | None = None) -> Path:
     """Write the recipe's file of noised answers, or what is missing of one that was interrupted.
+
+    Args:
+        source: of the answers.
+        pairs: to answer.
+        recipe: names the file.
+        measure: of what an image does not show; answers of which it gives 0 or None are left out. None keeps them.
 
     Raises:
         ValueError: if the recipe names no file.
@@ -248,20 +258,25 @@ def write(source: NoisedAnswers, pairs: Sequence[Record], recipe: Recipe) -> Pat
             ]
             lines.append(json.dumps(line) for line in new)
             done |= {line["key"]: line for line in new}
-        _write_parquet(pairs, done, recipe, path)
+        _write_parquet(pairs, done, recipe, measure)
         lines.remove()
     return path
 
 
-def _write_parquet(pairs: Sequence[Record], done: Mapping[str, Any], recipe: Recipe, path: Path) -> None:
+def _write_parquet(pairs: Sequence[Record], done: Mapping[str, Any], recipe: Recipe, measure: Measure | None) -> None:
     import pyarrow
     import pyarrow.parquet
 
     rows, counts = [], Counter[str]()
     for record in pairs:
         text, is_finished = (done[pair_key(record)][name] for name in ("text", "is_finished"))
-        kind = "malformed" if not is_well_formed(text, is_finished) else ""
-        kind = kind or ("as chosen" if is_same(text, record.chosen or "") else "kept")
+        kind = "kept"
+        if not is_well_formed(text, is_finished):
+            kind = "malformed"
+        elif is_same(text, record.chosen or ""):
+            kind = "as chosen"
+        elif measure and not measure(record, text):
+            kind = "without hallucination"
         counts[kind] += 1
         if kind == "kept":
             values = (record.id, record.chosen, text, recipe.noise_step, recipe.noise_pixels, recipe.model)
@@ -272,7 +287,7 @@ def _write_parquet(pairs: Sequence[Record], done: Mapping[str, Any], recipe: Rec
             f"Of {len(pairs)} noised answers none is left ({dict(counts)}), but a second term needs some. The noise "
             f"(step {recipe.noise_step}) is probably too weak or too strong: look for another step with --scan."
         )
-    with writing(path) as unfinished:
+    with writing(Path(recipe.noised_answers)) as unfinished:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), unfinished)
 
 
