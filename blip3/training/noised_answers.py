@@ -9,7 +9,8 @@ The pairs are those that the recipe's run will see, and the model is the one it 
 the noise on an image follows from the recipe's seed and the record's id, so the same command writes the same file; an
 interrupted one goes on where it was. Left out are answers that equal the chosen one and malformed ones: without an
 end, without a word, or with the same words three times in a row. With --hallucinated those that are wrong in another
-way are left out too: noise makes the small model count too many, and learning that this is wrong made it count too few.
+way are left out too: noise makes the small model count too many, and learning that this is wrong makes it count too
+few.
 
 The scan shows why: too little noise repeats the clean answer, too much gives no sentences. Neither teaches anything.
 """

@@ -89,6 +89,24 @@ def test_the_file_holds_answers_that_differ_and_are_sentences(recipe):
     assert [each.name for each in path.parent.glob(".noised*")] == [], "nothing unfinished is left"
 
 
+def test_answers_without_hallucination_are_left_out_on_request(recipe):
+    pairs = noised_answers.pairs_of(recipe, 40)
+    _, measure = noised_answers.measure_for(pairs)
+    texts = {}
+    for index, record in enumerate(pairs):
+        named = " and a ".join(map(" ".join, named_kinds(record.chosen)[:1]))
+        wrong = f"A {absent_kind(record)}."
+        texts[pair_key(record)] = (wrong, f"Two or three {named}s." if named else "Nothing at all.")[index % 2]
+
+    def rule(record, step):
+        return Answer(texts[pair_key(record)], 1, 1, True)
+
+    kept = noised_answers.read_noised_answers(noised_answers.write(Scripted(recipe, rule), pairs, recipe, measure))
+    assert list(kept) == [pair_key(record) for record in pairs[::2]]
+    kept = noised_answers.read_noised_answers(noised_answers.write(Scripted(recipe, rule), pairs, recipe))
+    assert list(kept) == [pair_key(record) for record in pairs]
+
+
 def test_an_interrupted_command_goes_on_in_the_same_batches(recipe):
     pairs = noised_answers.pairs_of(recipe, 10)
     with pytest.raises(KeyboardInterrupt):
