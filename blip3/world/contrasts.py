@@ -18,9 +18,12 @@ from .scenes import Composition, Rng, crowd, make_record, pick, scattered, short
 from .settings import WorldSettings
 from .text_pages import any_string, sample_page
 
-ALTERATIONS = ("swap", "colour", "thing", "count", "extra")
-"""What may be wrong in a rejected description: two things have each other's colours; one has another colour, is
-another thing or is there once more; something is named that is not there."""
+ALTERATIONS = ("swap", "colour", "thing", "count", "extra", "missing")
+"""What may be wrong in a rejected description: two things have each other's colours; one has another colour or is
+another thing; of several equal things one more or one fewer is told; something that is not there is named, or
+something that is there is left out.
+
+Rejected answers say too much as often as too little. Pairs that only ever reject more teach a model to say less."""
 
 
 def alter(rng: Rng, composition: Composition, kind: str, settings: WorldSettings) -> Composition | None:
@@ -38,21 +41,34 @@ def alter(rng: Rng, composition: Composition, kind: str, settings: WorldSettings
     kinds = list(dict.fromkeys(composition))
     colour, thing = old = pick(rng, kinds)
     if kind == "swap":
-        partners = [other for other in kinds if other[0] != colour and other[1] != thing]
+        partners = [other for other in kinds if {(other[0], thing), (colour, other[1])}.isdisjoint(kinds)]
         if not partners:
             return None
         other = pick(rng, partners)
         swapped = {old: (other[0], thing), other: (colour, other[1])}
-        altered = tuple(swapped.get(each, each) for each in composition)
-        return altered if set(altered) != set(composition) else None
+        return tuple(swapped.get(each, each) for each in composition)
     if kind == "count":
-        return (*composition, old)
+        return _miscounted(rng, composition)
+    if kind == "missing":
+        return tuple(each for each in composition if each != old) or None
     if kind == "extra":
         return (*composition, _other(rng, kinds, settings.colours, settings.things))
     new = _other(rng, kinds, settings.colours, (thing,))
     if kind == "thing":
         new = _other(rng, kinds, (colour,), settings.things)
     return tuple(new if each == old else each for each in composition)
+
+
+def _miscounted(rng: Rng, composition: Composition) -> Composition | None:
+    """Add one of several equal things or take one away, as often; None if there are no equal ones."""
+    several = [kind for kind in dict.fromkeys(composition) if composition.count(kind) > 1]
+    if not several:
+        return None
+    kind = pick(rng, several)
+    if rng.integers(2):
+        return (*composition, kind)
+    last = max(index for index, each in enumerate(composition) if each == kind)  # the first keeps its place
+    return (*composition[:last], *composition[last + 1 :])
 
 
 def _other(

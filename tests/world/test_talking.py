@@ -347,8 +347,13 @@ def test_a_quiz_about_a_card_tells_its_two_lines_apart(split):
 # -- pairs ------------------------------------------------------------------------------------------------------------
 
 
+def told(word: str) -> int:
+    """The number that a word of a description tells."""
+    return {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4}.get(word.lower(), 0)
+
+
 def test_a_rejected_answer_is_wrong_in_the_way_it_says():
-    altered = Counter()
+    altered, numbers = Counter(), Counter()
     for record in records_of("contrast"):
         kind = record.annotations["altered"]
         altered[kind] += 1
@@ -359,6 +364,11 @@ def test_a_rejected_answer_is_wrong_in_the_way_it_says():
         assert set(right) == kinds_of(record)
         if kind == "count":
             assert right == wrong
+            numbers[sum(map(told, record.rejected.split())) - sum(map(told, record.chosen.split()))] += 1
+            continue
+        if kind == "missing":
+            assert set(wrong) < set(right)
+            assert len(wrong) == len(right) - 1
             continue
         assert not set(wrong) <= kinds_of(record), record.rejected
         if kind == "swap":
@@ -367,6 +377,8 @@ def test_a_rejected_answer_is_wrong_in_the_way_it_says():
         assert len(wrong) == len(right) + (kind == "extra")
     assert set(altered) == {*ALTERATIONS, "answer", "text"}
     assert altered["swap"] > COUNT / 12
+    assert set(numbers) == {1, -1}, "as often too many as too few"
+    assert abs(altered["extra"] - altered["missing"]) < COUNT / 12
 
 
 def test_pairs_of_other_settings_are_possible():
