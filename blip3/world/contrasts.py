@@ -116,10 +116,13 @@ def _yes_or_no_pair(rng: Rng, split: str, settings: WorldSettings, probes: tuple
 
 
 def _count_pair(rng: Rng, split: str, settings: WorldSettings) -> Record:
-    scene = crowd(rng, split, settings)
-    numbers = [str(number) for number in range(1, settings.max_count + 1)]
-    question, count = pick(rng, [pair for pair in short_questions(scene, settings)[1] if pair[1] in numbers])
-    return _pair(question, scene, count, pick(rng, [number for number in numbers if number != count]), "count")
+    """Reject a number that answers another question about the image: each is rejected as often as it is chosen."""
+    while True:
+        scene = crowd(rng, split, settings)
+        counts = [pair for pair in short_questions(scene, settings)[1] if int(pair[1]) <= settings.max_count]
+        (question, count), (_, other) = pick(rng, counts), pick(rng, counts)
+        if count != other:
+            return _pair(question, scene, count, other, "count")
 
 
 def _colour_pair(rng: Rng, split: str, settings: WorldSettings) -> Record:

@@ -390,7 +390,7 @@ def test_pairs_of_other_settings_are_possible():
 def test_pairs_are_of_the_kinds_that_the_settings_name():
     seen = {}
     for kind in CONTRASTS:
-        records = list(rendered_records("contrast", "train", 2, 60, WorldSettings(contrasts=(kind,))))
+        records = list(rendered_records("contrast", "train", 2, 100, WorldSettings(contrasts=(kind,))))
         seen[kind] = {record.annotations["altered"] for record in records}
         if kind == "binding":
             for record in records:
@@ -399,6 +399,9 @@ def test_pairs_are_of_the_kinds_that_the_settings_name():
                 assert colour in colours
                 assert thing in things
                 assert record.chosen == ("yes" if (colour, thing) in kinds_of(record) else "no")
+        if kind == "count":
+            counts = [(int(record.chosen), int(record.rejected)) for record in records]
+            assert abs(sum(chosen - rejected for chosen, rejected in counts)) < len(counts) / 2, "neither is larger"
     assert seen.pop("describe") == set(ALTERATIONS)
     assert seen == {
         "exist": {"answer"},
