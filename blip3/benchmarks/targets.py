@@ -10,7 +10,18 @@ from .candidates import BARE, LLAVA, OURS
 from .clock import ratios, summarize
 from .generation import EAGER
 from .generation import name_of as generation_name
-from .images import LLAVA_PIL, LLAVA_TORCHVISION, PIL, PIL_RESIZES, TORCH, TORCH_RESIZES
+from .images import (
+    BATCH_MEMORY,
+    BYTES,
+    FLOATS,
+    LLAVA_PIL,
+    LLAVA_TORCHVISION,
+    PIL_BYTES,
+    PIL_RESIZES,
+    TORCH_BYTES,
+    TORCH_RESIZES,
+)
+from .images import name_of as name_of_images
 from .overhead import ARITHMETIC, PARTS
 from .overhead import name_of as overhead_name
 from .training_step import PACKED, PADDED
@@ -69,6 +80,22 @@ def ratio(suite: str, name: str, above: str, below: str) -> Measure:
     return measure
 
 
+def ratio_of_largest(source: str, threads: int, above: str, below: str) -> Measure:
+    """Ratio of two candidates of image processing, for the largest image that was measured."""
+
+    def measure(rows: Rows) -> Sequence[float] | None:
+        wanted = {"source": source, "threads": threads}
+        of_images = {
+            row["facts"]["height"] * row["facts"]["width"]: row["values"]
+            for name, row in rows.items()
+            if name.startswith("images: ") and wanted.items() <= row["facts"].items()
+        }
+        values = of_images[max(of_images)] if of_images else {}
+        return ratios(values[above], values[below]) if above in values and below in values else None
+
+    return measure
+
+
 def value(suite: str, name: str, candidate: str) -> Measure:
     """Values of one candidate."""
     return lambda rows: rows.get(f"{suite}: {name}", {}).get("values", {}).get(candidate)
@@ -89,37 +116,42 @@ def fact(suite: str, name: str, read: Callable[[Mapping[str, Any]], float]) -> M
 
 def make_targets(dtypes: Sequence[str]) -> list[Target]:
     """The targets, for the dtypes that were measured."""
-    targets = [
-        Target(
-            "image processing, bit-exact backend, LLaVA-NeXT's PIL processor takes, two threads",
-            3.0,
-            True,
-            ratio("images", "all sizes, from PIL, 2 threads", LLAVA_PIL, PIL),
-            headline=("image processing, bit-exact, two threads", "LLaVA-NeXT's processor on PIL"),
-        ),
-        Target(
-            "image processing, torch backend, LLaVA-NeXT's torchvision processor takes, one thread",
-            2.5,
-            True,
-            ratio("images", "all sizes, from PIL, 1 thread", LLAVA_TORCHVISION, TORCH),
-            headline=("image processing with torch, one thread", "LLaVA-NeXT's processor on torchvision"),
-        ),
-        Target(
-            "bit-exact backend, its resizes alone take, two threads",
-            None,
-            True,
-            ratio("images", "all sizes, from PIL, 2 threads", PIL_RESIZES, PIL),
-        ),
-        Target(
-            "torch backend, its resizes alone take, one thread",
-            None,
-            True,
-            ratio("images", "all sizes, from PIL, 1 thread", TORCH_RESIZES, TORCH),
-        ),
-    ]
+    targets = _image_targets()
     for dtype in dtypes:
         targets += _model_targets(dtype)
     return targets + _batch_targets(dtypes[0]) + _memory_targets(dtypes[0], dtypes[-1]) + _reported(dtypes)
+
+
+def _image_targets() -> list[Target]:
+    from_pil = {threads: name_of_images("all sizes", "PIL", threads) for threads in (1, 2)}
+    targets = []
+    for threads in (2, 1):
+        words = f"image processing to bytes, bit-exact backend, {threads} thread{'s' * (threads > 1)}"
+        alone = ratio("images", from_pil[threads], PIL_BYTES, PIL_RESIZES)
+        targets.append(Target(f"{words}, against Pillow's two resizes alone", 1.08, False, alone))
+        peer = ratio("images", from_pil[threads], LLAVA_PIL, PIL_BYTES)
+        targets.append(Target(f"{words}, LLaVA-NeXT's PIL processor takes", None, True, peer))
+    targets.append(
+        Target(
+            "image processing to bytes, torch backend, 1 thread, LLaVA-NeXT's torchvision processor takes",
+            2.5,
+            True,
+            ratio("images", from_pil[1], LLAVA_TORCHVISION, TORCH_BYTES),
+            headline=("image processing to bytes, one thread", "LLaVA-NeXT's processor on torchvision"),
+        )
+    )
+    for peer_name, words in ((LLAVA_TORCHVISION, "torchvision"), (LLAVA_PIL, "PIL")):
+        what = f"largest JPEG to bytes, torch backend, 1 thread, LLaVA-NeXT's {words} processor takes"
+        headline = ("a JPEG of 12 megapixels to bytes, one thread", "LLaVA-NeXT's processor on PIL")
+        target = Target(what, 3.0, True, ratio_of_largest("JPEG", 1, peer_name, TORCH_BYTES))
+        targets.append(dataclasses.replace(target, headline=headline if peer_name == LLAVA_PIL else None))
+    alone = ratio("images", from_pil[1], TORCH_BYTES, TORCH_RESIZES)
+    memory = ratio("images", BATCH_MEMORY, BYTES, FLOATS)
+    return [
+        *targets,
+        Target("image processing to bytes, torch backend, 1 thread, against its resizes alone", None, False, alone),
+        Target("pixel_values of a batch of 16 images, bytes against float32", 0.26, False, memory),
+    ]
 
 
 def _model_targets(dtype: str) -> list[Target]:
