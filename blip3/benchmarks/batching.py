@@ -5,14 +5,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..hub import model_code
 from .bench import Bench
 from .candidates import OURS, SQUARE, count_image_tokens
 from .clock import Candidate, Comparison, timed
-from .generation import STATIC, cache_options, time_generation
+from .generation import STATIC, cache_options, growing_cache, time_generation
 from .overhead import profile
 
 MIXED = (0,) * 6 + (1,) * 6 + (3,) * 4  # images of each row
@@ -58,8 +56,7 @@ def profile_step(bench: Bench, model: Any, rows: Sequence[int]) -> dict[str, flo
     lengths = torch.tensor([sizes.text_tokens + count * count_image_tokens(OURS, sizes, SQUARE) for count in rows])
     longest, like = int(lengths.max()), {"dtype": model.dtype, "device": model.device}
     shape = (len(rows), sizes.text_heads, longest, sizes.text_width // sizes.text_heads)
-    cache = DynamicCache(config=model.config.text_config)
-    model_code("generation_blip3.grow_in_place")(cache)  # as generate does
+    cache = growing_cache(model.config.text_config)
     for index in range(sizes.text_layers):
         cache.update(torch.randn(shape, **like), torch.randn(shape, **like), index)
     token = torch.randn(len(rows), 1, sizes.text_width, **like)

@@ -8,7 +8,7 @@ from typing import Any
 from .batching import BY_LENGTH, CACHE, FEATURES, ONE_BATCH, ONE_BY_ONE, STATIC_BATCH
 from .candidates import BARE, LLAVA, OURS
 from .clock import ratios, summarize
-from .generation import EAGER
+from .generation import EAGER, SAME_CACHE
 from .generation import name_of as generation_name
 from .images import (
     BATCH_MEMORY,
@@ -24,6 +24,7 @@ from .images import (
 from .images import name_of as name_of_images
 from .overhead import ARITHMETIC, PARTS
 from .overhead import name_of as overhead_name
+from .switches import NO_WINDOW, OFF, ON
 from .training_step import PACKED, PADDED
 
 Rows = Mapping[str, Mapping[str, Any]]  # "suite: name of the comparison" -> the comparison as JSON
@@ -170,8 +171,14 @@ def _model_targets(dtype: str) -> list[Target]:
             f"prefill against the sum of its bare parts, {dtype}", 1.05, False, ratio("overhead", prefill, OURS, PARTS)
         ),
         Target(
-            f"time per token against the bare language model, {dtype}",
-            1.1,
+            f"time per token against the bare language model with the same cache, {dtype}",
+            1.05,
+            False,
+            ratio("generation", f"{name}, each further token", OURS, SAME_CACHE),
+        ),
+        Target(
+            f"time per token against the bare language model with transformers' cache, {dtype}",
+            None,
             False,
             ratio("generation", f"{name}, each further token", OURS, BARE),
         ),
@@ -208,6 +215,12 @@ def _batch_targets(dtype: str) -> list[Target]:
         ),
         Target(
             "vision tower runs of a second question, cache continued", 0.0, False, _tower_runs(questions, CACHE), ""
+        ),
+        Target(
+            "prefill of 4,096 text tokens, sliding window against none",
+            0.95,
+            False,
+            ratio("switches", NO_WINDOW, ON, OFF),
         ),
         Target(
             "training step, packed, tokens/s against padded",
