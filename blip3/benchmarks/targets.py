@@ -2,11 +2,13 @@
 """What this repository wants to be true of its speed, and whether the results say so."""
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .batching import BY_LENGTH, CACHE, FEATURES, ONE_BATCH, ONE_BY_ONE, STATIC_BATCH
-from .candidates import BARE, LLAVA, OURS
+from .busy import FACTOR
+from .candidates import BARE, IDEFICS, LLAVA, OURS
 from .clock import ratios, summarize
 from .generation import EAGER, SAME_CACHE
 from .generation import name_of as generation_name
@@ -24,6 +26,8 @@ from .images import (
 from .images import name_of as name_of_images
 from .overhead import ARITHMETIC, PARTS
 from .overhead import name_of as overhead_name
+from .peers import COUNTS, HALF, IDEFICS_OWN
+from .peers import name_of as name_of_peers
 from .switches import NO_WINDOW, OFF, ON
 from .training_step import PACKED, PADDED
 
@@ -97,6 +101,16 @@ def ratio_of_largest(source: str, threads: int, above: str, below: str) -> Measu
     return measure
 
 
+def ratio_of_medians(above: Measure, below: Measure) -> Measure:
+    """Ratio of the medians of two measures; their rounds were made at different times."""
+
+    def measure(rows: Rows) -> Sequence[float] | None:
+        found = [each(rows) for each in (above, below)]
+        return [statistics.median(found[0]) / statistics.median(found[1])] if found[0] and found[1] else None
+
+    return measure
+
+
 def value(suite: str, name: str, candidate: str) -> Measure:
     """Values of one candidate."""
     return lambda rows: rows.get(f"{suite}: {name}", {}).get("values", {}).get(candidate)
@@ -117,9 +131,10 @@ def fact(suite: str, name: str, read: Callable[[Mapping[str, Any]], float]) -> M
 
 def make_targets(dtypes: Sequence[str]) -> list[Target]:
     """The targets, for the dtypes that were measured."""
-    targets = _image_targets()
+    targets = _image_targets() + _busy_targets()
     for dtype in dtypes:
         targets += _model_targets(dtype)
+    targets += _peer_targets(dtypes[0])
     return targets + _batch_targets(dtypes[0]) + _memory_targets(dtypes[0], dtypes[-1]) + _reported(dtypes)
 
 
@@ -155,6 +170,19 @@ def _image_targets() -> list[Target]:
     ]
 
 
+def _busy_targets() -> list[Target]:
+    words = "image processing beside a busy program, against quiet"
+    ours = {"bit-exact": PIL_BYTES, "torch": TORCH_BYTES}
+    peers = {"PIL": LLAVA_PIL, "torchvision": LLAVA_TORCHVISION}
+    return [
+        *(Target(f"{words}, {name} backend", 1.6, False, value("busy", FACTOR, who)) for name, who in ours.items()),
+        *(
+            Target(f"{words}, LLaVA-NeXT's {name} processor", None, False, value("busy", FACTOR, who))
+            for name, who in peers.items()
+        ),
+    ]
+
+
 def _model_targets(dtype: str) -> list[Target]:
     name = generation_name(dtype, [1], EAGER)
     prefill = overhead_name(dtype)
@@ -187,13 +215,39 @@ def _model_targets(dtype: str) -> list[Target]:
             1.0,
             True,
             ratio("generation", f"{name}, each further token", LLAVA, OURS),
-            headline=(f"time per further token, {dtype}", "LLaVA-NeXT") if is_headline else None,
         ),
     ]
     if dtype == "bfloat16":
         limit = ratio("overhead", prefill, OURS, ARITHMETIC)
         targets.append(Target(f"prefill against its matrix products alone, {dtype}", 2.0, False, limit))
     return targets
+
+
+def _peer_targets(dtype: str) -> list[Target]:
+    targets = []
+    for what, over, below, limit in (
+        ("each with its own views", IDEFICS_OWN, OURS, 1.5),
+        ("equal views, half our latents", IDEFICS, HALF, 1.0),
+        ("equal views, all our latents", IDEFICS, OURS, None),
+    ):
+        for count in COUNTS:
+            target = Target(
+                f"prefill, {count} image{'s' * (count > 1)}, {what}, Idefics3 takes",
+                limit,
+                True,
+                ratio("peers", name_of_peers(count, dtype), over, below),
+            )
+            headline = _PEER_HEADLINES.get((what, count))
+            targets.append(dataclasses.replace(target, headline=headline))
+    grows = "equal views, all our latents: what Idefics3 takes at eight images, over that at one"
+    at_one, at_eight = (ratio("peers", name_of_peers(count, dtype), IDEFICS, OURS) for count in (1, 8))
+    return [*targets, Target(grows, 1.0, True, ratio_of_medians(at_eight, at_one))]
+
+
+_PEER_HEADLINES = {
+    ("each with its own views", 1): ("prefill of a 1920x1080 image, each with its own views", "Idefics3"),
+    ("equal views, all our latents", 1): ("prefill of an image in 5 views, 640 tokens", "Idefics3 with 405 tokens"),
+}
 
 
 def _batch_targets(dtype: str) -> list[Target]:
@@ -206,7 +260,6 @@ def _batch_targets(dtype: str) -> list[Target]:
             4.0,
             True,
             ratio("batching", name, ONE_BATCH, ONE_BY_ONE),
-            headline=("16 mixed prompts in one batch, tokens a second", "the same prompts one by one"),
         ),
         Target("the same with a static cache", None, True, ratio("batching", name, STATIC_BATCH, ONE_BY_ONE)),
         Target("the same in batches of like length", None, True, ratio("batching", name, BY_LENGTH, ONE_BY_ONE)),
