@@ -54,8 +54,9 @@ SUITES: dict[str, tuple[Callable[[Bench], list[Comparison]], str]] = {
         measure_peers,
         "Prefills of one, four and eight images against Idefics3, by own views and equal ones.",
     ),
+    "cold-start": (measure_cold_start, "From the start of a process to the first token of a small saved model."),
 }
-BY_NAME_ONLY = ("scaling", "busy", "peers")  # the others fit half an hour on two cores without them
+BY_NAME_ONLY = ("scaling", "busy", "peers", "cold-start")  # the others fit half an hour on two cores without them
 RESULTS, QUICK_RESULTS = PACKAGE / "benchmarks" / "results", Path("outputs", "benchmarks")
 QUICK_EFFORT = {"rounds": 2, "seconds": 1.0, "longest_run_seconds": 60.0}
 

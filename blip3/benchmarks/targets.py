@@ -10,6 +10,8 @@ from .batching import BY_LENGTH, CACHE, FEATURES, ONE_BATCH, ONE_BY_ONE, STATIC_
 from .busy import FACTOR
 from .candidates import BARE, IDEFICS, LLAVA, OURS
 from .clock import ratios, summarize
+from .cold_start import NAME as COLD_START
+from .cold_start import PHASES
 from .generation import EAGER, SAME_CACHE
 from .generation import name_of as generation_name
 from .images import (
@@ -270,6 +272,17 @@ def _batch_targets(dtype: str) -> list[Target]:
             "vision tower runs of a second question, cache continued", 0.0, False, _tower_runs(questions, CACHE), ""
         ),
         Target(
+            "start of a process to the first token, small model, LLaVA-NeXT takes",
+            1.0,
+            True,
+            _cold_start("all"),
+        ),
+        *(
+            Target(f"of that, {PHASES[phase].strip(', ')}", None, True, _cold_start(phase))
+            for phase in PHASES
+            if phase != "all"
+        ),
+        Target(
             "prefill of 4,096 text tokens, sliding window against none",
             0.95,
             False,
@@ -331,3 +344,7 @@ def _reported(dtypes: Sequence[str]) -> list[Target]:
 
 def _tower_runs(name: str, candidate: str) -> Measure:
     return fact("questions", name, lambda facts: float(facts["tower_runs"][candidate]))
+
+
+def _cold_start(phase: str) -> Measure:
+    return ratio("cold-start", f"{COLD_START}{PHASES[phase]}", LLAVA, OURS)
