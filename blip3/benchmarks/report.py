@@ -58,8 +58,9 @@ def write_report(folder: Path, device: str) -> list[dict[str, Any]]:
 def compare(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Compare every target with the results."""
     rows = {f"{suite}: {row['name']}": row for suite, result in results.items() for row in result["comparisons"]}
-    dtypes = next(iter(results.values()))["benchmark"]["dtypes"]
-    return [target.compare(rows) for target in make_targets(dtypes)]
+    some = next(iter(results.values()))
+    targets = make_targets(some["benchmark"]["dtypes"], some["machine"]["device"].split(":")[0])
+    return [target.compare(rows) for target in targets]
 
 
 def targets_table(targets: Sequence[dict[str, Any]]) -> list[str]:

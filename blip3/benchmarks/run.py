@@ -27,6 +27,7 @@ from .bench import Bench
 from .busy import measure_busy
 from .candidates import QUARTER, QUICK, TRUE
 from .clock import Comparison, Effort
+from .cold_start import measure_cold_start
 from .generation import measure_generation
 from .images import measure_images
 from .memory import measure_memory
