@@ -118,7 +118,7 @@ def profile_step(bench: Bench, model: Any, rows: Sequence[int]) -> dict[str, flo
 def _throughput(
     bench: Bench, model: Any, dtype: str, groups: Sequence[Sequence[int]], new_tokens: int, **options: Any
 ) -> Candidate:
-    """Answer every group of prompts; gives new tokens a second, and the seconds for first tokens and for the others."""
+    """Answer every group of prompts; gives new tokens a second, and seconds of first and of further tokens."""
     batches = [bench.inputs(OURS, dtype, list(rows)) for rows in groups]
     num_tokens = new_tokens * sum(len(rows) for rows in groups)
 

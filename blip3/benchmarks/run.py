@@ -30,6 +30,7 @@ from .clock import Comparison, Effort
 from .cold_start import measure_cold_start
 from .generation import measure_generation
 from .images import measure_images
+from .loader import measure_loader
 from .memory import measure_memory
 from .overhead import measure_overhead
 from .peers import measure_peers
@@ -48,7 +49,10 @@ SUITES: dict[str, tuple[Callable[[Bench], list[Comparison]], str]] = {
     "questions": (measure_questions, "A second question about the same images."),
     "memory": (measure_memory, "Peak memory of loading, of a prefill and of a training step."),
     "training": (measure_training, "A training step with a frozen vision tower."),
-    "scaling": (measure_scaling, "Cost of a prefill against images, views and rows."),
+    "scaling": (
+        measure_scaling,
+        "Prefills against images, views, rows and tokens; image processing against workers.",
+    ),
     "switches": (measure_switches, "Each optimisation on and off, everything else alike."),
     "busy": (measure_busy, "Image processing beside a program that keeps every core busy."),
     "peers": (
@@ -56,8 +60,15 @@ SUITES: dict[str, tuple[Callable[[Bench], list[Comparison]], str]] = {
         "Prefills of one, four and eight images against Idefics3, by own views and equal ones.",
     ),
     "cold-start": (measure_cold_start, "From the start of a process to the first token of a small saved model."),
+    "loader": (measure_loader, "Training steps of the small model fed by two workers, with bytes and with float32."),
 }
-BY_NAME_ONLY = ("scaling", "busy", "peers", "cold-start")  # the others fit half an hour on two cores without them
+BY_NAME_ONLY = (
+    "scaling",
+    "busy",
+    "peers",
+    "cold-start",
+    "loader",
+)  # the others fit half an hour on two cores without them
 RESULTS, QUICK_RESULTS = PACKAGE / "benchmarks" / "results", Path("outputs", "benchmarks")
 QUICK_EFFORT = {"rounds": 2, "seconds": 1.0, "longest_run_seconds": 60.0}
 

@@ -26,6 +26,7 @@ from .images import (
     TORCH_RESIZES,
 )
 from .images import name_of as name_of_images
+from .loader import FEEDING
 from .overhead import ARITHMETIC, PARTS
 from .overhead import name_of as overhead_name
 from .peers import COUNTS, HALF, IDEFICS_OWN
@@ -277,6 +278,12 @@ def _batch_targets(dtype: str, device: str) -> list[Target]:
         ),
         Target(
             "vision tower runs of a second question, cache continued", 0.0, False, _tower_runs(questions, CACHE), ""
+        ),
+        Target(
+            "training steps of the small model fed by two workers, samples/s with bytes against float32",
+            1.1,
+            True,
+            ratio("loader", FEEDING, BYTES, FLOATS),
         ),
         Target(
             "start of a process to the first token, small model, LLaVA-NeXT takes",
