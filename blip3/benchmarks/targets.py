@@ -160,7 +160,7 @@ def _image_targets() -> list[Target]:
         )
     )
     for peer_name, words in ((LLAVA_TORCHVISION, "torchvision"), (LLAVA_PIL, "PIL")):
-        what = f"largest JPEG to bytes, torch backend, 1 thread, LLaVA-NeXT's {words} processor takes"
+        what = f"JPEG of 12 megapixels to bytes, torch backend, 1 thread, LLaVA-NeXT's {words} processor takes"
         headline = ("a JPEG of 12 megapixels to bytes, one thread", "LLaVA-NeXT's processor on PIL")
         target = Target(what, 3.0, True, ratio_of_largest("JPEG", 1, peer_name, TORCH_BYTES))
         targets.append(dataclasses.replace(target, headline=headline if peer_name == LLAVA_PIL else None))
