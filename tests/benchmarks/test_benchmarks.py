@@ -263,7 +263,7 @@ def test_a_cold_start_has_three_phases(results, one_child_only):
 
 
 def test_a_cold_start_that_fails_is_quoted():
-    with pytest.raises(RuntimeError, match=r"(?s)before the first token.*nowhere"):
+    with pytest.raises(RuntimeError, match=r"(?s)from nowhere.*before the first token"):
         START_AND_ANSWER(Path("nowhere"), 1)
 
 
@@ -313,7 +313,7 @@ def test_targets_differ_by_device_where_a_bound_refuses_one():
     name = "16 mixed prompts in a batch, tokens/s against one by one"
     assert (limits["cpu"][name], limits["cuda"][name]) == (None, 4.0)
     assert limits["cpu"]["the same batch, share of the bound"] == 0.9
-    headlines = [target for target in targets.make_targets(machine.DTYPES, "cpu") if target.headline]
+    headlines = [target for target in targets.make_targets(["float32", "bfloat16"], "cpu") if target.headline]
     assert len(headlines) == 6
     assert any("405 tokens" in target.headline[1] for target in headlines), "Idefics3 at equal views"
 
