@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process that `gpu.py` starts for a part: measures its steps and reports each comparison at once.
 
-{"step": name}                                  begun
-{"step": name, "comparison": row}               one more, as JSON
-{"step": name, "seconds": s, "error": text}     ended; the text is empty unless it failed
+Its messages, each about a step:
+
+    {"step": name}                                  begun
+    {"step": name, "comparison": row}               one more, as JSON
+    {"step": name, "seconds": s, "error": text}     ended; the text is empty unless it failed
 """
 
+import contextlib
 import dataclasses
 import gc
 import multiprocessing
@@ -42,6 +45,7 @@ class Task:
     """Name of `SIZES`."""
     effort: Effort
     compiles: bool
+    threads: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +65,7 @@ class ReportingBench(Bench):
 def measure_part(task: Task, pipe: Connection) -> None:
     """Measure the steps of a task one after the other; a step that raises is reported, and the next one begins."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    threads = machine.count_cores()
-    machine.set_threads(threads)
+    machine.set_threads(task.threads)
     current = [""]
 
     def report(comparison: Comparison) -> None:
@@ -70,7 +73,9 @@ def measure_part(task: Task, pipe: Connection) -> None:
 
     # no rates: nothing is left out by a prediction, parts have their seconds
     rates = {"bfloat16_flops_per_second": float("inf"), "float32_flops_per_second": float("inf")}
-    bench = ReportingBench(task.device, SIZES[task.sizes], task.effort, threads, rates, say, task.compiles, report)
+    bench = ReportingBench(
+        task.device, SIZES[task.sizes], task.effort, task.threads, rates, say, task.compiles, report
+    )
     steps = PARTS[task.part].steps(bench)
     for name in task.steps:
         current[0] = name
@@ -96,10 +101,8 @@ def _measure_step(step: Step, report: Callable[[Comparison], None]) -> str:
 
 
 def _forget_memory() -> None:
-    try:
+    with contextlib.suppress(RuntimeError):  # the card may be unusable for this process: the next steps will say so
         torch.cuda.empty_cache()
-    except RuntimeError:  # the error may have left the card unusable for this process: the next steps will say so
-        pass
 
 
 def _end_with_parent() -> None:
