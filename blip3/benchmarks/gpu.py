@@ -10,7 +10,7 @@ r"""Measure what a GPU is wanted for, in at most eight minutes, and lose nothing
 
     gpu.json  <-- every comparison as soon as it is made <-- a process for each part <-- parts in order of value
 
-A part that runs out of its seconds is stopped, one that fails or crashes is noted with its error, and the rest goes on.
+A part that runs out of its seconds is stopped, one that fails or crashes is noted with its error; the rest goes on.
 The same command continues where it stopped. docs/speed.md says what each part measures.
 """
 
@@ -37,11 +37,12 @@ from .clock import Effort
 from .gpu_child import Task, measure_part
 from .gpu_parts import PARTS
 from .gpu_report import print_report, read_results, update_speed_page
-from .run import QUICK_EFFORT, QUICK_RESULTS, RESULTS, say
+from .run import QUICK_RESULTS, RESULTS, say
 
 NAME = "gpu.json"
 MINUTES = 8.0
-EFFORT = Effort(rounds=7, seconds=4.0, longest_run_seconds=20.0)
+EFFORT = Effort(rounds=7, seconds=4.0)
+QUICK_EFFORT = Effort(rounds=1, seconds=0.5)
 GRACE_SECONDS = 3.0  # for a process that was asked to end
 STOPPED, CRASHED = "stopped: its seconds were used up", "its process ended with status"
 
@@ -125,7 +126,7 @@ def _stopping_at_signals() -> Iterator[None]:
 def _measure(options: argparse.Namespace, path: Path) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     path.parent.mkdir(parents=True, exist_ok=True)
-    sizes, effort = (QUICK, Effort(**QUICK_EFFORT)) if options.quick else (TRUE, EFFORT)
+    sizes, effort = (QUICK, QUICK_EFFORT) if options.quick else (TRUE, EFFORT)
     threads = options.threads or machine.count_cores()
     machine.set_threads(threads)
     with only_writer(path):
@@ -167,8 +168,8 @@ def _begin(path: Path, options: argparse.Namespace, sizes: Sizes, effort: Effort
         return {**about, "parts": {}}
     raise ValueError(
         f"{path} holds results of another machine, other versions or other sizes ({results['sizes']['name']}), and "
-        "one file is to speak of one machine. It was probably copied or committed with the repository: name a folder by "
-        "--output, or replace all of it by --again without --part."
+        "one file is to speak of one machine. It was probably copied or committed with the repository: name a folder "
+        "by --output, or replace all of it by --again without --part."
     )
 
 

@@ -109,12 +109,10 @@ def steps_of_generation(bench: Bench) -> dict[str, Step]:
     ]
     steps: dict[str, Step] = {}
     for mode, batch in dict.fromkeys(order):
-        is_wanted = bench.compiles or mode not in TRACED
+        is_too_slow = bench.is_quick and (batch > 4 or mode in TRACED)  # tracing takes longer than all else
         if mode == PREFILL:
             steps[prefill_name(batch)] = partial(_measure_prefill, models, batch)
-        elif is_wanted and not (
-            bench.is_quick and (batch > 4 or (mode in TRACED and (mode, batch) != (BY_REGION, 1)))
-        ):
+        elif not is_too_slow and (bench.compiles or mode not in TRACED):
             steps[token_name(mode, batch)] = partial(_measure_tokens, models, mode, batch)
     return steps
 
@@ -132,12 +130,9 @@ def prefill_name(batch: int) -> str:
 def _measure_tokens(models: Models, mode: str, batch: int) -> list[Comparison]:
     """Ours, beside LLaVA-NeXT where there is one row, and a copy of as many bytes as a further token must read."""
     bench, rows = models.bench, [1] * batch
-    kinds, left_out = (OURS, LLAVA) if batch == 1 else (OURS,), {}
-    if bench.is_quick and mode in TRACED:
-        kinds, left_out = (OURS,), {LLAVA: "tracing takes longer than a quick run"}
     options = cache_options({BY_REGION: EAGER, WINDOW: COMPILED}.get(mode, mode), bench.is_quick)
     runners: dict[str, Candidate] = {}
-    for kind in kinds:
+    for kind in (OURS, LLAVA) if batch == 1 and mode != WINDOW else (OURS,):
         model, inputs = models.get(kind), bench.inputs(kind, DTYPE, rows)
         run = partial(time_generation, model, inputs, bench.sizes.new_tokens, bench.device, **options)
         runners[kind] = _under(_way_to_run(models, kind, mode), run)
@@ -145,7 +140,7 @@ def _measure_tokens(models: Models, mode: str, batch: int) -> list[Comparison]:
     runners[COPY] = machine.copy_candidate(num_bytes, bench.device, "next")
     facts = {"rows": rows, "mode": mode, "step_bytes": num_bytes}
     least = 0 if bench.is_quick else 2
-    return bench.compare(token_name(mode, batch), runners, UNITS, facts, left_out, least)
+    return bench.compare(token_name(mode, batch), runners, UNITS, facts, least=least)
 
 
 def _way_to_run(models: Models, kind: str, mode: str) -> Callable[[], AbstractContextManager]:
@@ -337,7 +332,7 @@ def _measure_images(bench: Bench, size: tuple[int, int], count: int) -> list[Com
 
 
 def _to_numbers(bench: Bench, backend: str, pixel_dtype: str, images: list[bytes]) -> Callable[[], int]:
-    """Make work that ends with pixels the vision tower takes, and gives the bytes that went to the device."""
+    """Give work that ends with pixels the vision tower takes, and gives the bytes that went to the device."""
     side = bench.sizes.tile_size
     options = {"size": {"height": side, "width": side}, "resize_backend": backend, "pixel_dtype": pixel_dtype}
     processor = AutoImageProcessor.from_pretrained(ROOT, subfolder=RELEASE, trust_remote_code=True, **options)

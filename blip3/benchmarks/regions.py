@@ -4,8 +4,8 @@
     whole model   torch.compile traces every layer: minutes for 65 of them
     by region     tower layer, resampler layer, decoder layer: three compilations, and layers of a kind share one
 
-A decoder layer asks its cache for its own number, which torch.compile takes for a constant: it would compile each layer
-anew, give up after eight and run the others as they are, without an error. Here each layer is handed a cache of its
+A decoder layer tells its cache its own number, which torch.compile takes for a constant. So it would compile each
+layer anew, give up after eight, and run the others as they are, with a warning. Here each layer is handed a cache of its
 own that needs no number. Only that cache is not compiled.
 """
 
