@@ -9,8 +9,8 @@ import gc
 import io
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -81,14 +81,21 @@ class Models:
 
     def __init__(self, bench: Bench):
         self.bench = bench
-        self.built: dict[str, Any] = {}
+        self.built: dict[tuple[str, bool], Any] = {}
         self.compiled: dict[str, Regions] = {}
 
-    def get(self, kind: str) -> Any:
-        """A candidate in evaluation mode."""
-        if kind not in self.built:
-            self.built[kind] = self.bench.build(kind, DTYPE)
-        return self.built[kind]
+    def get(self, kind: str, has_window: bool = True) -> Any:
+        """A candidate in evaluation mode.
+
+        Without its sliding window, which is longer than prompt and answer here, ours gives the same. A static cache of
+        a window counts tokens in a Python number, and CUDA graphs are recorded anew for each number.
+        """
+        if (kind, has_window) not in self.built:
+            model = self.bench.build(kind, DTYPE)
+            if not has_window:
+                model.config.get_text_config().sliding_window = None
+            self.built[kind, has_window] = model
+        return self.built[kind, has_window]
 
     def regions(self, kind: str) -> Regions:
         """The candidate's layers, compiled at their first run."""
@@ -133,33 +140,14 @@ def _measure_tokens(models: Models, mode: str, batch: int) -> list[Comparison]:
     options = cache_options({BY_REGION: EAGER, WINDOW: COMPILED}.get(mode, mode), bench.is_quick)
     runners: dict[str, Candidate] = {}
     for kind in (OURS, LLAVA) if batch == 1 and mode != WINDOW else (OURS,):
-        model, inputs = models.get(kind), bench.inputs(kind, DTYPE, rows)
+        model, inputs = models.get(kind, has_window=mode != COMPILED), bench.inputs(kind, DTYPE, rows)
         run = partial(time_generation, model, inputs, bench.sizes.new_tokens, bench.device, **options)
-        runners[kind] = _under(_way_to_run(models, kind, mode), run)
+        runners[kind] = _under(models.regions(kind).used, run) if mode == BY_REGION else run
     num_bytes = step_bytes(bench, DTYPE, rows)
     runners[COPY] = machine.copy_candidate(num_bytes, bench.device, "next")
     facts = {"rows": rows, "mode": mode, "step_bytes": num_bytes}
     least = 0 if bench.is_quick else 2
     return bench.compare(token_name(mode, batch), runners, UNITS, facts, least=least)
-
-
-def _way_to_run(models: Models, kind: str, mode: str) -> Callable[[], AbstractContextManager]:
-    if mode == BY_REGION:
-        return models.regions(kind).used
-    # A static cache of a sliding window counts in a Python number, and CUDA graphs are recorded anew for each number.
-    return partial(without_window, models.get(kind)) if (kind, mode) == (OURS, COMPILED) else nullcontext
-
-
-@contextmanager
-def without_window(model: Any) -> Iterator[None]:
-    """Let a prompt and its answer, shorter than the sliding window, run as if there were none: the same numbers."""
-    config = model.model.language_model.config
-    window = config.sliding_window
-    config.sliding_window = None
-    try:
-        yield
-    finally:
-        config.sliding_window = window
 
 
 def _measure_prefill(models: Models, batch: int) -> list[Comparison]:

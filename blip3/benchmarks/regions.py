@@ -5,8 +5,8 @@
     by region     tower layer, resampler layer, decoder layer: three compilations, and layers of a kind share one
 
 A decoder layer tells its cache its own number, which torch.compile takes for a constant. So it would compile each
-layer anew, give up after eight, and run the others as they are, with a warning. Here each layer is handed a cache of its
-own that needs no number. Only that cache is not compiled.
+layer anew, give up after eight, and run the others as they are, with a warning. Here each layer is handed a cache
+of its own that needs no number. Only that cache is not compiled.
 """
 
 from collections.abc import Callable, Iterator
