@@ -43,6 +43,7 @@ NAME = "gpu.json"
 MINUTES = 8.0
 EFFORT = Effort(rounds=7, seconds=4.0)
 QUICK_EFFORT = Effort(rounds=1, seconds=0.5)
+POLL_SECONDS = 1.0
 GRACE_SECONDS = 3.0  # for a process that was asked to end
 STOPPED, CRASHED = "stopped: its seconds were used up", "its process ended with status"
 
@@ -137,8 +138,7 @@ def _measure(options: argparse.Namespace, path: Path) -> None:
         for name in names:
             if name not in todo:
                 say(f"{name}: measured before")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([Task.__module__])  # imports take longer than some parts
+        context = multiprocessing.get_context("spawn")  # a fork of what asked for the card could not use it
         started, seconds = time.monotonic(), 60 * options.minutes
         whole = sum(PARTS[name].seconds for name in todo)
         until = 0.0
@@ -226,9 +226,12 @@ def _run_process(
 def _next_message(pipe: Connection, deadline: float) -> dict[str, Any] | None:
     """A message; None when the process has ended or the time is over."""
     try:
-        return pipe.recv() if pipe.poll(max(0.0, deadline - time.monotonic())) else None
+        while (left := deadline - time.monotonic()) > 0:
+            if pipe.poll(min(left, POLL_SECONDS)):
+                return pipe.recv()
     except EOFError:
-        return None
+        pass
+    return None
 
 
 def _note(message: Mapping[str, Any], rows: dict[str, Any]) -> str:
