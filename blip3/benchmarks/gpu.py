@@ -224,14 +224,16 @@ def _run_process(
 
 
 def _next_message(pipe: Connection, deadline: float) -> dict[str, Any] | None:
-    """A message; None when the process has ended or the time is over."""
-    try:
-        while (left := deadline - time.monotonic()) > 0:
-            if pipe.poll(min(left, POLL_SECONDS)):
+    """A message; None when the process has ended, or the time is over and all that was sent is read."""
+    while True:
+        left = deadline - time.monotonic()
+        if pipe.poll(max(0.0, min(left, POLL_SECONDS))):
+            try:
                 return pipe.recv()
-    except EOFError:
-        pass
-    return None
+            except EOFError:
+                return None
+        if left <= 0:
+            return None
 
 
 def _note(message: Mapping[str, Any], rows: dict[str, Any]) -> str:
