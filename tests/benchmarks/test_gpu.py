@@ -71,9 +71,8 @@ def test_every_target_finds_what_it_measures(folder):
 
 def test_true_sizes_have_a_row_for_every_target():
     steps = PARTS["generation"].steps(bench_of(sizes=candidates.TRUE, device="cuda"))
-    wanted = [
-        gpu_parts.token_name(mode, batch) for mode in (EAGER, STATIC, COMPILED, BY_REGION) for batch in (1, 4, 16)
-    ]
+    modes = (EAGER, STATIC, COMPILED, BY_REGION)
+    wanted = [gpu_parts.token_name(mode, batch) for mode in modes for batch in (1, 4, 16)]
     wanted += [gpu_parts.prefill_name(batch) for batch in (1, 4, 16)] + [gpu_parts.token_name(WINDOW, 1)]
     assert set(steps) == set(wanted)
     assert list(steps)[:4] == [*wanted[:1], wanted[9], wanted[6], gpu_parts.prefill_name(4)], "targets come first"
@@ -116,7 +115,7 @@ def test_the_page_is_filled_between_its_marks_only(folder, tmp_path):
 
 
 def misbehave(task, pipe):
-    """Stands in for `measure_part` in the process of a part: memory crashes once, training raises, images never end."""
+    """Stands in for `measure_part` in the process of a part: memory crashes once, images never end."""
     for step in task.steps:
         pipe.send({"step": step})
         pipe.send({"step": step, "comparison": Comparison(f"row of {step}", "s", {"ours": [1.0]}).to_json()})
@@ -125,7 +124,7 @@ def misbehave(task, pipe):
         if task.part == "images":
             Path(os.environ["BLIP3_TEST_FOLDER"], "time is over").touch()
             time.sleep(600)
-        pipe.send({"step": step, "seconds": 1.0, "error": "ValueError: no\nlong" if task.part == "training" else ""})
+        pipe.send({"step": step, "seconds": 1.0, "error": ""})
 
 
 @pytest.fixture
@@ -140,7 +139,7 @@ def misbehaving(monkeypatch, tmp_path):
 
 
 def test_what_fails_is_noted_and_the_rest_goes_on(misbehaving, tmp_path, capfd):
-    names = ["memory", "training", "images"]
+    names = ["memory", "images"]
     parts = [word for name in names for word in ("--part", name)]
     assert gpu.main([*QUICKLY, "--output", str(tmp_path), *parts]) == 1
     steps = {name: part["steps"] for name, part in results_of(tmp_path)["parts"].items()}
@@ -150,7 +149,6 @@ def test_what_fails_is_noted_and_the_rest_goes_on(misbehaving, tmp_path, capfd):
     assert first["comparisons"], "what was measured before the crash is kept"
     assert others
     assert all(step["error"] == "" and step["seconds"] == 1.0 for step in others), "another process took them on"
-    assert all(step["error"].startswith("ValueError: no") for step in steps["training"].values())
     first, *others = steps["images"].values()
     assert (first["error"], len(first["comparisons"])) == (gpu.STOPPED, 1)
     assert all((step["error"], step["comparisons"]) == (gpu.STOPPED, []) for step in others)
@@ -160,20 +158,20 @@ def test_what_fails_is_noted_and_the_rest_goes_on(misbehaving, tmp_path, capfd):
 
 
 def test_a_signal_loses_nothing_and_the_same_command_continues(tmp_path, capfd, monkeypatch):
-    arguments = [*QUICKLY, "--output", str(tmp_path), "--part", "rates", "--part", "training"]
+    arguments = [*QUICKLY, "--output", str(tmp_path), "--part", "training"]
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(gpu, "measure_part", stop_the_parent)
     assert gpu.main(arguments) == 130
     assert signal.getsignal(signal.SIGTERM) is before
     steps = results_of(tmp_path)["parts"]
-    assert steps["rates"]["steps"]["rates"]["error"] == ""
     assert steps["training"]["steps"]["adapters"]["comparisons"]
+    assert steps["training"]["steps"]["adapters"]["error"] == ""
     assert steps["training"]["steps"]["all weights"]["error"] == gpu.STOPPED
     assert "the same command continues" in capfd.readouterr().out
     monkeypatch.setattr(gpu, "measure_part", behave)
     assert gpu.main(arguments) == 0
     assert results_of(tmp_path)["parts"]["training"]["steps"]["all weights"]["error"] == ""
-    assert "rates: measured before" in capfd.readouterr().out
+    assert results_of(tmp_path)["parts"]["training"]["steps"]["adapters"] == steps["training"]["steps"]["adapters"]
 
 
 def behave(task, pipe):
@@ -183,15 +181,14 @@ def behave(task, pipe):
 
 
 def stop_the_parent(task, pipe):
-    """Measures a part's first step, then has the benchmark told to stop."""
+    """Measures the first step, then has the benchmark told to stop."""
     step = task.steps[0]
     pipe.send({"step": step})
     pipe.send({"step": step, "comparison": Comparison("row", "s", {"ours": [1.0]}).to_json()})
     pipe.send({"step": step, "seconds": 1.0, "error": ""})
-    if task.part == "training":
-        time.sleep(1)
-        os.kill(parent_process().pid, signal.SIGTERM)
-        time.sleep(600)
+    time.sleep(1)
+    os.kill(parent_process().pid, signal.SIGTERM)
+    time.sleep(600)
 
 
 def test_a_step_that_raises_does_not_end_its_process(monkeypatch):
