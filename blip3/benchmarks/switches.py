@@ -69,14 +69,19 @@ def _of_model(bench: Bench, model: Any, dtype: str) -> Iterator[Switch]:
 
     count = partial(count_calls, model)
     copies = partial(mock.patch.object, generation, "grow_in_place", lambda cache: None)
-    together = partial(mock.patch.object, generation, "group_rows_by_length", lambda mask: [])
+    here, nowhere = ((torch.device(bench.device).type,), ())  # also where the model would not do so by itself
+    by_length = {
+        state: partial(mock.patch.object, generation, "READS_BY_LENGTH", types)
+        for state, types in ((ON, here), (OFF, nowhere))
+    }
     at_once = partial(mock.patch.object, generation, "SMALLEST_BLOCK", sys.maxsize)
     yield "growing cache, each further token", partial(generate, few), {OFF: copies}, "next", count
-    yield "prefill by length, first token", partial(generate, mixed), {OFF: together}, "first", count
+    yield "prefill by length, first token", partial(generate, mixed), by_length, "first", count
     read = timed(partial(prefill, model, one), bench.device)
     read_long = timed(partial(prefill, model, long), bench.device)
     kinds = {state: partial(_resampler_with, model, kind) for state, kind in ((ON, "eager"), (OFF, "sdpa"))}
-    yield "few tiles at a time, prefill", read, {OFF: partial(_all_views_at_once, model)}, "seconds", count
+    if torch.device(bench.device).type == "cpu":  # elsewhere the tower always takes all views
+        yield "few tiles at a time, prefill", read, {OFF: partial(_all_views_at_once, model)}, "seconds", count
     yield "resampler attention, prefill", read, kinds, "seconds", count
     yield "window in blocks, prefill", read_long, {OFF: at_once}, "seconds", count
     text = bench.inputs(OURS, dtype, [0], text_tokens=2 * WINDOW)

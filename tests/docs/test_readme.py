@@ -110,7 +110,7 @@ def extras_with_all_they_hold(named: set[str]) -> set[str]:
     """Add the extras of this package that others refer to."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert named <= set(extras), named
-    inner = {name for each in named for text in extras[each] for name in re.findall(r"blip3\[([\w,]+)\]", text)}
+    inner = {name for each in named for text in extras[each] for name in re.findall(r"blip3\[([\w,-]+)\]", text)}
     inner = {name for text in inner for name in text.split(",")} - named
     return extras_with_all_they_hold(named | inner) if inner else named
 
@@ -126,7 +126,7 @@ def test_every_block_of_commands_names_the_extras_it_needs(name):
         modules = re.findall(r"-m blip3\.([\w.]+)|python (\w[\w/]*)\.py", block)
         modules = [first or second.replace("/", ".") for first, second in modules]
         named = {
-            extra for found in re.findall(r"pip install -e ['\"]\.\[([\w,]+)\]", block) for extra in found.split(",")
+            extra for found in re.findall(r"pip install -e ['\"]\.\[([\w,-]+)\]", block) for extra in found.split(",")
         }
         wanted = {needed.get(module, "") for module in modules} - {""}
         assert wanted <= extras_with_all_they_hold(named), block
