@@ -65,6 +65,12 @@ bench: setup  ## speed and memory beside the peers (docs/speed.md); an environme
 	.venv-bench/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[benchmarks]'
 	HF_HUB_OFFLINE=1 .venv-bench/bin/python -m blip3.benchmarks.run --update-docs
 
+bench-gpu:  ## a GPU at the 4B sizes, in at most 8 minutes (docs/speed.md); an environment of its own around PYTHON's torch
+	test -x .venv-bench-gpu/bin/python || $(PYTHON) -m venv --system-site-packages .venv-bench-gpu
+	grep -v '^torch==' $(CONSTRAINTS) > .venv-bench-gpu/constraints.txt  # a CUDA build is the machine's own
+	.venv-bench-gpu/bin/pip install --quiet --constraint .venv-bench-gpu/constraints.txt --editable '.[benchmarks-gpu]'
+	HF_HUB_OFFLINE=1 .venv-bench-gpu/bin/python -m blip3.benchmarks.gpu $(ARGS)
+
 check: setup  ## lint and types
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy -p blip3
@@ -74,4 +80,4 @@ check: setup  ## lint and types
 fix: setup  ## format
 	$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
 
-.PHONY: help setup demo examples test test-slow test-common test-vllm test-backends test-engines test-harness test-scale test-wheel soak bench check fix
+.PHONY: help setup demo examples test test-slow test-common test-vllm test-backends test-engines test-harness test-scale test-wheel soak bench bench-gpu check fix

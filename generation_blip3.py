@@ -31,6 +31,8 @@ CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutp
 
 SMALLEST_BLOCK = 256  # tokens read at once, however small a window is
 
+READS_BY_LENGTH = ("cpu",)  # types of devices on which rows of like length are read together, see _may_split
+
 _PIXEL_INPUTS = ("pixel_values", "image_sizes", "query_ids")
 _IMAGE_INPUTS = (*_PIXEL_INPUTS, "mm_encoder_outputs")
 
@@ -113,7 +115,8 @@ def run_decoder(
     """
     may_split = _may_split(decoder, attention_mask, cache, kwargs)
     groups = []
-    if may_split and inputs_embeds.device.type == "cpu" and cache is not None and attention_mask is not None:
+    may_group = may_split and inputs_embeds.device.type in READS_BY_LENGTH
+    if may_group and cache is not None and attention_mask is not None:
         groups = group_rows_by_length(attention_mask)
     if groups:
         return _prefill_by_length(decoder, groups, inputs_embeds, attention_mask, position_ids, cache, **kwargs)

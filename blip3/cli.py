@@ -62,6 +62,7 @@ COMMANDS = {
     "verify": Command("evaluation.golden", "check weight files and outputs of the shipped models", "demo"),
     "duplicates": Command("engines.filters.duplicates", "find images that look alike across shards", "engines"),
     "bench": Command("benchmarks.run", "measure speed and memory beside the peers", "benchmarks"),
+    "bench-gpu": Command("benchmarks.gpu", "measure a GPU at the 4B sizes, part by part", "benchmarks-gpu"),
 }
 
 

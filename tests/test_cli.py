@@ -81,7 +81,9 @@ def test_every_module_that_runs_is_a_subcommand():
     ours = {name for name in mains if name.startswith("blip3/")}
     listed = {"blip3/" + command.module.replace(".", "/") + ".py" for command in cli.COMMANDS.values()}
     started_by_others = {
+        "blip3/benchmarks/cold_start_child.py",
         "blip3/benchmarks/memory_child.py",
+        "blip3/benchmarks/spinner.py",
         "blip3/cli.py",
         "blip3/conversion/random_checkpoint.py",
         "blip3/evaluation/harness/kit_process.py",

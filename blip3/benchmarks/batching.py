@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sixteen prompts at once against one after the other, and a second question about the same images."""
+"""Sixteen prompts at once against one after the other and against a bound; a second question about the same images.
 
+The bound is the time that no batching could go below on a machine which one prompt alone keeps busy: the arithmetic of
+all prompts, and the further tokens at the rate of the batch. The arithmetic is that of each prompt read by itself: its
+matrix products, recorded by shape and run bare. A batch cannot save any of them, because every prompt has tokens and
+views of its own; it can only add some, for padding. What a batch does save, reading the weights once for a token of
+every row, is in its own rate. A GPU that one prompt leaves idle can go below this bound.
+"""
+
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..hub import model_code
 from .bench import Bench
-from .candidates import OURS, SQUARE, count_image_tokens
+from .candidates import OURS, SQUARE, count_image_tokens, prefill
 from .clock import Candidate, Comparison, timed
-from .generation import STATIC, cache_options, time_generation
+from .generation import STATIC, cache_options, growing_cache, time_generation
 from .overhead import profile
+from .products import Product, bare_products, record_products
 
 MIXED = (0,) * 6 + (1,) * 6 + (3,) * 4  # images of each row
 ONE_BATCH, ONE_BY_ONE, BY_LENGTH = "one batch", "one by one", "batches by length"
+ARITHMETIC = "arithmetic"
 STATIC_BATCH = "one batch, static cache"
 FIRST, FEATURES, CACHE = "first question", "second, features reused", "second, cache continued"
 
@@ -35,6 +44,7 @@ def measure_batching(bench: Bench) -> list[Comparison]:
         }
         runners = {name: _throughput(bench, model, dtype, each, new_tokens) for name, each in groups.items()}
         static = cache_options(STATIC, bench.is_quick)
+        runners[ARITHMETIC] = _arithmetic(bench, model, dtype, rows)
         runners[STATIC_BATCH] = _throughput(bench, model, dtype, [rows], new_tokens, **static)
         facts = {
             "rows": rows,
@@ -46,10 +56,39 @@ def measure_batching(bench: Bench) -> list[Comparison]:
         units = {
             "rate": (f"{len(rows)} mixed prompts, {dtype}", "tokens/s", 1.0),
             "first": (f"{len(rows)} mixed prompts, {dtype}, first tokens of all", "s", 1.0),
+            "further": (f"{len(rows)} mixed prompts, {dtype}, further tokens of all", "s", 1.0),
         }
         time_generation(model, bench.inputs(OURS, dtype, list(rows)), 2, bench.device)  # warms up: rounds take minutes
-        found += bench.compare("", runners, units, facts)
+        measured = bench.compare("", runners, units, facts)
+        found += [*measured, *_shares_of_the_bound(measured, name_of_share(len(rows), dtype))]
     return found
+
+
+def name_of_share(num_prompts: int, dtype: str) -> str:
+    """Name of the comparison with the bound."""
+    return f"{num_prompts} mixed prompts, {dtype}, share of the bound"
+
+
+def _arithmetic(bench: Bench, model: Any, dtype: str, rows: Sequence[int]) -> Candidate:
+    """The matrix products of every prompt, read one by one."""
+    products: Counter[Product] = Counter()
+    for images, count in Counter(rows).items():
+        one = record_products(partial(prefill, model, bench.inputs(OURS, dtype, [images]))).products
+        products.update({product: count * times for product, times in one.items()})
+    return timed(bare_products(products, model.dtype, bench.device), bench.device, "first")
+
+
+def _shares_of_the_bound(measured: Sequence[Comparison], name: str) -> list[Comparison]:
+    """Divide the time of the bound by that of each way to answer, round by round; none if memory ran out."""
+    if len(measured) < 3:
+        return []
+    _, first, further = (comparison.values for comparison in measured)
+    bounds = [sum(pair) for pair in zip(first[ARITHMETIC], further[ONE_BATCH], strict=True)]
+    shares = {
+        who: [bound / sum(pair) for bound, *pair in zip(bounds, first[who], further[who], strict=True)]
+        for who in further
+    }
+    return [Comparison(name, "of the bound", shares)]
 
 
 def profile_step(bench: Bench, model: Any, rows: Sequence[int]) -> dict[str, float]:
@@ -58,8 +97,7 @@ def profile_step(bench: Bench, model: Any, rows: Sequence[int]) -> dict[str, flo
     lengths = torch.tensor([sizes.text_tokens + count * count_image_tokens(OURS, sizes, SQUARE) for count in rows])
     longest, like = int(lengths.max()), {"dtype": model.dtype, "device": model.device}
     shape = (len(rows), sizes.text_heads, longest, sizes.text_width // sizes.text_heads)
-    cache = DynamicCache(config=model.config.text_config)
-    model_code("generation_blip3.grow_in_place")(cache)  # as generate does
+    cache = growing_cache(model.config.text_config)
     for index in range(sizes.text_layers):
         cache.update(torch.randn(shape, **like), torch.randn(shape, **like), index)
     token = torch.randn(len(rows), 1, sizes.text_width, **like)
@@ -80,7 +118,7 @@ def profile_step(bench: Bench, model: Any, rows: Sequence[int]) -> dict[str, flo
 def _throughput(
     bench: Bench, model: Any, dtype: str, groups: Sequence[Sequence[int]], new_tokens: int, **options: Any
 ) -> Candidate:
-    """Answer every group of prompts; gives new tokens a second, and the seconds spent on first tokens."""
+    """Answer every group of prompts; gives new tokens a second, and seconds of first and of further tokens."""
     batches = [bench.inputs(OURS, dtype, list(rows)) for rows in groups]
     num_tokens = new_tokens * sum(len(rows) for rows in groups)
 
@@ -89,6 +127,7 @@ def _throughput(
         return {
             "rate": num_tokens / sum(each["all"] for each in found),
             "first": sum(each["first"] for each in found),
+            "further": sum(each["all"] - each["first"] for each in found),
         }
 
     return run

@@ -59,6 +59,8 @@ class Sizes:
     """Of a prompt, beside the image tokens."""
     new_tokens: int = 16
     """Written in one measurement."""
+    most_tiles: int = 0
+    """Of a grid, all grids of up to so many; 0 takes the release's grids."""
 
     @property
     def patches_per_side(self) -> int:
@@ -144,6 +146,8 @@ def our_config(sizes: Sizes, **changes: Any) -> Any:
         "token_sampling": SAMPLING,
     }
     own = AutoConfig.from_pretrained(ROOT, subfolder=RELEASE, trust_remote_code=True)
+    if sizes.most_tiles:
+        changes = {"tile_grids": grids_up_to(sizes.most_tiles), **changes}
     return type(own)(
         vision_config={"model_type": "siglip_vision_model", **sizes.vision_config()},
         resampler_config=resampler,
@@ -153,6 +157,16 @@ def our_config(sizes: Sizes, **changes: Any) -> Any:
         name_or_path=str(ROOT),
         **changes,
     )
+
+
+def grids_up_to(most_tiles: int) -> list[list[int]]:
+    """All grids of at most so many tiles, [rows, columns] each.
+
+    >>> grids_up_to(3)
+    [[1, 1], [1, 2], [1, 3], [2, 1], [3, 1]]
+    """
+    sides = range(1, most_tiles + 1)
+    return [[rows, columns] for rows in sides for columns in sides if rows * columns <= most_tiles]
 
 
 def _bare_config(sizes: Sizes) -> Any:

@@ -2,7 +2,8 @@
 """Time to the first token and time of each further one, through `generate`, greedy.
 
 The clock is a stopping criterion, which `generate` asks after every token: what a caller waits for, sampling and
-bookkeeping included, image processing not.
+bookkeeping included, image processing not. The bare language model runs twice: with transformers' own cache, and with
+ours, which grows in place. Only beside the second does the rest of our step show.
 """
 
 import itertools
@@ -12,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import CompileConfig, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
+from ..hub import model_code
 from .bench import Bench
 from .candidates import BARE, IDEFICS, LLAVA, OURS, SQUARE, count_image_tokens
 from .clock import Candidate, Comparison, synchronize
@@ -21,6 +23,7 @@ from .machine import copy_candidate
 
 EAGER, STATIC, COMPILED = "eager", "static cache", "compiled"
 COPY = "memory copy"
+SAME_CACHE = f"{BARE}, our cache"
 UNITS = {"first": (", first token", "ms", 1000.0), "next": (", each further token", "ms", 1000.0)}
 
 
@@ -105,6 +108,8 @@ def _measure_one(bench: Bench, models: Mapping[str, Any], dtype: str, rows: list
         for kind, model in models.items()
         if kind not in left_out
     }
+    if mode == EAGER and BARE in runners:
+        runners[SAME_CACHE] = _runner_with_our_cache(bench, models[BARE], bench.inputs(BARE, dtype, rows))
     num_bytes = step_bytes(bench, dtype, rows)
     runners[COPY] = copy_candidate(num_bytes, bench.device, "next")
     kinds = (OURS, LLAVA, IDEFICS)
@@ -143,3 +148,18 @@ def step_bytes(bench: Bench, dtype: str, rows: Sequence[int]) -> int:
 
 def _runner(bench: Bench, model: Any, inputs: dict[str, torch.Tensor], options: dict[str, Any]) -> Candidate:
     return lambda: time_generation(model, inputs, bench.sizes.new_tokens, bench.device, **options)
+
+
+def _runner_with_our_cache(bench: Bench, model: Any, inputs: dict[str, torch.Tensor]) -> Candidate:
+    def run() -> dict[str, float]:
+        cache = {model_code("generation_blip3.CACHE_NAME"): growing_cache(model.config)}
+        return time_generation(model, inputs, bench.sizes.new_tokens, bench.device, **cache)
+
+    return run
+
+
+def growing_cache(config: Any) -> DynamicCache:
+    """An empty cache of a language model as our `generate` makes it: new tokens go into room behind the others."""
+    cache = DynamicCache(config=config)
+    model_code("generation_blip3.grow_in_place")(cache)
+    return cache

@@ -2,12 +2,14 @@
 """Image processing: a decoded image, or the bytes of a JPEG, to `pixel_values`, one image a call.
 
 Grids, tile size, filter and normalisation are the same for all. `pil` is our bit-exact backend, `torch` the faster;
-what each cannot go below are its resizes alone, to global view and tiles.
+each gives scaled float32 or, for the model to scale, bytes. What a backend cannot go below are its resizes alone, to
+global view and tiles, on as many threads as it uses. The memory of a batch is counted beside.
 """
 
 import functools
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,19 +19,22 @@ from transformers import AutoImageProcessor
 
 from ..hub import RELEASE, ROOT, model_code
 from . import HAS_TORCHVISION
-from .bench import Bench
+from .bench import Bench, describe_comparison
 from .candidates import OURS
 from .clock import Candidate, Comparison, geometric_mean_rounds, timed
 
 IMAGE_SIZES = ((480, 640), (768, 1024), (1080, 1920), (1536, 2048), (2448, 3264), (3024, 4032))  # (height, width)
 PIL, TORCH = f"{OURS}, pil", f"{OURS}, torch"
+PIL_BYTES, TORCH_BYTES = f"{PIL}, bytes", f"{TORCH}, bytes"
 LLAVA_PIL, LLAVA_TORCHVISION = "LLaVA-NeXT, PIL", "LLaVA-NeXT, torchvision"
 PIL_RESIZES, TORCH_RESIZES = "resizes alone, pil", "resizes alone, torch"
+BATCH, BYTES, FLOATS = 16, "bytes", "float32"
+BATCH_MEMORY = f"pixel_values of {BATCH} images"
 
 
 def measure_images(bench: Bench) -> list[Comparison]:
-    """Measure six sizes, from PIL and from JPEG bytes, with one thread and two."""
-    found: list[Comparison] = []
+    """Measure six sizes, from PIL and from JPEG bytes, with one thread and two; and the memory of a batch."""
+    found = [count_batch_memory(bench)]
     processors, left_out = make_processors(bench.sizes.tile_size)
     image_sizes = [(60, 80), (120, 160)] if bench.is_quick else IMAGE_SIZES
     for threads in (1, 2):
@@ -40,10 +45,27 @@ def measure_images(bench: Bench) -> list[Comparison]:
                 name: geometric_mean_rounds([comparison.values for comparison in some], name, PIL)
                 for name in some[0].values
             }
-            name = f"all sizes, from {source}, {threads} thread{'s' * (threads > 1)}"
+            name = name_of("all sizes", source, threads)
             found += [*some, Comparison(name, "of the time of the first", overall, {"threads": threads}, left_out)]
     torch.set_num_threads(bench.threads)
     return found
+
+
+def name_of(image_size: str, source: str, threads: int) -> str:
+    """Name of a comparison."""
+    return f"{image_size}, from {source}, {threads} thread{'s' * (threads > 1)}"
+
+
+def count_batch_memory(bench: Bench) -> Comparison:
+    """Count the bytes of a batch of images as the processor hands them over."""
+    ours, image = _our_processor(bench.sizes.tile_size), render_image((60, 80) if bench.is_quick else (480, 640))
+    values = {}
+    for name, dtype in ((BYTES, "uint8"), (FLOATS, "float32")):
+        pixels = ours([image] * BATCH, return_tensors="pt", resize_backend="torch", pixel_dtype=dtype)["pixel_values"]
+        values[name] = [pixels.nbytes / 2**20]
+    comparison = Comparison(BATCH_MEMORY, "MiB", values)
+    bench.say(describe_comparison(comparison))
+    return comparison
 
 
 @functools.cache  # a large one takes longer to render than to measure
@@ -62,9 +84,7 @@ def render_image(image_size: tuple[int, int]) -> Image.Image:
 
 def make_processors(tile_size: int) -> tuple[dict[str, Callable[[Any], Any]], dict[str, str]]:
     """Image processors by name, and why one is missing."""
-    ours = AutoImageProcessor.from_pretrained(
-        ROOT, subfolder=RELEASE, trust_remote_code=True, size={"height": tile_size, "width": tile_size}
-    )
+    ours = _our_processor(tile_size)
     pil_class, torchvision_class, missing = find_llava_classes()
     settings = {
         "image_grid_pinpoints": [[rows * tile_size, columns * tile_size] for rows, columns in ours.tile_grids],
@@ -74,8 +94,10 @@ def make_processors(tile_size: int) -> tuple[dict[str, Callable[[Any], Any]], di
         "image_std": [0.5] * 3,
     }
     processors: dict[str, Callable[[Any], Any]] = {
-        PIL: lambda image: ours(image, return_tensors="pt", resize_backend="pil"),
-        TORCH: lambda image: ours(image, return_tensors="pt", resize_backend="torch"),
+        PIL: partial(ours, return_tensors="pt", resize_backend="pil"),
+        PIL_BYTES: partial(ours, return_tensors="pt", resize_backend="pil", pixel_dtype="uint8"),
+        TORCH: partial(ours, return_tensors="pt", resize_backend="torch"),
+        TORCH_BYTES: partial(ours, return_tensors="pt", resize_backend="torch", pixel_dtype="uint8"),
         LLAVA_PIL: _from_bytes(_tensors_of(pil_class(**settings))),
         PIL_RESIZES: _from_bytes(_resizes_of(ours, "resize_with_pil")),
         TORCH_RESIZES: _from_bytes(_resizes_of(ours, "resize_with_torch")),
@@ -83,6 +105,11 @@ def make_processors(tile_size: int) -> tuple[dict[str, Callable[[Any], Any]], di
     if torchvision_class is not None:
         processors[LLAVA_TORCHVISION] = _from_bytes(_tensors_of(torchvision_class(**settings)))
     return processors, {LLAVA_TORCHVISION: missing} if missing else {}
+
+
+def _our_processor(tile_size: int) -> Any:
+    size = {"height": tile_size, "width": tile_size}
+    return AutoImageProcessor.from_pretrained(ROOT, subfolder=RELEASE, trust_remote_code=True, size=size)
 
 
 def find_llava_classes() -> tuple[Any, Any, str]:
@@ -103,14 +130,14 @@ def _tensors_of(processor: Any) -> Callable[[Image.Image], Any]:
 
 
 def _resizes_of(ours: Any, name: str) -> Callable[[Image.Image], Any]:
-    """The resizes of one of our backends, and nothing around them."""
+    """The resizes of one of our backends on its threads, and nothing around them."""
     resize, side = model_code(f"image_processing_blip3.{name}"), ours.tile_size
 
     def run(image: Image.Image) -> Any:
         image.load()  # before threads share it
         rows, columns = ours.grid_of(image.height, image.width)
         tiles = model_code("tiling_blip3.fit_inside")((image.height, image.width), (rows * side, columns * side))
-        return resize(image, [(side, side), tiles], ours.resample)
+        return resize(image, [(side, side), tiles], ours.resample, torch.get_num_threads())
 
     return run
 
@@ -138,7 +165,7 @@ def _measure_one(
         return timed(lambda: process(image), "cpu")
 
     height, width = image_size
-    name = f"{width}x{height}, from {source}, {threads} thread{'s' * (threads > 1)}"
+    name = name_of(f"{width}x{height}", source, threads)
     runners = {who: runner(process) for who, process in processors.items()}
     facts = {"height": height, "width": width, "threads": threads, "source": source}
     return bench.compare(name, runners, {"seconds": ("", "ms", 1000)}, facts, left_out)[0]

@@ -4,6 +4,7 @@
     cpu_images.json ...  -->  cpu_targets.json   each target: value, spread, met or missed by how much
                               cpu.md          the machine and every comparison
                               cpu.png         the plot of README
+                              cpu_scaling.png    lines of the suite `scaling`
 
 A block of documentation stands between `<!-- benchmarks:cpu:targets -->` and `<!-- end -->`.
 """
@@ -18,12 +19,12 @@ from ..evaluation.tables_and_plots import markdown_table, new_figure
 from ..hub import ROOT
 from .candidates import IDEFICS, LLAVA, OURS
 from .images import LLAVA_PIL, LLAVA_TORCHVISION, PIL, TORCH
+from .scaling_report import MODEL_COLORS, describe_lines, plot_lines
 from .targets import make_targets
 
 DOCUMENTS = (ROOT / "docs" / "speed.md", ROOT / "README.md")
 LEAST_SHARE = 0.01  # of an operator worth a word
-COLORS = {OURS: "#1b6ca8", PIL: "#1b6ca8", TORCH: "#6fb1dd", LLAVA: "#c8553d", LLAVA_PIL: "#c8553d"}
-COLORS |= {LLAVA_TORCHVISION: "#eba28f", IDEFICS: "#7a9e4b"}
+COLORS = MODEL_COLORS | {PIL: "#1b6ca8", TORCH: "#6fb1dd", LLAVA_PIL: "#c8553d", LLAVA_TORCHVISION: "#eba28f"}
 
 
 def read_results(folder: Path, device: str) -> dict[str, dict[str, Any]]:
@@ -52,14 +53,18 @@ def write_report(folder: Path, device: str) -> list[dict[str, Any]]:
         "\n".join([*_head(results, device), *targets_table(targets), *_tables(results)]) + "\n",
     )
     make_plot(results).savefig(folder / f"{device}.png", dpi=110, metadata={"Software": None})
+    if "scaling" in results:
+        plot = plot_lines(_by_name(results["scaling"]))
+        plot.savefig(folder / f"{device}_scaling.png", dpi=110, metadata={"Software": None})
     return targets
 
 
 def compare(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Compare every target with the results."""
     rows = {f"{suite}: {row['name']}": row for suite, result in results.items() for row in result["comparisons"]}
-    dtypes = next(iter(results.values()))["benchmark"]["dtypes"]
-    return [target.compare(rows) for target in make_targets(dtypes)]
+    some = next(iter(results.values()))
+    targets = make_targets(some["benchmark"]["dtypes"], some["machine"]["device"].split(":")[0])
+    return [target.compare(rows) for target in targets]
 
 
 def targets_table(targets: Sequence[dict[str, Any]]) -> list[str]:
@@ -74,12 +79,12 @@ def targets_table(targets: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def headline_table(targets: Sequence[dict[str, Any]]) -> list[str]:
-    """The few targets that README shows, as a Markdown table with ordinary heads."""
+    """The few targets that README shows, as far as they were measured, as a Markdown table with ordinary heads."""
     rows = []
     for target in targets:
-        if "headline" in target:
+        if "headline" in target and target["result"]:
             what, over = target["headline"]
-            measured = f"{target['result']['median']:.2f}{target['unit']}" if target["result"] else "not measured"
+            measured = f"{target['result']['median']:.2f}{target['unit']}"
             met = "" if target["reached"] is None else "yes" if target["reached"] else "no"
             rows.append([what, over, target["target"], measured, met])
     return markdown_table(["what", "speed-up over", "target", "measured", "met"], rows)
@@ -96,6 +101,7 @@ def update_documents(folder: Path, device: str, documents: Sequence[Path] = DOCU
         f"{device}:headline": headline_table(targets),
         f"{device}:machine": _head(results, device)[2:-1],
         f"{device}:plot": [plot],  # for README, which stands at the root
+        f"{device}:scaling": describe_lines(_by_name(results.get("scaling", {"comparisons": []}))),
     }
     changed = []
     for path in documents:
@@ -147,10 +153,16 @@ def _tables(results: dict[str, dict[str, Any]]) -> list[str]:
         profiles = {
             json.dumps(row["facts"]["profile"]): row for row in result["comparisons"] if "profile" in row["facts"]
         }
+        if suite == "scaling":
+            lines += ["", *describe_lines(_by_name(result))]
         for row in profiles.values():
             shares = ", ".join(f"`{name}` {share:.0%}" for name, share in row["facts"]["profile"].items())
             lines += ["", f"Operators of {row['facts'].get('profiled', row['name'])}: {shares}."]
     return lines
+
+
+def _by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in result["comparisons"]}
 
 
 def _row(row: dict[str, Any], candidates: Sequence[str]) -> list[str]:
@@ -193,7 +205,7 @@ def make_plot(results: dict[str, dict[str, Any]]) -> Any:
     Raises:
         ImportError: without matplotlib.
     """
-    rows = {suite: {row["name"]: row for row in result["comparisons"]} for suite, result in results.items()}
+    rows = {suite: _by_name(result) for suite, result in results.items()}
     figure = new_figure((13, 3.8), "benchmarks")
     processing, first, counts = figure.subplots(1, 3)
     _plot_images(processing, rows.get("images", {}))

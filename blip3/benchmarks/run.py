@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Measure speed and memory beside the peers and the machine's limits, and write the results down.
 
-    python -m blip3.benchmarks.run                               every suite
+    python -m blip3.benchmarks.run                               every suite of half an hour
     python -m blip3.benchmarks.run --suite images --suite memory   some
     python -m blip3.benchmarks.run --device cuda                 the 4B sizes in bfloat16, on a GPU
     python -m blip3.benchmarks.run --quick                       tries the code; its times mean nothing
@@ -24,12 +24,16 @@ from ..hub import PACKAGE, ROOT
 from . import machine
 from .batching import measure_batching, measure_questions
 from .bench import Bench
+from .busy import measure_busy
 from .candidates import QUARTER, QUICK, TRUE
 from .clock import Comparison, Effort
+from .cold_start import measure_cold_start
 from .generation import measure_generation
 from .images import measure_images
+from .loader import measure_loader
 from .memory import measure_memory
 from .overhead import measure_overhead
+from .peers import measure_peers
 from .report import update_documents, write_report
 from .scaling import measure_scaling
 from .switches import measure_switches
@@ -45,9 +49,26 @@ SUITES: dict[str, tuple[Callable[[Bench], list[Comparison]], str]] = {
     "questions": (measure_questions, "A second question about the same images."),
     "memory": (measure_memory, "Peak memory of loading, of a prefill and of a training step."),
     "training": (measure_training, "A training step with a frozen vision tower."),
-    "scaling": (measure_scaling, "Cost of a prefill against images, views and rows."),
+    "scaling": (
+        measure_scaling,
+        "Prefills against images, views, rows and tokens; image processing against workers.",
+    ),
     "switches": (measure_switches, "Each optimisation on and off, everything else alike."),
+    "busy": (measure_busy, "Image processing beside a program that keeps every core busy."),
+    "peers": (
+        measure_peers,
+        "Prefills of one, four and eight images against Idefics3, by own views and equal ones.",
+    ),
+    "cold-start": (measure_cold_start, "From the start of a process to the first token of a small saved model."),
+    "loader": (measure_loader, "Training steps of the small model fed by two workers, with bytes and with float32."),
 }
+BY_NAME_ONLY = (
+    "scaling",
+    "busy",
+    "peers",
+    "cold-start",
+    "loader",
+)  # the others fit half an hour on two cores without them
 RESULTS, QUICK_RESULTS = PACKAGE / "benchmarks" / "results", Path("outputs", "benchmarks")
 QUICK_EFFORT = {"rounds": 2, "seconds": 1.0, "longest_run_seconds": 60.0}
 
@@ -81,7 +102,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; `make_bench` takes what this returns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     effort = Effort()
-    parser.add_argument("--suite", "--part", action="append", choices=SUITES, help="may be repeated (default: all)")
+    parser.add_argument(
+        "--suite",
+        "--part",
+        action="append",
+        choices=SUITES,
+        help=f"may be repeated (default: all but {', '.join(BY_NAME_ONLY)})",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the code")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of torch (default: all cores this process may use)")
@@ -139,7 +166,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
     bench = make_bench(options)
     folder.mkdir(parents=True, exist_ok=True)
     say(", ".join(f"{name} {rate:.3g}" for name, rate in bench.rates.items()))
-    for suite in options.suite or SUITES:
+    for suite in options.suite or [name for name in SUITES if name not in BY_NAME_ONLY]:
         measure, description = SUITES[suite]
         say(f"{suite}: {description}")
         started = time.perf_counter()

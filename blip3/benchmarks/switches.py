@@ -6,6 +6,7 @@
     few tiles at a time  a prefill; off: the vision tower takes all views at once
     resampler attention  a prefill with plain attention in the resampler; off: SDPA
     window in blocks     a prefill of two sliding windows; off: all tokens at once, under a mask
+    sliding window       a prefill of 4,096 text tokens; off: every token sees all before it
     bytes                JPEG to pixels on the device, in the model's dtype or as bytes; off: float32
     JPEG scale           a large JPEG by the torch backend; off: decoded whole
     images on threads    a batch of images; off: one after the other
@@ -32,6 +33,7 @@ from .generation import time_generation
 from .images import render_image
 
 ON, OFF = "on", "off"
+NO_WINDOW = "sliding window, prefill of 4,096 tokens"
 WINDOW = 2048  # of the released configuration
 MIXED_ROWS = (0, 3, 1, 0)  # images of each row
 JPEG_SIZE, QUICK_JPEG_SIZE, BATCH = (3024, 4032), (448, 448), 8
@@ -67,16 +69,24 @@ def _of_model(bench: Bench, model: Any, dtype: str) -> Iterator[Switch]:
 
     count = partial(count_calls, model)
     copies = partial(mock.patch.object, generation, "grow_in_place", lambda cache: None)
-    together = partial(mock.patch.object, generation, "group_rows_by_length", lambda mask: [])
+    here, nowhere = ((torch.device(bench.device).type,), ())  # also where the model would not do so by itself
+    by_length = {
+        state: partial(mock.patch.object, generation, "READS_BY_LENGTH", types)
+        for state, types in ((ON, here), (OFF, nowhere))
+    }
     at_once = partial(mock.patch.object, generation, "SMALLEST_BLOCK", sys.maxsize)
     yield "growing cache, each further token", partial(generate, few), {OFF: copies}, "next", count
-    yield "prefill by length, first token", partial(generate, mixed), {OFF: together}, "first", count
+    yield "prefill by length, first token", partial(generate, mixed), by_length, "first", count
     read = timed(partial(prefill, model, one), bench.device)
     read_long = timed(partial(prefill, model, long), bench.device)
     kinds = {state: partial(_resampler_with, model, kind) for state, kind in ((ON, "eager"), (OFF, "sdpa"))}
-    yield "few tiles at a time, prefill", read, {OFF: partial(_all_views_at_once, model)}, "seconds", count
+    if torch.device(bench.device).type == "cpu":  # elsewhere the tower always takes all views
+        yield "few tiles at a time, prefill", read, {OFF: partial(_all_views_at_once, model)}, "seconds", count
     yield "resampler attention, prefill", read, kinds, "seconds", count
     yield "window in blocks, prefill", read_long, {OFF: at_once}, "seconds", count
+    text = bench.inputs(OURS, dtype, [0], text_tokens=2 * WINDOW)
+    read_text = timed(partial(prefill, model, text), bench.device)
+    yield NO_WINDOW, read_text, {OFF: partial(_no_window, model)}, "seconds", count
 
 
 def _of_images(bench: Bench) -> Iterator[Switch]:
@@ -125,6 +135,13 @@ def _resampler_with(model: Any, attention: str) -> Iterator[None]:
     config._attn_implementation = attention
     yield
     config._attn_implementation = before
+
+
+@contextmanager
+def _no_window(model: Any) -> Iterator[None]:
+    """Let the same weights see all tokens: masks and caches ask the configuration at every call."""
+    with mock.patch.object(model.config.text_config, "sliding_window", None):
+        yield
 
 
 def count_calls(model: Any, work: Candidate) -> dict[str, int]:

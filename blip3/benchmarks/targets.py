@@ -2,17 +2,36 @@
 """What this repository wants to be true of its speed, and whether the results say so."""
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .batching import BY_LENGTH, CACHE, FEATURES, ONE_BATCH, ONE_BY_ONE, STATIC_BATCH
-from .candidates import BARE, LLAVA, OURS
+from .batching import BY_LENGTH, CACHE, FEATURES, ONE_BATCH, ONE_BY_ONE, STATIC_BATCH, name_of_share
+from .busy import FACTOR
+from .candidates import BARE, IDEFICS, LLAVA, OURS
 from .clock import ratios, summarize
-from .generation import EAGER
+from .cold_start import NAME as COLD_START
+from .cold_start import PHASES
+from .generation import EAGER, SAME_CACHE
 from .generation import name_of as generation_name
-from .images import LLAVA_PIL, LLAVA_TORCHVISION, PIL, PIL_RESIZES, TORCH, TORCH_RESIZES
+from .images import (
+    BATCH_MEMORY,
+    BYTES,
+    FLOATS,
+    LLAVA_PIL,
+    LLAVA_TORCHVISION,
+    PIL_BYTES,
+    PIL_RESIZES,
+    TORCH_BYTES,
+    TORCH_RESIZES,
+)
+from .images import name_of as name_of_images
+from .loader import FEEDING
 from .overhead import ARITHMETIC, PARTS
 from .overhead import name_of as overhead_name
+from .peers import COUNTS, HALF, IDEFICS_OWN
+from .peers import name_of as name_of_peers
+from .switches import NO_WINDOW, OFF, ON
 from .training_step import PACKED, PADDED
 
 Rows = Mapping[str, Mapping[str, Any]]  # "suite: name of the comparison" -> the comparison as JSON
@@ -69,6 +88,32 @@ def ratio(suite: str, name: str, above: str, below: str) -> Measure:
     return measure
 
 
+def ratio_of_largest(source: str, threads: int, above: str, below: str) -> Measure:
+    """Ratio of two candidates of image processing, for the largest image that was measured."""
+
+    def measure(rows: Rows) -> Sequence[float] | None:
+        wanted = {"source": source, "threads": threads}
+        of_images = {
+            row["facts"]["height"] * row["facts"]["width"]: row["values"]
+            for name, row in rows.items()
+            if name.startswith("images: ") and wanted.items() <= row["facts"].items()
+        }
+        values = of_images[max(of_images)] if of_images else {}
+        return ratios(values[above], values[below]) if above in values and below in values else None
+
+    return measure
+
+
+def ratio_of_medians(above: Measure, below: Measure) -> Measure:
+    """Ratio of the medians of two measures; their rounds were made at different times."""
+
+    def measure(rows: Rows) -> Sequence[float] | None:
+        found = [each(rows) for each in (above, below)]
+        return [statistics.median(found[0]) / statistics.median(found[1])] if found[0] and found[1] else None
+
+    return measure
+
+
 def value(suite: str, name: str, candidate: str) -> Measure:
     """Values of one candidate."""
     return lambda rows: rows.get(f"{suite}: {name}", {}).get("values", {}).get(candidate)
@@ -87,39 +132,58 @@ def fact(suite: str, name: str, read: Callable[[Mapping[str, Any]], float]) -> M
     return measure
 
 
-def make_targets(dtypes: Sequence[str]) -> list[Target]:
-    """The targets, for the dtypes that were measured."""
-    targets = [
-        Target(
-            "image processing, bit-exact backend, LLaVA-NeXT's PIL processor takes, two threads",
-            3.0,
-            True,
-            ratio("images", "all sizes, from PIL, 2 threads", LLAVA_PIL, PIL),
-            headline=("image processing, bit-exact, two threads", "LLaVA-NeXT's processor on PIL"),
-        ),
-        Target(
-            "image processing, torch backend, LLaVA-NeXT's torchvision processor takes, one thread",
-            2.5,
-            True,
-            ratio("images", "all sizes, from PIL, 1 thread", LLAVA_TORCHVISION, TORCH),
-            headline=("image processing with torch, one thread", "LLaVA-NeXT's processor on torchvision"),
-        ),
-        Target(
-            "bit-exact backend, its resizes alone take, two threads",
-            None,
-            True,
-            ratio("images", "all sizes, from PIL, 2 threads", PIL_RESIZES, PIL),
-        ),
-        Target(
-            "torch backend, its resizes alone take, one thread",
-            None,
-            True,
-            ratio("images", "all sizes, from PIL, 1 thread", TORCH_RESIZES, TORCH),
-        ),
-    ]
+def make_targets(dtypes: Sequence[str], device: str) -> list[Target]:
+    """The targets, for the dtypes that were measured and for a kind of device, `cpu` or `cuda`."""
+    targets = _image_targets() + _busy_targets()
     for dtype in dtypes:
         targets += _model_targets(dtype)
-    return targets + _batch_targets(dtypes[0]) + _memory_targets(dtypes[0], dtypes[-1]) + _reported(dtypes)
+    targets += _peer_targets(dtypes[0])
+    return targets + _batch_targets(dtypes[0], device) + _memory_targets(dtypes[0], dtypes[-1]) + _reported(dtypes)
+
+
+def _image_targets() -> list[Target]:
+    from_pil = {threads: name_of_images("all sizes", "PIL", threads) for threads in (1, 2)}
+    targets = []
+    for threads in (2, 1):
+        words = f"image processing to bytes, bit-exact backend, {threads} thread{'s' * (threads > 1)}"
+        alone = ratio("images", from_pil[threads], PIL_BYTES, PIL_RESIZES)
+        targets.append(Target(f"{words}, against Pillow's two resizes alone", 1.08, False, alone))
+        peer = ratio("images", from_pil[threads], LLAVA_PIL, PIL_BYTES)
+        targets.append(Target(f"{words}, LLaVA-NeXT's PIL processor takes", None, True, peer))
+    targets.append(
+        Target(
+            "image processing to bytes, torch backend, 1 thread, LLaVA-NeXT's torchvision processor takes",
+            2.5,
+            True,
+            ratio("images", from_pil[1], LLAVA_TORCHVISION, TORCH_BYTES),
+            headline=("image processing to bytes, one thread", "LLaVA-NeXT's processor on torchvision"),
+        )
+    )
+    for peer_name, words in ((LLAVA_TORCHVISION, "torchvision"), (LLAVA_PIL, "PIL")):
+        what = f"JPEG of 12 megapixels to bytes, torch backend, 1 thread, LLaVA-NeXT's {words} processor takes"
+        headline = ("a JPEG of 12 megapixels to bytes, one thread", "LLaVA-NeXT's processor on PIL")
+        target = Target(what, 3.0, True, ratio_of_largest("JPEG", 1, peer_name, TORCH_BYTES))
+        targets.append(dataclasses.replace(target, headline=headline if peer_name == LLAVA_PIL else None))
+    alone = ratio("images", from_pil[1], TORCH_BYTES, TORCH_RESIZES)
+    memory = ratio("images", BATCH_MEMORY, BYTES, FLOATS)
+    return [
+        *targets,
+        Target("image processing to bytes, torch backend, 1 thread, against its resizes alone", None, False, alone),
+        Target("pixel_values of a batch of 16 images, bytes against float32", 0.26, False, memory),
+    ]
+
+
+def _busy_targets() -> list[Target]:
+    words = "image processing beside a busy program, against quiet"
+    ours = {"bit-exact": PIL_BYTES, "torch": TORCH_BYTES}
+    peers = {"PIL": LLAVA_PIL, "torchvision": LLAVA_TORCHVISION}
+    return [
+        *(Target(f"{words}, {name} backend", 1.6, False, value("busy", FACTOR, who)) for name, who in ours.items()),
+        *(
+            Target(f"{words}, LLaVA-NeXT's {name} processor", None, False, value("busy", FACTOR, who))
+            for name, who in peers.items()
+        ),
+    ]
 
 
 def _model_targets(dtype: str) -> list[Target]:
@@ -138,8 +202,14 @@ def _model_targets(dtype: str) -> list[Target]:
             f"prefill against the sum of its bare parts, {dtype}", 1.05, False, ratio("overhead", prefill, OURS, PARTS)
         ),
         Target(
-            f"time per token against the bare language model, {dtype}",
-            1.1,
+            f"time per token against the bare language model with the same cache, {dtype}",
+            1.05,
+            False,
+            ratio("generation", f"{name}, each further token", OURS, SAME_CACHE),
+        ),
+        Target(
+            f"time per token against the bare language model with transformers' cache, {dtype}",
+            None,
             False,
             ratio("generation", f"{name}, each further token", OURS, BARE),
         ),
@@ -148,7 +218,6 @@ def _model_targets(dtype: str) -> list[Target]:
             1.0,
             True,
             ratio("generation", f"{name}, each further token", LLAVA, OURS),
-            headline=(f"time per further token, {dtype}", "LLaVA-NeXT") if is_headline else None,
         ),
     ]
     if dtype == "bfloat16":
@@ -157,17 +226,50 @@ def _model_targets(dtype: str) -> list[Target]:
     return targets
 
 
-def _batch_targets(dtype: str) -> list[Target]:
+def _peer_targets(dtype: str) -> list[Target]:
+    targets = []
+    for what, over, below, limit in (
+        ("each with its own views", IDEFICS_OWN, OURS, 1.5),
+        ("equal views, half our latents", IDEFICS, HALF, 1.0),
+        ("equal views, all our latents", IDEFICS, OURS, None),
+    ):
+        for count in COUNTS:
+            target = Target(
+                f"prefill, {count} image{'s' * (count > 1)}, {what}, Idefics3 takes",
+                limit,
+                True,
+                ratio("peers", name_of_peers(count, dtype), over, below),
+            )
+            headline = _PEER_HEADLINES.get((what, count))
+            targets.append(dataclasses.replace(target, headline=headline))
+    grows = "equal views, all our latents: what Idefics3 takes at eight images, over that at one"
+    at_one, at_eight = (ratio("peers", name_of_peers(count, dtype), IDEFICS, OURS) for count in (1, 8))
+    return [*targets, Target(grows, 1.0, True, ratio_of_medians(at_eight, at_one))]
+
+
+_PEER_HEADLINES = {
+    ("each with its own views", 1): ("prefill of a 1920x1080 image, each with its own views", "Idefics3"),
+    ("equal views, all our latents", 1): ("prefill of an image in 5 views, 640 tokens", "Idefics3 with 405 tokens"),
+}
+
+
+def _batch_targets(dtype: str, device: str) -> list[Target]:
     name = f"16 mixed prompts, {dtype}"
     questions = f"3 images, {dtype}"
     training = f"mixed lengths, {dtype}"
     return [
         Target(
             "16 mixed prompts in a batch, tokens/s against one by one",
-            4.0,
+            None if device == "cpu" else 4.0,  # out of reach where one prompt keeps the machine busy
             True,
             ratio("batching", name, ONE_BATCH, ONE_BY_ONE),
-            headline=("16 mixed prompts in one batch, tokens a second", "the same prompts one by one"),
+        ),
+        Target(
+            "the same batch, share of the bound",
+            0.9 if device == "cpu" else None,
+            True,
+            value("batching", name_of_share(16, dtype), ONE_BATCH),
+            "",
         ),
         Target("the same with a static cache", None, True, ratio("batching", name, STATIC_BATCH, ONE_BY_ONE)),
         Target("the same in batches of like length", None, True, ratio("batching", name, BY_LENGTH, ONE_BY_ONE)),
@@ -176,6 +278,29 @@ def _batch_targets(dtype: str) -> list[Target]:
         ),
         Target(
             "vision tower runs of a second question, cache continued", 0.0, False, _tower_runs(questions, CACHE), ""
+        ),
+        Target(
+            "training steps of the small model fed by two workers, samples/s with bytes against float32",
+            1.1,
+            True,
+            ratio("loader", FEEDING, BYTES, FLOATS),
+        ),
+        Target(
+            "start of a process to the first token, small model, LLaVA-NeXT takes",
+            1.0,
+            True,
+            _cold_start("all"),
+        ),
+        *(
+            Target(f"of that, {PHASES[phase].strip(', ')}", None, True, _cold_start(phase))
+            for phase in PHASES
+            if phase != "all"
+        ),
+        Target(
+            "prefill of 4,096 text tokens, sliding window against none",
+            0.95,
+            False,
+            ratio("switches", NO_WINDOW, ON, OFF),
         ),
         Target(
             "training step, packed, tokens/s against padded",
@@ -233,3 +358,7 @@ def _reported(dtypes: Sequence[str]) -> list[Target]:
 
 def _tower_runs(name: str, candidate: str) -> Measure:
     return fact("questions", name, lambda facts: float(facts["tower_runs"][candidate]))
+
+
+def _cold_start(phase: str) -> Measure:
+    return ratio("cold-start", f"{COLD_START}{PHASES[phase]}", LLAVA, OURS)

@@ -50,12 +50,19 @@ def _count_llava(config: Any, height: int, width: int) -> int:
 
 
 def _count_idefics(height: int, width: int) -> int:
-    """SmolVLM's own settings: longest side four tiles, as many tiles as fit, and the global view."""
+    num_views = tiling.count_views(idefics_grid(height, width, TRUE.tile_size))
+    return num_views * (TRUE.patches_per_side // TRUE.patches_per_token) ** 2
+
+
+def idefics_grid(height: int, width: int, side: int) -> tuple[int, int]:
+    """(rows, columns) of the tiles that Idefics3 cuts an image into by SmolVLM's own settings, asked of its processor.
+
+    The longest side is resized to four tiles and both to whole tiles; the global view comes on top.
+    """
     from transformers.models import idefics3
 
     is_transformers_5 = hasattr(idefics3, "Idefics3ImageProcessorPil")
     processor_class = idefics3.Idefics3ImageProcessorPil if is_transformers_5 else idefics3.Idefics3ImageProcessor
-    side = TRUE.tile_size
     processor = processor_class(size={"longest_edge": 4 * side}, max_image_size={"longest_edge": side})
-    num_views = processor.get_number_of_image_patches(height, width, {})[0]
-    return num_views * (TRUE.patches_per_side // TRUE.patches_per_token) ** 2
+    _, rows, columns = processor.get_number_of_image_patches(height, width, {})
+    return rows, columns

@@ -3,6 +3,7 @@ r"""Train and score the rows of an ablation, and compare them with the first one
 
     python -m blip3.evaluation.ablate recipes/small/ablations/sampling.yaml --output outputs/ablations/sampling
     python -m blip3.evaluation.ablate recipes/small/ablations/sampling.yaml --output FOLDER --plan
+    python -m blip3.evaluation.ablate recipes/small/ablations/sampling.yaml --output ELSEWHERE --trial
 
     FOLDER/runs/STEP-DIGEST/         what was trained (ablation_runs.py)
     FOLDER/scores/ROW-FINGERPRINT/   every answer, as `blip3.evaluation.score` writes them
@@ -32,6 +33,8 @@ from .asking import CHOOSE, SERIES, made_with, seed_of_series
 from .report import Result
 from .score import ScoreSettings, score
 
+COUNT, TRIAL_COUNT = 1000, 4
+
 
 @dataclasses.dataclass(frozen=True)
 class AblationSettings:
@@ -40,7 +43,7 @@ class AblationSettings:
     grid: Grid
     output: Path
     """Folder, made if need be."""
-    count: int = 1000
+    count: int = COUNT
     """Questions of each task."""
     seed: int = 0
     """Of the questions, within the series."""
@@ -153,15 +156,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[AblationSet
         "--output", type=Path, required=True, metavar="FOLDER", help="for runs, answers and report; continued if there"
     )
     add("--plan", action="store_true", help="say what is to do and stop")
-    add("--count", type=int, default=1000, help="questions of each task (default: 1000)")
+    add(
+        "--trial",
+        action="store_true",
+        help="train an optimiser step of two samples in place of many, with one seed, and ask four questions: shows "
+        "that every row runs, in minutes; its scores mean nothing",
+    )
+    add("--count", type=int, help=f"questions of each task (default: {COUNT}, in a trial {TRIAL_COUNT})")
     add("--series", choices=SERIES, default=CHOOSE, help="what the numbers are for (default: choose)")
     add("--seed", type=int, default=0, help="of the questions, within the series (default: 0)")
     add("--device", default="auto", help="for scoring: cpu, cuda, ... (default: a GPU where there is one)")
     add("--set", nargs="+", default=[], metavar="key=value", help="in place of the values of every recipe in the grid")
     given = parser.parse_args(arguments)
     try:
-        grid = load_grid(given.grid, _overrides(given.set))
-        settings = AblationSettings(grid, given.output, given.count, given.seed, given.series, given.device)
+        grid = load_grid(given.grid, _overrides(given.set), is_trial=given.trial)
+        count = given.count or (TRIAL_COUNT if given.trial else COUNT)
+        settings = AblationSettings(grid, given.output, count, given.seed, given.series, given.device)
         return settings, given.plan
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -40,6 +40,8 @@ CHANGEABLE = ("tile_grids", "token_sampling")
 OF_THE_MACHINE = ("log_every", "save_every", "keep_checkpoints", "num_workers", "notes")
 """Keys of a recipe that its result does not depend on."""
 SAME, VARIES = "same", "varies"
+TRIAL_BATCH = 2
+"""Samples of an optimiser step in a trial."""
 
 _GRID_KEYS = ("title", "world", "tasks", "shots", "start", "steps", "rows", "seeds", "budget", "score")
 _ROW_KEYS = ("name", "set", "checkpoint", "start", "at", "base_resolution")
@@ -115,12 +117,14 @@ class Grid:
     """`batch_size`, `dtype` and `max_new_tokens` of the scoring command, where they are not its own."""
 
 
-def load_grid(path: str | Path, every: Mapping[str, Any] | None = None) -> Grid:
+def load_grid(path: str | Path, every: Mapping[str, Any] | None = None, *, is_trial: bool = False) -> Grid:
     """Read a grid.
 
     Args:
         path: YAML file.
         every: values in place of those of every recipe in it.
+        is_trial: with trainings as short as they can be and the first seed alone, to see that every row starts, trains
+            and is scored. Points within a run keep their order, one optimiser step apart.
 
     Raises:
         ValueError: for unknown keys, a row that cannot be, or rows that are not comparable.
@@ -143,6 +147,9 @@ def load_grid(path: str | Path, every: Mapping[str, Any] | None = None) -> Grid:
     for task in values["tasks"]:
         check_choice(f"{path}: the task is", task, TASKS)
     check_keys(f"{path}, score", values.get("score", {}), _SCORE_KEYS)
+    if is_trial:
+        values, shortest = _shortened(values)
+        every = {**shortest, **(every or {})}
     rows = tuple(_row(path, values, row, every or {}) for row in values["rows"])
     _check_names(path, rows)
     _check_budgets(path, rows, values.get("budget", SAME))
@@ -155,6 +162,15 @@ def load_grid(path: str | Path, every: Mapping[str, Any] | None = None) -> Grid:
         seeds=tuple(values.get("seeds", Grid.seeds)),
         score=values.get("score"),
     )
+
+
+def _shortened(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Give a grid with its points moved together and one seed, and the keys of its recipes that shorten them."""
+    points = sorted({row["at"] for row in values["rows"] if "at" in row})
+    rows = [row | {"at": points.index(row["at"]) + 1} if "at" in row else row for row in values["rows"]]
+    length = max(1, len(points))
+    every = {"max_steps": length, "batch_size": TRIAL_BATCH, "save_every": 1, "keep_checkpoints": length}
+    return values | {"rows": rows, "seeds": list(values.get("seeds", Grid.seeds))[:1]}, every
 
 
 def _row(path: Path, grid: Mapping[str, Any], values: Mapping[str, Any], every: Mapping[str, Any]) -> Row:

@@ -7,13 +7,13 @@ licence to copy it. A model that cannot write, or declines everything, can have 
 safe requests stands beside it.
 """
 
-import ast
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .metrics import word_f1
 from .ratios import HIGHER, LOWER, Ratio, make_ratio
+from .source_literals import literals_named
 from .tasks import is_refusal
 
 UNSAFES, SAFE_UNSAFES, SAFE_SAFES = "unsafes", "safe_unsafes", "safe_safes"
@@ -52,13 +52,8 @@ def read_refusal_phrases(path: str | Path) -> tuple[str, ...]:
         FileNotFoundError: if there is no such file.
         ValueError: if the file has no such list.
     """
-    tree = ast.parse(Path(path).read_text(encoding="utf-8"), filename=str(path))
-    found = [
-        node.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [_LIST_NAME]
-    ]
-    phrases = _literal(found[0]) if len(found) == 1 else None
+    found = literals_named(path, _LIST_NAME)
+    phrases = found[0] if len(found) == 1 else None
     if not isinstance(phrases, list) or not phrases or not all(isinstance(each, str) and each for each in phrases):
         raise ValueError(
             f"{path} has {len(found)} lists named {_LIST_NAME}, or one that holds more than phrases, but exactly one "
@@ -66,13 +61,6 @@ def read_refusal_phrases(path: str | Path) -> tuple[str, ...]:
             "github.com/ys-zong/VLGuard."
         )
     return tuple(phrases)
-
-
-def _literal(node: ast.expr) -> object:
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return None
 
 
 def is_published_refusal(answer: str, phrases: Sequence[str]) -> bool:

@@ -5,22 +5,31 @@ import doctest
 import importlib
 import json
 import re
+import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from blip3.benchmarks import (
+    batching,
+    busy,
     candidates,
     clock,
+    cold_start,
+    cold_start_child,
     generation,
     machine,
     memory,
     memory_child,
+    peers,
     products,
     report,
     run,
+    scaling,
+    scaling_report,
     targets,
     tokens,
 )
@@ -29,12 +38,13 @@ from blip3.benchmarks.clock import Comparison, Effort
 from support import ROOT
 
 RUN_CHILD = memory.run_child
+START_AND_ANSWER = cold_start.start_and_answer
 DOCUMENT = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def one_child_only():
-    """Measure memory in this process, except once: a process of its own takes seconds to import torch."""
+    """Measure memory and cold starts in this process, except once each: another takes seconds to import torch."""
     patch, started = pytest.MonkeyPatch(), []
 
     def run_here(bench, task, **arguments):
@@ -44,7 +54,14 @@ def one_child_only():
         request = {"task": task, "sizes": bench.sizes.name, "device": bench.device, "threads": bench.threads}
         return memory_child.run_task(request | arguments)
 
+    def answer_here(folder, threads):
+        if folder == ROOT and str(ROOT) not in started:
+            started.append(str(ROOT))
+            return START_AND_ANSWER(folder, threads)
+        return cold_start_child.answer_cold(str(folder), time.time(), threads)
+
     patch.setattr(memory, "run_child", run_here)
+    patch.setattr(cold_start, "start_and_answer", answer_here)
     yield started
     patch.undo()
 
@@ -54,7 +71,7 @@ def results(tmp_path_factory, one_child_only):
     """A folder with the results of every suite of a quick run."""
     folder = tmp_path_factory.mktemp("results")
     arguments = ["--quick", "--threads", "1", "--rounds", "1", "--seconds", "0.5", "--output", str(folder)]
-    assert run.main(arguments) == 0
+    assert run.main([*arguments, *(f"--suite={suite}" for suite in run.SUITES)]) == 0
     return folder
 
 
@@ -68,12 +85,12 @@ def test_every_optimisation_is_measured_on_and_off(results):
     counts = {name.split(",")[0]: (row["facts"]["on"], row["facts"]["off"]) for name, row in rows.items()}
     on, off = counts["growing cache"]
     assert on["aten::cat"] < off["aten::cat"]
-    for name in ("prefill by length", "window in blocks"):
+    for name in ("prefill by length", "window in blocks", "sliding window"):
         on, off = counts[name]
         assert on["language model"] > off["language model"], name
     on, off = counts["bytes"]
     assert 4 * on["bytes"] == off["bytes"]
-    assert len(counts) == 8
+    assert len(counts) == 9
 
 
 def test_every_suite_leaves_results_with_machine_and_versions(results):
@@ -97,6 +114,8 @@ def test_images_are_processed_by_both(results):
     rows = rows_of(results, "images")
     measured = rows["all sizes, from JPEG, 2 threads"]["values"].keys()
     assert {"ours, pil", "ours, torch", "LLaVA-NeXT, PIL", "resizes alone, pil", "resizes alone, torch"} <= measured
+    assert {"ours, pil, bytes", "ours, torch, bytes"} <= measured
+    assert rows["pixel_values of 16 images"]["ratio_to_first"]["float32"]["median"] == 4
     torchvision = [
         place["LLaVA-NeXT, torchvision"]
         for row in rows.values()
@@ -110,7 +129,7 @@ def test_generation_has_every_dtype_mode_and_batch(results):
     rows = rows_of(results, "generation")
     for dtype in machine.DTYPES:
         name = generation.name_of(dtype, [1], generation.EAGER)
-        assert set(rows[f"{name}, first token"]["values"]) == {OURS, LLAVA, IDEFICS, BARE}
+        assert set(rows[f"{name}, first token"]["values"]) == {OURS, LLAVA, IDEFICS, BARE, generation.SAME_CACHE}
         assert "memory copy" in rows[f"{name}, each further token"]["values"]
         assert f"{generation.name_of(dtype, [3] * 4, generation.EAGER)}, first token" in rows
         assert f"{generation.name_of(dtype, [1], generation.STATIC)}, first token" in rows
@@ -172,6 +191,133 @@ def test_packed_batches_hold_less_padding(results):
     assert padding["packed"] < padding["padded"]
 
 
+def test_the_cache_of_the_bare_language_model_grows_in_place():
+    """As ours does: fewer tensors are joined than with transformers' own cache."""
+    model = candidates.build(BARE, QUICK, "float32", "cpu")
+    inputs = candidates.make_inputs(BARE, QUICK, [0], "cpu", "float32")
+    name = candidates.model_code("generation_blip3.CACHE_NAME")
+
+    def joined(**cache):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            generation.time_generation(model, inputs, 6, "cpu", **cache)
+        return sum(event.count for event in profiler.key_averages() if event.key == "aten::cat")
+
+    joined_by_ours = joined(**{name: generation.growing_cache(model.config)})
+    assert joined() - joined_by_ours == 2 * QUICK.text_layers * 5, "keys and values of each layer, each further token"
+
+
+def test_the_bound_of_a_batch_is_its_arithmetic_and_its_further_tokens(results):
+    rows = rows_of(results, "batching")
+    first, further = (
+        rows[f"3 mixed prompts, float32, {what} tokens of all"]["values"] for what in ("first", "further")
+    )
+    share = rows[batching.name_of_share(3, "float32")]["values"]
+    batch = (first[batching.ONE_BATCH][0], further[batching.ONE_BATCH][0])
+    bound = first[batching.ARITHMETIC][0] + batch[1]
+    assert share[batching.ONE_BATCH][0] == pytest.approx(bound / sum(batch), rel=1e-4)
+    assert batching.ARITHMETIC not in share
+
+
+def test_idefics_cuts_by_its_own_rule_and_by_ours():
+    layouts = peers.make_layouts(QUARTER)
+    assert {name: candidates.count_image_tokens(*layout) for name, layout in layouts.items()} == {
+        OURS: 640,
+        peers.HALF: 320,
+        IDEFICS: 405,
+        peers.IDEFICS_OWN: 1053,
+    }
+
+
+def test_peers_are_measured_with_each_number_of_images(results):
+    rows = rows_of(results, "peers")
+    assert len(rows) == len(peers.COUNTS)
+    assert all(set(row["values"]) == set(peers.make_layouts(QUICK)) for row in rows.values())
+
+
+def test_busy_processes_are_busy_only_when_told_and_end():
+    def seconds(process):
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / 100  # of user and system, in hundredths
+
+    with busy.BusyCores(1) as others:
+        (process,) = others.processes
+        before = seconds(process)
+        time.sleep(0.3)
+        assert seconds(process) == before
+        with others.spinning():
+            time.sleep(1)
+        after = seconds(process)
+        assert after - before > 0.1
+        time.sleep(0.3)
+        assert seconds(process) == after
+    assert process.returncode == 0
+
+
+def test_a_cold_start_has_three_phases(results, one_child_only):
+    rows = rows_of(results, "cold-start")
+    for name in (OURS, LLAVA):
+        *phases, whole = (rows[f"cold start{suffix}"]["values"][name][0] for suffix in cold_start.PHASES.values())
+        assert sum(phases) == pytest.approx(whole, rel=1e-3)
+    assert rows["cold start, import"]["values"][OURS][0] > 0.5, "in a process of its own"
+    assert str(ROOT) in one_child_only
+
+
+def test_a_cold_start_that_fails_is_quoted():
+    with pytest.raises(RuntimeError, match=r"(?s)from nowhere.*before the first token"):
+        START_AND_ANSWER(Path("nowhere"), 1)
+
+
+def test_two_workers_feed_bytes_or_floats(results):
+    facts = rows_of(results, "loader")["training steps fed by 2 workers"]["facts"]
+    assert 4 * facts["batch_bytes"]["bytes"] == facts["batch_bytes"]["float32"]
+
+
+def test_lines_are_described_where_they_stop_being_linear(results):
+    rows = {
+        f"prefill, {place} images": {
+            "facts": {"what": "image", "place": place},
+            "summary": {OURS: {"median": cost}, LLAVA: {"median": 5.0 * place}},
+        }
+        for place, cost in ((1, 3.0), (2, 5.0), (4, 9.0), (8, 34.0))
+    }
+    assert scaling_report.describe_lines(rows) == [
+        "- images, ours: linear up to 4; 8 take 2.00 times what the first two points foretell.",
+        "- images, LLaVA-NeXT: linear as far as it was measured, 8.",
+    ]
+    assert (results / "cpu_scaling.png").stat().st_size > 10_000
+    assert "- views of an image, ours: linear" in (results / "cpu.md").read_text()
+
+
+def test_views_grow_to_twelve_tiles_and_an_image_is_cut_by_three_lists_of_grids(results):
+    rows = rows_of(results, "scaling")
+    views = [row["facts"]["place"] for row in rows.values() if row["facts"].get("what") == "part"]
+    assert views == [1, 2, 3, 4, 5, 7, 10, 13]
+    facts = rows[f"{scaling.BY_GRIDS}, float32"]["facts"]
+    assert facts["grid"]["the release's"] == [2, 2]
+    tokens_of = list(facts["image_tokens"].values())
+    assert tokens_of == sorted(tokens_of) and tokens_of[-1] > tokens_of[0]  # noqa: PT018
+
+
+def test_a_point_that_runs_too_long_is_left_out_by_name():
+    bench = run.make_bench(run.parse_arguments(["--quick", "--threads", "1", "--longest-run-seconds", "1e-9"]))
+    found = scaling.measure_scaling(bench)
+    assert set(found[0].left_out) == {OURS, LLAVA, IDEFICS}
+    assert "would take" in found[0].left_out[OURS]
+
+
+def test_targets_differ_by_device_where_a_bound_refuses_one():
+    limits = {
+        device: {target.what: target.limit for target in targets.make_targets(["float32"], device)}
+        for device in ("cpu", "cuda")
+    }
+    name = "16 mixed prompts in a batch, tokens/s against one by one"
+    assert (limits["cpu"][name], limits["cuda"][name]) == (None, 4.0)
+    assert limits["cpu"]["the same batch, share of the bound"] == 0.9
+    headlines = [target for target in targets.make_targets(["float32", "bfloat16"], "cpu") if target.headline]
+    assert len(headlines) == 6
+    assert any("405 tokens" in target.headline[1] for target in headlines), "Idefics3 at equal views"
+
+
 # -- the candidates --------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +375,7 @@ def test_our_tokens_are_counted_as_the_configuration_samples(sampling, monkeypat
 # -- statistics -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["clock", "candidates", "products", "report"])
+@pytest.mark.parametrize("name", ["clock", "candidates", "products", "report", "scaling"])
 def test_doctests(name):
     result = doctest.testmod(importlib.import_module(f"blip3.benchmarks.{name}"))
     assert result.attempted > 0
@@ -312,7 +458,13 @@ def test_every_target_finds_what_it_measures_in_the_results(results):
     """A renamed comparison would silently be "not measured"."""
     scored = json.loads((results / "cpu_targets.json").read_text())
     not_measured = {target["what"] for target in scored if target["result"] is None}
-    allowed = ("torchvision", "16 mixed prompts", "the same with", "the same in")  # three prompts in a quick run
+    allowed = (
+        "torchvision",
+        "16 mixed prompts",
+        "the same with",
+        "the same in",
+        "the same batch",
+    )  # three in a quick run
     assert all(any(words in what for words in allowed) for what in not_measured), not_measured
     assert len(scored) > 20
 
@@ -332,7 +484,7 @@ def test_documents_are_filled_between_their_marks_only(results, tmp_path):
     document.write_text(DOCUMENT)
     assert report.update_documents(results, "cpu", [document]) == [document]
     filled = document.read_text()
-    assert "| image processing, bit-exact backend" in filled
+    assert "| image processing to bytes, bit-exact backend" in filled
     assert report.update_documents(results, "cpu", [document]) == [], "the second time nothing changes"
     strip = re.compile(r"<!-- benchmarks:cpu:\w+ -->.*?<!-- end -->", flags=re.DOTALL)
     assert strip.sub("", filled) == strip.sub("", DOCUMENT)
@@ -344,17 +496,18 @@ def test_the_documentation_says_what_the_results_say():
     targets = report.compare(results)
     assert "\n".join(report.targets_table(targets)) in DOCUMENT
     headlines = report.headline_table(targets)
-    assert len(headlines) == 2 + 6
+    assert 2 < len(headlines) <= 2 + 6
     assert "\n".join(headlines) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_documentation_names_every_suite_and_only_real_options(capsys):
     table = DOCUMENT.split("## Suites")[1].split("## Targets")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)) == set(run.SUITES)
+    assert set(re.findall(r"^\| `([\w-]+)` \|", table, flags=re.MULTILINE)) == set(run.SUITES)
     with pytest.raises(SystemExit):
         run.main(["--help"])
     usage = capsys.readouterr().out
-    options = set(re.findall(r"--[a-z][a-z-]+", DOCUMENT))
+    lines = [line for line in DOCUMENT.splitlines() if "bench-gpu" not in line and "benchmarks.gpu" not in line]
+    options = set(re.findall(r"--[a-z][a-z-]+", "\n".join(lines))) - {"--minutes"}  # test_gpu.py reads those
     assert options
     assert options <= set(re.findall(r"--[a-z][a-z-]+", usage))
 

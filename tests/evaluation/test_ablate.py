@@ -13,7 +13,7 @@ import yaml
 from blip3.checkpoints import fingerprint
 from blip3.evaluation import ablate as command
 from blip3.evaluation.ablate import AblationSettings, ablate, plan_of
-from blip3.evaluation.ablation_grid import load_grid
+from blip3.evaluation.ablation_grid import TRIAL_BATCH, load_grid
 from blip3.evaluation.ablation_report import ScoredRow, make_ablation_plot, summarise_rows
 from blip3.evaluation.ablation_runs import MADE, command_of, make_checkpoint, places_of
 from blip3.evaluation.report import Result
@@ -196,6 +196,19 @@ def test_a_shipped_grid_loads_with_every_recipe_in_it(path, tmp_path):
                 check_keys(path.name, step.values, KEYS)
 
 
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_a_shipped_grid_has_a_trial_of_the_same_rows(path):
+    whole, trial = load_grid(path), load_grid(path, {"num_workers": 0}, is_trial=True)
+    assert [row.name for row in trial.rows] == [row.name for row in whole.rows]
+    assert trial.seeds == whole.seeds[:1]
+    points = sum(row.at is not None for row in whole.rows)
+    assert [row.at for row in trial.rows] == (list(range(1, points + 1)) if points else [None] * len(trial.rows))
+    for step in (step for row in trial.rows for step in row.steps if step.batch):
+        assert (step.batch, step.values["max_steps"]) == (TRIAL_BATCH, max(1, points))
+        assert step.changes["num_workers"] == 0
+    assert len({row.samples for row in trial.rows}) == len({row.samples for row in whole.rows})
+
+
 def test_the_grids_cover_the_reports_ablations():
     assert [path.stem for path in GRIDS] == ["backbone", "data_scale", "sampling", "tiles", "tokens"]
     compared = {path.stem: {row.samples for row in load_grid(path).rows} for path in GRIDS}
@@ -231,6 +244,8 @@ def test_the_command_plans_without_running(folder, tmp_path, capsys):
     assert lines[0] == "patch: 2 samples"
     assert sum(line.startswith("  to do  train ") for line in lines) == 2
     assert not (tmp_path / "out").exists()
+    assert command.main([*line[:-2], "--trial"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"patch: {TRIAL_BATCH} samples"
     with pytest.raises(SystemExit):
         command.main([*line[:-1], "max_steps"])
     assert "--set has 'max_steps' but key=value is expected" in capsys.readouterr().err

@@ -3,12 +3,15 @@
 
 import json
 import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoProcessor
 
-from blip3.evaluation.harness import few_shot, neighbours, write_tasks
+from blip3.evaluation.harness import few_shot, neighbours, stemming, write_tasks
 from blip3.evaluation.harness.few_shot import BENCHMARKS, FORMS, Shot
 from blip3.evaluation.harness.prompts import Renderer
 from blip3.evaluation.harness.vlguard import read_questions, score_answer
@@ -65,17 +68,18 @@ def test_the_settings_are_openflamingos():
 
 
 @pytest.mark.parametrize(
-    ("answer", "is_caption", "kept"),
+    ("answer", "benchmark", "kept"),
     [
-        ("two dogs, brown", False, "two dogs"),
-        ("red Short answer:blue", False, "red"),
-        ("1,000 Question:How", False, "1,000"),
-        ('A "big" dog. Output:A cat', True, "A big dog."),
-        ("A dog, a cat", True, "A dog, a cat"),
+        ("two dogs, brown", "vqav2", "two dogs"),
+        ("two dogs, brown Question:", "okvqa", "two dogs, brown"),
+        ("red Short answer:blue", "textvqa", "red"),
+        ("1,000 Question:How", "vqav2", "1,000"),
+        ('A "big" dog. Output:A cat', "coco", "A big dog."),
+        ("A dog, a cat", "textcaps", "A dog, a cat"),
     ],
 )
-def test_what_of_an_answer_counts(answer, is_caption, kept):
-    assert few_shot.cut_answer(answer, is_caption=is_caption) == kept
+def test_what_of_an_answer_counts(answer, benchmark, kept):
+    assert few_shot.cut_answer(answer, BENCHMARKS[benchmark]) == kept
 
 
 def test_demonstrations_depend_on_seed_and_question_alone_and_are_nested():
@@ -132,6 +136,79 @@ def test_tasks_are_written_with_their_seeds(tmp_path, capsys):
     assert (asked["shots"], asked["seed"], asked["num_fewshot"]) == (4, 43, 4)
     assert asked["demonstrations"] == {"path": "data/train", "split": "train", "name": None}
     assert "few_shot_openflamingo_textvqa_4_seed42" in (tmp_path / "few_shot_openflamingo_textvqa_4.yaml").read_text()
+
+
+# -- OK-VQA's stems ---------------------------------------------------------------------------------------------------
+
+EXCEPTIONS = {"riding": "ride", "dogs": "hound"}
+
+
+def write_table(folder: Path, table: str = repr(EXCEPTIONS)) -> Path:
+    """A made-up table, in the form that OpenFlamingo's file has."""
+    path = folder / "ok_vqa_utils.py"
+    path.write_text(f"import nltk\n\n_MANUAL_MATCHES = {table}\n")
+    return path
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """What the rules ask of NLTK and inflection, for a few words; the environment of harnesses has the real ones."""
+
+    class Lemmatizer:
+        def lemmatize(self, word: str, pos: str) -> str:
+            assert pos == "v"
+            return {"racing": "race"}.get(word, word)
+
+    tags = {"dogs": "NNS", "boats": "NNS", "Alps": "NNPS", "is": "VBZ"}
+    nltk = SimpleNamespace(
+        word_tokenize=str.split,
+        pos_tag=lambda words: [(word, tags.get(word, "NN")) for word in words],
+        stem=SimpleNamespace(WordNetLemmatizer=Lemmatizer),
+    )
+    monkeypatch.setitem(sys.modules, "nltk", nltk)
+    monkeypatch.setitem(sys.modules, "inflection", SimpleNamespace(singularize=lambda word: word.removesuffix("s")))
+    return nltk
+
+
+def test_stems_are_of_the_table_then_of_verbs_then_of_plurals(stand_ins, tmp_path):
+    stem = stemming.Stemmer(stemming.read_exceptions(write_table(tmp_path)))
+    assert stem("riding dogs racing thing boats Alps is gas") == "ride hound race thing boat Alp is gas"
+
+
+def test_stems_without_their_data_or_libraries_are_refused(stand_ins, monkeypatch):
+    def refuse(words: str) -> list[str]:
+        raise LookupError("Resource punkt_tab not found")
+
+    stand_ins.word_tokenize = refuse
+    with pytest.raises(FileNotFoundError, match=r"NLTK does not find punkt_tab.*nltk.downloader punkt_tab averaged"):
+        stemming.Stemmer({})
+    monkeypatch.setitem(sys.modules, "inflection", None)
+    with pytest.raises(ImportError, match=r"but inflection is missing.*pip install 'blip3\[lmms-eval\]'"):
+        stemming.Stemmer({})
+
+
+@pytest.mark.parametrize("table", ["['riding']", "{}", "{'riding': 1}", "{} | {}"])
+def test_a_table_of_anything_but_words_is_refused(table, tmp_path):
+    with pytest.raises(ValueError, match=r"has 1 tables named _MANUAL_MATCHES, or one that holds more than words"):
+        stemming.read_exceptions(write_table(tmp_path, table))
+
+
+def test_a_page_in_the_place_of_the_file_is_refused(tmp_path):
+    (tmp_path / "page.html").write_text("<html>\n")
+    with pytest.raises(ValueError, match=r"page.html cannot be read at line 1, but a file of Python is expected"):
+        stemming.read_exceptions(tmp_path / "page.html")
+
+
+def test_ok_vqas_score_says_whether_answers_are_stemmed(tmp_path, capsys):
+    assert BENCHMARKS["okvqa"].metric(has_stems=True) == BENCHMARKS["vqav2"].metric(has_stems=False) == "vqa_accuracy"
+    line = [str(tmp_path), "--benchmark", "okvqa", "vqav2", "--shots", "4", "--seed", "1", "2"]
+    for further, metric in ([], "vqa_accuracy_unstemmed"), (["--stems", str(write_table(tmp_path))], "vqa_accuracy"):
+        assert write_tasks.main([*line, *further]) == 0
+        assert f'"metric": "{metric}"' in (tmp_path / "few_shot_okvqa_4.yaml").read_text()
+        assert ("ok_vqa_utils.py" in (tmp_path / "few_shot_okvqa_4_seed1.yaml").read_text()) == bool(further)
+        assert "ok_vqa_utils.py" not in (tmp_path / "few_shot_vqav2_4_seed1.yaml").read_text()
+    assert write_tasks.main([*line, "--stems", str(tmp_path / "absent.py")]) == 1
+    assert "absent.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ Row = dict[str, Any]
 
 QUERY_SET = 2048
 """Rows of the training split that demonstrations are sampled from."""
+CIDER, VQA_ACCURACY, UNSTEMMED = "CIDEr", "vqa_accuracy", "vqa_accuracy_unstemmed"
 MOST_SHOTS = 32
 """Sampled for each question; fewer shots are the last of them, so that 8 contain the 4."""
 
@@ -58,11 +59,19 @@ class Benchmark:
     """Column of the reference answers: texts, or objects with `answer`."""
     flamingo_tokens: int
     """Most new tokens in OpenFlamingo's evaluation."""
+    is_stemmed: bool = False
+    """Whether its reference answers are stems, such as `race` for racing."""
 
-    @property
-    def metric(self) -> str:
-        """Name of the score."""
-        return "CIDEr" if self.is_caption else "vqa_accuracy"
+    def metric(self, *, has_stems: bool) -> str:
+        """Name of the score.
+
+        Args:
+            has_stems: whether answers are stemmed before they are compared. Where the references are stems and answers
+                are not, the score has another name.
+        """
+        if self.is_caption:
+            return CIDER
+        return UNSTEMMED if self.is_stemmed and not has_stems else VQA_ACCURACY
 
 
 def _lmms(name: str, split: str) -> Place:
@@ -75,7 +84,7 @@ BENCHMARKS = {
     "textvqa": Benchmark(
         False, _lmms("textvqa", "validation"), _lmms("textvqa", "train"), "question_id", "answers", 10
     ),
-    "okvqa": Benchmark(False, _lmms("OK-VQA", "val2014"), None, "question_id", "answers", 5),
+    "okvqa": Benchmark(False, _lmms("OK-VQA", "val2014"), None, "question_id", "answers", 5, is_stemmed=True),
     "coco": Benchmark(True, Place(_KARPATHY, "test"), Place(_KARPATHY, "train"), "imgid", "sentences", 20),
     "nocaps": Benchmark(
         True, _lmms("NoCaps", "validation"), Place(_KARPATHY, "train"), "image_id", "annotations_captions", 20
@@ -204,18 +213,21 @@ def digest_of(messages: Sequence[Message]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def cut_answer(answer: str, *, is_caption: bool) -> str:
+def cut_answer(answer: str, benchmark: Benchmark) -> str:
     """Give what of an answer OpenFlamingo scores.
 
     A caption ends before the word `Output`, and loses its quotation marks. A short answer ends before `Question`,
-    `Answer` or `Short`, and before its first comma that a blank follows.
+    `Answer` or `Short`, and before its first comma that a blank follows; OK-VQA's go on after commas.
 
-    >>> cut_answer("a dog, brown Question:Where", is_caption=False), cut_answer('"A dog." Output:', is_caption=True)
-    ('a dog', 'A dog.')
+    >>> cut_answer("a dog, brown Question:Where", BENCHMARKS["vqav2"])
+    'a dog'
+    >>> cut_answer('"A dog." Output:A cat', BENCHMARKS["coco"])
+    'A dog.'
     """
-    if is_caption:
+    if benchmark.is_caption:
         return answer.split("Output", 1)[0].replace('"', "").strip()
-    return re.split("Question|Answer|Short", answer, maxsplit=1)[0].split(", ", 1)[0].strip()
+    short = re.split("Question|Answer|Short", answer, maxsplit=1)[0]
+    return (short if benchmark.is_stemmed else short.split(", ", 1)[0]).strip()
 
 
 # -- The demonstrations -----------------------------------------------------------------------------------------------

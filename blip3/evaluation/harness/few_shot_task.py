@@ -19,6 +19,7 @@ from . import few_shot
 from .few_shot import BENCHMARKS, Place, Row, Shot
 from .neighbours import read_neighbours
 from .prompts import Message
+from .stemming import Stemmer, read_exceptions
 
 FILLED_IN = "metadata"  # the one key of a configuration that is ours
 
@@ -91,8 +92,14 @@ class FewShotTask(DemonstratedTask):
     """A benchmark of `few_shot.BENCHMARKS`, with demonstrations from a training split.
 
     `metadata` says `benchmark`, `form`, `shots`, `seed`, and where they are not the benchmark's own the `questions`
-    and `demonstrations` (path, split, name); `neighbours` is a file of neighbours.py, `ptb` asks for Java's words.
+    and `demonstrations` (path, split, name); `neighbours` is a file of neighbours.py, `ptb` asks for Java's words,
+    `stems` is OpenFlamingo's file of stems.
     """
+
+    def __init__(self, config: dict[str, Any]):
+        stems = config[FILLED_IN].get("stems")
+        self.stem = Stemmer(read_exceptions(stems)) if stems else None  # refuses before anything is asked
+        super().__init__(config)
 
     @cached_property
     def benchmark(self) -> few_shot.Benchmark:
@@ -107,9 +114,10 @@ class FewShotTask(DemonstratedTask):
     @property
     def metric(self) -> tuple[str, Any]:
         """The benchmark's score."""
+        name = self.benchmark.metric(has_stems=self.stem is not None)
         if not self.benchmark.is_caption:
-            return self.benchmark.metric, "mean"
-        return self.benchmark.metric, _cider_ptb if self.asked.get("ptb") else _cider
+            return name, "mean"
+        return name, _cider_ptb if self.asked.get("ptb") else _cider
 
     @property
     def max_new_tokens(self) -> int:
@@ -185,12 +193,16 @@ class FewShotTask(DemonstratedTask):
         """Score an answer; a caption's score follows from all of them."""
         answer, references = _answer_of(results), few_shot.answers_of(doc, self.benchmark.answers)
         if self.form.is_cut:
-            answer = few_shot.cut_answer(answer, is_caption=self.benchmark.is_caption)
+            answer = few_shot.cut_answer(answer, self.benchmark)
+        answer = self.stem(answer) if self.stem else answer
         chosen, messages = self.write(doc, with_images=False)
         about = self.about_prompt(doc, chosen, messages)
-        if self.benchmark.is_caption:
-            return {self.benchmark.metric: {"caption": answer, "references": references}} | about
-        return {self.benchmark.metric: vqa_accuracy(answer, references)} | about
+        score = (
+            {"caption": answer, "references": references}
+            if self.benchmark.is_caption
+            else vqa_accuracy(answer, references)
+        )
+        return {self.metric[0]: score} | about
 
 
 class RuleTask(DemonstratedTask):

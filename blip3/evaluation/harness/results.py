@@ -12,7 +12,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from .few_shot import CIDER, UNSTEMMED, VQA_ACCURACY
+
 NO_JUDGE = "not scored: needs a judge"
+NOT_STEMMED = "answers not stemmed as the references are"
 NEEDS_JUDGE = ("mmvet", "mathvista", "mmbench", "hallusion_bench", "MMVet", "MathVista", "LLaVABench")
 """Beginnings of tasks whose numbers mean nothing unless a judge model was asked."""
 
@@ -183,11 +186,13 @@ def _measure(
 
 
 def _few_shot(task: str, numbers: Any, asked: dict[str, Any], count: Any, shared: Any) -> Measured:
-    metric = next((name for name in ("vqa_accuracy", "CIDEr", "exact") if _find(numbers, name)[0] is not None), "")
+    metrics = (VQA_ACCURACY, UNSTEMMED, CIDER, "exact")
+    metric = next((name for name in metrics if _find(numbers, name)[0] is not None), "")
     value, error = _find(numbers, metric)
-    scale = 1 if metric == "CIDEr" else 100
+    scale = 1 if metric == CIDER else 100
     scaled = [None if number is None else scale * number for number in (value, error)]
     about = {key: asked[key] for key in ("shots", "form", "seed")}
+    about |= {"note": NOT_STEMMED} if metric == UNSTEMMED else {}
     return Measured(
         asked["benchmark"], value=scaled[0], error=scaled[1], task=task, metric=metric, count=count, **about, **shared
     )

@@ -3,6 +3,7 @@ r"""Write tasks for `lmms-eval --include_path FOLDER`: few-shot questions, rules
 
     python -m blip3.evaluation.harness.write_tasks FOLDER --benchmark textvqa coco --shots 0 4 8 --seed 42 43 44
     python -m blip3.evaluation.harness.write_tasks FOLDER --form openflamingo --demonstrations vqav2=data/vqav2:train
+    python -m blip3.evaluation.harness.write_tasks FOLDER --benchmark okvqa --stems OPENFLAMINGO/.../ok_vqa_utils.py
     python -m blip3.evaluation.harness.write_tasks FOLDER --benchmark rule --questions rule=rendered/rule:test
     python -m blip3.evaluation.harness.write_tasks FOLDER --vlguard VLGUARD --phrases VLGUARD/utils/utils.py
 
@@ -24,6 +25,7 @@ from typing import Any
 from ...files import write_text
 from ..safety import SUBSETS, read_refusal_phrases
 from .few_shot import BENCHMARKS, FORMS, parse_place
+from .stemming import read_exceptions
 from .vlguard import check_data
 
 RULE = "rule"
@@ -49,7 +51,8 @@ def few_shot_tasks(
         options: further keys of the tasks' `metadata`.
     """
     head = f"{PACK}_{benchmark}" if form == "plain" else f"{PACK}_{form}_{benchmark}"
-    metric = BENCHMARKS[benchmark].metric if benchmark in BENCHMARKS else "exact"
+    has_stems = "stems" in (options or {})
+    metric = BENCHMARKS[benchmark].metric(has_stems=has_stems) if benchmark in BENCHMARKS else "exact"
     written: dict[str, dict[str, Any]] = {}
     for count in shots:
         names = []
@@ -134,6 +137,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--neighbours", nargs="+", metavar="NAME=FILE", help="show the most similar, see neighbours.py"
     )
+    parser.add_argument(
+        "--stems", type=Path, metavar="FILE", help="of OpenFlamingo: open_flamingo/eval/ok_vqa_utils.py, read, not run"
+    )
     parser.add_argument("--ptb", action="store_true", help="CIDEr with the COCO tool's own words, which needs Java")
     parser.add_argument("--vlguard", type=Path, metavar="FOLDER", help="of VLGuard: test.json and the folder test")
     parser.add_argument("--phrases", type=Path, metavar="FILE", help="of VLGuard: utils/utils.py, read, not run")
@@ -158,6 +164,8 @@ def _asked(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
         _by_name(given.demonstrations, "--demonstrations"),
     )
     neighbours = _by_name(given.neighbours, "--neighbours")
+    if given.stems:
+        read_exceptions(given.stems)
     for benchmark in given.benchmark or BENCHMARKS:
         options: dict[str, Any] = {"ptb": True} if given.ptb else {}
         if benchmark in questions:
@@ -166,6 +174,8 @@ def _asked(given: argparse.Namespace) -> dict[str, dict[str, Any]]:
             options["demonstrations"] = asdict(parse_place(demonstrations[benchmark], "train"))
         if benchmark in neighbours:
             options["neighbours"] = str(Path(neighbours[benchmark]).resolve())
+        if given.stems and benchmark in BENCHMARKS and BENCHMARKS[benchmark].is_stemmed:
+            options["stems"] = str(given.stems.resolve())
         tasks |= few_shot_tasks(benchmark, given.form, given.shots, given.seed, options)
     return tasks
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from blip3.evaluation import score
-from blip3.evaluation.harness import write_tasks
+from blip3.evaluation.harness import neighbours, stemming, write_tasks
 from blip3.evaluation.harness.results import read_folder
 from blip3.evaluation.harness.vlguard import metric_of
 from blip3.evaluation.safety import SUBSETS, Request, read_refusal_phrases, safety_scores
@@ -19,6 +19,7 @@ from blip3.world.layouts.posttraining import write_vlguard
 from blip3.world.layouts.vlmevalkit import write_vlmevalkit
 from blip3.world.settings import load_settings
 from support import ROOT
+from support.near import MARKED, ROWS_OF_A_QUESTION, SAME, write_near
 from support.serving import serving
 
 COUNT = 8
@@ -62,6 +63,13 @@ def run_lmms_eval(
     return answers
 
 
+def shown_rows(output: Path, task: str) -> dict[int, list[int]]:
+    """The training rows that a run showed for each question."""
+    (path,) = output.rglob(f"*_samples_{task}.jsonl")
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {line["doc_id"]: line["prompts"]["demonstrations"] for line in lines}
+
+
 def test_built_in_tasks_give_the_same_answers_in_batches_of_1_and_8(data, tmp_path):
     arguments = f"pretrained={ROOT},max_new_tokens=48,dtype=float32"
     together = run_lmms_eval(data, tmp_path / "8", BUILT_IN, arguments, 8)
@@ -93,13 +101,46 @@ def test_few_shot_tasks_show_nested_demonstrations(data, tmp_path):
     names = ",".join(f"few_shot_openflamingo_{name}_{shots}" for name in ("textvqa", "coco") for shots in (0, 4, 8))
     further = ("--include_path", str(tmp_path / "tasks"), "--limit", "4")
     run_lmms_eval(data, tmp_path / "out", names, f"pretrained={ROOT},subfolder=base", 4, *further)
-    shown = {}
-    for path in (tmp_path / "out").rglob("*_samples_few_shot_openflamingo_coco_*.jsonl"):
-        first = json.loads(path.read_text(encoding="utf-8").splitlines()[0])["prompts"]
-        shown[path.stem.rsplit("_", 1)[1]] = first["demonstrations"]
-    assert {shots: len(rows) for shots, rows in shown.items()} == {"0": 2, "4": 4, "8": 8}
-    assert shown["8"][4:] == shown["4"]
-    assert shown["4"][2:] == shown["0"]
+    none, four, eight = (shown_rows(tmp_path / "out", f"few_shot_openflamingo_coco_{shots}")[0] for shots in (0, 4, 8))
+    assert [len(rows) for rows in (none, four, eight)] == [2, 4, 8]
+    assert eight[4:] == four
+    assert four[2:] == none
+
+
+def test_similar_demonstrations_by_our_own_tower_are_shown_with_the_most_similar_last(data, world, tmp_path):
+    questions, training = write_near(tmp_path / "near", 4, world)
+    line = ["--benchmark", "textvqa", "--model", str(ROOT), "--questions", questions, "--demonstrations", training]
+    assert neighbours.main([*line, "--count", "4", "--device", "cpu", "--output", str(tmp_path / "near.parquet")]) == 0
+    asked = ["--benchmark", "textvqa", "--form", "openflamingo", "--shots", "4", "--questions", f"textvqa={questions}"]
+    asked += ["--demonstrations", f"textvqa={training}", "--neighbours", f"textvqa={tmp_path / 'near.parquet'}"]
+    assert write_tasks.main([str(tmp_path / "tasks"), *asked]) == 0
+    further = ("--include_path", str(tmp_path / "tasks"))
+    name = "few_shot_openflamingo_textvqa_4"
+    answers = run_lmms_eval(data, tmp_path / "out", name, f"pretrained={ROOT},subfolder=base", 4, *further)
+    assert len(answers[name]) == 4
+    near = neighbours.read_neighbours(tmp_path / "near.parquet")
+    for number, shown in shown_rows(tmp_path / "out", name).items():
+        assert shown == near[str(number)]
+        assert shown[-2:] == [number * ROWS_OF_A_QUESTION + MARKED, number * ROWS_OF_A_QUESTION + SAME]
+
+
+def test_ok_vqas_answers_are_stemmed_by_the_users_table_alone(data, tmp_path):
+    """Needs data of NLTK, which a person fetches; the table is made up, in the form that OpenFlamingo's file has."""
+    table = tmp_path / "ok_vqa_utils.py"
+    table.write_text('_MANUAL_MATCHES = {"riding": "ride", "police": "police"}\n')
+    tasks = ["--benchmark", "okvqa", "--form", "openflamingo", "--shots", "4", "--stems", str(table)]
+    here = f"{data / 'lmms-lab-encoder' / 'OK-VQA'}:train"
+    assert write_tasks.main([str(tmp_path / "tasks"), *tasks, "--demonstrations", f"okvqa={here}"]) == 0
+    try:
+        stem = stemming.Stemmer(stemming.read_exceptions(table))
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    assert stem("riding police racing surfing a thing, two dogs") == "ride police race surf a thing , two dog"
+    further = ("--include_path", str(tmp_path / "tasks"), "--limit", "4")
+    arguments = f"pretrained={ROOT},subfolder=base"
+    run_lmms_eval(data, tmp_path / "out", "few_shot_openflamingo_okvqa_4", arguments, 4, *further)
+    (measured,) = read_folder(tmp_path / "out")
+    assert (measured.benchmark, measured.metric) == ("okvqa", "vqa_accuracy")
 
 
 def test_answers_of_transformers_serve_are_those_in_process(data, tmp_path):

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prefill of one, four and eight images against Idefics3, with the same tower and language model.
+
+    own views      images of 1920x1080, each model by its own rule: 5 views of ours, 128 tokens each; 13 of Idefics3,
+                   whose rule is asked of its image processor, 81 tokens each
+    equal views    2 x 2 tiles and the global view for both; ours with its latents, and with half of them
+
+The tokens that mark rows and columns of tiles in Idefics3's prompts are left out, in its favour.
+
+With equal views Idefics3 makes fewer image tokens than ours does with all latents, so it has less to read. Its own
+rule cuts the same image into more views than ours.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from transformers import AutoImageProcessor
+
+from ..hub import RELEASE, ROOT
+from . import candidates
+from .bench import Bench
+from .candidates import IDEFICS, OURS, SQUARE, Sizes, count_image_tokens, prefill, tiling
+from .clock import Candidate, Comparison, timed
+from .tokens import idefics_grid
+
+COUNTS = (1, 4, 8)
+IMAGE_SIZE = (1080, 1920)  # (height, width)
+HALF, IDEFICS_OWN = f"{OURS}, half the latents", f"{IDEFICS}, own views"
+
+
+def measure_peers(bench: Bench) -> list[Comparison]:
+    """Measure all four in turn, for each number of images."""
+    dtype = bench.dtypes[0]
+    layouts = make_layouts(bench.sizes)
+    models = {name: candidates.build(kind, sizes, dtype, bench.device) for name, (kind, sizes, _) in layouts.items()}
+    found = []
+    for count in COUNTS:
+        runners: dict[str, Candidate] = {}
+        for name, (kind, sizes, grid) in layouts.items():
+            inputs = candidates.make_inputs(kind, sizes, [count], bench.device, dtype, grid=grid)
+            runners[name] = timed(partial(prefill, models[name], inputs), bench.device)
+        facts = {"images": count, "dtype": dtype, **_describe(layouts)}
+        # no round is left out as too long: each count decides a target, and smaller ones have warmed up larger ones
+        least = 0 if bench.is_quick else 2
+        found += bench.compare(name_of(count, dtype), runners, {"seconds": ("", "ms", 1000.0)}, facts, least=least)
+    return found
+
+
+def name_of(count: int, dtype: str) -> str:
+    """Name of a comparison."""
+    return f"prefill, {count} image{'s' * (count > 1)} of 1920x1080, {dtype}"
+
+
+def make_layouts(sizes: Sizes) -> dict[str, tuple[str, Sizes, tuple[int, int]]]:
+    """Kind, sizes and grid of each candidate, for an image of `IMAGE_SIZE`.
+
+    Raises:
+        ValueError: if our rule does not choose the grid of the equal views, which would then be no longer our own.
+    """
+    side = sizes.tile_size
+    processor = AutoImageProcessor.from_pretrained(
+        ROOT, subfolder=RELEASE, trust_remote_code=True, size={"height": side, "width": side}
+    )
+    ours = tuple(processor.grid_of(*IMAGE_SIZE))
+    if ours != SQUARE:
+        raise ValueError(
+            f"Our rule cuts {IMAGE_SIZE} pixels into {ours} tiles but equal views are {SQUARE}. The released grids "
+            "probably changed: choose an image size that is cut so."
+        )
+    half = dataclasses.replace(sizes, num_latents=sizes.num_latents // 2)
+    return {
+        OURS: (OURS, sizes, ours),
+        HALF: (OURS, half, ours),
+        IDEFICS: (IDEFICS, sizes, SQUARE),
+        IDEFICS_OWN: (IDEFICS, sizes, idefics_grid(*IMAGE_SIZE, side)),
+    }
+
+
+def _describe(layouts: Mapping[str, tuple[str, Sizes, tuple[int, int]]]) -> dict[str, Any]:
+    return {
+        "views": {name: tiling.count_views(grid) for name, (_, _, grid) in layouts.items()},
+        "image_tokens": {name: count_image_tokens(*layout) for name, layout in layouts.items()},
+    }
