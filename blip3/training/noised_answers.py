@@ -36,7 +36,8 @@ from .recipe import Recipe, load_recipe, plain_errors, recipe_arguments
 
 COLUMNS = ("id", "chosen", "noised_answer", "noise_step", "noise_pixels", "model")
 SCANNED_STEPS = (0, 100, 200, 250, 300, 350, 400, 500, 700, 900)
-LOOKED_AT = 64  # pairs of a run among which one must have an answer
+SCANNED_PAIRS = 64
+LOOKED_AT = 1000  # pairs of a run among which one must have an answer; of those that hallucinate there may be few
 _REPEATED = re.compile(r"\b(\w+(?:\W+\w+){0,7})\W+\1\W+\1\b", re.IGNORECASE)
 
 Measure = Callable[[Record, str], float | None]
@@ -60,7 +61,7 @@ def main() -> None:
     with plain_errors():
         recipe = load_recipe(args.recipe, Recipe, args.overrides)
         count = recipe.max_steps * recipe.batch_size * recipe.accumulation * args.processes
-        pairs = pairs_of(recipe, args.pairs or (LOOKED_AT if args.scan else count))
+        pairs = pairs_of(recipe, args.pairs or (SCANNED_PAIRS if args.scan else count))
         answerer = Answerer.load(recipe.model, dtype="bfloat16" if recipe.bf16 else "float32", must_chat=True)
         source = NoisedAnswers(answerer, recipe, args.batch_size, args.max_new_tokens)
         if args.scan:
