@@ -30,11 +30,15 @@ class Bench:
     """Called with a line for each comparison that was made."""
     compiles: bool = True
     """Whether to measure compiled models too."""
+    with_bfloat16: bool = False
+    """Whether to measure in bfloat16 too where the sizes are made for a CPU; most emulate it."""
 
     @property
     def dtypes(self) -> tuple[str, ...]:
         """To measure in: the true sizes in bfloat16 alone."""
-        return ("bfloat16",) if self.sizes is candidates.TRUE else ("float32", "bfloat16")
+        if self.sizes is candidates.TRUE:
+            return ("bfloat16",)
+        return ("float32", "bfloat16") if self.with_bfloat16 or self.is_quick else ("float32",)
 
     @property
     def is_quick(self) -> bool:

@@ -74,7 +74,7 @@ def measure_part(task: Task, pipe: Connection) -> None:
     # no rates: nothing is left out by a prediction, parts have their seconds
     rates = {"bfloat16_flops_per_second": float("inf"), "float32_flops_per_second": float("inf")}
     bench = ReportingBench(
-        task.device, SIZES[task.sizes], task.effort, task.threads, rates, say, task.compiles, report
+        task.device, SIZES[task.sizes], task.effort, task.threads, rates, say, task.compiles, report=report
     )
     steps = PARTS[task.part].steps(bench)
     for name in task.steps:

@@ -24,6 +24,7 @@ from .clock import Comparison
 from .products import record_products
 
 MIB = 2**20
+LOADED_DTYPE = "bfloat16"  # of the checkpoint, as releases are
 # glibc keeps small freed blocks for itself; mapped ones go back at once, so that the peak is that of live tensors.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
@@ -58,7 +59,7 @@ def run_child(bench: Bench, task: str, **arguments: Any) -> dict[str, Any]:
 
 def _measure_loading(bench: Bench) -> list[Comparison]:
     found = []
-    dtype = bench.dtypes[-1]
+    dtype = LOADED_DTYPE
     with tempfile.TemporaryDirectory(prefix="blip3-benchmark-") as folder:
         values: dict[str, list[float]] = {}
         with_files: dict[str, list[float]] = {}

@@ -122,6 +122,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--no-compile", action="store_true", help="leave compiled models out: compiling large ones takes minutes"
     )
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="on a CPU measure bfloat16 too; one without units for it emulates it"
+    )
     parser.add_argument("--output", type=Path, help="folder of the results (default: blip3/benchmarks/results)")
     parser.add_argument("--only-report", action="store_true", help="measure nothing, report what the folder holds")
     parser.add_argument("--update-docs", action="store_true", help="fill the generated blocks of docs and README")
@@ -155,7 +158,7 @@ def make_bench(options: argparse.Namespace) -> Bench:
     threads = options.threads or machine.count_cores()
     machine.set_threads(threads)
     sizes = QUICK if options.quick else QUARTER if device == "cpu" else TRUE
-    bench = Bench(device, sizes, effort, threads, {}, say, not options.no_compile)
+    bench = Bench(device, sizes, effort, threads, {}, say, not options.no_compile, options.bfloat16)
     side, copy_bytes = (128, 2**16) if options.quick else (2048, 2**28) if device == "cpu" else (8192, 2**33)
     rates = machine.measure_rates(device, bench.dtypes, side, copy_bytes, effort)
     return dataclasses.replace(bench, rates=rates)

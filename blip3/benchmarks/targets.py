@@ -27,6 +27,7 @@ from .images import (
 )
 from .images import name_of as name_of_images
 from .loader import FEEDING
+from .memory import LOADED_DTYPE
 from .overhead import ARITHMETIC, PARTS
 from .overhead import name_of as overhead_name
 from .peers import COUNTS, HALF, IDEFICS_OWN
@@ -138,7 +139,7 @@ def make_targets(dtypes: Sequence[str], device: str) -> list[Target]:
     for dtype in dtypes:
         targets += _model_targets(dtype)
     targets += _peer_targets(dtypes[0])
-    return targets + _batch_targets(dtypes[0], device) + _memory_targets(dtypes[0], dtypes[-1]) + _reported(dtypes)
+    return targets + _batch_targets(dtypes[0], device) + _memory_targets(dtypes[0]) + _reported(dtypes)
 
 
 def _image_targets() -> list[Target]:
@@ -312,7 +313,7 @@ def _batch_targets(dtype: str, device: str) -> list[Target]:
     ]
 
 
-def _memory_targets(dtype: str, loaded_dtype: str) -> list[Target]:
+def _memory_targets(dtype: str) -> list[Target]:
     prefill, elements = f"prefill, 1 image, {dtype}", f"elements of a prefill, 1 image, {dtype}"
 
     def made(facts: Mapping[str, Any]) -> float:
@@ -326,7 +327,7 @@ def _memory_targets(dtype: str, loaded_dtype: str) -> list[Target]:
             "peak memory of from_pretrained, times the weights",
             1.1,
             False,
-            value("memory", f"from_pretrained, {loaded_dtype}, with files", OURS),
+            value("memory", f"from_pretrained, {LOADED_DTYPE}, with files", OURS),
         ),
         Target(
             "full-length logits and resampler scores made in a prefill", 0.0, False, fact("memory", elements, made), ""
