@@ -44,6 +44,7 @@ def results_of(folder):
     return json.loads((folder / gpu.NAME).read_text())
 
 
+@pytest.mark.slow
 def test_every_part_and_step_is_measured(folder):
     results = results_of(folder)
     assert list(results["parts"]) == list(PARTS)
@@ -58,6 +59,7 @@ def test_every_part_and_step_is_measured(folder):
     assert str(ROOT) not in json.dumps(results)
 
 
+@pytest.mark.slow
 def test_every_target_finds_what_it_measures(folder):
     """A renamed comparison would silently be "not measured"."""
     scored = gpu_report.compare_with_targets(results_of(folder))
@@ -82,6 +84,7 @@ def test_true_sizes_have_a_row_for_every_target():
     assert set(without) == {name for name in wanted if "compiled" not in name}
 
 
+@pytest.mark.slow
 def test_a_second_run_measures_nothing_again(folder, capfd):
     before = (folder / gpu.NAME).read_bytes()
     assert gpu.main([*QUICKLY, "--output", str(folder)]) == 0
@@ -92,6 +95,7 @@ def test_a_second_run_measures_nothing_again(folder, capfd):
     assert re.search(r"\d+ of \d+ targets met, \d+ not measured", printed)
 
 
+@pytest.mark.slow
 def test_again_measures_one_part_anew(folder):
     before = results_of(folder)["parts"]
     assert gpu.main([*QUICKLY, "--part", "rates", "--again", "--output", str(folder)]) == 0
@@ -100,6 +104,7 @@ def test_again_measures_one_part_anew(folder):
     assert after["images"] == before["images"]
 
 
+@pytest.mark.slow
 def test_the_page_is_filled_between_its_marks_only(folder, tmp_path):
     page = tmp_path / "speed.md"
     page.write_text(PAGE)
@@ -138,6 +143,7 @@ def misbehaving(monkeypatch, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_what_fails_is_noted_and_the_rest_goes_on(misbehaving, tmp_path, capfd):
     names = ["memory", "images"]
     parts = [word for name in names for word in ("--part", name)]
@@ -157,6 +163,7 @@ def test_what_fails_is_noted_and_the_rest_goes_on(misbehaving, tmp_path, capfd):
     assert f"not complete: images, {next(iter(steps['images']))}: {gpu.STOPPED}" in printed
 
 
+@pytest.mark.slow
 def test_a_signal_loses_nothing_and_the_same_command_continues(tmp_path, capfd, monkeypatch):
     arguments = [*QUICKLY, "--output", str(tmp_path), "--part", "training"]
     before = signal.getsignal(signal.SIGTERM)
