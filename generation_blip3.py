@@ -15,6 +15,7 @@ model is asked where image tokens stand and how many of them an image takes.
 import warnings
 from dataclasses import fields
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -233,7 +234,7 @@ def _fill_cache(cache: Any, groups: list[list[int]], starts: list[int], caches: 
 
 
 def _block_size(decoder: Any, cache: Any) -> int:
-    """Give the number of tokens to read at once where every layer has the same sliding window; 0 where none does.
+    """Give the number of tokens of the first block where every layer has the same sliding window; 0 where none does.
 
     Without blocks each token is compared with all earlier ones, and those outside the window are masked, which costs
     more than no window at all. A block meets the tokens the cache keeps of earlier ones, one window, and itself. The
@@ -251,6 +252,16 @@ def _block_size(decoder: Any, cache: Any) -> int:
     return max(window - 1, SMALLEST_BLOCK) if is_masked else 0
 
 
+def _block_bounds(length: int, first: int) -> list[int]:
+    """Say where blocks begin, and where the last ends: the first as given, the others even, half a window or so each.
+
+    A smaller block is compared with fewer tokens outside the window, but every block reads all weights once more.
+    """
+    rest, half = length - first, max((first + 1) // 2, SMALLEST_BLOCK)
+    count = max(1, round(rest / half))
+    return [0, *(first + rest * index // count for index in range(count + 1))]
+
+
 def _prefill_in_blocks(
     decoder: Any,
     block: int,
@@ -260,7 +271,7 @@ def _prefill_in_blocks(
     cache: DynamicCache | None,
     **kwargs: Any,
 ) -> BaseModelOutputWithPast:
-    """Run the decoder over blocks of so many tokens, one after the other, each behind what the cache keeps.
+    """Run the decoder over blocks of tokens, the first of `block`, each behind what the cache keeps of those before.
 
     Hidden states and cache are those of one run.
     """
@@ -268,8 +279,7 @@ def _prefill_in_blocks(
     cache = DynamicCache(config=decoder.config) if cache is None else cache
     places = kwargs.pop("cache_position", None)  # transformers 4: of the whole batch
     hidden_states = []
-    for start in range(0, inputs_embeds.shape[1], block):
-        end = start + block
+    for start, end in pairwise(_block_bounds(inputs_embeds.shape[1], block)):
         outputs = decoder(
             inputs_embeds=inputs_embeds[:, start:end],
             attention_mask=None if attention_mask is None else attention_mask[:, :end],

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Measure speed and memory beside the peers and the machine's limits, and write the results down.
 
-    python -m blip3.benchmarks.run                               every suite of half an hour
+    python -m blip3.benchmarks.run                               every suite
     python -m blip3.benchmarks.run --suite images --suite memory   some
     python -m blip3.benchmarks.run --device cuda                 the 4B sizes in bfloat16, on a GPU
     python -m blip3.benchmarks.run --quick                       tries the code; its times mean nothing
@@ -62,13 +62,6 @@ SUITES: dict[str, tuple[Callable[[Bench], list[Comparison]], str]] = {
     "cold-start": (measure_cold_start, "From the start of a process to the first token of a small saved model."),
     "loader": (measure_loader, "Training steps of the small model fed by two workers, with bytes and with float32."),
 }
-BY_NAME_ONLY = (
-    "scaling",
-    "busy",
-    "peers",
-    "cold-start",
-    "loader",
-)  # the others fit half an hour on two cores without them
 RESULTS, QUICK_RESULTS = PACKAGE / "benchmarks" / "results", Path("outputs", "benchmarks")
 QUICK_EFFORT = {"rounds": 2, "seconds": 1.0, "longest_run_seconds": 60.0}
 
@@ -107,7 +100,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--part",
         action="append",
         choices=SUITES,
-        help=f"may be repeated (default: all but {', '.join(BY_NAME_ONLY)})",
+        help="may be repeated (default: all)",
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the code")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
@@ -169,7 +162,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
     bench = make_bench(options)
     folder.mkdir(parents=True, exist_ok=True)
     say(", ".join(f"{name} {rate:.3g}" for name, rate in bench.rates.items()))
-    for suite in options.suite or [name for name in SUITES if name not in BY_NAME_ONLY]:
+    for suite in options.suite or SUITES:
         measure, description = SUITES[suite]
         say(f"{suite}: {description}")
         started = time.perf_counter()

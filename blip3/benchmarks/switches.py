@@ -3,7 +3,7 @@
 
     growing cache        a further token of a batch; off: transformers' cache, which copies itself for each
     prefill by length    the first token of a mixed batch; off: all rows padded to the longest
-    few tiles at a time  a prefill; off: the vision tower takes all views at once
+    few tiles at a time  a prefill of eight images; off: the vision tower takes all views at once
     resampler attention  a prefill with plain attention in the resampler; off: SDPA
     window in blocks     a prefill of two sliding windows; off: all tokens at once, under a mask
     sliding window       a prefill of 4,096 text tokens; off: every token sees all before it
@@ -62,6 +62,7 @@ def _of_model(bench: Bench, model: Any, dtype: str) -> Iterator[Switch]:
     generation = sys.modules[type(model).prepare_inputs_for_generation.__module__]
     few = bench.inputs(OURS, dtype, [1] * (2 if bench.is_quick else 4))
     mixed, one = bench.inputs(OURS, dtype, MIXED_ROWS), bench.inputs(OURS, dtype, [1])
+    many = bench.inputs(OURS, dtype, [1] * 8)
     long = bench.inputs(OURS, dtype, [1], text_tokens=2 * WINDOW)
 
     def generate(inputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
@@ -81,7 +82,11 @@ def _of_model(bench: Bench, model: Any, dtype: str) -> Iterator[Switch]:
     read_long = timed(partial(prefill, model, long), bench.device)
     kinds = {state: partial(_resampler_with, model, kind) for state, kind in ((ON, "eager"), (OFF, "sdpa"))}
     if torch.device(bench.device).type == "cpu":  # elsewhere the tower always takes all views
-        yield "few tiles at a time, prefill", read, {OFF: partial(_all_views_at_once, model)}, "seconds", count
+        name, read_many = (
+            "few tiles at a time, prefill of eight images",
+            timed(partial(prefill, model, many), bench.device),
+        )
+        yield name, read_many, {OFF: partial(_all_views_at_once, model)}, "seconds", count
     yield "resampler attention, prefill", read, kinds, "seconds", count
     yield "window in blocks, prefill", read_long, {OFF: at_once}, "seconds", count
     text = bench.inputs(OURS, dtype, [0], text_tokens=2 * WINDOW)

@@ -165,7 +165,8 @@ def test_a_long_prompt_read_a_window_at_a_time_gives_the_logits_of_the_reference
     handle.remove()
     window = case.facts["text_config_overrides"]["sliding_window"]
     assert max(lengths) == window  # earlier keys of the reference; what transformers calls the window counts one more
-    assert lengths.count(window) >= 3 * (case.inputs()["input_ids"].shape[1] // window)
+    assert lengths.count(window) >= 3
+    assert sum(length > 1 for length in lengths) > 2 * lengths.count(window)  # more blocks behind the first
 
 
 def assert_logits_agree(logits: torch.Tensor, inputs: dict, case: Case) -> None:
