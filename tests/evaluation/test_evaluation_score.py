@@ -31,7 +31,7 @@ from support import ROOT
 pytest.importorskip("matplotlib", reason="plots the scores: pip install matplotlib")
 pytest.importorskip("pycocoevalcap.cider.cider_scorer", reason="computes CIDEr: pip install pycocoevalcap")
 
-OTHERS = r"lmms-eval --|transformers serve "  # commands of other projects, with options of their own
+OTHERS = r"lmms-eval --|transformers serve |hf download "  # commands of other projects, with options of their own
 WORLD = WorldSettings(sides=(60, 160), document_sides=(160, 200), fonts=("Aileron",), num_shots=4)
 
 
