@@ -206,7 +206,8 @@ def test_mixed_precision_keeps_frozen_weights_in_half_the_memory(small_model, pa
     common = PREFERENCE | {"mixture": pairs, "lora": {"rank": 2, "alpha": 4}}
     stage.train(tiny_recipe(tmp_path / "one.yaml", small_model, **common))
     stage.train(tiny_recipe(tmp_path / "other.yaml", small_model, **common, bf16=True))
-    assert losses_of(tmp_path / "one") != losses_of(tmp_path / "other")
+    finals = [weights_in(tmp_path / name / "final") for name in ("one", "other")]
+    assert changed_names(*finals), "the losses of so short a run may be alike in all digits that are logged"
     assert losses_of(tmp_path / "other") == pytest.approx(losses_of(tmp_path / "one"), abs=0.05)
     assert {tensor.dtype for tensor in weights_in(tmp_path / "other" / "final").values()} == {torch.float32}
     changed = changed_names(weights_in(small_model), weights_in(tmp_path / "other" / "final"))
