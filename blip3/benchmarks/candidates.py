@@ -175,15 +175,33 @@ def _bare_config(sizes: Sizes) -> Any:
 
 def _llava_config(sizes: Sizes) -> Any:
     """LLaVA-NeXT with our grids; without Phi-3's sliding window, whose mask would cost it time."""
+    vision_config = {"model_type": "siglip_vision_model", **sizes.vision_config()}
+    text_config = {"model_type": "phi3", **sizes.text_config()}
     grids = our_config(sizes).tile_grids
+    return llava_config(vision_config, text_config, grids, sizes.tile_size, sizes.image_token_id)
+
+
+def llava_config(
+    vision_config: Mapping[str, Any],
+    text_config: Mapping[str, Any],
+    tile_grids: Sequence[Sequence[int]],
+    tile_size: int,
+    image_token_id: int,
+) -> LlavaNextConfig:
+    """LLaVA-NeXT around a SigLIP tower and a language model, with grids of tiles as ours."""
     return LlavaNextConfig(
-        vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **sizes.vision_config()},
-        text_config={"model_type": "phi3", **sizes.text_config()},
-        image_grid_pinpoints=[[rows * sizes.tile_size, columns * sizes.tile_size] for rows, columns in grids],
-        image_token_index=sizes.image_token_id,
+        vision_config={**vision_config, "vision_use_head": False},
+        text_config=dict(text_config),
+        image_grid_pinpoints=grids_in_pixels(tile_grids, tile_size),
+        image_token_index=image_token_id,
         vision_feature_select_strategy="full",  # SigLIP has no class token to drop
         vision_feature_layer=-1,
     )
+
+
+def grids_in_pixels(tile_grids: Sequence[Sequence[int]], tile_size: int) -> list[list[int]]:
+    """Grids of (rows, columns) as LLaVA-NeXT has them: [height, width] in pixels."""
+    return [[rows * tile_size, columns * tile_size] for rows, columns in tile_grids]
 
 
 def _idefics_config(sizes: Sizes) -> Any:

@@ -14,6 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -116,6 +117,16 @@ def timed(work: Callable[[], Any], device: str, metric: str = "seconds") -> Cand
         work()
         synchronize(device)
         return {metric: time.perf_counter() - started}
+
+    return candidate
+
+
+def under(state: Callable[[], AbstractContextManager], work: Candidate) -> Candidate:
+    """Make a candidate of one that runs in a state, such as a switch turned off; entering it is not counted."""
+
+    def candidate() -> Mapping[str, float]:
+        with state():
+            return work()
 
     return candidate
 

@@ -20,19 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextProcessor,
-)
+from transformers import AutoConfig, AutoTokenizer, LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 from ..hub import ROOT
 from .bench import Bench
-from .candidates import LLAVA, OURS
+from .candidates import LLAVA, OURS, llava_config
 from .clock import Comparison
-from .images import find_llava_classes
+from .images import find_llava_classes, llava_settings
 
 PHASES = {"import": ", import", "load": ", load", "first": ", first token", "all": ", all"}
 NAME = "cold start"
@@ -69,25 +63,11 @@ def start_and_answer(folder: Path, threads: int) -> dict[str, float]:
 def save_llava(folder: Path) -> int:
     """Save LLaVA-NeXT with the small model's sizes, and its processor; gives the number of parameters."""
     own: Any = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
-    side = own.vision_config.image_size
-    grids = [[rows * side, columns * side] for rows, columns in own.tile_grids]
-    config = LlavaNextConfig(
-        vision_config={**own.vision_config.to_dict(), "vision_use_head": False},
-        text_config=own.text_config.to_dict(),
-        image_grid_pinpoints=grids,
-        image_token_index=own.image_token_id,
-        vision_feature_select_strategy="full",  # SigLIP has no class token to drop
-        vision_feature_layer=-1,
-    )
+    side, parts = own.vision_config.image_size, (own.vision_config.to_dict(), own.text_config.to_dict())
+    config = llava_config(*parts, own.tile_grids, side, own.image_token_id)
     model = LlavaNextForConditionalGeneration(config).to(torch.bfloat16)  # as the small model is saved
     model.save_pretrained(folder)
-    image_processor = find_llava_classes()[0](
-        image_grid_pinpoints=grids,
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
+    image_processor = find_llava_classes()[0](**llava_settings(own.tile_grids, side))
     tokenizer = AutoTokenizer.from_pretrained(ROOT, trust_remote_code=True)
     settings = {"patch_size": own.vision_config.patch_size, "num_additional_image_tokens": 0}
     processor = LlavaNextProcessor(image_processor, tokenizer, vision_feature_select_strategy="full", **settings)

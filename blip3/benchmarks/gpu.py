@@ -37,7 +37,7 @@ from .clock import Effort
 from .gpu_child import Task, measure_part
 from .gpu_parts import PARTS
 from .gpu_report import print_report, read_results, update_speed_page
-from .run import QUICK_RESULTS, RESULTS, say
+from .run import add_run_options, results_folder, say
 
 NAME = "gpu.json"
 MINUTES = 8.0
@@ -76,29 +76,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", action="append", choices=PARTS, help="may be repeated (default: all)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts (default: %(default)g)")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu with --quick (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the code")
-    parser.add_argument("--threads", type=int, help="of torch (default: all cores this process may use)")
     parser.add_argument("--again", action="store_true", help="measure anew what the results hold already")
     parser.add_argument("--no-compile", action="store_true", help="leave compiled models out")
-    parser.add_argument("--output", type=Path, help="folder of gpu.json (default: blip3/benchmarks/results)")
-    parser.add_argument("--only-report", action="store_true", help="measure nothing, print the table")
-    parser.add_argument("--update-docs", action="store_true", help="fill the table of docs/speed.md")
+    add_run_options(parser)
     return parser.parse_args(arguments)
 
 
 def _output_of(options: argparse.Namespace) -> Path:
-    """Where results go; quick ones never among the true ones.
+    """The file of the results.
 
     Raises:
         ValueError: for options that cannot be honoured together.
     """
     check_positive("--minutes is", options.minutes, float, "It was probably meant as no limit: write a large number")
-    folder = options.output or (QUICK_RESULTS if options.quick else RESULTS)
-    if options.quick and (options.update_docs or folder.resolve() == RESULTS.resolve()):
-        raise ValueError(
-            "--quick was given together with --update-docs or the folder of the true results, but its times mean "
-            "nothing. A trial run was probably meant: leave --update-docs out, and --output or name another folder."
-        )
+    folder = results_folder(options)
     if pick_device(options.device) == "cpu" and not (options.quick or options.only_report):
         raise ValueError(
             "--device cpu was given without --quick, but a model of 4 billion weights takes minutes a token there. "

@@ -6,32 +6,38 @@ Every step gives comparisons. Steps of a part run in one process and share the m
 
 import dataclasses
 import gc
-import io
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor
 
-from ..hub import RELEASE, ROOT, model_code
+from ..hub import model_code
 from ..training.encode import Collator
 from . import machine
 from .bench import Bench, describe_comparison
 from .candidates import LLAVA, OURS, predict_flops, prefill
-from .clock import Candidate, Comparison, timed
+from .clock import Candidate, Comparison, timed, under
 from .generation import COMPILED, COPY, EAGER, STATIC, UNITS, cache_options, step_bytes, time_generation
-from .images import render_image
+from .images import our_processor, render_jpeg
 from .machine import DTYPES
 from .memory import MIB
 from .memory_child import run_task
 from .products import count_flops, record_products
 from .regions import Regions
 from .switches import measure_switches
-from .training_step import PACKED, PACKED_LENGTH, PADDED, make_samples, measure_training
+from .training_step import (
+    PACKED,
+    PACKED_LENGTH,
+    PADDED,
+    learn,
+    make_samples,
+    measure_training,
+    move,
+    tokens_per_second,
+)
 
 DTYPE = "bfloat16"
 BATCHES = (1, 4, 16)
@@ -142,7 +148,7 @@ def _measure_tokens(models: Models, mode: str, batch: int) -> list[Comparison]:
     for kind in (OURS, LLAVA) if batch == 1 and mode != WINDOW else (OURS,):
         model, inputs = models.get(kind, has_window=mode != COMPILED), bench.inputs(kind, DTYPE, rows)
         run = partial(time_generation, model, inputs, bench.sizes.new_tokens, bench.device, **options)
-        runners[kind] = _under(models.regions(kind).used, run) if mode == BY_REGION else run
+        runners[kind] = under(models.regions(kind).used, run) if mode == BY_REGION else run
     num_bytes = step_bytes(bench, DTYPE, rows)
     runners[COPY] = machine.copy_candidate(num_bytes, bench.device, "next")
     facts = {"rows": rows, "mode": mode, "step_bytes": num_bytes}
@@ -161,17 +167,9 @@ def _measure_prefill(models: Models, batch: int) -> list[Comparison]:
     clock = timed(run, bench.device)
     runners: dict[str, Candidate] = {EAGER: clock}
     if bench.compiles and not (bench.is_quick and batch > 1):
-        runners[BY_REGION] = _under(models.regions(OURS).used, clock)
+        runners[BY_REGION] = under(models.regions(OURS).used, clock)
     least = 0 if bench.is_quick else 2
     return bench.compare(prefill_name(batch), runners, {"seconds": ("", "ms", 1000.0)}, facts, least=least)
-
-
-def _under(state: Callable[[], AbstractContextManager], work: Candidate) -> Candidate:
-    def run() -> Mapping[str, float]:
-        with state():
-            return work()
-
-    return run
 
 
 # -- switches, memory, training ---------------------------------------------------------------------------------------
@@ -269,21 +267,10 @@ def _measure_adapters(bench: Bench) -> list[Comparison]:
     runners: dict[str, Candidate] = {}
     for name, kind in zip(ADAPTERS, (PACKED, PADDED), strict=True):
         batch = Collator(0, kind == PACKED, max_length=PACKED_LENGTH)(samples)
-        moved = {key: tensor.to(bench.device) for key, tensor in batch.items()}
-        runners[name] = _tokens_per_second(partial(_learn, model, optimizer, moved), num_tokens, bench.device)
+        moved = move(batch, bench.device)
+        runners[name] = tokens_per_second(partial(learn, model, optimizer, moved), num_tokens, bench.device)
     facts = {"learned": sum(parameter.numel() for parameter in learned), "samples": len(samples), "tokens": num_tokens}
     return bench.compare("a step of adapters", runners, {"rate": ("", "tokens/s", 1.0)}, facts, least=1)
-
-
-def _learn(model: Any, optimizer: torch.optim.Optimizer, batch: Mapping[str, torch.Tensor]) -> None:
-    model(**batch).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def _tokens_per_second(work: Callable[[], Any], num_tokens: int, device: str) -> Candidate:
-    clock = timed(work, device)
-    return lambda: {"rate": num_tokens / clock()["seconds"]}
 
 
 # -- images -----------------------------------------------------------------------------------------------------------
@@ -305,14 +292,13 @@ def image_name(size: tuple[int, int], count: int) -> str:
 
 
 def _measure_images(bench: Bench, size: tuple[int, int], count: int) -> list[Comparison]:
-    buffer = io.BytesIO()
-    render_image(size).save(buffer, "JPEG", quality=90)
+    data = render_jpeg(size)
     runners: dict[str, Candidate] = {}
     moved: dict[str, int] = {}
     for backend in ("torch", "pil"):
         for name, pixel_dtype in ((BYTES, "uint8"), (FLOATS, "float32")):
             who = f"{backend}, {name}"
-            work = _to_numbers(bench, backend, pixel_dtype, [buffer.getvalue()] * count)
+            work = _to_numbers(bench, backend, pixel_dtype, [data] * count)
             moved[who] = work()
             runners[who] = timed(work, bench.device)
     facts = {"height": size[0], "width": size[1], "images": count, "bytes_moved": moved, "threads": bench.threads}
@@ -321,9 +307,7 @@ def _measure_images(bench: Bench, size: tuple[int, int], count: int) -> list[Com
 
 def _to_numbers(bench: Bench, backend: str, pixel_dtype: str, images: list[bytes]) -> Callable[[], int]:
     """Give work that ends with pixels the vision tower takes, and gives the bytes that went to the device."""
-    side = bench.sizes.tile_size
-    options = {"size": {"height": side, "width": side}, "resize_backend": backend, "pixel_dtype": pixel_dtype}
-    processor = AutoImageProcessor.from_pretrained(ROOT, subfolder=RELEASE, trust_remote_code=True, **options)
+    processor = our_processor(bench.sizes.tile_size, resize_backend=backend, pixel_dtype=pixel_dtype)
     scale = model_code("tiling_blip3.scale_pixels")
     scaling = (processor.rescale_factor, processor.image_mean, processor.image_std)
 

@@ -8,7 +8,7 @@ global view and tiles, on as many threads as it uses. The memory of a batch is c
 
 import functools
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import AutoImageProcessor
 from ..hub import RELEASE, ROOT, model_code
 from . import HAS_TORCHVISION
 from .bench import Bench, describe_comparison
-from .candidates import OURS
+from .candidates import OURS, grids_in_pixels
 from .clock import Candidate, Comparison, geometric_mean_rounds, timed
 
 IMAGE_SIZES = ((480, 640), (768, 1024), (1080, 1920), (1536, 2048), (2448, 3264), (3024, 4032))  # (height, width)
@@ -58,7 +58,7 @@ def name_of(image_size: str, source: str, threads: int) -> str:
 
 def count_batch_memory(bench: Bench) -> Comparison:
     """Count the bytes of a batch of images as the processor hands them over."""
-    ours, image = _our_processor(bench.sizes.tile_size), render_image((60, 80) if bench.is_quick else (480, 640))
+    ours, image = our_processor(bench.sizes.tile_size), render_image((60, 80) if bench.is_quick else (480, 640))
     values = {}
     for name, dtype in ((BYTES, "uint8"), (FLOATS, "float32")):
         pixels = ours([image] * BATCH, return_tensors="pt", resize_backend="torch", pixel_dtype=dtype)["pixel_values"]
@@ -82,17 +82,18 @@ def render_image(image_size: tuple[int, int]) -> Image.Image:
     return Image.fromarray((canvas + 128).clip(0, 255).astype(np.uint8))
 
 
+def render_jpeg(image_size: tuple[int, int]) -> bytes:
+    """Render the same as the bytes of a JPEG."""
+    buffer = io.BytesIO()
+    render_image(image_size).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
 def make_processors(tile_size: int) -> tuple[dict[str, Callable[[Any], Any]], dict[str, str]]:
     """Image processors by name, and why one is missing."""
-    ours = _our_processor(tile_size)
+    ours = our_processor(tile_size)
     pil_class, torchvision_class, missing = find_llava_classes()
-    settings = {
-        "image_grid_pinpoints": [[rows * tile_size, columns * tile_size] for rows, columns in ours.tile_grids],
-        "size": {"shortest_edge": tile_size},
-        "crop_size": {"height": tile_size, "width": tile_size},
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }
+    settings = llava_settings(ours.tile_grids, tile_size)
     processors: dict[str, Callable[[Any], Any]] = {
         PIL: partial(ours, return_tensors="pt", resize_backend="pil"),
         PIL_BYTES: partial(ours, return_tensors="pt", resize_backend="pil", pixel_dtype="uint8"),
@@ -107,9 +108,21 @@ def make_processors(tile_size: int) -> tuple[dict[str, Callable[[Any], Any]], di
     return processors, {LLAVA_TORCHVISION: missing} if missing else {}
 
 
-def _our_processor(tile_size: int) -> Any:
+def our_processor(tile_size: int, **options: Any) -> Any:
+    """Our image processor with the release's settings but for the size of a tile and what `options` says."""
     size = {"height": tile_size, "width": tile_size}
-    return AutoImageProcessor.from_pretrained(ROOT, subfolder=RELEASE, trust_remote_code=True, size=size)
+    return AutoImageProcessor.from_pretrained(ROOT, subfolder=RELEASE, trust_remote_code=True, size=size, **options)
+
+
+def llava_settings(tile_grids: Sequence[Sequence[int]], tile_size: int) -> dict[str, Any]:
+    """Arguments of LLaVA-NeXT's image processors that make them cut and scale as ours does."""
+    return {
+        "image_grid_pinpoints": grids_in_pixels(tile_grids, tile_size),
+        "size": {"shortest_edge": tile_size},
+        "crop_size": {"height": tile_size, "width": tile_size},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
 
 
 def find_llava_classes() -> tuple[Any, Any, str]:
@@ -155,11 +168,7 @@ def _measure_one(
     source: str,
     threads: int,
 ) -> Comparison:
-    image: Any = render_image(image_size)
-    if source == "JPEG":
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=90)
-        image = buffer.getvalue()
+    image = render_jpeg(image_size) if source == "JPEG" else render_image(image_size)
 
     def runner(process: Callable[[Any], Any]) -> Candidate:
         return timed(lambda: process(image), "cpu")

@@ -10,7 +10,6 @@ The records are rendered before, so that the workers' time is image processing, 
 are kept from one epoch to the next; their start is in the round that warms up.
 """
 
-import io
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,17 +17,18 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoImageProcessor, AutoProcessor
+from transformers import AutoProcessor
 
 from ..checkpoints import load_model, locate
-from ..hub import RELEASE, ROOT
+from ..hub import ROOT
 from ..images import byte_options
 from ..training.encode import Collator, Encoder
 from ..training.train import Samples
 from ..world.tasks import rendered_record
 from .bench import Bench
 from .clock import Candidate, Comparison
-from .images import BYTES, FLOATS, render_image
+from .images import BYTES, FLOATS, our_processor, render_jpeg
+from .training_step import learn
 
 FEEDING, BY_WORKERS = "training steps fed by 2 workers", "image processing by workers"
 WORKERS = (0, 1, 2)
@@ -54,7 +54,7 @@ def measure_loader(bench: Bench) -> list[Comparison]:
         for name, each in options.items()
     }
     facts = {"batch_size": batch_size, "records": num_records} | {"batch_bytes": _batch_bytes(loaders)}
-    runners = {name: rate_of_epoch(loader, partial(_step, model, optimizer)) for name, loader in loaders.items()}
+    runners = {name: rate_of_epoch(loader, partial(learn, model, optimizer)) for name, loader in loaders.items()}
     return bench.compare(FEEDING, runners, {"rate": ("", "samples/s", 1.0)}, facts, least=0 if bench.is_quick else 5)
 
 
@@ -84,12 +84,8 @@ class Jpegs(Dataset):
     """
 
     def __init__(self, tile_size: int, image_size: tuple[int, int], count: int):
-        buffer = io.BytesIO()
-        render_image(image_size).save(buffer, "JPEG", quality=90)
-        self.data, self.count = buffer.getvalue(), count
-        size, settings = {"height": tile_size, "width": tile_size}, {"resize_backend": "torch", "pixel_dtype": "uint8"}
-        load = AutoImageProcessor.from_pretrained
-        self.process = load(ROOT, subfolder=RELEASE, trust_remote_code=True, size=size, **settings)
+        self.data, self.count = render_jpeg(image_size), count
+        self.process = our_processor(tile_size, resize_backend="torch", pixel_dtype="uint8")
 
     def __len__(self) -> int:
         return self.count
@@ -122,9 +118,3 @@ def _batch_bytes(loaders: dict[str, DataLoader]) -> dict[str, int]:
         batch = loader.collate_fn([loader.dataset[index] for index in range(loader.batch_size or 1)])
         found[name] = batch["pixel_values"].nbytes
     return found
-
-
-def _step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> None:
-    model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()

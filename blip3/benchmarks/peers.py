@@ -16,13 +16,11 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from transformers import AutoImageProcessor
-
-from ..hub import RELEASE, ROOT
 from . import candidates
 from .bench import Bench
 from .candidates import IDEFICS, OURS, SQUARE, Sizes, count_image_tokens, prefill, tiling
 from .clock import Candidate, Comparison, timed
+from .images import our_processor
 from .tokens import idefics_grid
 
 COUNTS = (1, 4, 8)
@@ -60,10 +58,7 @@ def make_layouts(sizes: Sizes) -> dict[str, tuple[str, Sizes, tuple[int, int]]]:
         ValueError: if our rule does not choose the grid of the equal views, which would then be no longer our own.
     """
     side = sizes.tile_size
-    processor = AutoImageProcessor.from_pretrained(
-        ROOT, subfolder=RELEASE, trust_remote_code=True, size={"height": side, "width": side}
-    )
-    ours = tuple(processor.grid_of(*IMAGE_SIZE))
+    ours = tuple(our_processor(side).grid_of(*IMAGE_SIZE))
     if ours != SQUARE:
         raise ValueError(
             f"Our rule cuts {IMAGE_SIZE} pixels into {ours} tiles but equal views are {SQUARE}. The released grids "

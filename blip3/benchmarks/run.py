@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line, measure and report."""
     options = parse_arguments(arguments)
     try:
-        folder = _output_of(options)
+        folder = results_folder(options)
         if not options.only_report:
             _measure(options, folder)
         targets = write_report(folder, options.device.split(":")[0])
@@ -95,16 +95,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; `make_bench` takes what this returns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     effort = Effort()
-    parser.add_argument(
-        "--suite",
-        "--part",
-        action="append",
-        choices=SUITES,
-        help="may be repeated (default: all)",
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the code")
+    parser.add_argument("--suite", "--part", action="append", choices=SUITES, help="may be repeated (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="of torch (default: all cores this process may use)")
     parser.add_argument("--rounds", type=int, help=f"of one comparison, at most (default: {effort.rounds})")
     parser.add_argument("--seconds", type=float, help=f"for one comparison (default: {effort.seconds:g})")
     parser.add_argument(
@@ -118,13 +110,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--bfloat16", action="store_true", help="on a CPU measure bfloat16 too; one without units for it emulates it"
     )
-    parser.add_argument("--output", type=Path, help="folder of the results (default: blip3/benchmarks/results)")
-    parser.add_argument("--only-report", action="store_true", help="measure nothing, report what the folder holds")
-    parser.add_argument("--update-docs", action="store_true", help="fill the generated blocks of docs and README")
+    add_run_options(parser)
     return parser.parse_args(arguments)
 
 
-def _output_of(options: argparse.Namespace) -> Path:
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that the CPU's and the GPU's command share."""
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the code")
+    parser.add_argument("--threads", type=int, help="of torch (default: all cores this process may use)")
+    parser.add_argument("--output", type=Path, help="folder of the results (default: blip3/benchmarks/results)")
+    parser.add_argument("--only-report", action="store_true", help="measure nothing, report what the folder holds")
+    parser.add_argument("--update-docs", action="store_true", help="fill the generated blocks of the documentation")
+
+
+def results_folder(options: argparse.Namespace) -> Path:
     """Where results go; quick ones never among the true ones.
 
     Raises:

@@ -14,7 +14,6 @@
 Beside the times stand counts of one run each, which a busy machine does not change.
 """
 
-import io
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,14 +22,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from transformers import AutoImageProcessor
 
-from ..hub import RELEASE, ROOT
 from .bench import Bench
 from .candidates import OURS, prefill
-from .clock import Candidate, Comparison, timed
+from .clock import Candidate, Comparison, timed, under
 from .generation import time_generation
-from .images import render_image
+from .images import our_processor, render_jpeg
 
 ON, OFF = "on", "off"
 NO_WINDOW = "sliding window, prefill of 4,096 tokens"
@@ -50,9 +47,7 @@ def measure_switches(bench: Bench) -> list[Comparison]:
     dtype = bench.dtypes[0]
     model = bench.build(OURS, dtype)
     for name, work, states, metric, count in (*_of_model(bench, model, dtype), *_of_images(bench)):
-        runners: dict[str, Candidate] = {
-            state: partial(_run_under, states.get(state, nullcontext), work) for state in (ON, OFF)
-        }
+        runners: dict[str, Candidate] = {state: under(states.get(state, nullcontext), work) for state in (ON, OFF)}
         facts = {"dtype": dtype, "threads": bench.threads, **{state: count(run) for state, run in runners.items()}}
         found += bench.compare(name, runners, {metric: ("", "ms", 1000.0)}, facts)
     return found
@@ -82,11 +77,9 @@ def _of_model(bench: Bench, model: Any, dtype: str) -> Iterator[Switch]:
     read_long = timed(partial(prefill, model, long), bench.device)
     kinds = {state: partial(_resampler_with, model, kind) for state, kind in ((ON, "eager"), (OFF, "sdpa"))}
     if torch.device(bench.device).type == "cpu":  # elsewhere the tower always takes all views
-        name, read_many = (
-            "few tiles at a time, prefill of eight images",
-            timed(partial(prefill, model, many), bench.device),
-        )
-        yield name, read_many, {OFF: partial(_all_views_at_once, model)}, "seconds", count
+        read_many = timed(partial(prefill, model, many), bench.device)
+        off = {OFF: partial(_all_views_at_once, model)}
+        yield "few tiles at a time, prefill of eight images", read_many, off, "seconds", count
     yield "resampler attention, prefill", read, kinds, "seconds", count
     yield "window in blocks, prefill", read_long, {OFF: at_once}, "seconds", count
     text = bench.inputs(OURS, dtype, [0], text_tokens=2 * WINDOW)
@@ -95,13 +88,9 @@ def _of_model(bench: Bench, model: Any, dtype: str) -> Iterator[Switch]:
 
 
 def _of_images(bench: Bench) -> Iterator[Switch]:
-    side = bench.sizes.tile_size
-    options = {"trust_remote_code": True, "size": {"height": side, "width": side}, "resize_backend": "torch"}
-    processor = AutoImageProcessor.from_pretrained(ROOT, subfolder=RELEASE, **options)
+    processor = our_processor(bench.sizes.tile_size, resize_backend="torch")
     module = sys.modules[type(processor).__module__]
-    image, buffer = render_image(QUICK_JPEG_SIZE if bench.is_quick else JPEG_SIZE), io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
-    data, moved = buffer.getvalue(), {"bytes": 0}
+    data, moved = render_jpeg(QUICK_JPEG_SIZE if bench.is_quick else JPEG_SIZE), {"bytes": 0}
 
     def process(images: Any) -> None:
         moved["bytes"] = processor(images, return_tensors="pt", device=bench.device)["pixel_values"].nbytes
@@ -120,11 +109,6 @@ def _of_images(bench: Bench) -> Iterator[Switch]:
     yield "bytes, pixels on the device", once, dtypes, "seconds", count
     yield "JPEG scale, pixels on the device", once, {OFF: whole}, "seconds", count
     yield f"images on threads, batch of {BATCH}", batch, {OFF: one_thread}, "seconds", count
-
-
-def _run_under(context: State, work: Candidate) -> Mapping[str, float]:
-    with context():
-        return work()
 
 
 @contextmanager

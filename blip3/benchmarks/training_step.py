@@ -5,7 +5,7 @@ Padded and packed batches hold the same samples of mixed lengths, put together b
 training itself. Tokens are those of the samples: image tokens count, padding does not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def measure_training(bench: Bench) -> list[Comparison]:
     samples = make_samples(bench, dtype)
     num_tokens = sum(len(sample["input_ids"]) for sample in samples)
     batches = {
-        name: _to(Collator(0, name == PACKED, max_length=PACKED_LENGTH)(samples), bench.device)
+        name: move(Collator(0, name == PACKED, max_length=PACKED_LENGTH)(samples), bench.device)
         for name in (PACKED, PADDED)
     }
     facts = {
@@ -94,8 +94,7 @@ def _measure_peers(bench: Bench, dtype: str) -> list[Comparison]:
 
 
 def _rate(bench: Bench, model: Any, batch: dict[str, torch.Tensor], num_tokens: int) -> Candidate:
-    clock = timed(_step(model, batch), bench.device)
-    return lambda: {"rate": num_tokens / clock()["seconds"]}
+    return tokens_per_second(_step(model, batch), num_tokens, bench.device)
 
 
 def _step(model: Any, batch: dict[str, torch.Tensor]) -> Any:
@@ -106,5 +105,19 @@ def _step(model: Any, batch: dict[str, torch.Tensor]) -> Any:
     return run
 
 
-def _to(batch: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
+def tokens_per_second(work: Callable[[], Any], num_tokens: int, device: str) -> Candidate:
+    """Make a candidate of work on so many tokens: its rate."""
+    clock = timed(work, device)
+    return lambda: {"rate": num_tokens / clock()["seconds"]}
+
+
+def learn(model: Any, optimizer: torch.optim.Optimizer, batch: Mapping[str, torch.Tensor]) -> None:
+    """Take a step with an optimiser, the batch's way to the model's device included."""
+    model(**move(batch, model.device)).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def move(batch: Mapping[str, torch.Tensor], device: str | torch.device) -> dict[str, torch.Tensor]:
+    """Bring the tensors of a batch to a device."""
     return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -18,7 +18,7 @@ from ..data.records import Record
 from .alignment import REFUSAL
 from .descriptions import describe_as, sample_request
 from .documents import sample_form
-from .scenes import Rng, distinct, make_record, pick
+from .scenes import Rng, conversation, distinct, make_record, pick
 from .settings import WorldSettings
 from .splits import string_key
 from .text_pages import Page, code, number, word
@@ -160,9 +160,7 @@ def card_quiz_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
         request = pick(rng, _REQUESTS).format(label.lower())
         asked.append(pick(rng, ((request, value), (request, value), (f"Which line says {value}?", label.lower()))))
     chosen = dict(asked[int(index)] for index in rng.permutation(len(asked))[: int(rng.integers(2, 5))])
-    turns = [turn for pair in chosen.items() for turn in zip(("user", "assistant"), pair, strict=True)]
-    turns[0] = ("user", "<image>\n" + turns[0][1])
-    return make_record("card_quiz", "instruction", turns, [card.page], turns[-1][1])
+    return conversation("card_quiz", chosen, [card.page], "<image>\n")
 
 
 def say_task(rng: Rng, split: str, settings: WorldSettings) -> Record:

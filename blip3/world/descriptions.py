@@ -163,9 +163,7 @@ def choose_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
     else:
         text = any_string(rng, split, settings)
         image = sample_page(rng, [text], settings)
-        others = dict.fromkeys(any_string(rng, split, settings) for _ in range(8))
-        wrong = [other for other in others if other.casefold() != text.casefold()]
-        question, right = "What is written in the image?", text
+        question, right, wrong = text_choice(rng, split, settings, text)
     asked, letter, options = letter_options(rng, question, right, wrong)
     return ask("choose", asked, letter, [image], options=options)
 
@@ -199,6 +197,12 @@ def scene_choices(rng: Rng, scene: Scene, settings: WorldSettings) -> list[list[
 
 
 _OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+
+
+def text_choice(rng: Rng, split: str, settings: WorldSettings, text: str) -> Choice:
+    """Ask what a page says, with other texts that it might say."""
+    others = dict.fromkeys(any_string(rng, split, settings) for _ in range(8))
+    return "What is written in the image?", text, [each for each in others if each.casefold() != text.casefold()]
 
 
 def letter_options(rng: Rng, question: str, right: str, wrong: Sequence[str]) -> tuple[str, str, list[str]]:

@@ -10,12 +10,12 @@ Asked all at once, a model of 5 million parameters answers with any letter. The 
 """
 
 from ..data.records import Record
-from .descriptions import Choice, letter_options, sample_probed, scene_choices
+from .descriptions import Choice, letter_options, sample_probed, scene_choices, text_choice
 from .instructions import LETTERS
-from .scenes import Rng, make_record, pick, pick_many
+from .scenes import Rng, Scene, conversation, pick, pick_many
 from .settings import WorldSettings
 from .splits import string_key
-from .text_pages import any_string, sample_page
+from .text_pages import Page, any_string, sample_page
 
 _NAMED = ("Which option is {}?", "Which option says {}?", "It is {}. What is it?")
 _LETTER = ("What is option {}?", "What does option {} say?", "What is {}?")
@@ -42,33 +42,26 @@ def _in_words(rng: Rng, split: str, settings: WorldSettings) -> Record:
         letter, option = pick(rng, lettered)
         options = "\n".join(f"{each}. {text}" for each, text in lettered)
         asked.append((f"{options}\n{pick(rng, _LETTER).format(letter)}", option))
-    return _conversation("", asked, [], keys)
+    return conversation("letters", dict(asked), [], "", keys=keys)
 
 
 def _beside_an_image(rng: Rng, split: str, settings: WorldSettings) -> Record:
     """Ask about a scene or a text; half of the questions that have an answer without options are asked so before."""
+    image: Scene | Page
     if rng.integers(5):
-        image = sample_probed(rng, split, settings)
-        *short, presence = scene_choices(rng, image, settings)
+        image = scene = sample_probed(rng, split, settings)
+        *short, presence = scene_choices(rng, scene, settings)
         plain = [pick(rng, choices) for choices in short]
         choices = [pick(rng, [*plain, pick(rng, presence)]) for _ in range(int(rng.integers(2, 5)))]
         asked = [each for choice in choices for each in _in_two_steps(rng, choice, has_plain=choice in plain)]
-        return _conversation("<image>\n", asked, [image])
-    text = any_string(rng, split, settings)
-    wrong = [
-        other for other in (any_string(rng, split, settings) for _ in range(8)) if other.casefold() != text.casefold()
-    ]
-    choice = ("What is written in the image?", text, list(dict.fromkeys(wrong)))
-    return _conversation("<image>\n", _in_two_steps(rng, choice, True), [sample_page(rng, [text], settings)])
+    else:
+        text = any_string(rng, split, settings)
+        asked = _in_two_steps(rng, text_choice(rng, split, settings, text), has_plain=True)
+        image = sample_page(rng, [text], settings)
+    return conversation("letters", dict(asked), [image], "<image>\n", keys=[])
 
 
 def _in_two_steps(rng: Rng, choice: Choice, has_plain: bool) -> list[tuple[str, str]]:
     question, right, wrong = choice
     before = [(question, right)] if has_plain and rng.integers(2) else []
     return [*before, letter_options(rng, question, right, wrong)[:2]]
-
-
-def _conversation(shown: str, asked: list[tuple[str, str]], images: list, keys: list[str] | None = None) -> Record:
-    turns = [turn for pair in dict(asked).items() for turn in zip(("user", "assistant"), pair, strict=True)]
-    turns[0] = ("user", shown + turns[0][1])
-    return make_record("letters", "instruction", turns, images, turns[-1][1], keys=keys or [])

@@ -388,9 +388,22 @@ def ask_many(
     for _ in range(int(rng.integers(fewest, most + 1))):
         question, answer = pick(rng, pick(rng, kinds))
         asked.setdefault(question, answer)
+    return conversation(name, asked, images, shown)
+
+
+def conversation(name: str, asked: dict[str, str], images: Sequence[Any], shown: str, **extra: Any) -> Record:
+    """Build a conversation of questions and their answers, in their order.
+
+    Args:
+        name: placeholder id.
+        asked: question -> answer.
+        images: with `drawing` and `annotations`.
+        shown: where the images stand, in front of the first question.
+        **extra: see `make_record`.
+    """
     turns = [turn for pair in asked.items() for turn in zip(("user", "assistant"), pair, strict=True)]
     turns[0] = ("user", shown + turns[0][1])
-    return make_record(name, "instruction", turns, images, turns[-1][1])
+    return make_record(name, "instruction", turns, images, turns[-1][1], **extra)
 
 
 def short_questions(scene: Scene, settings: WorldSettings) -> list[list[tuple[str, str]]]:

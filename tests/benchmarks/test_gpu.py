@@ -20,6 +20,7 @@ from blip3.benchmarks.clock import Comparison, Effort
 from blip3.benchmarks.generation import COMPILED, EAGER, STATIC
 from blip3.benchmarks.gpu_parts import BY_REGION, PARTS, WINDOW
 from blip3.benchmarks.regions import Regions
+from blip3.benchmarks.run import RESULTS
 from support import ROOT
 
 PAGE = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
@@ -341,7 +342,7 @@ def test_the_documentation_names_every_part_and_only_real_options(capsys):
 
 
 def test_the_documentation_says_what_the_results_say():
-    path = gpu.RESULTS / gpu.NAME
+    path = RESULTS / gpu.NAME
     results = gpu_report.read_results(path) if path.is_file() else {"parts": {}}
     table = "\n".join(gpu_report.targets_table(gpu_report.compare_with_targets(results)))
     assert f"<!-- benchmarks:gpu:targets -->\n{table}\n<!-- end -->" in PAGE
