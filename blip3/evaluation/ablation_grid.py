@@ -15,7 +15,8 @@
       - {name: as shipped, checkpoint: .}   no steps
 
 A step is of one kind: `new` (a model with newly initialised weights), `settings` (the same weights with other tiles or
-sampling), `tower` (stage 0) or `train` (any other stage). A base checkpoint has no chat template: `chat_template:
+sampling), `tower` (stage 0) or `train` (any other stage). Beside `around`, `keep: [language_model]` takes that part
+alone. A base checkpoint has no chat template: `chat_template:
 CHECKPOINT` in a step of the kind `settings` takes another's. Rows that are trained see as many samples and have the
 same seeds, or the grid is refused; `budget: varies` allows other numbers of samples where that is what is compared.
 """
@@ -64,6 +65,8 @@ class Step:
     """What the result depends on: the file's values with the changes, without those of the machine."""
     around: str = ""
     """For `new`: checkpoint whose tower and language model are taken; for `settings`: whose chat template is."""
+    keep: tuple[str, ...] = ()
+    """For `new` with `around`: the parts that are taken; empty for both."""
 
     @property
     def batch(self) -> int:
@@ -212,12 +215,17 @@ def _by_step(place: str, changes: Mapping[str, Any], steps: Mapping[str, Any]) -
 
 def _step(path: Path, name: str, given: Mapping[str, Any], changes: dict[str, Any], every: Mapping[str, Any]) -> Step:
     place = f"{path}, step {name!r}"
-    check_keys(place, given, (*KINDS, "set", "around", "chat_template"))
+    check_keys(place, given, (*KINDS, "set", "around", "keep", "chat_template"))
     kinds = [kind for kind in KINDS if kind in given]
     if len(kinds) != 1 or ("around" in given and kinds != [NEW]) or ("chat_template" in given and kinds != [SETTINGS]):
         raise ValueError(
             f"{place} has the kinds {kinds} but exactly one of {', '.join(KINDS)} is expected, around with new "
             "alone and chat_template with settings. Two steps were probably joined: give each its own name."
+        )
+    if "keep" in given and "around" not in given:
+        raise ValueError(
+            f"{place} has keep {given['keep']} without around, but it names parts of the trained model there. The "
+            "model was probably left out: add around: with a checkpoint."
         )
     (kind,) = kinds
     changes = {**(given.get("set") or {}), **changes}
@@ -235,7 +243,7 @@ def _step(path: Path, name: str, given: Mapping[str, Any], changes: dict[str, An
         values["world"] = read_yaml(file.parent / values["world"]["file"]) | rest
     elif kind == NEW and "world" in values:
         values["world"] = read_yaml(file.parent / values["world"])
-    return Step(name, kind, file, changes, values, str(given.get("around", "")))
+    return Step(name, kind, file, changes, values, str(given.get("around", "")), tuple(given.get("keep", ())))
 
 
 def _with_changes(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def places_of(row: Row, seed: int, output: Path) -> Iterator[tuple[Step, Path]]:
         depends: dict[str, Any] = {"kind": step.kind, "values": dict(step.values), "from": known}
         depends |= {} if step.kind == SETTINGS else {"seed": seed}
         depends |= {"around": fingerprint(step.around)} if step.around else {}
+        depends |= {"keep": list(step.keep)} if step.keep else {}
         known = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
         yield step, output / "runs" / f"{step.name}-{known}"
 
@@ -112,6 +113,7 @@ def command_of(step: Step, source: Path, seed: int, run: Path) -> list[str]:
     changes = [f"{key}={json.dumps(value)}" for key, value in step.changes.items()]
     if step.kind == NEW:
         around = ["--around", step.around] if step.around else []
+        around += ["--keep", *step.keep] if step.keep else []
         return ["-m", _MODULES[NEW], str(step.file), str(run / FINAL), *changes, "--seed", str(seed), *around]
     return ["-m", _MODULES[step.kind], str(step.file), f"model={source}", f"output={run}", *changes, f"seed={seed}"]
 

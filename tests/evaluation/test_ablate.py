@@ -227,6 +227,7 @@ def test_the_grids_cover_the_reports_ablations():
         ({"rows": [ROW, {"name": "two", "set": {"tuning.max_steps": 4}}]}, r"\(one 4, two 8 samples\), but rows are"),
         ({"rows": [ROW | {"at": 3}]}, "has at 3, but the run of 2 steps saves every 1"),
         ({"steps": {"shown": {"settings": {}}, "tuning": TUNING}}, "no checkpoint to start from"),
+        ({"steps": {"tuning": TUNING | {"keep": ["language_model"]}}}, "without around, but it names parts of the"),
         ({"steps": {"tuning": TUNING | {"new": "model.yaml"}}}, r"has the kinds \['new', 'train'\] but exactly one"),
         ({"steps": {"shown": {"settings": {"num_latents": 2}}}, "start": "."}, "unknown setting 'num_latents'"),
         ({"budget": "any"}, "the budget is 'any' but it must be one of same, varies"),

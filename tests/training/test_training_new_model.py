@@ -54,6 +54,14 @@ def test_a_fresh_resampler_for_a_trained_tower_and_language_model(tmp_path, monk
     assert after["model.resampler.latents"].shape[0] == 3
 
 
+def test_a_trained_language_model_keeps_its_weights_beside_a_fresh_tower(tmp_path):
+    trained = make_small_model(tmp_path)
+    make_model(tmp_path / "model.yaml", tmp_path / "other", 1, 20, around=trained, keep=["language_model"])
+    before, after = (load_model(folder).state_dict() for folder in (trained, tmp_path / "other"))
+    changed = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"vision_tower", "resampler"}
+
+
 def test_a_trained_model_of_another_tokenizer_is_refused(tmp_path):
     trained = make_small_model(tmp_path)
     with pytest.raises(ValueError, match="another vocabulary"):

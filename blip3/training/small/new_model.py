@@ -9,8 +9,9 @@ r"""Make a small BLIP-3 with newly initialised weights: sizes from YAML, a token
         --around base
 
 The second starts with what stage 0 has trained and `publish --tower` has written, the third changes a size, the fourth
-initialises a resampler of another size for a trained tower and language model. The 4B model starts from published
-parts instead: `convert_weights.py --vision SIGLIP --text PHI3`.
+initialises a resampler of another size for a trained tower and language model; with `--keep language_model` the tower
+is newly initialised too. The 4B model starts from published parts instead: `convert_weights.py --vision SIGLIP --text
+PHI3`.
 """
 
 import argparse
@@ -47,6 +48,8 @@ from ..trainer import name_tower_for_both_lines
 from .tokenizer import save_tokenizer, train_tokenizer
 
 _BOUNDS: dict[str, Bounds] = {"vocab_size": (1, 2**24)}
+KEPT = {"vision_tower": ("vision_tower",), "language_model": ("language_model", "lm_head")}
+"""What may be taken from a trained model, with the modules of each."""
 _MISTYPED = "It was probably left empty or mistyped: correct it"
 
 
@@ -84,8 +87,15 @@ def main() -> None:
         "--resampler", type=Path, help="file of a trained resampler (default: newly initialised weights)"
     )
     parser.add_argument("--around", type=Path, help="trained model, all of which is taken but its resampler")
+    parser.add_argument(
+        "--keep",
+        nargs="+",
+        choices=KEPT,
+        default=tuple(KEPT),
+        help="parts of --around that are taken (default: both)",
+    )
     args = parser.parse_intermixed_args()
-    trained = (args.resampler, args.around)
+    trained = (args.resampler, args.around, args.keep)
     with plain_errors(), only_writer_in(args.output):
         make_model(args.sizes, args.output, args.seed, args.samples, args.tower, args.overrides, *trained)
 
@@ -99,6 +109,7 @@ def make_model(
     overrides: Sequence[str] = (),
     resampler: Path | None = None,
     around: Path | None = None,
+    keep: Sequence[str] = tuple(KEPT),
 ) -> None:
     """Write a complete model folder: configuration, code, tokenizer, processor files, newly initialised weights.
 
@@ -114,6 +125,7 @@ def make_model(
         overrides: `key=value` or `section.key=value` each, in place of the file's values.
         resampler: safetensors file of a trained resampler of the same sizes.
         around: folder of a trained model of the same tower, language model and tokenizer, which are taken.
+        keep: those of `KEPT` that are taken from `around`; the other parts are newly initialised.
 
     Raises:
         ValueError: for unknown keys, sizes that contradict each other, or a trained model with another tokenizer.
@@ -135,7 +147,7 @@ def make_model(
     model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
     scale_new_weights(model)
     if around:
-        take_all_but_resampler(model, around, tokenizer)
+        take_parts(model, around, tokenizer, keep)
     if tower:
         trained = AutoModel.from_pretrained(folder_of(tower), dtype=torch.float32).state_dict()
         model.vision_tower.load_state_dict(tower_weights_for(model.vision_tower.state_dict(), trained))
@@ -234,13 +246,16 @@ def scale_new_weights(model: Any) -> None:
     model.model.resampler.latents.normal_(std=1.0)
 
 
-def take_all_but_resampler(model: Any, source: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Load a trained model's tower and language model, so that only the resampler is newly initialised.
+def take_parts(
+    model: Any, source: Path, tokenizer: PreTrainedTokenizerFast, keep: Sequence[str] = tuple(KEPT)
+) -> None:
+    """Load a trained model's tower, language model or both, so that the other parts stay newly initialised.
 
     Args:
         model: to be changed.
         source: the trained model, as `checkpoints.locate` takes it.
         tokenizer: of `model`.
+        keep: those of `KEPT` that are taken.
 
     Raises:
         ValueError: if the trained model reads other tokens.
@@ -252,7 +267,7 @@ def take_all_but_resampler(model: Any, source: Path, tokenizer: PreTrainedTokeni
             "words. It was probably made from other sizes or with another number of samples: repeat those here."
         )
     trained = load_model(located, dtype=torch.float32)
-    for part in ("vision_tower", "language_model", "lm_head"):
+    for part in (each for kept in keep for each in KEPT[kept]):
         getattr(model, part).load_state_dict(getattr(trained, part).state_dict())
 
 
