@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """lmms-eval and VLMEvalKit as a user starts them, offline, on rendered data in the files of benchmarks."""
 
+import ast
+import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from blip3.evaluation import score
 from blip3.evaluation.harness import neighbours, stemming, write_tasks
-from blip3.evaluation.harness.results import read_folder
+from blip3.evaluation.harness.results import read_folder, read_folders
 from blip3.evaluation.harness.vlguard import metric_of
 from blip3.evaluation.safety import SUBSETS, Request, read_refusal_phrases, safety_scores
 from blip3.world.layouts.lmms_lab import write_lmms_lab
@@ -29,6 +33,8 @@ BUILT_IN = (
 )
 SERVED = "textvqa_val,pope"
 KIT = Path(os.environ.get("BLIP3_VLMEVALKIT", "no-copy-named"))
+IN_BOTH = {"TextVQA_VAL": "textvqa_val", "DocVQA_VAL": "docvqa_val", "OCRBench": "ocrbench", "ChartQA_TEST": "chartqa"}
+SAME_PROMPT = ("TextVQA_VAL", "DocVQA_VAL", "OCRBench")  # ChartQA's instruction has other words in each
 KIT_PYTHON = os.environ.get("BLIP3_VLMEVALKIT_PYTHON", sys.executable)
 
 
@@ -179,23 +185,62 @@ def test_vlguard_counts_as_the_command_for_post_training_does(data, world, tmp_p
     assert any(0 < value < 1 for value in values)
 
 
+def ask_for_words(tables: Path, data: Path) -> None:
+    """Put questions that the small model answers into the columns of DocVQA and ChartQA: TextVQA's, which read a word.
+
+    Their own look-alikes it answers wrongly in both harnesses, and equal zeros say nothing about scores.
+    """
+    csv.field_size_limit(sys.maxsize)
+    with (tables / "TextVQA_VAL.tsv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    for name, further in (("DocVQA_VAL", {}), ("ChartQA_TEST", {"split": "test_human"})):
+        with (tables / f"{name}.tsv").open("w", encoding="utf-8", newline="") as file:
+            lines = csv.DictWriter(file, [*rows[0], *further], delimiter="\t")
+            lines.writeheader()
+            lines.writerows(row | {"answer": str(ast.literal_eval(row["answer"])[:1])} | further for row in rows)
+    folder = data / "lmms-lab-encoder"
+    asked = Dataset.from_parquet(str(folder / "textvqa" / "validation-*.parquet"), cache_dir=str(data / ".cache"))
+    answers = [[answer] for answer in asked["answer"]]
+    documents = (
+        asked.remove_columns("answers").add_column("answers", answers).rename_column("question_id", "questionId")
+    )
+    documents.to_parquet(str(folder / "DocVQA" / "DocVQA" / "validation-00000-of-00001.parquet"))
+    charts = asked.remove_columns("answers").add_column("type", ["human_test"] * len(asked))
+    charts.to_parquet(str(folder / "ChartQA" / "test-00000-of-00001.parquet"))
+
+
+def kit_answers(output: Path, table: str) -> list[str]:
+    """What the kit's run noted as answers, in the order of the questions."""
+    (path,) = output.rglob(f"T*/*_{table}.tsv")
+    with path.open(encoding="utf-8", newline="") as file:
+        return [row["prediction"] for row in csv.DictReader(file, delimiter="\t")]
+
+
 @pytest.mark.skipif(not (KIT / "run.py").is_file(), reason="BLIP3_VLMEVALKIT names no copy of VLMEvalKit")
 def test_vlmevalkit_scores_as_lmms_eval_does(data, world, tmp_path):
-    write_vlmevalkit(tmp_path / "tables", COUNT, settings=world)
+    """Answers equal where both ask in the same words, and every score equal, none of them zero.
+
+    BLINK has two images a question, and letters, of which the small model gives none: it shows that they are asked.
+    """
+    tables, look_alikes = tmp_path / "tables", tmp_path / "data"
+    write_vlmevalkit(tables, COUNT, settings=world)
+    shutil.copytree(data, look_alikes, ignore=shutil.ignore_patterns(".cache"))
+    ask_for_words(tables, look_alikes)
     command = [sys.executable, "-m", "blip3.evaluation.harness.vlmevalkit", "--kit", str(KIT), "--python", KIT_PYTHON]
-    command += ["--model", str(ROOT), "--data", "TextVQA_VAL", "POPE", "BLINK"]
-    command += [
-        "--data-folder",
-        str(tmp_path / "tables"),
-        "--look-alike",
-        "--output",
-        str(tmp_path / "kit"),
-        "--max-new-tokens",
-        "48",
-    ]
-    assert subprocess.run(command, check=False).returncode == 0
-    found = {each.benchmark: each.value for each in read_folder(tmp_path / "kit")}
-    assert set(found) == {"textvqa", "pope", "blink"}
-    run_lmms_eval(data, tmp_path / "lmms", "textvqa_val", f"pretrained={ROOT},max_new_tokens=48", 1)
-    (same,) = read_folder(tmp_path / "lmms")
-    assert found["textvqa"] == pytest.approx(same.value)
+    command += ["--model", str(ROOT), "--data", *IN_BOTH, "BLINK", "--data-folder", str(tables), "--look-alike"]
+    command += ["--output", str(tmp_path / "kit"), "--max-new-tokens", "48"]
+    assert subprocess.run(command, check=False, env=os.environ | {"PRED_FORMAT": "tsv"}).returncode == 0
+    arguments = f"pretrained={ROOT},max_new_tokens=48"
+    answers = run_lmms_eval(look_alikes, tmp_path / "lmms", ",".join(IN_BOTH.values()), arguments, 1)
+    for table in SAME_PROMPT:
+        asked = answers[IN_BOTH[table]]
+        assert kit_answers(tmp_path / "kit", table) == [asked[row][0].strip() for row in range(COUNT)]
+    measured = read_folders([tmp_path / "kit", tmp_path / "lmms"])
+    (model,) = {each.model for each in measured}
+    assert model == f"{ROOT.name} (max_new_tokens=48)"
+    ours = {each.benchmark: each.value for each in measured if each.harness.startswith("lmms-eval")}
+    kits = {each.benchmark: each.value for each in measured if each.harness.startswith("VLMEvalKit")}
+    assert set(ours) == {"textvqa", "docvqa", "ocrbench", "chartqa"}
+    assert set(kits) == {*ours, "blink"}
+    assert all(value > 0 for value in ours.values())
+    assert {name: kits[name] for name in ours} == pytest.approx(ours)
