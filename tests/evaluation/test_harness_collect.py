@@ -107,7 +107,7 @@ def test_the_judge_model_is_named_in_tables_and_results(tmp_path, capsys):
     assert "--judge-url is 'nonsense', but the URL of an OpenAI-compatible server" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert run(tmp_path, "--judge-url", "https://here/v1") == 0
-    assert "12.0 (judge at https://here/v1)" in (tmp_path / "out" / "tables.md").read_text()
+    assert "12.0 (judge model at https://here/v1)" in (tmp_path / "out" / "tables.md").read_text()
     assert json.loads((tmp_path / "out" / "results.json").read_text())["judge_url"] == "https://here/v1"
 
 

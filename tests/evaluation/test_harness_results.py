@@ -5,7 +5,7 @@ import pytest
 
 from blip3.evaluation.harness import known
 from blip3.evaluation.harness.collect import cell_of, read_published
-from blip3.evaluation.harness.judges import NO_JUDGE, check_judge_url
+from blip3.evaluation.harness.judge_models import NO_JUDGE, check_judge_url
 from blip3.evaluation.harness.kit_results import write_asked
 from blip3.evaluation.harness.lmms_results import NOT_PTB
 from blip3.evaluation.harness.results import average_seeds, read_folder, read_folders
@@ -205,7 +205,7 @@ def test_hallusionbenchs_two_numbers_are_compared_with_the_published_ones_of_the
     (tables,) = [read_folders([tmp_path], judge_url="https://here/v1")]
     found = {each.benchmark: each for each in tables}
     assert (found["hallusionbench-mean"].value, found["hallusionbench-aacc"].value) == (pytest.approx(37.0), 56.0)
-    assert found["hallusionbench-mean"].note == "mean of aAcc, fAcc and qAcc, judge at https://here/v1"
+    assert found["hallusionbench-mean"].note == "mean of aAcc, fAcc and qAcc, judge model at https://here/v1"
     columns = {table.name: table.columns for table in read_published()}
     assert "hallusionbench-mean" in columns["single-image"]
     assert "hallusionbench-aacc" in columns["post-training"]
@@ -295,12 +295,12 @@ def test_a_file_that_was_not_written_to_its_end_is_named(tmp_path):
         read_folder(tmp_path)
 
 
-# -- Judge models -----------------------------------------------------------------------------------------------------
+# -- Scores by a model ------------------------------------------------------------------------------------------------
 
 
 def test_what_only_a_model_scores_has_a_number_only_with_one(tmp_path):
-    judged = {"mmvet": {"gpt_eval_score,none": 12.0}, "new": {"gpt_eval_score,none": 3.0}}
-    write_lmms_run(tmp_path / "lmms", judged)
+    scored = {"mmvet": {"gpt_eval_score,none": 12.0}, "new": {"gpt_eval_score,none": 3.0}}
+    write_lmms_run(tmp_path / "lmms", scored)
     write_kit_run(tmp_path / "kit", {"MMVet": {"Category=Overall|acc": 13.0}}, "gpt-4o")
     without = read_folder(tmp_path)
     assert [each.value for each in without] == [None] * 3
@@ -315,7 +315,7 @@ def test_a_judge_model_of_the_kit_stands_beside_letters_that_it_read(tmp_path):
     write_kit_run(tmp_path, metrics, "gpt-4o")
     found = by_benchmark(tmp_path)
     assert (found["mmbench"].value, found["mmbench"].note) == (None, NO_JUDGE)
-    assert (found["mmstar"].value, found["mmstar"].note) == (50.0, "judge of the run gpt-4o")
+    assert (found["mmstar"].value, found["mmstar"].note) == (50.0, "judge model of the run: gpt-4o")
 
 
 @pytest.mark.parametrize("url", ["nonsense", "gpt-4o", "127.0.0.1:8000/v1", "ftp://here/v1", "http://", ""])

@@ -28,7 +28,7 @@ from ...data.yaml_files import read_yaml
 from ...files import write_json, write_text
 from ..tables_and_plots import markdown_table, new_figure
 from .few_shot import BENCHMARKS
-from .judges import NO_JUDGE, check_judge_url
+from .judge_models import NO_JUDGE, check_judge_url
 from .lmms_results import SAMPLED
 from .measured import Measured
 from .naming import as_file_name
@@ -175,7 +175,7 @@ def make_plot(measured: Sequence[Measured], published: Sequence[PublishedTable])
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         by_label |= dict(zip(labels, handles, strict=True))
-    figure.legend(by_label.values(), by_label, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(by_label.values(), by_label, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -194,7 +194,7 @@ def _plot_table(axes: Any, table: PublishedTable, measured: Sequence[Measured], 
         x = [places[each.benchmark] + _offset(each.shots) for each in own]
         errors = [each.spread or each.error or 0.0 for each in own]
         is_usual = demonstrations in ("", SAMPLED)
-        label = f"{model}, measured" + ("" if is_usual else f", {demonstrations} demonstrations")
+        label = f"{model}, measured" + ("" if is_usual else f", demonstrations {demonstrations}")
         y, color = [each.value for each in own], f"C{models.index(model)}"
         axes.errorbar(x, y, errors, fmt="D" if is_usual else "s", color=color, label=label)
     axes.set_xticks(range(len(table.columns)), table.columns, rotation=20, ha="right")
@@ -311,7 +311,7 @@ def collect(
     write_text(output / "tables.md", write_tables(measured, published))
     results = {"judge_url": judge_url, "measured": [dataclasses.asdict(each) for each in measured]}
     write_json(output / "results.json", results)
-    make_plot(measured, published).savefig(output / "plot.png", dpi=150)
+    make_plot(measured, published).savefig(output / "plot.png", dpi=150, bbox_inches="tight")
     indexes = [model_index(measured, model) for model in models]
     write_text(output / "model-index.yaml", yaml.safe_dump_all(indexes, sort_keys=False))
     for model, entries_by_name in files.items():

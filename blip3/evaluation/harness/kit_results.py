@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ...files import write_json
-from .judges import NO_JUDGE, RULES, needs_judge
+from .judge_models import NO_JUDGE, RULES, needs_judge_model
 from .known import KIT, places_of
-from .measured import AS_GIVEN, Measured, read_json
+from .measured import AS_GIVEN, Measured, is_number, read_json
 from .naming import ModelName, name_model
 
 ASKED = "asked_model.json"
@@ -39,7 +39,7 @@ def read_kit(path: Path, source: str, *, judge_url: str | None = None) -> Iterat
     shared = {"model": name.short, "full_name": name.full, "harness": harness, "source": source}
     for table, numbers in run["datasets"].items():
         for measured in _of_table(table, numbers, shared):
-            yield _mark_judged(measured, numbers.get("judge_model") or "", judge_url)
+            yield _mark_judge_model(measured, numbers.get("judge_model") or "", judge_url)
 
 
 def folder_of_runs(path: Path, name: str) -> Path:
@@ -78,11 +78,7 @@ def write_asked(folder: Path, asked: Mapping[str, Any]) -> None:
 
 
 def _of_table(table: str, numbers: Mapping[str, Any], shared: dict[str, Any]) -> Iterator[Measured]:
-    scores = {
-        metric: float(value)
-        for metric, value in (numbers.get("metrics") or {}).items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    scores = {metric: float(value) for metric, value in (numbers.get("metrics") or {}).items() if is_number(value)}
     for name, place in places_of(KIT, table).items():
         metric, value = place.read(scores)
         scaled = None if value is None else place.scale * value
@@ -95,14 +91,18 @@ def _of_table(table: str, numbers: Mapping[str, Any], shared: dict[str, Any]) ->
         yield Measured(table, value=scores.get(metric), is_known=False, **about)
 
 
-def _mark_judged(measured: Measured, asked: str, judge_url: str | None) -> Measured:
+def _mark_judge_model(measured: Measured, asked: str, judge_url: str | None) -> Measured:
     """Say how answers were scored; take away a number that only a judge model gives where none was named."""
     if asked in ("", RULES):
         note = BY_RULE.get(measured.benchmark, "")
-        return _without_number(measured) if not note and needs_judge(measured.task, "") else measured.with_note(note)
-    if judge_url is None and (measured.benchmark in BY_RULE or needs_judge(measured.task, "")):
+        return (
+            _without_number(measured)
+            if not note and needs_judge_model(measured.task, "")
+            else measured.with_note(note)
+        )
+    if judge_url is None and (measured.benchmark in BY_RULE or needs_judge_model(measured.task, "")):
         return _without_number(measured)
-    return measured.with_note(f"judge of the run {asked}" + (f" at {judge_url}" if judge_url else ""))
+    return measured.with_note(f"judge model of the run: {asked}" + (f" at {judge_url}" if judge_url else ""))
 
 
 def _without_number(measured: Measured) -> Measured:

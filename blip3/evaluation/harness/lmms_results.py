@@ -9,9 +9,9 @@ from statistics import fmean
 from typing import Any
 
 from .few_shot import CIDER, UNSTEMMED, VQA_ACCURACY
-from .judges import NO_JUDGE, needs_judge
+from .judge_models import NO_JUDGE, needs_judge_model
 from .known import LMMS_EVAL, Place, places_of
-from .measured import AS_GIVEN, Measured, read_json
+from .measured import AS_GIVEN, Measured, is_number, read_json
 from .naming import OUR_ADAPTER, ModelName, name_model, parse_arguments
 from .vlguard import ATTACK_SUCCESS, OVER_REFUSAL, SAYS_NOTHING
 
@@ -42,7 +42,7 @@ def read_lmms_eval(path: Path, source: str, *, judge_url: str | None = None) -> 
     for task, numbers in run["results"].items():
         counts = _counts_of(run, task)
         for measured in _of_task(run, task, numbers, shared | {"task": task, "count": counts.get("effective")}):
-            yield _mark_limited(_mark_judged(measured, judge_url), counts)
+            yield _mark_limited(_mark_judge_model(measured, judge_url), counts)
 
 
 def model_of(run: Mapping[str, Any]) -> ModelName:
@@ -96,13 +96,13 @@ def _metadata_of(run: Mapping[str, Any], task: str) -> Numbers:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def _mark_judged(measured: Measured, judge_url: str | None) -> Measured:
+def _mark_judge_model(measured: Measured, judge_url: str | None) -> Measured:
     """Take away a number that only a judge model gives where none was asked; otherwise say which was."""
-    if not needs_judge(measured.task, measured.metric):
+    if not needs_judge_model(measured.task, measured.metric):
         return measured
     if judge_url is None:
         return replace(measured, value=None, error=None, note=NO_JUDGE)
-    return measured.with_note(f"judge at {judge_url}")
+    return measured.with_note(f"judge model at {judge_url}")
 
 
 def _mark_limited(measured: Measured, counts: Mapping[str, int]) -> Measured:
@@ -118,13 +118,13 @@ def _scores_of(numbers: Numbers) -> dict[str, float]:
     return {
         key.partition(",")[0]: float(value)
         for key, value in reversed(numbers.items())
-        if isinstance(value, int | float) and not isinstance(value, bool) and "_stderr" not in key
+        if is_number(value) and "_stderr" not in key
     }
 
 
 def _error_of(numbers: Numbers, metric: str) -> float | None:
     found = (value for key, value in numbers.items() if key.partition(",")[0] == f"{metric}_stderr")
-    return next((float(value) for value in found if isinstance(value, int | float)), None)
+    return next((float(value) for value in found if is_number(value)), None)
 
 
 def _measure(name: str, place: Place, numbers: Numbers, shared: Numbers) -> Measured:

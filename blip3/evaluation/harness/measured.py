@@ -2,6 +2,7 @@
 """A number that a harness measured, and the files it comes from."""
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,15 @@ class Measured:
     def with_note(self, *notes: str) -> "Measured":
         """Say more beside the number."""
         return replace(self, note=", ".join(filter(None, [self.note, *notes])))
+
+
+def is_number(value: Any) -> bool:
+    """Whether what a harness wrote as a score is one.
+
+    >>> is_number(0), is_number(None), is_number(float("nan")), is_number(True)
+    (True, False, False, False)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_json(path: Path) -> Any:

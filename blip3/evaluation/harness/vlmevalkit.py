@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ...hub import PACKAGE
-from .judges import RULES, check_judge_url
+from .judge_models import RULES, check_judge_url
 from .kit_results import write_asked
 from .naming import as_file_name, name_model
 

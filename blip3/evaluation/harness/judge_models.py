@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 NO_JUDGE = "not scored: needs a judge"
 NEEDS_JUDGE = ("mmvet", "mathvista", "mmbench", "hallusion_bench", "MMVet", "MathVista", "LLaVABench", "MMDU")
 """Beginnings of tasks of lmms-eval and of tables of VLMEvalKit whose numbers mean nothing unless one was asked."""
-GPT_METRICS = ("gpt", "llm_as_judge")
+GPT_METRICS = ("gpt", "llm_as")
 """Beginnings of metrics of lmms-eval that say the same of any task."""
 RULES = "exact_matching"
 """What VLMEvalKit calls asking none."""
@@ -39,10 +39,10 @@ def check_judge_url(option: str, url: str) -> None:
         )
 
 
-def needs_judge(task: str, metric: str) -> bool:
+def needs_judge_model(task: str, metric: str) -> bool:
     """Whether a task's number means nothing unless a judge model was asked.
 
-    >>> needs_judge("mmvet", "gpt_eval_score"), needs_judge("pope", "pope_f1_score"), needs_judge("new", "gpt_score")
-    (True, False, True)
+    >>> needs_judge_model("mmvet", "any"), needs_judge_model("new", "gpt_score"), needs_judge_model("pope", "pope_f1")
+    (True, True, False)
     """
     return task.startswith(NEEDS_JUDGE) or metric.startswith(GPT_METRICS)
