@@ -73,7 +73,6 @@ LMMS_EVAL = _by_benchmark(
     ("mathvista", "mathvista_testmini", "gpt_eval_score", 1),
     ("sciqa", "scienceqa_img", "exact_match", 100),
     ("ai2d", "ai2d", "exact_match", 100),
-    ("cvb-2d", "cv_bench_2d", "cv_bench_acc", 100),
     ("cvb-3d", "cv_bench_3d", "cv_bench_acc", 100),
     ("ocrbench", "ocrbench", "ocrbench_accuracy", 100),
     ("pope", "pope", "pope_f1_score", 100),
@@ -84,6 +83,7 @@ LMMS_EVAL = _by_benchmark(
     ("vlguard-safe-images", "vlguard_safe_unsafes", "attack_success", 100),
     ("vlguard-over-refusal", "vlguard_safe_safes", "over_refusal", 100),
 ) | {
+    "cvb-2d": Place("cv_bench_2d", ("cv_bench_acc",), 100, note=_OF_ALL_QUESTIONS),
     "mme-norm": Place("mme", ("mme_perception_score", "mme_cognition_score"), 100 / MME_MAXIMUM, sum),
     "hallusionbench-mean": Place("hallusion_bench_image", ("aAcc", "fAcc", "qAcc"), 1, fmean, _THREE),
     "hallusionbench-aacc": Place("hallusion_bench_image", ("aAcc",), 1, note=_ALONE),
