@@ -80,7 +80,7 @@ def targets_table(targets: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _not_measured(targets: Sequence[dict[str, Any]]) -> list[str]:
-    """A line that names what was not measured by the words before the first comma, with the number of rows; or none."""
+    """Name what was not measured in a line, by the words before the first comma, with the number of rows."""
     kinds: dict[str, list[bool]] = {}
     kind = ""
     for target in targets:
