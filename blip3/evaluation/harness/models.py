@@ -95,16 +95,14 @@ def check_image_options(options: Mapping[str, Any], processor: Any) -> None:
         ValueError: naming the first, with the nearest known one.
     """
     images = processor.image_processor
-    typed = getattr(
-        getattr(images, "valid_kwargs", None), "__annotations__", {}
-    )  # none in slow ones of transformers 4
+    typed = getattr(getattr(images, "valid_kwargs", None), "__annotations__", {})  # transformers 4 has some without
     named = {*typed, *inspect.signature(images.preprocess).parameters}
     known = sorted(name for name in named if name not in _OURS_TO_SAY and hasattr(images, name))
     for name, value in options.items():
         if name not in known:
             raise ValueError(
-                f"The argument {name}={value!r} was given, but neither the adapter nor {type(images).__name__} has one "
-                "of this name. It is probably misspelt, or of another adapter. "
+                f"The argument {name}={value!r} was given, but neither the adapter nor {type(images).__name__} has "
+                "one of this name. It is probably misspelt, or of another adapter. "
                 + did_you_mean(name, (*OWN_ARGUMENTS, *known), f"Known: {', '.join((*OWN_ARGUMENTS, *known))}.")
             )
 

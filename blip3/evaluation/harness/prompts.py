@@ -58,8 +58,8 @@ class Renderer:
         self.is_chat = has_template if is_chat is None else is_chat
         if self.is_chat and end_of_shot is not None:
             raise ValueError(
-                f"end_of_shot {end_of_shot!r} was given, but the chat template of {type(processor).__name__} ends turns "
-                "by its own marks. It was probably meant for a base checkpoint: leave it out, or set chat=False."
+                f"end_of_shot {end_of_shot!r} was given, but the chat template of {type(processor).__name__} ends "
+                "turns by its own marks. It was probably meant for a base checkpoint: leave it out, or set chat=False."
             )
         if end_of_shot is None:
             end_of_shot = END_OF_CHUNK if END_OF_CHUNK in processor.tokenizer.get_vocab() else BLANK_LINE
