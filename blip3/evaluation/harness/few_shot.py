@@ -16,7 +16,8 @@ import hashlib
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ...refusals import check_choice
@@ -95,10 +96,20 @@ _ANSWER_COLUMNS = tuple(dict.fromkeys(benchmark.answers for benchmark in BENCHMA
 
 
 def load_place(place: Place) -> Any:
-    """Give the rows of a place."""
+    """Give the rows of a place.
+
+    Raises:
+        ValueError: if there are none.
+    """
     import datasets
 
-    return datasets.load_dataset(place.path, place.name, split=place.split)
+    rows = datasets.load_dataset(place.path, place.name, split=place.split)
+    if not len(rows):
+        raise ValueError(
+            f"The split {place.split} of {place.path} has 0 rows, but questions or demonstrations are expected in it. "
+            "Its file was probably cut short, or another split was meant: name one with rows."
+        )
+    return rows
 
 
 def parse_place(text: str, default_split: str) -> Place:
@@ -109,6 +120,11 @@ def parse_place(text: str, default_split: str) -> Place:
     """
     path, *rest = text.split(":")
     return Place(path, rest[0] if rest else default_split, rest[1] if len(rest) > 1 else None)
+
+
+def resolve_place(place: Place) -> Place:
+    """Give a place whose folder, if it is one, starts nowhere: harnesses run elsewhere."""
+    return replace(place, path=str(Path(place.path).resolve())) if Path(place.path).exists() else place
 
 
 def answers_of(row: Row, column: str = "") -> list[str]:
