@@ -99,15 +99,19 @@ def load_place(place: Place) -> Any:
     """Give the rows of a place.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, or they cannot be read.
     """
     import datasets
 
-    rows = datasets.load_dataset(place.path, place.name, split=place.split)
+    try:
+        rows, reason = datasets.load_dataset(place.path, place.name, split=place.split), "none is in its files"
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:  # a file without rows, too
+        rows, reason = (), str(error.__cause__ or error)
     if not len(rows):
         raise ValueError(
-            f"The split {place.split} of {place.path} has 0 rows, but questions or demonstrations are expected in it. "
-            "Its file was probably cut short, or another split was meant: name one with rows."
+            f"The data set {place.path} gives 0 rows of the split {place.split} ({reason}), but questions or "
+            "demonstrations are expected there. A file was probably cut short, or another split was meant: name a "
+            "split with rows, or fetch the data again."
         )
     return rows
 
