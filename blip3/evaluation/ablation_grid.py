@@ -268,9 +268,10 @@ def _with_changes(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[st
 
 def _check_lists(path: Path, values: Mapping[str, Any]) -> None:
     """Refuse a text or a number where a list belongs, and a number that is there twice."""
-    for name, kind, what in (("tasks", str, "names"), ("shots", int, "numbers"), ("seeds", int, "numbers")):
+    numbers = (list[int], "numbers")
+    for name, (hint, what) in {"tasks": (list[str], "names"), "shots": numbers, "seeds": numbers}.items():
         given = values.get(name, [])
-        is_wrong = not is_of(given, list[kind]) or len(set(given)) < len(given) or (name in values and not given)
+        is_wrong = not is_of(given, hint) or len(set(given)) < len(given) or (name in values and not given)
         if is_wrong:
             raise ValueError(
                 f"{path} has {name} {show(given)} but a list of {what} is expected, each once. The brackets were "
