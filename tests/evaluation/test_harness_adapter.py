@@ -203,27 +203,29 @@ def test_a_misspelt_argument_of_the_adapter_is_refused(harness):
 
 # -- another model, through its own chat template ---------------------------------------------------------------------
 
-LLAVAS = (
-    "{% for message in messages %}{{ message.role.upper() }}: "
-    "{% for part in message.content %}{{ '<image>\n' if part.type == 'image' else part.text }}{% endfor %}"
-    "{{ ' ' if message.role == 'user' else '</s>' }}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+SMOLVLMS = (
+    "{% for message in messages %}{{ message.role.capitalize() }}: "
+    "{% for part in message.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
 
 def test_another_model_answers_conversations_through_its_own_chat_template(tmp_path):
-    save_peer("llava", tmp_path)
+    save_peer("smolvlm", tmp_path)
     processor = AutoProcessor.from_pretrained(tmp_path)
-    processor.chat_template = LLAVAS
+    processor.chat_template = SMOLVLMS
     processor.save_pretrained(tmp_path)
     model = ChatModel(str(tmp_path), device="cpu", dtype="float32")
     shot = [*messages_of({"text": "what is red ?", "images": [ONE]}), {"role": "assistant", "content": "a dog"}]
     prompts = [model.render([*shot, *messages_of({"text": text, "images": [TWO]})]) for text in ("a cat ?", "is ?")]
-    assert prompts[0].text == "USER: <image>\nwhat is red ? ASSISTANT: a dog</s>USER: <image>\na cat ? ASSISTANT:"
-    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    assert prompts[0].text == (
+        "User: <image>what is red ?<end_of_utterance>\nAssistant: a dog<end_of_utterance>\n"
+        "User: <image>a cat ?<end_of_utterance>\nAssistant:"
+    )
+    options = {"max_new_tokens": 8, "do_sample": False}
     together = [answer.text for answer in model.answer(prompts, **options)]
     assert together == [model.answer([prompt], **options)[0].text for prompt in prompts]
-    assert all(together)
+    assert len(set(together)) == 2
 
 
 # -- few-shot tasks ---------------------------------------------------------------------------------------------------
