@@ -211,6 +211,22 @@ def test_a_shipped_grid_has_a_trial_of_the_same_rows(path):
     assert len({row.samples for row in trial.rows}) == len({row.samples for row in whole.rows})
 
 
+def test_the_documentations_table_of_grids_is_that_of_the_files():
+    """Rows, samples and seeds, in the words of the page."""
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8").split("\n## Ablations\n")[1]
+    found = dict(re.findall(r"^\| `(\w+)\.yaml` \| (.*) \|$", text.split("\n## ")[0], flags=re.MULTILINE))
+    words = {1: "one seed", 2: "two seeds", 5: "five checkpoints"}
+    expected = {}
+    for path in GRIDS:
+        grid = load_grid(path)
+        samples = {row.samples for row in grid.rows}
+        size = f"{len(grid.rows)} x {max(samples):,} samples"
+        if len(samples) > 1:
+            size = f"{words[len(grid.rows)]} of one chain of {max(samples):,} samples"
+        expected[path.stem] = f"{', '.join(row.name for row in grid.rows)} | {size}, {words[len(grid.seeds)]}"
+    assert found == expected
+
+
 def test_the_grids_cover_the_reports_ablations():
     assert [path.stem for path in GRIDS] == ["backbone", "data_scale", "sampling", "tiles", "tokens"]
     compared = {path.stem: {row.samples for row in load_grid(path).rows} for path in GRIDS}

@@ -98,8 +98,8 @@ def messages_of(doc: dict[str, Any]) -> list[dict[str, Any]]:
 ROWS = [
     {"text": "How many things are there?", "images": [ONE]},
     {"text": "What?", "images": []},
-    {"text": "Which picture has more things?", "images": [ONE, TWO]},
-    {"text": "What is to the left of the circle in this picture?", "images": [TWO]},
+    {"text": "Which of both has more things?", "images": [ONE, TWO]},
+    {"text": "What is to the left of the circle in this image?", "images": [TWO]},
     {"text": "Name one.", "images": [TWO]},
 ]
 SHORT, LONG = {"max_new_tokens": 4, "until": ["zz"]}, {"max_new_tokens": 6}

@@ -263,8 +263,8 @@ def encode_rows(rows: Any, encode: Encode) -> tuple[torch.Tensor, list[int]]:
     Returns:
         features (images, D) of length 1, and for each row which of them is its own.
     """
-    column = next((name for name in _IMAGE_NAMES if name in rows.features and None not in rows[name]), None)
-    names = list(range(len(rows))) if column is None else list(rows[column])
+    columns = (rows[name][:] for name in _IMAGE_NAMES if name in rows.features)
+    names: list[Any] = next((values for values in columns if None not in values), list(range(len(rows))))
     first = {name: row for row, name in reversed(list(enumerate(names)))}
     places = {name: place for place, name in enumerate(sorted(first, key=lambda name: first[name]))}
     distinct = rows.select([first[name] for name in places])
