@@ -8,6 +8,7 @@ write_tasks.py    the command that writes tasks for `lmms-eval --include_path`
 few_shot.py       the few-shot protocol: demonstrations, prompts, answers; without a harness
 few_shot_task.py  the same as tasks of lmms-eval
 stemming.py       OK-VQA's answers as stems
+row_images.py     images of rows, and the command that copies those that URLs name
 neighbours.py     the command that finds similar demonstrations by a vision tower
 vlguard.py        VLGuard's questions, and what counts of an answer; without a harness
 vlguard_task.py   the same as tasks of lmms-eval
