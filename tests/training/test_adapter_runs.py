@@ -49,7 +49,7 @@ def pairs(text_pairs) -> list[dict]:
 def noised(small_model, pairs, tmp_path_factory) -> str:
     """A file of answers to noised images; an untrained model writes no sentences, so a stand-in answers."""
     folder = tmp_path_factory.mktemp("noised")
-    recipe = tiny_recipe(folder / "run.yaml", small_model, **PREFERENCE, mixture=pairs,
+    recipe = tiny_recipe(folder / "run.yaml", small_model, **PREFERENCE, mixture=pairs, noised_weight=1.0,
                          noised_answers=str(folder / "noised.parquet"))  # fmt: skip
     write(Spoken(recipe), pairs_of(recipe, 24), recipe)
     return recipe.noised_answers

@@ -185,6 +185,7 @@ def test_a_world_file_stands_beside_the_recipe(recipe_file):
         ("loss=preference", "loss preference and no lora, but the reference is the model without its adapters"),
         ("beta=0.2", "beta 0.2 but its loss is next_token, which does not read it"),
         ("noised_answers=a.parquet", "noised_answers 'a.parquet' but its loss is next_token"),
+        ("noised_weight=0", r"noised_weight 0\.0 but its loss is next_token"),
         ("noise_step=1000", "noise_step 1000 but 1000 is out of range: numbers from 0 to 999"),
         ("noise_pixels=raw", "noise_pixels 'raw' but it must be one of normalised, unit"),
         ("anchor=-1", "anchor -1.* is out of range: numbers 0 or more"),
@@ -201,6 +202,34 @@ def test_a_world_file_stands_beside_the_recipe(recipe_file):
 def test_wrong_values_are_named(recipe_file, change, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(recipe_file, Recipe, [change])
+
+
+PAIRS = ["loss=preference", "trainable=[language_model]", "lora={rank: 4, alpha: 8}", "mixture=[{rendered: contrast}]"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["noised_answers=a.parquet"], "noised_answers 'a.parquet' but no noised_weight, without which there is no"),
+        (["noise_step=250"], "noise_step 250 but no noised_weight"),
+        (["noise_pixels=unit"], "noise_pixels 'unit' but no noised_weight"),
+        (["packing=true"], "loss preference and packing true"),
+        (["learn_questions=false"], "learn_questions False but its loss is preference, which does not read it"),
+        (["learn_end_of_chunk=true"], "learn_end_of_chunk True but its loss is preference"),
+    ],
+)
+def test_keys_that_the_preference_loss_would_not_read_are_refused(recipe_file, changes, message):
+    load_recipe(recipe_file, Recipe, PAIRS)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(recipe_file, Recipe, [*PAIRS, *changes])
+
+
+def test_the_second_term_is_switched_off_by_its_weight_alone(recipe_file):
+    named = [*PAIRS, "noised_answers=a.parquet", "noise_step=250"]
+    assert load_recipe(recipe_file, Recipe, PAIRS).second_term == ""
+    assert load_recipe(recipe_file, Recipe, [*named, "noised_weight=0.5"]).second_term == "file"
+    assert load_recipe(recipe_file, Recipe, [*named, "noised_weight=0"]).second_term == ""
+    assert load_recipe(recipe_file, Recipe, [*PAIRS, "noised_weight=1"]).second_term == "teacher_forced"
 
 
 def test_a_world_file_says_each_thing_once(recipe_file):
