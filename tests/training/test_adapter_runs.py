@@ -161,12 +161,23 @@ def test_weights_are_merged_in_float32_and_rounded_to_the_type_they_had(small_mo
 # -- interruptions ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["next token", "generated", "teacher-forced"])
+has_4_bits = importlib.util.find_spec("bitsandbytes") is not None
+needs_4_bits = pytest.mark.skipif(not has_4_bits, reason="bitsandbytes is not installed")
+IN_4_BITS = {"lora": {"rank": 2, "alpha": 4, "dropout": 0.1, "quantize": "4bit"}}
+
+
+@pytest.mark.parametrize(
+    "form", ["next token", "generated", "teacher-forced", *(
+        pytest.param(form, marks=needs_4_bits) for form in ("next token, 4 bits", "generated, 4 bits")
+    )]
+)  # fmt: skip
 def test_a_run_resumes_bit_equal(small_model, pairs, noised, tmp_path, form):
+    form, _, in_4_bits = form.partition(", ")
     changes = {"next token": LORA | {"max_steps": 6},
                "generated": PREFERENCE | {"mixture": pairs, "noised_weight": 1.0, "noised_answers": noised},
                "teacher-forced": PREFERENCE | {"mixture": pairs, "noised_weight": 0.5, "anchor": 0.1},
                }[form]  # fmt: skip
+    changes |= IN_4_BITS if in_4_bits else {}
     for name in ("whole", "half"):
         stage.train(tiny_recipe(tmp_path / f"{name}.yaml", small_model, **changes))
     for path in sorted((tmp_path / "half" / "checkpoint-6").iterdir()):
@@ -214,7 +225,7 @@ def test_mixed_precision_keeps_frozen_weights_in_half_the_memory(small_model, pa
     assert all(".language_model." in name for name in changed), "what is frozen was not rounded on the way"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@needs_4_bits
 @pytest.mark.parametrize("loss", ["next_token", "preference"])
 def test_adapters_learn_on_weights_of_4_bits(small_model, tmp_path, loss):
     changes = LORA if loss == "next_token" else PREFERENCE | {"mixture": [{"rendered": "preference"}]}
@@ -226,7 +237,7 @@ def test_adapters_learn_on_weights_of_4_bits(small_model, tmp_path, loss):
     assert all(".language_model." in name for name in changed), "the adapters are added to the weights of before"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+@pytest.mark.skipif(has_4_bits, reason="bitsandbytes is installed")
 def test_4_bits_without_bitsandbytes_names_what_to_install():
     with pytest.raises(ImportError, match=r"'4bit', which needs the package bitsandbytes.*pip install"):
         loading_options(LoraSettings(2, 4, quantize="4bit"), bf16=False, fsdp=False)
