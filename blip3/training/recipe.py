@@ -16,7 +16,7 @@ from ..files import write_text
 from ..refusals import Bounds, check_choice, check_fields, check_keys, check_positive, is_of, show
 from ..world.settings import settings_from
 from ..world.tasks import TASKS
-from .mixture import check_entry
+from .mixture import check_entry, is_stream
 from .sharding import check_sharding, stage_of
 
 MODULES = ("vision_tower", "resampler", "language_model")
@@ -226,7 +226,7 @@ class Recipe(RunRecipe):
             )
         for index, entry in enumerate(self.mixture):
             check_entry(entry, index)
-        streams = [entry[kind] for entry in self.mixture for kind in ("stream", "preferences") if kind in entry]
+        streams = [entry.get("stream") or entry["preferences"] for entry in self.mixture if is_stream(entry)]
         if self.group_by_length and streams:
             raise ValueError(
                 f"The recipe has group_by_length and streams {streams[0]!r}, but a stream is read in its order and "

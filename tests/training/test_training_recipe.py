@@ -316,6 +316,7 @@ def test_streams_are_not_sorted_by_length(recipe_file):
         load_recipe(recipe_file, Recipe, ["group_by_length=true", "mixture=[{stream: 'a/*.parquet', reader: ocr}]"])
     with pytest.raises(ValueError, match=r"group_by_length and streams 'a/\*.parquet'"):
         load_recipe(recipe_file, Recipe, ["group_by_length=true", "mixture=[{preferences: 'a/*.parquet'}]"])
+    load_recipe(recipe_file, Recipe, ["group_by_length=true", "mixture=[{preferences: a.jsonl}]"])
 
 
 @pytest.mark.parametrize("key", ["model", "output", "max_steps", "batch_size", "learning_rate"])
