@@ -108,6 +108,13 @@ def test_real_size_recipes_give_a_source_for_each_value(path):
     assert recipe.fsdp is (recipe.adapters is None), "frozen weights in half the memory need no shards"
 
 
+@pytest.mark.parametrize("name", ["4_dpo.yaml", "5_safety.yaml"])
+def test_post_training_of_the_small_model_says_what_is_published(name):
+    values = yaml.safe_load((ROOT / "recipes" / "small" / name).read_text())
+    assert set(values["notes"]) == set(values) - {"model", "output", "notes", "world", "log_every", "save_every"}
+    assert all(re.search("^(report, v1|not published|ours)", source) for source in values["notes"].values())
+
+
 def test_pretraining_weights_are_the_reports():
     first, second = (load_recipe(path, Recipe).mixture for path in REAL_SIZE[:2])
     assert sum(entry["weight"] for entry in first) == pytest.approx(100)
@@ -125,6 +132,7 @@ def test_the_page_names_every_file_and_only_keys_that_exist():
         assert name in ("recipe.yaml", "mix.yaml") or any(
             (ROOT / "recipes" / folder / name).is_file() for folder in ("", "4b")
         ), name
+    page = re.sub(r"```python.*?```", "", page, flags=re.DOTALL)
     keys = set(re.findall(r"`(\w+): (?:true|false)`", page))
     keys |= set(re.findall(r"(?<![\w.])(\w+)=\w", page)) - {"use_cache"}
     assert {"packing", "fsdp", "learn_end_of_chunk", "max_steps"} <= keys
