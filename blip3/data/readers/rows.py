@@ -143,9 +143,8 @@ def iterate_json_lines(paths: str | Sequence[str]) -> Iterator[Any]:
     """
     for path in find_shards(paths):
         with Path(path).open(encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _entry_of(line.removeprefix("\ufeff"), f"{path} line {number}")
+            numbered = ((number, line.removeprefix("\ufeff")) for number, line in enumerate(lines, start=1))
+            yield from (_entry_of(line, f"{path} line {number}") for number, line in numbered if line.strip())
 
 
 def _readable_entries(text: str, path: str, error: Exception) -> list[Any]:
