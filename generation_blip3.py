@@ -119,10 +119,23 @@ def run_decoder(
     may_group = may_split and inputs_embeds.device.type in READS_BY_LENGTH
     if may_group and cache is not None and attention_mask is not None:
         groups = group_rows_by_length(attention_mask)
-    if groups:
-        return _prefill_by_length(decoder, groups, inputs_embeds, attention_mask, position_ids, cache, **kwargs)
     is_long = inputs_embeds.shape[1] > SMALLEST_BLOCK
-    block = _block_size(decoder, cache) if may_split and is_long else 0
+    block = _block_size(decoder, cache, bool(groups)) if may_split and is_long else 0
+    if groups:
+        return _prefill_by_length(decoder, block, groups, inputs_embeds, attention_mask, position_ids, cache, **kwargs)
+    return _read(decoder, block, inputs_embeds, attention_mask, position_ids, cache, **kwargs)
+
+
+def _read(
+    decoder: Any,
+    block: int,
+    inputs_embeds: torch.Tensor,
+    attention_mask: Any,
+    position_ids: torch.Tensor | None,
+    cache: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run the decoder over rows of tokens: in blocks, the first of `block`, if they are longer and it is not 0."""
     if 0 < block < inputs_embeds.shape[1]:
         return _prefill_in_blocks(decoder, block, inputs_embeds, attention_mask, position_ids, cache, **kwargs)
     return decoder(
@@ -182,6 +195,7 @@ def group_rows_by_length(attention_mask: torch.Tensor) -> list[list[int]]:
 
 def _prefill_by_length(
     decoder: Any,
+    block: int,
     groups: list[list[int]],
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor,
@@ -189,7 +203,7 @@ def _prefill_by_length(
     cache: DynamicCache | StaticCache,
     **kwargs: Any,
 ) -> BaseModelOutputWithPast:
-    """Run the decoder over each group without the padding it does not need.
+    """Run the decoder over each group without the padding it does not need; groups longer than a block in blocks.
 
     Hidden states and cache are those of one run over all rows, but for what stands under the padding.
     """
@@ -198,33 +212,32 @@ def _prefill_by_length(
         position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
     position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
     hidden_states = torch.zeros_like(inputs_embeds)
-    starts, caches = [], []
+    caches = []
     for rows in groups:
         start = int(attention_mask[rows].any(0).int().argmax())
-        outputs = decoder(
-            inputs_embeds=inputs_embeds[rows, start:],
-            attention_mask=attention_mask[rows, start:],
-            position_ids=position_ids[rows, start:],
-            **{CACHE_NAME: DynamicCache()},
-            **kwargs,
-        )
+        is_cut = 0 < block < inputs_embeds.shape[1] - start
+        own = DynamicCache(config=decoder.config) if is_cut else DynamicCache()
+        chosen = (inputs_embeds[rows, start:], attention_mask[rows, start:], position_ids[rows, start:])
+        outputs = _read(decoder, block, *chosen, own, **kwargs)
         hidden_states[rows, start:] = outputs.last_hidden_state
-        starts.append(start)
         caches.append(outputs[CACHE_NAME].layers)
-    _fill_cache(cache, groups, starts, caches, inputs_embeds.shape[:2])
+    _fill_cache(cache, groups, caches, inputs_embeds.shape[:2])
     return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
 
-def _fill_cache(cache: Any, groups: list[list[int]], starts: list[int], caches: list, shape: torch.Size) -> None:
-    """Put what each group's cache holds where a run over all rows of (B, L) would have put it."""
+def _fill_cache(cache: Any, groups: list[list[int]], caches: list, shape: torch.Size) -> None:
+    """Put what each group's cache holds, its last tokens, where a run over all rows of (B, L) would have put it."""
     num_rows, num_tokens = shape
     for index, layers in enumerate(zip(*caches, strict=True)):
-        keys, values = (  # ones: transformers 4 takes zeros for the end of a static cache
-            tensor.new_ones(num_rows, tensor.shape[1], num_tokens, tensor.shape[3])
+        keys, values = (
+            tensor.new_empty(num_rows, tensor.shape[1], num_tokens, tensor.shape[3])
             for tensor in (layers[0].keys, layers[0].values)
         )
-        for rows, start, layer in zip(groups, starts, layers, strict=True):
-            keys[rows, :, start:], values[rows, :, start:] = layer.keys, layer.values
+        for rows, layer in zip(groups, layers, strict=True):
+            start = num_tokens - layer.keys.shape[2]
+            for whole, part in ((keys, layer.keys), (values, layer.values)):
+                whole[rows, :, :start] = 1  # transformers 4 takes zeros for the end of a static cache
+                whole[rows, :, start:] = part
             layer.keys = layer.values = None  # or both copies of the whole cache would be held
         positions = {"cache_position": torch.arange(num_tokens, device=keys.device)}  # transformers 4
         cache.update(keys, values, index, positions)
@@ -233,13 +246,17 @@ def _fill_cache(cache: Any, groups: list[list[int]], starts: list[int], caches: 
 # -- a sliding window in blocks ---------------------------------------------------------------------------------------
 
 
-def _block_size(decoder: Any, cache: Any) -> int:
+def _block_size(decoder: Any, cache: Any, is_filled_afterwards: bool = False) -> int:
     """Give the number of tokens of the first block where every layer has the same sliding window; 0 where none does.
 
     Without blocks each token is compared with all earlier ones, and those outside the window are masked, which costs
     more than no window at all. A block meets the tokens the cache keeps of earlier ones, one window, and itself. The
     first block needs no mask. FlashAttention and FlexAttention know windows themselves.
+
+    Blocks need a dynamic cache. A static one that is filled afterwards from such caches must keep a window alone too.
     """
+    if type(cache) is StaticCache and is_filled_afterwards and all(layer.is_sliding for layer in cache.layers):
+        cache = None
     if cache is None:
         cache = DynamicCache(config=decoder.config)
     layers: Any = cache.layers if type(cache) is DynamicCache else []
