@@ -32,6 +32,10 @@ CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutp
 
 SMALLEST_BLOCK = 256  # tokens read at once, however small a window is
 
+# Values of all tokens of a group. With 768 a token, a CPU reads two rows of 700 tokens 2 % sooner than apart, four
+# 3 % later, and of 2,000 tokens two 9 % and four 15 % later: their activations no longer fit its caches.
+GROUP_VALUES = 3 * 2**19
+
 READS_BY_LENGTH = ("cpu",)  # types of devices on which rows of like length are read together, see _may_split
 
 _PIXEL_INPUTS = ("pixel_values", "image_sizes", "query_ids")
@@ -118,7 +122,7 @@ def run_decoder(
     groups = []
     may_group = may_split and inputs_embeds.device.type in READS_BY_LENGTH
     if may_group and cache is not None and attention_mask is not None:
-        groups = group_rows_by_length(attention_mask)
+        groups = group_rows_by_length(attention_mask, GROUP_VALUES // inputs_embeds.shape[2])
     is_long = inputs_embeds.shape[1] > SMALLEST_BLOCK
     block = _block_size(decoder, cache, bool(groups)) if may_split and is_long else 0
     if groups:
@@ -168,16 +172,17 @@ def _may_split(decoder: Any, attention_mask: Any, cache: Any, kwargs: dict) -> b
     )
 
 
-def group_rows_by_length(attention_mask: torch.Tensor) -> list[list[int]]:
+def group_rows_by_length(attention_mask: torch.Tensor, most_tokens: int) -> list[list[int]]:
     """Group the rows of a left-padded batch by length, so that at most a quarter of a group is padding.
 
     Args:
         attention_mask: (B, L), 0 on padding.
+        most_tokens: of a group of several rows, its padding counted.
 
     Returns:
         Rows of each group, longest first; empty if padding is not all on the left, or less than a quarter is.
 
-    >>> group_rows_by_length(torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]]))
+    >>> group_rows_by_length(torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]]), most_tokens=4)
     [[1], [0, 2]]
     """
     mask = attention_mask.bool()
@@ -187,7 +192,8 @@ def group_rows_by_length(attention_mask: torch.Tensor) -> list[list[int]]:
         return []
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if not groups or lengths[row] < 0.75 * lengths[groups[-1][0]]:
+        longest = lengths[groups[-1][0]] if groups else 0
+        if not groups or lengths[row] < 0.75 * longest or (len(groups[-1]) + 1) * longest > most_tokens:
             groups.append([])
         groups[-1].append(row)
     return groups

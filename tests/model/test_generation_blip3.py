@@ -337,7 +337,16 @@ def test_generate_reads_a_mixed_batch_group_by_group(tiny_model, processor, cach
     ],
 )
 def test_rows_are_grouped_where_padding_is_on_the_left_and_much(mask, groups):
-    assert group_rows_by_length(torch.tensor(mask)) == groups
+    assert group_rows_by_length(torch.tensor(mask), most_tokens=4) == groups
+
+
+@pytest.mark.parametrize(
+    ("most_tokens", "groups"), [(8, [[1, 2], [0, 3, 4]]), (7, [[1], [2], [0, 3, 4]]), (2, [[1], [2], [0, 3], [4]])]
+)
+def test_a_group_holds_no_more_tokens_than_fit(most_tokens, groups):
+    lengths = (1, 4, 4, 1, 1)
+    mask = torch.tensor([[0] * (4 - length) + [1] * length for length in lengths])
+    assert group_rows_by_length(mask, most_tokens) == groups
 
 
 @pytest.mark.parametrize(("device", "runs"), [("cpu", [(1, 4), (2, 1)]), ("meta", [(3, 4)])])
