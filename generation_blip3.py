@@ -97,6 +97,18 @@ def check_same_question(features: BaseModelOutputWithPooling, query_ids: torch.T
         )
 
 
+def without_patches(features: BaseModelOutputWithPooling) -> BaseModelOutputWithPooling:
+    """What the decoder needs of encoded images, so that their patch tokens are freed before it runs.
+
+    A new output of the same type: one whose field is set to None still holds what it was made of. Where a tower's
+    hidden states were asked for, its last ones stay beside them.
+    """
+    if features.hidden_states is not None:
+        return features
+    kept = {field.name: getattr(features, field.name) for field in fields(features)}
+    return type(features)(**(kept | {"last_hidden_state": None}))
+
+
 # -- reading prompts --------------------------------------------------------------------------------------------------
 
 
@@ -409,6 +421,16 @@ class Blip3GenerationMixin(GenerationMixin):
         if features is not None and self.model.config.resampler_config.num_text_queries:
             check_same_question(features, model_kwargs.get("query_ids"))
         super()._validate_model_kwargs(model_kwargs)
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> Any:
+        """Encode images before the first step, as transformers 5 does, and keep no patch tokens until the last."""
+        given = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        parent: Any = super()
+        model_kwargs = parent._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+        made = model_kwargs["mm_encoder_outputs"].get("image")
+        if given is None and made is not None:
+            model_kwargs["mm_encoder_outputs"]["image"] = without_patches(made)
+        return model_kwargs
 
     def _place_images(
         self, input_ids: torch.Tensor, mm_token_type_ids: torch.Tensor, model_inputs: dict, kwargs: dict
