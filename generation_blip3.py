@@ -32,8 +32,8 @@ CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutp
 
 SMALLEST_BLOCK = 256  # tokens read at once, however small a window is
 
-# Values of all tokens of a group. With 768 a token, a CPU reads two rows of 700 tokens 2 % sooner than apart, four
-# 3 % later, and of 2,000 tokens two 9 % and four 15 % later: their activations no longer fit its caches.
+# Values of all tokens of a group on a CPU. With 768 a token, two rows of 700 tokens are read 2 % sooner than apart,
+# four 3 % later, and of 2,000 tokens two 9 % and four 15 % later: activations no longer fit the caches.
 GROUP_VALUES = 3 * 2**19
 
 READS_BY_LENGTH = ("cpu",)  # types of devices on which rows of like length are read together, see _may_split
@@ -134,7 +134,9 @@ def run_decoder(
     groups = []
     may_group = may_split and inputs_embeds.device.type in READS_BY_LENGTH
     if may_group and cache is not None and attention_mask is not None:
-        groups = group_rows_by_length(attention_mask, GROUP_VALUES // inputs_embeds.shape[2])
+        has_caches = inputs_embeds.device.type == "cpu"
+        most_tokens = GROUP_VALUES // inputs_embeds.shape[2] if has_caches else attention_mask.numel()
+        groups = group_rows_by_length(attention_mask, most_tokens)
     is_long = inputs_embeds.shape[1] > SMALLEST_BLOCK
     block = _block_size(decoder, cache, bool(groups)) if may_split and is_long else 0
     if groups:

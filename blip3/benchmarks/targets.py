@@ -184,7 +184,8 @@ def _image_targets() -> list[Target]:
 
 
 def _busy_targets() -> list[Target]:
-    words, large = "image processing beside a busy program, against quiet", "the same of 12 megapixels"
+    words = "image processing beside a busy program, against quiet"
+    large = "image processing of 12 megapixels beside a busy program, against quiet"
     ours = {"bit-exact": PIL_BYTES, "torch": TORCH_BYTES}
     peers = {"PIL": LLAVA_PIL, "torchvision": LLAVA_TORCHVISION}
     one_thread = value("busy", FACTOR, ONE_THREAD)
