@@ -19,7 +19,7 @@ from ..evaluation.tables_and_plots import markdown_table, new_figure
 from ..hub import ROOT
 from .candidates import IDEFICS, LLAVA, OURS
 from .images import LLAVA_PIL, LLAVA_TORCHVISION, PIL, TORCH
-from .scaling_report import MODEL_COLORS, describe_lines, plot_lines
+from .scaling_report import MODEL_COLORS, describe_lines, describe_memory, plot_lines
 from .targets import make_targets
 
 DOCUMENTS = (ROOT / "docs" / "speed.md", ROOT / "README.md")
@@ -119,6 +119,7 @@ def update_documents(folder: Path, device: str, documents: Sequence[Path] = DOCU
         f"{device}:machine": _head(results, device)[2:-1],
         f"{device}:plot": [plot],  # for README, which stands at the root
         f"{device}:scaling": describe_lines(_by_name(results.get("scaling", {"comparisons": []}))),
+        f"{device}:memory": describe_memory(_by_name(results.get("memory", {"comparisons": []}))),
     }
     changed = []
     for path in documents:
