@@ -88,13 +88,13 @@ def test_post_training_goes_on_from_the_chain(chain, monkeypatch):
 
 
 def test_the_model_at_the_root_goes_on_to_learn(tmp_path):
-    """The head's command, two steps: the folder that has everything beside its weights is a start like any other."""
-    command = [sys.executable, "-m", *head_commands("3_sft_talk")[0], f"output={tmp_path}", *TINY]
+    """README's command, two steps: the folder that has everything beside its weights is a start like any other."""
+    command = [sys.executable, "-m", *head_commands("5_safety")[-1], "model=.", f"output={tmp_path}", *TINY]
     subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     old, new = (load_model(folder).float().state_dict() for folder in (ROOT, tmp_path / "final"))
     assert old.keys() == new.keys()
     changed = {name.removeprefix("model.").split(".")[0] for name in new if not torch.equal(old[name], new[name])}
-    assert changed == {"language_model", "lm_head"}
+    assert changed == {"language_model"}, "adapters are merged into its layers"
     processor = AutoProcessor.from_pretrained(tmp_path / "final", trust_remote_code=True)
     inputs = processor(text="<image>What", images=render_image(96, 200), return_tensors="pt")
     assert torch.isfinite(load_model(tmp_path / "final").eval()(**inputs).logits).all()
@@ -148,7 +148,7 @@ def test_every_recipe_of_the_provenance_is_run_once_in_the_order_of_its_number(s
         ours = [path for path in run if (ROOT / path).parent == branch]
         assert ours == sorted(ours)
     averages = [arguments[0] for module, *arguments in steps if module.endswith(".average")]
-    assert averages == ["outputs/small/13_average", "outputs/small/15_average"]
+    assert averages == ["outputs/small/13_average", "outputs/small/15_average", "outputs/small/19_average"]
 
 
 def test_every_step_is_a_command_that_takes_its_recipe(steps):

@@ -4,7 +4,7 @@
 #
 #   01_tower - 02_tower - 03_tower - 04_resampler - 05_resampler - 06_pairs - 07_pretrain
 #        07_pretrain - 08_sft - 09 to 12_sft_multi_image - 13 average of 11 and 12 - 14_sft_multi_image
-#                    - 15 average of 13 and 14                                                -> the root
+#                    - 15 average of 13 and 14 - 16 to 18_sft_talk - 19 average of 15, 18 and 18 -> the root
 #        07_pretrain - base/08_repetition - base/09_words - base/10_rules - base/11_rules     -> base/
 #
 # Until the recipes were numbered, 01 to 12 and 14 were 0, 0b, 0c, 0d, 0e, 1a, 1, 2, 3, 3b, 3c, 3d and 3e; base/08 to
@@ -30,8 +30,12 @@ run_on_two train $RUNS/12_sft_multi_image.yaml
 run average $OUT/13_average $OUT/11_sft_multi_image/final $OUT/12_sft_multi_image/final
 run_on_two train $RUNS/14_sft_multi_image.yaml
 run average $OUT/15_average $OUT/13_average $OUT/14_sft_multi_image/final
+for stage in 16_sft_talk 17_sft_talk_more 18_sft_talk_third; do
+    run train $RUNS/$stage.yaml
+done
+run average $OUT/19_average $OUT/15_average $OUT/18_sft_talk_third/final $OUT/18_sft_talk_third/final
 for stage in 08_repetition 09_words 10_rules 11_rules; do
     run_on_two train $RUNS/base/$stage.yaml
 done
-run small.publish . --instruct $OUT/15_average --base $OUT/base_11_rules/final
+run small.publish . --instruct $OUT/19_average --base $OUT/base_11_rules/final
 mv recipe.yaml $RUNS/published.yaml && mv base/recipe.yaml $RUNS/base/published.yaml

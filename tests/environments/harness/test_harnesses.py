@@ -126,7 +126,7 @@ def test_similar_demonstrations_by_our_own_tower_are_shown_with_the_most_similar
     asked += ["--demonstrations", f"textvqa={training}", "--neighbours", f"textvqa={tmp_path / 'near.parquet'}"]
     assert write_tasks.main([str(tmp_path / "tasks"), *asked]) == 0
     further = ("--include_path", str(tmp_path / "tasks"))
-    name = "few_shot_openflamingo_textvqa_4"
+    name = "few_shot_openflamingo_textvqa_4_similar"
     answers = run_lmms_eval(data, tmp_path / "out", name, f"pretrained={ROOT},subfolder=base", 4, *further)
     assert len(answers[name]) == 4
     near = neighbours.read_neighbours(tmp_path / "near.parquet")
