@@ -17,13 +17,12 @@ from typing import Any
 from PIL import Image
 
 from ...data.formats import GROUNDING_GRANULARITIES, ground
+from ..leaks import speaks_of_task, without_preface
 from ..stages import Sample, Values
-from . import words
 from .boxes import Entry, best_first, overlap
 from .phrases import Mention, PhraseFinder, english_plural
 
 LIST_BEGINS = "The image contains"
-_LEAKED = re.compile("|".join(words.LEAKED), re.IGNORECASE)
 
 Grounded = list[tuple[Mention, Entry]]
 
@@ -79,13 +78,13 @@ def write_list(
 
 
 def drop_leaked(caption: str) -> str:
-    """Leave out sentences that speak of the prompt instead of the image.
+    """Leave out what speaks of the prompt instead of the image: sentences, and what leads up to one.
 
     >>> drop_leaked("A dog sleeps. This sentence describes the dog.")
     'A dog sleeps.'
     """
     sentences = re.split(r"(?<=[.!?])\s+", caption.strip())
-    return " ".join(sentence for sentence in sentences if not _LEAKED.search(sentence))
+    return " ".join(sentence for sentence in map(without_preface, sentences) if not speaks_of_task(sentence))
 
 
 class WriteCaptions:
