@@ -128,6 +128,8 @@ def test_thresholds_of_all_and_of_single_tags(grounding):
     (one,) = DetectTags(grounding, 1.0, tag_thresholds={"w2": 0.0})(samples, images)
     assert {entry["text"] for entry in one["entries"]} == {"W2"}
     assert len(one["entries"]) == 12
+    (many,) = DetectTags(grounding, 1.0, tag_thresholds={"W1-w2": 0.0})(samples_of([["w1 w2", "w1"]]), images)
+    assert {entry["text"] for entry in many["entries"]} == {"w1 w2"}
 
 
 def test_a_tag_too_long_for_any_prompt_is_an_error_of_its_image(grounding):

@@ -26,6 +26,7 @@ from ...checkpoints import folder_of
 from ...refusals import check_choice, check_positive
 from ..stages import Sample, Values
 from .boxes import Entry
+from .phrases import split_form
 
 KINDS = ("grounding-dino", "mm-grounding-dino", "owlv2")
 OWL_PROMPT = "a photo of a {}"  # as its authors evaluate it
@@ -179,7 +180,7 @@ class DetectTags:
     Args:
         model: a checkpoint of one of `KINDS`: a folder, or `owner/name` on the Hub.
         threshold: lowest score of a box.
-        tag_thresholds: tag in lower case -> the same for this one.
+        tag_thresholds: tag, in any case and with or without hyphens -> the same for this one.
         batch_size: images of one size at once.
         dtype: a key of `DTYPES`.
         device: as torch names it.
@@ -205,7 +206,8 @@ class DetectTags:
         if kind == "owlv2":
             _check_scipy()
         folder = str(folder_of(model))
-        self.threshold, self.tag_thresholds = threshold, dict(tag_thresholds or {})
+        self.threshold = threshold
+        self.tag_thresholds = {split_form(tag): limit for tag, limit in (tag_thresholds or {}).items()}
         self.batch_size = batch_size
         is_5 = int(transformers.__version__.split(".")[0]) >= 5
         # Pillow's processor, also where torchvision is installed: the same pixels on every machine.
@@ -258,7 +260,7 @@ class DetectTags:
             values[index]["entries"] += self._entries(prompt.tags, scores, boxes)
 
     def _entries(self, tags: Sequence[str], scores: torch.Tensor, boxes: torch.Tensor) -> list[Entry]:
-        limits = torch.tensor([self.tag_thresholds.get(tag.lower(), self.threshold) for tag in tags])
+        limits = torch.tensor([self.tag_thresholds.get(split_form(tag), self.threshold) for tag in tags])
         found = []
         for query, place in (scores > limits).nonzero().tolist():
             box = [round(edge, 4) for edge in boxes[query].tolist()]
