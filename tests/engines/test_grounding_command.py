@@ -73,6 +73,48 @@ def test_boxes_in_pixels_of_images_by_uid(tmp_path):
     assert values["entries"] == [{"text": "dog", "bbox": [0.1, 0.2, 0.5, 0.6], "confidence": 1.0}]
 
 
+@pytest.mark.parametrize("name", ["boxes.parquet", "boxes.jsonl"])
+@pytest.mark.parametrize("kind", [int, float, str])
+def test_names_are_compared_as_text(tmp_path, name, kind):
+    rows = [{"key": kind(key), "entries": json.dumps([DOG])} for key in (7, 12)]
+    values = FileBoxes(str(write_boxes(tmp_path / name, rows)))([Sample("12", b""), Sample("8", b"")], [])
+    assert values[0] == {"entries": [DOG], "tags": ["dog"]}
+    assert "no row with the key '8'" in values[1]["error"]
+
+
+@pytest.mark.parametrize("name", ["boxes.parquet", "boxes.jsonl"])
+def test_boxes_in_pixels_that_are_not_called_so_are_refused(tmp_path, name):
+    rows = [{"key": str(number), "entries": [{"text": "dog", "bbox": [10, 10, 50, 30]}]} for number in range(3)]
+    path = write_boxes(tmp_path / name, rows)
+    with pytest.raises(ValueError, match=r"boxes such as \[10\.0, .*say so with --boxes-unit pixels"):
+        plan_of("--boxes", path)
+    assert plan_of("--boxes", path, "--boxes-unit", "pixels").stages
+    fine = [{"key": key, "entries": [DOG]} for key in "abcd"]
+    stage = FileBoxes(str(write_boxes(tmp_path / name, [*fine, *rows])))
+    values = stage([Sample("a", b""), Sample("1", b"")], [])
+    assert values[0]["entries"] == [DOG]
+    assert "--boxes-unit pixels" in values[1]["error"]
+    slight = write_boxes(tmp_path / name, [{"key": "a", "entries": [{**DOG, "bbox": [-0.1, 0, 1.2, 1]}]}])
+    assert "error" not in FileBoxes(str(slight))([Sample("a", b"")], [])[0]
+
+
+def test_images_without_a_row_may_have_no_boxes(tmp_path):
+    path = write_boxes(tmp_path / "boxes.jsonl", [{"key": "a", "entries": [DOG]}])
+    made = plan_of("--boxes", path, "--boxes-missing", "none")
+    rows = run_stages(made, [Sample("a", b""), Sample("b", b"")], [])
+    assert "captions" in rows[0]
+    assert (rows[1].get("error"), rows[1]["filtered_by"]) == (None, "no_box")
+    assert made.settings != plan_of("--boxes", path).settings
+
+
+@pytest.mark.parametrize("line", ['{"key": "b", "entries": [', "[1, 2]", "7"])
+def test_a_broken_line_is_named(tmp_path, line):
+    path = tmp_path / "boxes.jsonl"
+    path.write_text('{"key": "a", "entries": []}\n\n' + line)
+    with pytest.raises(ValueError, match=r"boxes\.jsonl has in line 3 .*each line is a JSON object"):
+        FileBoxes(str(path))
+
+
 @pytest.mark.parametrize("entries", ['"text"', "{", [{"text": "dog", "bbox": [0, 0, 1]}], [{"bbox": [0, 0, 1, 1]}], 7])
 def test_damaged_entries_are_an_error_of_their_image(tmp_path, entries):
     rows = [{"key": "a", "entries": entries}, {"key": "b", "entries": [DOG]}]
