@@ -26,7 +26,7 @@ from blip3.world.tasks import rendered_records
 from support import ROOT
 from support.chat import chatting, says
 from support.engines import run_stages, sample_of, text_sample
-from support.training import losses_of, tiny_recipe
+from support.training import share_of_loss_left, tiny_recipe
 
 HARD = (
     "Dr. J. Smith at St. Paul's Cathedral, London, Jan. 1987",
@@ -285,12 +285,10 @@ def test_a_fusion_lacks_no_text_silently():
 
 
 @pytest.mark.parametrize("source", ["rows of the engine", "the rendered task"])
-def test_two_steps_of_the_second_stage(source, written, small_model, tmp_path):
+def test_the_second_stage_learns(source, written, small_model, tmp_path):
     stream = {"stream": str(written / "*.parquet"), "reader": "fusions", "images": str(written / "images")}
     mixture = [stream] if source == "rows of the engine" else [{"rendered": "fusion"}]
-    recipe = tiny_recipe(tmp_path / "recipe.yaml", small_model, mixture=mixture, max_steps=2, save_every=2)
+    recipe = tiny_recipe(tmp_path / "recipe.yaml", small_model, mixture=mixture, max_steps=20, save_every=20)
     assert {Mixture(mixture, 9, 0, {})[index].kind for index in range(9)} == {"instruction"}
     train(recipe)
-    losses = losses_of(Path(recipe.output))
-    assert len(losses) == 2
-    assert all(0 < loss < 20 for loss in losses)
+    assert share_of_loss_left(Path(recipe.output), 20) < 0.9
