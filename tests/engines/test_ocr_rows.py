@@ -411,8 +411,16 @@ def test_a_paddle_that_reads_no_image_is_no_fault_of_the_images(paddle, monkeypa
         raise NotImplementedError("(Unimplemented) ConvertPirAttribute2RuntimeAttribute not support")
 
     monkeypatch.setattr(FakePaddle, "predict", fail)
-    with pytest.raises(RuntimeError, match=r"failed at a blank image .*Unimplemented.* install others"):
+    with pytest.raises(RuntimeError, match=r"'paddleocr' failed at a blank image .*Unimplemented.*versions"):
         make_reader("paddleocr", paddle)
+
+
+def test_a_language_that_tesseract_lacks_ends_the_run(tmp_path):
+    lacking = tmp_path / "tesseract"
+    lacking.write_text("#!/bin/sh\ncat > /dev/null\necho 'Failed loading language xyz' >&2\nexit 1\n")
+    lacking.chmod(0o755)
+    with pytest.raises(RuntimeError, match=r"'tesseract' failed at a blank image .*loading language xyz.*language is"):
+        ReadText("tesseract", {"program": str(lacking), "language": "xyz"})
 
 
 def test_paddle_downloads_nothing(paddle, tmp_path):

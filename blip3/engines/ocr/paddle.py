@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...jobs.inputs import one_sentence
 from .readers import About, Line, Reading
 
 MAX_SIDE = 4000
@@ -83,7 +82,6 @@ class Reader:
     Raises:
         ValueError: for a folder that holds no model.
         ImportError: if the package is not installed.
-        RuntimeError: if it cannot even read a blank image.
     """
 
     dilation = 1.0  # measured with RapidOCR, whose detector grows boxes alike; not with this package's own models
@@ -103,13 +101,6 @@ class Reader:
             cpu_threads=1,
             enable_mkldnn=False,  # with oneDNN paddlepaddle 3.3.0 and 3.3.1 fail at every image (Paddle's issue 77340)
         )
-        try:
-            self.read(Image.new("RGB", (64, 64), "white"))
-        except Exception as error:  # at every image, then, and each would be a row in error
-            raise RuntimeError(
-                f"PaddleOCR failed at a blank image ({one_sentence(error)}) but is to read yours. The versions of "
-                "paddleocr and paddlepaddle probably fit neither each other nor the models: install others."
-            ) from error
 
     def read(self, image: Image.Image) -> Reading:
         """Find and read the text of an image; see `OcrReader`."""
