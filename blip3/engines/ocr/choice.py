@@ -41,7 +41,7 @@ def make_reader(name: str, options: Mapping[str, Any]) -> OcrReader:
     except Exception as error:  # a reader's libraries raise all kinds
         raise RuntimeError(
             f"The OCR reader {name!r} failed at a blank image ({one_sentence(error)}), but is to read yours. A model "
-            "or language is probably missing, or versions of its packages do not fit each other: install what it names."
+            "or language is probably missing, or versions of its packages do not fit each other: install others."
         ) from error
     return reader
 
