@@ -450,8 +450,25 @@ def test_aims_are_scored_by_median_and_say_by_how_much_they_are_missed():
     assert lines[2:] == [
         "| a | at least 2x | 2.4x (2.2 to 5.7) | yes |",
         "| a | at least 3x | 2.4x (2.2 to 5.7) | no, missed by 20% |",
-        "| a | at least 3x | not measured |  |",
+        "",
+        "Not measured: a (1 of 3 rows).",
     ]
+    assert report.targets_table([reached])[2:] == lines[2:3]
+
+
+def test_what_was_not_measured_is_named_by_kind():
+    """A row that speaks of the one before counts with it."""
+    measured = {"median": 1.0, "low": 1.0, "high": 1.0, "count": 1}
+    names = ["start", "of that, import", "batch, bytes", "the same, padded", "peak", "rate"]
+    targets = [
+        {"what": name, "target": "reported", "result": measured if name in ("batch, bytes", "rate") else None}
+        | {"unit": "x", "reached": None, "missed_by": None}
+        for name in names
+    ]
+    *rows, blank, line = report.targets_table(targets)
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| batch, bytes", "| rate"]
+    assert (blank, line) == ("", "Not measured: start (2 of 2 rows); batch (1 of 2 rows); peak.")
+    assert report.targets_table([target for target in targets if not target["result"]])[0].startswith("Not measured: ")
 
 
 def test_every_target_finds_what_it_measures_in_the_results(results):
