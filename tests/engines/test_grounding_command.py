@@ -98,6 +98,7 @@ def test_boxes_in_pixels_that_are_not_called_so_are_refused(tmp_path, name):
     assert "error" not in FileBoxes(str(slight))([Sample("a", b"")], [])[0]
 
 
+@pytest.mark.usefixtures("any_inflect")
 def test_images_without_a_row_may_have_no_boxes(tmp_path):
     path = write_boxes(tmp_path / "boxes.jsonl", [{"key": "a", "entries": [DOG]}])
     made = plan_of("--boxes", path, "--boxes-missing", "none")
