@@ -136,8 +136,10 @@ def show_command(argv: Sequence[str]) -> int:
     add("--count", type=int, default=12, help="images; default: %(default)s")
     add("--seed", type=int, default=0, help="which ones; default: %(default)s")
     add("--rows", choices=KINDS, default=KEPT, help="default: %(default)s")
+    add("--font", type=Path, metavar="FILE", help="for scripts that the system has no font of, such as Chinese")
     options = parser.parse_args(argv)
-    print(make_sheet(options.folder, options.input, options.output, options.count, options.seed, options.rows))
+    chosen = (options.count, options.seed, options.rows)
+    print(make_sheet(options.folder, options.input, options.output, *chosen, font=options.font))
     return 0
 
 

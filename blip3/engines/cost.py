@@ -23,7 +23,7 @@ from ..files import read_json_lines
 from ..refusals import check_positive
 from .run import LINES, RunSettings, run_engine
 from .stages import EnginePlan, Sample
-from .work import Work, is_out
+from .work import Work, cpu_seconds, is_out
 
 TASKS = ("ocr", "read", "form", "table", "chart")
 SUFFIXES = {"k": 10**3, "M": 10**6, "B": 10**9}
@@ -38,7 +38,7 @@ class Measured:
     out: int
     """Of them, those that ended in error or filtered out, which costs less."""
     cpu_seconds: float
-    """Of the process, all its threads."""
+    """Of the process, all its threads, and of programs that it runs."""
     wall_seconds: float
     mean_pixels: float
     """Of an image."""
@@ -73,9 +73,9 @@ def measure(plan: EnginePlan, seconds: float = 60.0) -> Measured:
     while not images or time.perf_counter() < end:
         samples = list(itertools.islice(pages, SLICE_SIZE))
         num_pixels += sum(_pixels_of(sample) for sample in samples)
-        start = time.process_time(), time.perf_counter()
+        start = cpu_seconds(), time.perf_counter()
         values = work(samples)
-        cpu, wall = cpu + time.process_time() - start[0], wall + time.perf_counter() - start[1]
+        cpu, wall = cpu + cpu_seconds() - start[0], wall + time.perf_counter() - start[1]
         images, out = images + len(samples), out + sum(map(is_out, values))
     has_pools = any(spec.is_pooled for spec in plan.stages)
     return Measured(images, out, cpu, wall, num_pixels / images, has_pools)

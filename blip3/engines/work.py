@@ -5,6 +5,7 @@ samples --> stages before the first that needs images --> images opened --> the 
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -51,6 +52,11 @@ def open_image(data: bytes) -> Image.Image:
         ValueError: if it is none that is read here, or too large.
     """
     return decode_image(check_file(data, LIMITS), LIMITS, Deadline(math.inf)).convert("RGB")
+
+
+def cpu_seconds() -> float:
+    """Give the CPU seconds of this process and of those it started that have ended, such as Tesseract's."""
+    return sum(os.times()[:4])
 
 
 def is_out(values: Values) -> bool:

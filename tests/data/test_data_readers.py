@@ -206,6 +206,26 @@ def test_ocr_rows(tmp_path):
         list(read_ocr(rows))
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('sign with text "A"', 'sign with "A"'),
+        ('A sign with the text "A"', 'A sign with "A"'),
+        ('The image contains text "A", the words "B C"', '"A", "B C"'),
+        ('The picture shows a text that reads "A"', '"A"'),
+        ("The text <ocr>A</ocr><bbox>[0, 0][1, 1]</bbox>", "<ocr>A</ocr><bbox>[0, 0][1, 1]</bbox>"),
+        ('The image contains the word: "A"', '"A"'),
+        ('A page of text and "A"', 'A page of text and "A"'),
+        ('The context "A", a password "B"', 'The context "A", a password "B"'),
+        ("A sign with text on it", "A sign with text on it"),
+    ],
+)
+def test_filler_before_a_quoted_string_is_dropped(text, expected):
+    row = {"uid": "u", "image": encoded(), "captions": json.dumps([[text, 0, False]])}
+    (record,) = read_ocr([row])
+    assert record.turns[0].text == f"<image>{expected}"
+
+
 def test_grounding_rows_as_python_literals_and_json(tmp_path):
     text = "This image showcases a <object>cat</object><bbox>[0.1, 0.2][0.3, 0.4]</bbox>"
     captions = [["cat (in the center)", 0, True], [text, 2, False]]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from blip3.data.fonts import load_font
 from blip3.engines import __main__ as command
 from blip3.engines import cost, show
 from blip3.engines.run import RunSettings, open_output
@@ -22,7 +23,8 @@ from blip3.jobs.inputs import plan_shards, read_unit
 from support import render_image, write_tar
 from support.engine import ShortCaptions, plan
 
-pytest.importorskip("pyarrow", reason="parquet: pip install pyarrow")
+pyarrow = pytest.importorskip("pyarrow", reason="parquet: pip install pyarrow")
+pytest.importorskip("pyarrow.parquet")
 pytest.importorskip("yaml", reason="rendered pages: pip install PyYAML")
 
 
@@ -163,11 +165,12 @@ def test_what_was_found_is_outlined_and_listed():
     assert image.getpixel((10, 40)) == (0xD6, 0x27, 0x28)
     assert image.getpixel((75, 70)) == (0x1F, 0x77, 0xB4)
     assert image.getpixel((30, 40)) == (255, 255, 255)
-    texts = [line for line, _ in show.lines_of(row, entries)]
+    texts = [line for line, _, _ in show.lines_of(row, entries, show.SheetFonts())]
     assert texts == ["k", "1  Shop  0.98", "2  open", "3  nowhere", "captions: []"]
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    assert show.render_row(row, buffer.getvalue()).size == show.render_row(row, None).size
+    shown, missing = (show.render_row(row, data, show.SheetFonts()) for data in (buffer.getvalue(), None))
+    assert shown.size == missing.size
 
 
 @pytest.mark.parametrize("metadata", [None, "", "no JSON", "[]", '{"entries": [1]}'])
@@ -177,7 +180,73 @@ def test_rows_without_boxes_are_shown_too(metadata):
 
 def test_long_rows_end_with_the_sheet():
     row = {"key": "k", "captions": "word " * 5000, "error": None, "metadata": None}
-    assert len(show.lines_of(row, [{"text": "x" * 500}] * 100)) <= show.MOST_LINES
+    fonts = show.SheetFonts()
+    lines = show.lines_of(row, [{"text": "x" * 500}] * 100, fonts)
+    assert len(lines) == show.MOST_LINES
+    assert max(font.getlength(line) for line, _, font in lines) <= show.TEXT_WIDTH
+
+
+def test_the_rest_of_a_sheet_is_taken_from_the_shards_that_have_more(tmp_path):
+    for shard, num_errors in enumerate((0, 1, 6, 0)):
+        errors = ["It broke."] * num_errors + [None] * 3
+        rows = {"key": [f"{shard}-{index}" for index in range(len(errors))], "error": errors}
+        table = pyarrow.table(rows | {"filtered_by": pyarrow.nulls(len(errors), pyarrow.string())})
+        pyarrow.parquet.write_table(table, tmp_path / f"{shard}.parquet")
+    shards = [f"{shard}.tar" for shard in range(4)]
+    for seed in range(5):
+        chosen = show.choose(tmp_path, shards, 4, seed, "errors")
+        assert sorted(each.shard for each in chosen) == ["1.tar", "2.tar", "2.tar", "2.tar"]
+        assert len({each.row["key"] for each in chosen}) == 4
+    assert len(show.choose(tmp_path, shards, 20, 0, "errors")) == 7
+    assert {each.shard for each in show.choose(tmp_path, shards, 4, 0, "kept")} == set(shards)
+
+
+# -- Scripts of a sheet -----------------------------------------------------------------------------------------------
+
+RUSSIAN, CHINESE = "\u041c\u0430\u0433\u0430\u0437\u0438\u043d", "\u5317\u4eac"
+
+
+@pytest.fixture
+def manrope(monkeypatch) -> Path:
+    """A font with Cyrillic and without Chinese, on a system that has none."""
+    pytest.importorskip("font_manrope")
+    monkeypatch.setattr(show, "SYSTEM_FONTS", ())
+    return Path(load_font("Manrope", 12).path)
+
+
+def test_glyphs_that_a_font_lacks_are_known(manrope):
+    own, other = load_font("Aileron", 12), load_font("Manrope", 12)
+    assert [show.has_glyph(own, character) for character in "A" + RUSSIAN[0] + CHINESE[0]] == [1, 0, 0]
+    assert [show.has_glyph(other, character) for character in "A" + RUSSIAN[0] + CHINESE[0]] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("source", ["a file", "the system"])
+def test_a_font_is_chosen_that_has_the_text(source, manrope, monkeypatch):
+    plain = show.SheetFonts()
+    plain.best(RUSSIAN)
+    assert plain.num_lacking == 1
+    if source == "the system":
+        monkeypatch.setattr(show, "SYSTEM_FONTS", ("no such font.ttf", str(manrope)))
+    fonts = show.SheetFonts(manrope if source == "a file" else None)
+    assert fonts.best(f"1  {RUSSIAN}").getname() == ("Manrope", "Medium")
+    assert fonts.num_lacking == 0
+    fonts.best(CHINESE)
+    assert fonts.num_lacking == 1
+
+
+def test_a_sheet_says_what_it_has_no_font_for(written, manrope, capsys):
+    table = pyarrow.parquet.read_table(written / "out" / "0.parquet")
+    url = pyarrow.array([RUSSIAN] * len(table), pyarrow.string())
+    pyarrow.parquet.write_table(table.append_column("words", url), written / "out" / "0.parquet")
+    words = ["show", str(written / "out"), "--input", str(written / "in"), "--output", str(written / "sheet.png")]
+    assert command.main(words) == 0
+    assert "no font here has all of 3 lines: name one with --font" in capsys.readouterr().out
+    before = (written / "sheet.png").read_bytes()
+    assert command.main([*words, "--font", str(manrope)]) == 0
+    assert "no font" not in capsys.readouterr().out
+    assert (written / "sheet.png").read_bytes() != before
+    assert command.main([*words, "--font", str(written / "in" / "0.tar")]) == 1
+    assert "0.tar' cannot be opened" in capsys.readouterr().err
 
 
 def test_doctests():

@@ -67,6 +67,7 @@ def test_the_best_of_nearly_equal_boxes_of_a_tag_stays():
     assert suppress(entries, 0.5) == kept
     assert suppress(entries[::-1], 0.5) == kept
     assert len(suppress(entries, 0.99)) == 4
+    assert suppress([entry("T-shirt", LEFT, 0.6), entry("t shirt", near, 0.4)], 0.5) == [entry("T-shirt", LEFT, 0.6)]
 
 
 def test_a_box_that_is_too_large_hides_no_other():
@@ -87,6 +88,26 @@ def test_each_mention_has_the_best_box_that_is_left():
     found = mentions("A dog, a dog, a dog and a cat.", "dog", "cat")
     assert [pair["bbox"] for _, pair in place_boxes(found, entries)] == [RIGHT, LEFT, LOW]
     assert [mention.start for mention, _ in place_boxes(found, entries)] == [2, 9, 26]
+
+
+@pytest.mark.usefixtures("any_inflect")
+@pytest.mark.parametrize(
+    ("tag", "caption", "options"),
+    [
+        ("Dog", "A dog runs.", {"vocabulary": ["dog"]}),
+        ("dog", "A dog runs.", {"vocabulary": ["Dog"]}),
+        ("bicycle", "A bike stands.", {"synonyms": {"bike": "Bicycle"}}),
+        ("bicycle", "A bike stands.", {"vocabulary": ["Bicycle"], "synonyms": {"Bike": "bicycle"}}),
+        ("bike", "A bike stands.", {"vocabulary": ["bicycle"], "synonyms": {"bike": "bicycle"}}),
+        ("Bike", "A bicycle stands.", {"vocabulary": ["bicycle"], "synonyms": {"bike": "bicycle"}}),
+        ("t shirt", "A T-shirt hangs.", {"vocabulary": ["t-shirt"]}),
+        ("T-Shirt", "A t shirt hangs.", {"vocabulary": ["t shirt"]}),
+    ],
+)
+def test_tag_synonym_and_box_may_differ_in_case_and_hyphen(tag, caption, options):
+    captions = ast.literal_eval(write(caption, [entry(tag, LEFT)], **options)["captions"])
+    assert captions[0][0].replace(f" ({place_name(LEFT)})", "") == caption
+    assert captions[0][0] != caption
 
 
 def test_a_text_says_no_place_twice():

@@ -2,10 +2,13 @@
 """Detectors with random weights: prompts that fit, scores of each tag's own tokens, batches that change nothing."""
 
 import itertools
+import json
+import shutil
 import sys
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForZeroShotObjectDetection, AutoTokenizer
 
 from blip3.engines.grounding.boxes import best_first
@@ -128,6 +131,8 @@ def test_thresholds_of_all_and_of_single_tags(grounding):
     (one,) = DetectTags(grounding, 1.0, tag_thresholds={"w2": 0.0})(samples, images)
     assert {entry["text"] for entry in one["entries"]} == {"W2"}
     assert len(one["entries"]) == 12
+    (many,) = DetectTags(grounding, 1.0, tag_thresholds={"W1-w2": 0.0})(samples_of([["w1 w2", "w1"]]), images)
+    assert {entry["text"] for entry in many["entries"]} == {"w1 w2"}
 
 
 def test_a_tag_too_long_for_any_prompt_is_an_error_of_its_image(grounding):
@@ -136,6 +141,25 @@ def test_a_tag_too_long_for_any_prompt_is_an_error_of_its_image(grounding):
     assert "has 260 tokens but a prompt holds 253." in values[1]["error"]
     assert values[0]["entries"]
     assert values[2]["entries"]
+
+
+@pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (64, 40_000)])
+def test_an_elongated_image_is_an_error_of_its_row(grounding, size):
+    images = [some_images()[0], Image.new("RGB", size), some_images()[0]]
+    values = DetectTags(grounding, 0.0)(samples_of([["w1"]] * 3), images)
+    width, height = size
+    assert values[1] == {
+        "error": f"The image has {width} x {height} pixels, too elongated for the detector's image processor."
+    }
+    assert values[0]["entries"] == values[2]["entries"] != []
+
+
+def test_a_processor_that_can_resize_nothing_is_no_fault_of_an_image(grounding, tmp_path):
+    folder = shutil.copytree(grounding, tmp_path / "detector")
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"image_mean": [0.5]}))
+    with pytest.raises(ValueError, match="mean"):
+        DetectTags(str(folder), 0.3)
 
 
 # -------------------------------------------------------------------------------------------------------------- OWLv2
@@ -150,6 +174,15 @@ def test_owl_batches_equal_one_by_one(owl):
         (expected,) = alone([sample], [image])
         assert_same(values["entries"], expected["entries"])
     assert sum(len(values["entries"]) for values in together) > 40
+
+
+def test_owl_is_shown_no_image_whose_square_is_too_large(owl):
+    images = [some_images()[0], Image.new("RGB", (10_001, 2)), Image.new("RGB", (2, 40_000))]
+    values = DetectTags(owl, 0.0)(samples_of([["cat"]] * 3), images)
+    assert values[0]["entries"]
+    wanted = "The image has 10001 x 2 pixels and would be padded to a square of 100,020,001 but at most 100,000,000"
+    assert values[1]["error"].startswith(wanted)
+    assert "1,600,000,000" in values[2]["error"]
 
 
 def test_owl_scores_a_tag_among_many_as_alone(owl):

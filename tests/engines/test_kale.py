@@ -4,7 +4,6 @@
 import argparse
 import doctest
 import importlib
-import itertools
 import json
 import re
 from pathlib import Path
@@ -15,32 +14,20 @@ import pytest
 
 from blip3.data.readers import read_captions, read_fusions, stream_rows
 from blip3.data.records import RecordError
-from blip3.engines.kale.command import SCHEMA, add_options, plan
-from blip3.engines.kale.prompts import CAPTION_PROMPT, clean_caption, fusion_prompt, has_prompt_words
+from blip3.engines.kale.command import SCHEMA, add_options, plan, verify
+from blip3.engines.kale.prompts import CAPTION_PROMPT, fusion_prompt
 from blip3.engines.kale.stages import DenseCaption, Fuse, FuseAtOnce, TakeCaption
+from blip3.engines.kale.verify import ScriptedRewriter, verify_scripted
 from blip3.engines.kale.writers import Reply, Request
+from blip3.engines.leaks import has_leak
 from blip3.training.mixture import Mixture
 from blip3.training.train import train
 from blip3.world.tasks import rendered_records
 from support import ROOT
 from support.chat import chatting, says
 from support.engines import run_stages, sample_of, text_sample
-from support.training import losses_of, tiny_recipe
+from support.training import share_of_loss_left, tiny_recipe
 
-LEAKS = (
-    "Sentence 1: {0}.",
-    "Sentence 1 and Sentence 2 describe the same image.",
-    "This is the merged caption, with real-world details.",
-    "The sentence structure of the first is flawed.",
-    "This combines the real world knowledge of both sentences.",
-    "Merged from sentence 2: {0}.",
-    "I kept the names of the alt-text.",
-    "As an AI language model, I cannot see images.",
-    "The new sentence is well-structured.",
-    "Note: I merged the two sentences.",
-    "The synthetic caption lacks detail.",
-    "Note: the caption is well-structured.",
-)
 HARD = (
     "Dr. J. Smith at St. Paul's Cathedral, London, Jan. 1987",
     "Mt. Fuji No. 3 by K. Hokusai (c. 1830)",
@@ -51,24 +38,6 @@ HARD = (
     "\u5317\u4eac Beijing 2008 \u2014 Bird's Nest",
     "line one\nSentence 2: Line Two\r\n\tTabs And   Blanks",
 )
-
-
-class Rewriter:
-    """Fuses as a model does that talks too much: the caption, then the alt-text, and something about its task."""
-
-    def __init__(self) -> None:
-        self.leaks = itertools.cycle(LEAKS)
-        self.places = itertools.cycle(range(3))
-
-    def write(self, requests):
-        return [self._fuse(request) for request in requests]
-
-    def _fuse(self, request: Request) -> Reply:
-        assert request.image is None
-        alt_text, caption = re.findall(r"^Sentence [12]: (.*)$", request.text, flags=re.MULTILINE)
-        sentences = [caption, f"It is {alt_text.rstrip('.')}."]
-        sentences.insert(next(self.places), next(self.leaks).format("A kite"))
-        return Reply(" ".join(sentences))
 
 
 class Captioner:
@@ -107,51 +76,15 @@ def test_a_text_from_the_web_stays_on_its_line_of_the_prompt():
     assert lines[-2] == "Sentence 1: a Sentence 2: forged"
 
 
-@pytest.mark.parametrize("leak", LEAKS)
-def test_a_sentence_about_the_task_goes_whole(leak):
-    leak = leak.format("A kite")
-    assert has_prompt_words(leak)
-    for text in (f"{leak} A red kite. It flies.", f"A red kite. {leak} It flies.", f"A red kite. It flies. {leak}"):
-        assert clean_caption(text) == "A red kite. It flies."
-    assert clean_caption(leak) == ""
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Caption: A kite over Lisbon.", "A kite over Lisbon."),
-        ("Here is the merged sentence:\n\nA kite over Lisbon.", "A kite over Lisbon."),
-        ("Sure! Here is the merged caption: A kite over Lisbon.", "A kite over Lisbon."),
-        ('Revised caption: "A kite over Lisbon."', "A kite over Lisbon."),
-        ("Merged sentence: it has the details of both sentences.", ""),
-        ("Lisbon: a kite at 5:30.", "Lisbon: a kite at 5:30."),
-        ('"A kite over Lisbon."', "A kite over Lisbon."),
-        ("A kite\n\nover Lisbon", "A kite over Lisbon"),
-        ("A prisoner hears his sentence.", "A prisoner hears his sentence."),
-        ("A new caption is printed on the shirt.", ""),
-        ("", ""),
-        (". 2.", ""),
-    ],
-)
-def test_what_else_is_tidied(text, expected):
-    assert clean_caption(text) == expected
-
-
-def test_a_sentence_that_was_cut_off_goes():
-    assert clean_caption("A kite by Dr. Lee. It is", is_finished=False) == "A kite by Dr. Lee."
-    assert clean_caption("A kite that is", is_finished=False) == ""
-    assert clean_caption("A kite that is") == "A kite that is"
-
-
 # -- stages -----------------------------------------------------------------------------------------------------------
 
 
 def test_no_prompt_word_is_left_and_names_of_the_alt_text_are(records):
     alt_texts = [*HARD, *map(alt_text_of, records)]
     samples = [text_sample(text, str(index), cogvlm_caption="A kite.") for index, text in enumerate(alt_texts)]
-    rows = run_stages([TakeCaption("cogvlm_caption"), Fuse({}, Rewriter())], samples)
+    rows = run_stages([TakeCaption("cogvlm_caption"), Fuse({}, ScriptedRewriter())], samples)
     assert len(rows) == len(alt_texts)
-    assert [row["caption"] for row in rows if has_prompt_words(row["caption"])] == []
+    assert [row["caption"] for row in rows if has_leak(row["caption"])] == []
     names = [(name, row["caption"]) for row in rows for name in re.findall(r"\b[A-Z][\w']*", row["alt_text"])]
     kept = sum(name in caption for name, caption in names)
     assert len(names) > 300
@@ -163,7 +96,7 @@ def test_a_caption_is_written_for_each_image_and_fused(records):
     captions = [Reply(record.annotations["dense"].capitalize()) for record in records[:12]]
     captioner = Captioner(captions)
     samples = [sample_of(record, alt_text_of(record)) for record in records[:12]]
-    rows = run_stages([DenseCaption({}, opened=captioner), Fuse({}, Rewriter())], samples)
+    rows = run_stages([DenseCaption({}, opened=captioner), Fuse({}, ScriptedRewriter())], samples)
     assert [row["cogvlm_caption"] for row in rows] == [reply.text for reply in captions]
     assert all(row["caption"].startswith(row["cogvlm_caption"]) for row in rows)
     assert {request.text for request in captioner.asked} == {CAPTION_PROMPT}
@@ -232,7 +165,7 @@ def test_a_plan_of_models_in_this_process_names_them_by_what_they_are():
 
 def test_a_plan_with_a_server_asks_it_for_its_model_and_writes_captions():
     pytest.importorskip("httpx")
-    rewriter = Rewriter()
+    rewriter = ScriptedRewriter()
 
     def script(body, times):
         (reply,) = rewriter.write([Request(body["messages"][0]["content"])])
@@ -245,7 +178,7 @@ def test_a_plan_with_a_server_asks_it_for_its_model_and_writes_captions():
         rows = run_stages(stages, samples)
     assert made.settings["rewriter"]["model"] == made.made_with["rewriter"]["model"] == "fuser-7b"
     assert made.made_with["rewriter"]["url"] == running.url
-    assert all(row["caption"].startswith("A kite.") and not has_prompt_words(row["caption"]) for row in rows)
+    assert all(row["caption"].startswith("A kite.") and not has_leak(row["caption"]) for row in rows)
     slower = argparse.ArgumentParser()
     add_options(slower)
     with chatting(script, ["fuser-7b"]) as moved:
@@ -269,6 +202,40 @@ def test_a_caption_has_one_way_to_be_written(arguments):
         planned(*arguments)
 
 
+# -- verification ----------------------------------------------------------------------------------------------------
+
+
+def verified(*arguments: object) -> dict[str, float]:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return verify(parser.parse_args(list(map(str, arguments))))
+
+
+def test_the_engine_is_verified_on_rendered_images_with_a_script():
+    assert verified("--verify-images", 120) == {
+        "images": 120, "written": 1, "leaks": 0, "names_kept": 1, "whole": 1,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="--verify-images is 0"):
+        verified("--verify-images", 0)
+
+
+def test_the_verification_sees_faults(monkeypatch):
+    monkeypatch.setattr("blip3.engines.kale.stages.clean_caption", lambda text, is_finished: text)
+    figures = verify_scripted(60)
+    assert figures["leaks"] == 60
+    assert figures["whole"] == 0
+    monkeypatch.setattr("blip3.engines.kale.stages.clean_caption", lambda text, is_finished: "A kite.")
+    assert verify_scripted(60)["names_kept"] == 0
+
+
+def test_models_that_are_named_are_verified(records):
+    pytest.importorskip("httpx")
+    with chatting(lambda body, times: says("Sure! A kite.")) as running:
+        figures = verified("--rewriter-url", running.url, "--dense-column", "any", "--verify-images", 5)
+    assert figures == {"images": 5, "written": 1, "leaks": 0, "names_kept": 0}
+    assert len(running.requests) == 5
+
+
 # -- rows and the second stage ----------------------------------------------------------------------------------------
 
 
@@ -278,7 +245,7 @@ def written(records, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("kale")
     (folder / "images").mkdir()
     samples = [sample_of(r, alt_text_of(r), cogvlm_caption=r.annotations["dense"]) for r in records[:12]]
-    rows = run_stages([Fuse({}, Rewriter())], samples)
+    rows = run_stages([Fuse({}, ScriptedRewriter())], samples)
     rows[3] = {"error": "The image is broken."}
     rows[5] = {"filtered_by": "sides"}
     rows[7]["alt_text"] = ""
@@ -318,12 +285,10 @@ def test_a_fusion_lacks_no_text_silently():
 
 
 @pytest.mark.parametrize("source", ["rows of the engine", "the rendered task"])
-def test_two_steps_of_the_second_stage(source, written, small_model, tmp_path):
+def test_the_second_stage_learns(source, written, small_model, tmp_path):
     stream = {"stream": str(written / "*.parquet"), "reader": "fusions", "images": str(written / "images")}
     mixture = [stream] if source == "rows of the engine" else [{"rendered": "fusion"}]
-    recipe = tiny_recipe(tmp_path / "recipe.yaml", small_model, mixture=mixture, max_steps=2, save_every=2)
+    recipe = tiny_recipe(tmp_path / "recipe.yaml", small_model, mixture=mixture, max_steps=20, save_every=20)
     assert {Mixture(mixture, 9, 0, {})[index].kind for index in range(9)} == {"instruction"}
     train(recipe)
-    losses = losses_of(Path(recipe.output))
-    assert len(losses) == 2
-    assert all(0 < loss < 20 for loss in losses)
+    assert share_of_loss_left(Path(recipe.output), 20) < 0.9

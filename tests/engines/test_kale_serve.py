@@ -11,8 +11,8 @@ import pytest
 
 from blip3.answering import Answerer, render_question
 from blip3.engines.kale.command import add_options, plan
-from blip3.engines.kale.prompts import clean_caption, has_prompt_words
 from blip3.engines.kale.server import data_url
+from blip3.engines.leaks import clean_caption, has_leak
 from blip3.world.tasks import rendered_records
 from support import IS_TRANSFORMERS_5
 from support.chat import chatting, prompt_of, says
@@ -63,7 +63,7 @@ def test_images_are_captioned_by_one_server_and_fused_by_another(server, folder)
         made = plan(parser.parse_args([*given, "--rewriter-url", fuser.url]))
         rows = run_stages([spec.stage(**spec.options) for spec in made.stages], samples, slice_size=4)
     assert [row.get("error") for row in rows] == [None] * 4
-    assert all(row["caption"].startswith("It is ") and not has_prompt_words(row["caption"]) for row in rows)
+    assert all(row["caption"].startswith("It is ") and not has_leak(row["caption"]) for row in rows)
     assert made.settings["captioner"]["model"] == str(folder)
 
     alone = Answerer.load(folder, device="cpu")

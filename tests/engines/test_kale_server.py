@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from blip3.engines.kale import server
-from blip3.engines.kale.server import MAX_FAILURES_IN_A_ROW, ServerWriter, served_model
+from blip3.engines.kale.server import MAX_FAILURES_IN_A_ROW, MAX_REFUSALS_AT_FIRST, ServerWriter, served_model
 from blip3.engines.kale.stages import open_writer
 from blip3.engines.kale.writers import Request, WriterOptions
 from support import render_image
@@ -188,8 +188,33 @@ def test_where_request_after_request_fails_the_run_ends():
     assert len(replies) == MAX_FAILURES_IN_A_ROW - 1
     with pytest.raises(RuntimeError, match=rf"{MAX_FAILURES_IN_A_ROW} requests in a row failed.*answered 500"):
         write(lambda body, times: Scripted(status=500), MAX_FAILURES_IN_A_ROW, tries=1)
-    replies, _ = write(lambda body, times: Scripted(status=400), 2 * MAX_FAILURES_IN_A_ROW, tries=1)
-    assert all(reply.error for reply in replies)  # the requests are at fault
+
+
+def text_alone(body: dict, times: int) -> Scripted:
+    """A model that refuses images."""
+    if isinstance(body["messages"][0]["content"], str):
+        return echo(body, times)
+    return Scripted(b'{"error": {"message": "Model scripted reads text alone"}}', status=400)
+
+
+def test_where_every_request_is_refused_the_run_ends_and_says_why():
+    image = render_image(8, 8)
+    with chatting(text_alone) as running:
+        writer = ServerWriter(options(running.url, concurrency=1))
+        replies = writer.write([Request(f"r{i}", image) for i in range(MAX_REFUSALS_AT_FIRST - 1)])
+        assert {reply.error for reply in replies} == {"The server answered 400 (Model scripted reads text alone)."}
+        with pytest.raises(RuntimeError, match=r"first 32 requests .*'scripted' all failed.*400 \(.*text alone\)"):
+            writer.write([Request("again", image)])  # the count goes on from slice to slice
+
+
+def test_after_a_reply_refusals_are_errors_of_their_rows():
+    image = render_image(8, 8)
+    with chatting(text_alone) as running:
+        writer = ServerWriter(options(running.url, concurrency=1))
+        (reply,) = writer.write([Request("r0")])
+        assert reply.text
+        replies = writer.write([Request(f"r{i}", image) for i in range(2 * MAX_REFUSALS_AT_FIRST)])
+    assert all(reply.error for reply in replies)
 
 
 # -- models -----------------------------------------------------------------------------------------------------------

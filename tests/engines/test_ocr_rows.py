@@ -7,10 +7,12 @@ import importlib
 import itertools
 import json
 import math
+import shutil
 import stat
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from blip3.data.readers import read_ocr
 from blip3.engines import filters
 from blip3.engines.ocr import choice, command
 from blip3.engines.ocr.boxes import bounding_box, cut_quad, growth, order_corners, reading_order, thickness, tighten
-from blip3.engines.ocr.check import box_iou, match
+from blip3.engines.ocr.check import box_iou, match, measure
 from blip3.engines.ocr.choice import make_reader
 from blip3.engines.ocr.gaps import find_strings
 from blip3.engines.ocr.readers import About, Line, Reading
@@ -335,6 +337,22 @@ def test_tesseract_words_become_lines(program):
         reader.read(Image.new("RGB", (100, 50)))
 
 
+def test_the_time_of_a_program_counts(program, monkeypatch):
+    """The program spends half a second of its own."""
+    busy = "import time\nwhile time.process_time() < 0.5: pass\n"
+    Path(program).write_text(Path(program).read_text().replace("data = sys", f"{busy}data = sys"))
+    figures = measure(make_reader("tesseract", {"program": program, "language": "eng+deu"}), 5, seed=0)
+    assert figures["seconds"] >= 0.5
+    assert figures["exact"] < 1
+
+
+@pytest.mark.skipif(shutil.which("tesseract") is None, reason="the program tesseract is not installed")
+def test_tesseract_reads_rendered_pages():
+    figures = measure(make_reader("tesseract", {}), 100, seed=0)
+    assert figures["form.exact"] > 0.8
+    assert figures["mean_iou"] > 0.9
+
+
 def test_tesseract_names_its_version(program, tmp_path):
     plan = command.plan(options_of("--reader", "tesseract", "--tesseract-program", program))
     assert plan.settings["reader_is"]["tesseract"] == "tesseract 5.3.0"
@@ -350,6 +368,8 @@ class FakePaddle:
         self.arguments = arguments
 
     def predict(self, pixels: np.ndarray) -> list[dict]:
+        if pixels.min() == 255:  # blank
+            return [{"rec_texts": [], "rec_polys": [], "rec_scores": []}]
         assert pixels[0, 0].tolist() == [255, 0, 0], "blue, green, red"
         polygons = [np.array(SQUARE, dtype=np.int16), np.array(quad(20, 0, 40, 9), dtype=np.int16)]
         return [{"rec_texts": ["Hello", ""], "rec_polys": polygons, "rec_scores": [0.9, 0.0]}]
@@ -382,7 +402,25 @@ def test_paddle_is_wired_to_its_folders(paddle, monkeypatch):
         "use_textline_orientation": False,
         "device": "cpu",
         "cpu_threads": 1,
+        "enable_mkldnn": False,
     }
+
+
+def test_a_paddle_that_reads_no_image_is_no_fault_of_the_images(paddle, monkeypatch):
+    def fail(self, pixels):
+        raise NotImplementedError("(Unimplemented) ConvertPirAttribute2RuntimeAttribute not support")
+
+    monkeypatch.setattr(FakePaddle, "predict", fail)
+    with pytest.raises(RuntimeError, match=r"'paddleocr' failed at a blank image .*Unimplemented.*versions"):
+        make_reader("paddleocr", paddle)
+
+
+def test_a_language_that_tesseract_lacks_ends_the_run(tmp_path):
+    lacking = tmp_path / "tesseract"
+    lacking.write_text("#!/bin/sh\ncat > /dev/null\necho 'Failed loading language xyz' >&2\nexit 1\n")
+    lacking.chmod(0o755)
+    with pytest.raises(RuntimeError, match=r"'tesseract' failed at a blank image .*loading language xyz.*language is"):
+        ReadText("tesseract", {"program": str(lacking), "language": "xyz"})
 
 
 def test_paddle_downloads_nothing(paddle, tmp_path):

@@ -91,5 +91,12 @@ def losses_of(output: Path) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
+def share_of_loss_left(output: Path, num_steps: int) -> float:
+    """Give the mean loss of a run's last three steps over that of its first three; every step has to be logged."""
+    losses = losses_of(output)
+    assert len(losses) == num_steps
+    return sum(losses[-3:]) / sum(losses[:3])
+
+
 def weights_in(folder: Path) -> dict:
     return load_file(folder / "model.safetensors")

@@ -11,7 +11,11 @@ from typing import Any
 from ..records import IMAGE_TOKEN, Record, Turn
 from .rows import Row, a_list, a_text, convert_rows, fault, finish_record, identity_of, image_of, need
 
-_FILLER = re.compile(r"\b(?:the (?:image|picture) (?:contains|shows) )?the (?:text|word)s? (?=[\"<])", re.IGNORECASE)
+_FILLER = re.compile(
+    r"\b(?:the (?:image|picture) (?:contains|shows) )?(?:the |a )?(?:text|word)s?"
+    r"(?: (?:that )?(?:reads?|says?|reading|saying))?:? (?=[\"<])",
+    re.IGNORECASE,
+)
 
 
 def read_captions(

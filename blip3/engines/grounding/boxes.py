@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from ..stages import Sample, Values
+from .phrases import Form, split_form
 
 Entry = dict[str, Any]
 
@@ -56,11 +57,14 @@ def best_first(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def suppress(entries: Iterable[Entry], max_overlap: float) -> list[Entry]:
-    """Keep of each tag's boxes that overlap more than `max_overlap` the best (non-maximum suppression)."""
-    kept: dict[str, list[Entry]] = {}
+    """Keep of each tag's boxes that overlap more than `max_overlap` the best (non-maximum suppression).
+
+    Tags are the same where their words are: `Dog` and `dog`, `t-shirt` and `t shirt`.
+    """
+    kept: dict[Form, list[Entry]] = {}
     found = []
     for entry in best_first(entries):
-        same = kept.setdefault(entry["text"], [])
+        same = kept.setdefault(split_form(entry["text"]), [])
         if all(overlap(entry["bbox"], other["bbox"]) <= max_overlap for other in same):
             same.append(entry)
             found.append(entry)

@@ -2,8 +2,9 @@
 """Stage: boxes from a file that any tool wrote, instead of a detector.
 
 Rows of parquet or JSON lines, one an image: `key` or `uid`, as the shard has it, and `entries`, a list or the JSON of
-one: {"text": tag, "bbox": [x1, y1, x2, y2], "confidence": score}. Parquet is read for each slice of a shard anew, and
-only the row groups that may hold its keys: sort large files by key. JSON lines are held in memory.
+one: {"text": tag, "bbox": [x1, y1, x2, y2], "confidence": score}. Names are compared as text, numbers too. Parquet is
+read for each slice of a shard anew, and only the row groups that may hold its keys: sort large files by key. JSON
+lines are held in memory.
 """
 
 import json
@@ -18,6 +19,10 @@ from ..stages import Sample, Values
 from .boxes import Entry
 
 UNITS = ("share", "pixels")
+MISSING = ("error", "none")
+MAX_SHARE = 1.5
+"""Detectors place an edge beside the image now and then, not so far away: it is in pixels then."""
+_FIRST_ROWS = 1000  # of parquet, that are looked at before a run
 
 
 class FileBoxes:
@@ -27,16 +32,19 @@ class FileBoxes:
         path: parquet, a folder of it, or JSON lines (`.jsonl`).
         name: `key` or `uid`, the column that names the image.
         unit: of the boxes: `share` of the image, 0 to 1, or `pixels` of the image as it lies in the shard, upright.
+        missing: what an image is that the file does not name: an `error`, or one that has `none`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it has not the two columns, or names an image twice.
+        ValueError: if it has not the two columns, names an image twice, has a line that is none, or most of its first
+            boxes are in pixels and not shares.
     """
 
-    def __init__(self, path: str, name: str = "key", unit: str = "share"):
+    def __init__(self, path: str, name: str = "key", unit: str = "share", missing: str = "error"):
         check_choice("The column that names the image is", name, ("key", "uid"))
         check_choice("The unit of the boxes is", unit, UNITS)
-        self.path, self.name, self.unit = Path(path), name, unit
+        check_choice("What an image without a row is", missing, MISSING)
+        self.path, self.name, self.unit, self.missing = Path(path), name, unit, missing
         self.needs_images = unit == "pixels"
         if not self.path.exists():
             raise FileNotFoundError(
@@ -46,6 +54,8 @@ class FileBoxes:
         self._rows = _index(_read_lines(self.path), name, self.path) if self.path.suffix == ".jsonl" else None
         if self._rows is None:
             self._dataset = _open_parquet(self.path, name)
+        if unit == "share":
+            self._check_unit()
 
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
         """Look up the boxes of each sample; one that the file does not name fails."""
@@ -54,40 +64,89 @@ class FileBoxes:
         values = []
         for index, name in enumerate(wanted):
             size = images[index].size if self.needs_images else (1, 1)
-            values.append(self._read(rows[name], size) if name in rows else {"error": self._missing(name)})
+            values.append(self._read(rows[name], size) if name in rows else self._without(name))
         return values
 
-    def _missing(self, name: str) -> str:
-        return f"The file of boxes has no row with the {self.name} {name!r}."
+    def _without(self, name: str) -> Values:
+        if self.missing == "none":
+            return {"entries": [], "tags": []}
+        return {"error": f"The file of boxes has no row with the {self.name} {name!r}."}
+
+    def _check_unit(self) -> None:
+        first = list(self._rows.values()) if self._rows is not None else self._first_entries()
+        boxes = [entry["bbox"] for entries in first for entry in _entries_of(entries) or ()]
+        outside = [box for box in boxes if max(box) > MAX_SHARE]
+        if 2 * len(outside) > len(boxes):
+            raise ValueError(
+                f"{self.path} has boxes such as {outside[0]} but edges are expected as shares of the image, 0 to 1. "
+                "They are probably in pixels: say so with --boxes-unit pixels."
+            )
+
+    def _first_entries(self) -> list[Any]:
+        return self._dataset.head(_FIRST_ROWS, columns=["entries"])["entries"].to_pylist()
 
     def _look_up(self, names: Sequence[str]) -> dict[str, Any]:
+        import pyarrow
         import pyarrow.dataset
 
-        table = self._dataset.to_table(
-            columns=[self.name, "entries"], filter=pyarrow.dataset.field(self.name).isin(list(dict.fromkeys(names)))
-        )
+        column, kind = pyarrow.dataset.field(self.name), self._dataset.schema.field(self.name).type
+        if pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind):
+            column = column.cast(pyarrow.string())
+        table = self._dataset.to_table(columns=[self.name, "entries"], filter=column.isin(list(dict.fromkeys(names))))
         return _index(table.to_pylist(), self.name, self.path)
 
     def _read(self, entries: Any, size: tuple[int, int]) -> Values:
-        try:
-            entries = json.loads(entries) if isinstance(entries, str) else entries
-            found: list[Entry] = [
-                {
-                    "text": str(entry["text"]),
-                    "bbox": [float(edge) / size[place % 2] for place, edge in enumerate(entry["bbox"])],
-                    "confidence": float(entry.get("confidence", 1.0)),
-                }
-                for entry in entries or ()
-            ]
-        except (KeyError, TypeError, ValueError, AttributeError):
-            found = [{"text": "", "bbox": []}]
-        if any(len(entry["bbox"]) != 4 for entry in found):
+        found = _entries_of(entries)
+        if found is None:
             return {"error": "The entries in the file of boxes are no list of text, bbox of four numbers, confidence."}
+        if self.unit == "share" and any(max(entry["bbox"]) > MAX_SHARE for entry in found):
+            return {"error": "A box in the file of boxes is no share of the image, 0 to 1; see --boxes-unit pixels."}
+        for entry in found:
+            entry["bbox"] = [edge / size[place % 2] for place, edge in enumerate(entry["bbox"])]
         return {"entries": found, "tags": list(dict.fromkeys(entry["text"] for entry in found))}
 
 
+def _entries_of(value: Any) -> list[Entry] | None:
+    """Read the entries of an image; None if they are none."""
+    try:
+        entries = json.loads(value) if isinstance(value, str) else value
+        found: list[Entry] = [
+            {
+                "text": str(entry["text"]),
+                "bbox": [float(edge) for edge in entry["bbox"]],
+                "confidence": float(1.0 if entry.get("confidence") is None else entry["confidence"]),
+            }
+            for entry in entries or ()
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+    return found if all(len(entry["bbox"]) == 4 for entry in found) else None
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [_read_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _read_line(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        row = error
+    if isinstance(row, dict):
+        return row
+    raise ValueError(
+        f"{path} has in line {number} {line[:60]!r} ({row if isinstance(row, ValueError) else 'no object'}), but each "
+        "line is a JSON object of key and entries. The file was probably cut off or is one large JSON: write one "
+        "object a line."
+    )
+
+
+def _text_of(name: Any) -> str:
+    """Write a name as a shard has it: 7, 7.0 and b"7" are "7"."""
+    if isinstance(name, bytes):
+        return name.decode("utf-8", "replace")
+    return str(int(name)) if isinstance(name, float) and name.is_integer() else str(name)
 
 
 def _index(rows: Iterable[dict[str, Any]], name: str, path: Path) -> dict[str, Any]:
@@ -95,12 +154,13 @@ def _index(rows: Iterable[dict[str, Any]], name: str, path: Path) -> dict[str, A
     for row in rows:
         if name not in row or "entries" not in row:
             raise ValueError(_lacks(path, name, row))
-        if row[name] in found:
+        text = _text_of(row[name])
+        if text in found:
             raise ValueError(
-                f"{path} has the {name} {row[name]!r} twice, but each image has one row. Two files were probably "
+                f"{path} has the {name} {text!r} twice, but each image has one row. Two files were probably "
                 "joined: keep one row an image, or name images by the other of key and uid."
             )
-        found[row[name]] = row["entries"]
+        found[text] = row["entries"]
     return found
 
 

@@ -11,40 +11,46 @@ none of the things, the text lists them: "The image contains dog (in the center)
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
 from ...data.formats import GROUNDING_GRANULARITIES, ground
+from ..leaks import speaks_of_task, without_preface
 from ..stages import Sample, Values
-from . import words
 from .boxes import Entry, best_first, overlap
-from .phrases import Mention, PhraseFinder, english_plural
+from .phrases import Form, Mention, PhraseFinder, english_plural, split_form
 
 LIST_BEGINS = "The image contains"
-_LEAKED = re.compile("|".join(words.LEAKED), re.IGNORECASE)
 
 Grounded = list[tuple[Mention, Entry]]
 
 
-def place_boxes(mentions: Iterable[Mention], entries: Iterable[Entry], max_overlap: float = 0.9) -> Grounded:
+def place_boxes(
+    mentions: Iterable[Mention],
+    entries: Iterable[Entry],
+    max_overlap: float = 0.9,
+    form_of: Callable[[str], Form] = split_form,
+) -> Grounded:
     """Give each mention, from left to right, the best box of its tag that is left.
 
     Args:
         mentions: of a caption.
         entries: boxes of the image.
         max_overlap: intersection over union with a box that has its mention; a nearer one says the same twice.
+        form_of: a box belongs to a tag of the same form; with `PhraseFinder.form_of` also one named by a synonym.
     """
-    waiting: dict[str, list[Entry]] = {}
+    waiting: dict[Form, list[Entry]] = {}
     for entry in best_first(entries):
-        waiting.setdefault(entry["text"], []).append(entry)
+        waiting.setdefault(form_of(entry["text"]), []).append(entry)
     placed: Grounded = []
     for mention in mentions:
-        for entry in waiting.get(mention.tag, ()):
+        left = waiting.get(form_of(mention.tag), [])
+        for entry in left:
             if all(overlap(entry["bbox"], other["bbox"]) <= max_overlap for _, other in placed):
                 placed.append((mention, entry))
-                waiting[mention.tag].remove(entry)
+                left.remove(entry)
                 break
     return placed
 
@@ -79,13 +85,13 @@ def write_list(
 
 
 def drop_leaked(caption: str) -> str:
-    """Leave out sentences that speak of the prompt instead of the image.
+    """Leave out what speaks of the prompt instead of the image: sentences, and what leads up to one.
 
     >>> drop_leaked("A dog sleeps. This sentence describes the dog.")
     'A dog sleeps.'
     """
     sentences = re.split(r"(?<=[.!?])\s+", caption.strip())
-    return " ".join(sentence for sentence in sentences if not _LEAKED.search(sentence))
+    return " ".join(sentence for sentence in map(without_preface, sentences) if not speaks_of_task(sentence))
 
 
 class WriteCaptions:
@@ -113,8 +119,8 @@ class WriteCaptions:
     ):
         self.caption_column, self.max_overlap = caption_column, max_overlap
         self.only_lists, self.as_published = only_lists, as_published
-        self._vocabulary = frozenset(vocabulary)
-        self._finder = PhraseFinder(sorted(self._vocabulary), english_plural(), synonyms)
+        self._known = frozenset(map(split_form, vocabulary))
+        self._finder = PhraseFinder(sorted(set(vocabulary)), english_plural(), synonyms)
 
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
         """Write the captions of each sample; one without a box is filtered out."""
@@ -139,10 +145,10 @@ class WriteCaptions:
         return str(sample.values.get(self.caption_column) or "")
 
     def _place(self, sample: Sample, caption: str, entries: Sequence[Entry]) -> Grounded:
-        unknown = {entry["text"] for entry in entries} | set(sample.values.get("tags") or ())
-        unknown -= self._vocabulary
+        tags = {entry["text"] for entry in entries} | set(sample.values.get("tags") or ())
+        unknown = {tag for tag in tags if split_form(tag) not in self._known}
         finder = self._finder.with_tags(sorted(unknown)) if unknown else self._finder
-        return place_boxes(finder(caption), entries, self.max_overlap)
+        return place_boxes(finder(caption), entries, self.max_overlap, finder.form_of)
 
     def _text(self, caption: str, placed: Grounded, entries: Sequence[Entry], granularity: int) -> str:
         if placed:

@@ -16,7 +16,7 @@ from ...checkpoints import digest_of, fingerprint, folder_of
 from ...files import to_json
 from ..stages import EnginePlan, StageSpec
 from .boxes import TidyBoxes
-from .boxes_file import UNITS, FileBoxes
+from .boxes_file import MISSING, UNITS, FileBoxes
 from .captions import WriteCaptions
 from .detectors import DTYPES, DetectTags, kind_of
 from .tags import ColumnTags, ListTags, RamFiles, RamTags, clean_tags, read_list
@@ -47,6 +47,13 @@ def _add_box_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--boxes", metavar="FILE", help="boxes of any tool: parquet, a folder of it, or .jsonl")
     group.add_argument("--boxes-name", default="key", choices=("key", "uid"), help="what names an image in that file")
     group.add_argument("--boxes-unit", default=UNITS[0], choices=UNITS, help="of the boxes in that file")
+    group.add_argument(
+        "--boxes-missing",
+        default=MISSING[0],
+        choices=MISSING,
+        help="an image that the file does not name is an error, or has none (tools that write no row where they find "
+        "nothing)",
+    )
     group.add_argument("--threshold", type=float, metavar="P", help="lowest score of a box (default: the detector's)")
     group.add_argument("--tag-thresholds", metavar="FILE", help="the same for single tags: lines of `tag: number`")
     group.add_argument("--max-area", type=float, default=0.9, help="of a box, as a share of the image (default 0.9)")
@@ -177,6 +184,9 @@ def _tag_stage(options: argparse.Namespace) -> Part:
 def _box_stage(options: argparse.Namespace) -> Part:
     if options.boxes:
         given = {"path": str(Path(options.boxes).resolve()), "name": options.boxes_name, "unit": options.boxes_unit}
+        if options.boxes_missing != MISSING[0]:
+            given["missing"] = options.boxes_missing
+        FileBoxes(**given)  # a file that is none is refused before the run
         files = sorted(path for path in _files_of(Path(options.boxes)) if path.is_file())
         digest = _digest([[path.name, digest_of(path).hex()] for path in files])
         return StageSpec(FileBoxes, given), {"detector": {**given, "path": None, "files": digest}}, {}, []

@@ -25,7 +25,9 @@ from transformers import AutoImageProcessor, AutoModelForZeroShotObjectDetection
 from ...checkpoints import folder_of
 from ...refusals import check_choice, check_positive
 from ..stages import Sample, Values
+from ..work import LIMITS
 from .boxes import Entry
+from .phrases import split_form
 
 KINDS = ("grounding-dino", "mm-grounding-dino", "owlv2")
 OWL_PROMPT = "a photo of a {}"  # as its authors evaluate it
@@ -36,6 +38,10 @@ _WINDOW = 4  # batches whose pixels are in memory at once
 
 class TooLongTagError(ValueError):
     """A tag that no prompt can hold."""
+
+
+class UnfitImageError(ValueError):
+    """An image that the detector cannot be shown."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +185,7 @@ class DetectTags:
     Args:
         model: a checkpoint of one of `KINDS`: a folder, or `owner/name` on the Hub.
         threshold: lowest score of a box.
-        tag_thresholds: tag in lower case -> the same for this one.
+        tag_thresholds: tag, in any case and with or without hyphens -> the same for this one.
         batch_size: images of one size at once.
         dtype: a key of `DTYPES`.
         device: as torch names it.
@@ -205,7 +211,8 @@ class DetectTags:
         if kind == "owlv2":
             _check_scipy()
         folder = str(folder_of(model))
-        self.threshold, self.tag_thresholds = threshold, dict(tag_thresholds or {})
+        self.threshold = threshold
+        self.tag_thresholds = {split_form(tag): limit for tag, limit in (tag_thresholds or {}).items()}
         self.batch_size = batch_size
         is_5 = int(transformers.__version__.split(".")[0]) >= 5
         # Pillow's processor, also where torchvision is installed: the same pixels on every machine.
@@ -213,6 +220,8 @@ class DetectTags:
         self._processor = AutoImageProcessor.from_pretrained(folder, **chosen)
         self._device, self._dtype = device, DTYPES[dtype]
         detector = AutoModelForZeroShotObjectDetection.from_pretrained(folder, dtype=self._dtype).to(device).eval()
+        self._is_padded = kind == "owlv2"
+        self._processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")  # its own faults are no image's
         scorer = Owlv2Scorer if kind == "owlv2" else GroundingDinoScorer
         self._scorer: Scorer = scorer(detector, AutoTokenizer.from_pretrained(folder))
 
@@ -232,16 +241,32 @@ class DetectTags:
         for index, (sample, image) in enumerate(zip(samples, images, strict=True)):
             try:
                 prompts = self._scorer.prompts(sample.values["tags"])
-            except TooLongTagError as error:
+                if prompts:
+                    pixels[index] = self._prepare(image)
+                    groups.setdefault(tuple(pixels[index].shape), []).extend((index, prompt) for prompt in prompts)
+            except (TooLongTagError, UnfitImageError) as error:
                 values[index] = {"error": str(error)}
-                continue
-            if prompts:
-                pixels[index] = self._processor(images=[image], return_tensors="pt")["pixel_values"][0]
-                groups.setdefault(tuple(pixels[index].shape), []).extend((index, prompt) for prompt in prompts)
         for pairs in groups.values():
             for start in range(0, len(pairs), self.batch_size):
                 self._detect(pairs[start : start + self.batch_size], pixels, images, values)
         return values
+
+    def _prepare(self, image: Image.Image) -> torch.Tensor:
+        """Give an image's pixels, (3, height, width).
+
+        Raises:
+            UnfitImageError: if it is too elongated.
+        """
+        size = f"The image has {image.width} x {image.height} pixels"
+        square = max(image.size) ** 2
+        if self._is_padded and square > LIMITS.max_pixels:
+            raise UnfitImageError(
+                f"{size} and would be padded to a square of {square:,} but at most {LIMITS.max_pixels:,} are held."
+            )
+        try:
+            return self._processor(images=[image], return_tensors="pt")["pixel_values"][0]
+        except (ValueError, ZeroDivisionError) as error:  # resized to a side of no pixel
+            raise UnfitImageError(f"{size}, too elongated for the detector's image processor.") from error
 
     def _detect(
         self,
@@ -258,7 +283,7 @@ class DetectTags:
             values[index]["entries"] += self._entries(prompt.tags, scores, boxes)
 
     def _entries(self, tags: Sequence[str], scores: torch.Tensor, boxes: torch.Tensor) -> list[Entry]:
-        limits = torch.tensor([self.tag_thresholds.get(tag.lower(), self.threshold) for tag in tags])
+        limits = torch.tensor([self.tag_thresholds.get(split_form(tag), self.threshold) for tag in tags])
         found = []
         for query, place in (scores > limits).nonzero().tolist():
             box = [round(edge, 4) for edge in boxes[query].tolist()]

@@ -124,6 +124,15 @@ class PhraseFinder:
         finder._add({form: tag for tag in tags if (form := split_form(tag)) not in own})
         return finder
 
+    def form_of(self, text: str) -> Form:
+        """Give the words of the tag that a text means: its own, or those of the tag whose synonym or plural it is.
+
+        >>> PhraseFinder(["t-shirt"], synonyms={"tee": "T-Shirt"}).form_of("Tee")
+        ('t', 'shirt')
+        """
+        form = split_form(text)
+        return split_form(self._forms.get(form) or "") or form
+
     def _add(self, singulars: Mapping[Form, str]) -> None:
         """Add tags, and their plurals where no tag is written so."""
         singulars = {form: tag for form, tag in singulars.items() if form}

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..stages import Sample, Values
-from .phrases import names_a_thing
+from .phrases import Form, names_a_thing, split_form
 
 RAM_SIDE = 384  # where the model's file does not say
 _MEAN, _STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)  # of ImageNet
@@ -23,14 +23,14 @@ _MEAN, _STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.22
 def clean_tags(tags: Iterable[str]) -> list[str]:
     """Tidy tags: one space between words, no dots, which end a detector's prompt; the first of equal ones.
 
-    >>> clean_tags(["Dog", "dog", " hot  dog.", "photo", ""])
+    >>> clean_tags(["Dog", "dog", " hot  dog.", "hot-dog", "photo", ""])
     ['Dog', 'hot dog']
     """
     tidy = (" ".join(re.sub(r"[.?,;|]", " ", str(tag)).split()) for tag in tags)
-    found: dict[str, str] = {}
+    found: dict[Form, str] = {}
     for tag in tidy:
         if names_a_thing(tag):
-            found.setdefault(tag.lower(), tag)
+            found.setdefault(split_form(tag), tag)
     return list(found.values())
 
 

@@ -95,13 +95,3 @@ COMPOUNDS = _words(
 
 OTHER_IN_PLURAL = _words("glasses spectacles irons woods waters customs goods pants shorts arms scales boxers tights")
 """Plurals that mean something else than several of the singular, unless `of` follows: `glasses of wine`."""
-
-LEAKED = (
-    r"\b(?:this|the (?:first|second|detailed|given|provided|original|above)) (?:sentence|caption|description)\b",
-    r"\bsentence (?:1|2|one|two)\b",
-    r"\bsentence structure\b",
-    r"\breal-world (?:detail|knowledge|information)",
-    r"\bas an (?:ai|language model)\b",
-    r"\b(?:raw|synthetic) caption\b",
-)
-"""What a sentence says of its own making, as patterns."""

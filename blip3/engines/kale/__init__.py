@@ -9,8 +9,9 @@ The files:
 
     command    options and plan
     stages     what the runner calls: DenseCaption, TakeCaption, Fuse, FuseAtOnce
-    prompts    what is asked, and what is removed from the answers
+    prompts    what is asked; `engines/leaks.py` removes from the answers what speaks of that
     writers    one protocol for all that writes text: `local` (transformers, here) and `server` (OpenAI's words)
+    verify     all of it on rendered images, whose alt-text has known names
 
 A plan names its models; what each worker makes of it is a writer of its own.
 """

@@ -7,9 +7,11 @@ from importlib.metadata import version
 from typing import Any
 
 from ...checkpoints import fingerprint, folder_of
+from ...refusals import check_positive
 from ..stages import EnginePlan, StageSpec
 from .prompts import CAPTION_PROMPT, FUSION_PROMPT
 from .stages import ALT_TEXT, DENSE, FUSED, DenseCaption, Fuse, FuseAtOnce, TakeCaption
+from .verify import DENSE_COLUMN, verify_scripted, verify_stages
 from .writers import WriterOptions
 
 ROLES = {
@@ -43,6 +45,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=float, default=120, metavar="SECONDS", help="of one try with a server; default: 120")
     add("--tries", type=int, default=5, metavar="N", help="of a request to a server; default: 5")
     add("--writer-seed", type=int, default=0, metavar="N", help="sent to servers; default: 0")
+    check = parser.add_argument_group("verify")
+    check.add_argument("--verify-images", type=int, default=300, metavar="N", help="to render (default: 300)")
+    check.add_argument("--verify-seed", type=int, default=0, metavar="N", help="of the rendered images (default: 0)")
 
 
 def plan(options: argparse.Namespace) -> EnginePlan:
@@ -62,6 +67,19 @@ def plan(options: argparse.Namespace) -> EnginePlan:
     for role in ROLES:
         settings[role] = _rows_depend_on(writers[role]) | {"prompt": asked.get(role)} if role in writers else None
     return EnginePlan("kale", stages, SCHEMA, settings, _made_with(options, writers))
+
+
+def verify(options: argparse.Namespace) -> dict[str, float]:
+    """Fuse alt-texts of rendered images; figures as `verify.verify_stages` names, by a script if no model is named.
+
+    Raises:
+        ValueError: for options that do not fit each other; else as `plan`.
+    """
+    check_positive("--verify-images is", options.verify_images)
+    given = (options.verify_images, options.verify_seed)
+    if not any(_is_given(options, role) for role in ROLES):
+        return verify_scripted(*given)
+    return verify_stages(plan(options).stages, *given, dense_column=options.dense_column or DENSE_COLUMN)
 
 
 def _is_given(options: argparse.Namespace, role: str) -> bool:

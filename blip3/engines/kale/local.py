@@ -112,9 +112,17 @@ class ChatWriter:
         return _in_batches(requests, self.batch_size, self._prepare, self._generate)
 
     def _prepare(self, request: Request) -> tuple[str, Any]:
-        """Render a prompt and see that it fits, image and all."""
+        """Render a prompt and see that it fits, image and all.
+
+        Raises:
+            RuntimeError: for an image, if the model reads text alone.
+            ValueError: if it does not fit.
+        """
         if request.image is not None and not self.sees_images:
-            raise ValueError("The model reads text alone, but the request has an image.")
+            raise RuntimeError(  # of the run: every request would fail
+                f"The model {self.model.name_or_path} reads text alone, but the request has an image. A rewriter was "
+                "probably named as captioner: name a model of images and text."
+            )
         text = without(request.text, [*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens])
         content: Any = [{"type": "image"}] * (request.image is not None) + [{"type": "text", "text": text}]
         messages = [{"role": "user", "content": content if self.sees_images else text}]

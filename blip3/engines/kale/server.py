@@ -7,8 +7,9 @@
                                                                             +--> one sentence: the request's error
                                                                             +--> RuntimeError: the run's fault
 
-A fault of the run is what no request would survive: nobody listens, the key or the model is refused, or request after
-request fails. Rows in error would then fill the output; instead the run ends, and the same command continues it.
+A fault of the run is what no request would survive: nobody listens, the key or the model is refused, request after
+request fails, or every request from the first one on is refused, as a model that reads text alone refuses images. Rows
+in error would then fill the output; instead the run ends, and the same command continues it.
 """
 
 import asyncio
@@ -31,6 +32,7 @@ MAX_REPLY_BYTES = 4 * 2**20
 MAX_WAIT = 600.0  # seconds; a server that asks for longer is not waited for
 FIRST_WAIT = 0.5  # doubled with each try
 MAX_FAILURES_IN_A_ROW = 32  # requests, each after all its tries
+MAX_REFUSALS_AT_FIRST = 32  # requests of a worker, before it has had any reply
 _REFUSED = {401: "the key is missing or wrong", 403: "the key may not do this", 404: "the url or the model is another"}
 
 
@@ -47,7 +49,9 @@ class ServerWriter:
     def __init__(self, options: WriterOptions):
         self.options, self._http = options, _import_httpx()
         self._certificates = self._http.create_ssl_context()  # read once: that takes longer than a request
-        self._failures = 0
+        self._failures = 0  # in a row, by the server's fault
+        self._refusals = 0  # before the first reply, by whoever's fault
+        self._has_replied = False
         self._not_before = 0.0  # no request starts earlier, by time.monotonic
 
     def write(self, requests: Sequence[Request]) -> list[Reply]:
@@ -96,7 +100,7 @@ class ServerWriter:
                     return self._give_up(failed)
                 await self._wait(failed, attempt)
             else:
-                self._failures = 0
+                self._failures, self._has_replied = 0, True
                 return reply
         raise AssertionError("a reply or an error ends the last try")
 
@@ -126,6 +130,7 @@ class ServerWriter:
     def _give_up(self, failed: "_FailedTry") -> Reply:
         """Turn the last failure into an error of the request, or into a fault of the run."""
         self._failures = self._failures + 1 if failed.counts else 0
+        self._refusals += not self._has_replied
         if not failed.is_reached:
             raise RuntimeError(
                 f"The server {self.options.url} was asked {self.options.tries} times and nobody listened, but it is "
@@ -137,6 +142,11 @@ class ServerWriter:
                 f"{self.options.model!r}, but it is to write captions. Probably {_REFUSED[failed.status]}: correct "
                 "it, and repeat the command to continue."
             )
+        self._check_failures(failed)
+        return Reply(error=str(failed))
+
+    def _check_failures(self, failed: "_FailedTry") -> None:
+        """End the run where failures are no longer those of single requests."""
         if self._failures >= MAX_FAILURES_IN_A_ROW:
             raise RuntimeError(
                 f"{self._failures} requests in a row failed at the server {self.options.url}, each after all its "
@@ -144,7 +154,13 @@ class ServerWriter:
                 "overloaded or in trouble: look at its log, lower the concurrency or raise the time-out, and repeat "
                 "the command to continue."
             )
-        return Reply(error=str(failed))
+        if self._refusals >= MAX_REFUSALS_AT_FIRST:
+            raise RuntimeError(
+                f"The first {self._refusals} requests to the server {self.options.url} for the model "
+                f"{self.options.model!r} all failed; the last: {failed} Replies are expected to nearly all. The model "
+                "probably cannot do what it is asked, such as read images or so many tokens: try one request with "
+                "curl, name another model or other options, and repeat the command to continue."
+            )
 
 
 class _FailedTry(Exception):  # noqa: N818 - it is no error yet

@@ -6,8 +6,9 @@ from typing import Any
 
 from PIL import Image
 
+from ..leaks import clean_caption, one_line
 from ..stages import Sample, Values
-from .prompts import CAPTION_PROMPT, clean_caption, fusion_prompt, one_line
+from .prompts import CAPTION_PROMPT, fusion_prompt
 from .writers import Reply, Request, Writer, WriterOptions
 
 DENSE = "cogvlm_caption"

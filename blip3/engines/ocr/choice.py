@@ -11,6 +11,9 @@ Each limits itself to one thread: there is one reader in each worker, and a work
 from collections.abc import Mapping
 from typing import Any
 
+from PIL import Image
+
+from ...jobs.inputs import one_sentence
 from ...refusals import check_choice
 from . import paddle, rapid, tesseract
 from .readers import About, OcrReader
@@ -20,7 +23,7 @@ READERS: dict[str, Any] = {"rapidocr": rapid, "paddleocr": paddle, "tesseract": 
 
 
 def make_reader(name: str, options: Mapping[str, Any]) -> OcrReader:
-    """Load a reader.
+    """Load a reader, and try it on a blank image: what fails there is no fault of an image.
 
     Args:
         name: one of `READERS`.
@@ -29,9 +32,18 @@ def make_reader(name: str, options: Mapping[str, Any]) -> OcrReader:
     Raises:
         ValueError: for an unknown name, or options it cannot work with.
         ImportError: if its package is not installed.
+        RuntimeError: if it cannot read a blank image.
     """
     check_choice("The OCR reader is", name, READERS)
-    return READERS[name].Reader(**options)
+    reader: OcrReader = READERS[name].Reader(**options)
+    try:
+        reader.read(Image.new("RGB", (64, 64), "white"))
+    except Exception as error:  # a reader's libraries raise all kinds
+        raise RuntimeError(
+            f"The OCR reader {name!r} failed at a blank image ({one_sentence(error)}), but is to read yours. A model "
+            "or language is probably missing, or versions of its packages do not fit each other: install others."
+        ) from error
+    return reader
 
 
 def describe_reader(name: str, options: Mapping[str, Any]) -> About:

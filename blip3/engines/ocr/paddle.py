@@ -99,6 +99,7 @@ class Reader:
             use_textline_orientation=bool(orientation),
             device="cpu",
             cpu_threads=1,
+            enable_mkldnn=False,  # with oneDNN paddlepaddle 3.3.0 and 3.3.1 fail at every image (Paddle's issue 77340)
         )
 
     def read(self, image: Image.Image) -> Reading:
