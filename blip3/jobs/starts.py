@@ -6,12 +6,14 @@
     third time   the same image is tried once more; the worker dies
     fourth time  the image is an error of its row, and never opened again
 
-A worker that is killed for other reasons leaves marks, too: two deaths at the same image alone are held against it. A
-mark is a file of a few bytes for each unit in hand, removed when the unit is done. Workers on several machines need a
-file system that they share.
+A worker that is killed for other reasons leaves marks, too: two deaths at the same image alone are held against it. An
+exception is no death: it takes the mark back, so a run that a fault ended is continued as if nothing had been begun.
+A mark is a file of a few bytes for each unit in hand, removed when the unit is done. Workers on several machines need
+a file system that they share.
 """
 
 import collections
+import functools
 import hashlib
 import json
 import os
@@ -48,26 +50,30 @@ class Starts:
         """Mark what is opened next; a crash of the process keeps the mark, a crash of the machine may lose it."""
         self._write(name)
 
+    def end(self) -> None:
+        """Take the mark back: what was begun is over, and whatever ends the process now is not its doing."""
+        self._write(False)
+
     def remove(self) -> None:
         """The unit is done."""
         self.path.unlink(missing_ok=True)
 
-    def _write(self, name: str | None) -> None:
+    def _write(self, name: str | bool | None) -> None:
         with self.path.open("ab") as file:
             file.write(json.dumps(name).encode() + b"\n")
             file.flush()
 
 
 def _last_begun(path: Path) -> Iterator[str]:
-    """Yield what each process had begun last; each wrote null first."""
-    last: str | None = None
+    """Yield what each process had begun last and not ended; each wrote null first, and false where something ended."""
+    last: str | bool | None = None
     lines = path.read_bytes().splitlines() if path.is_file() else []
     for line in [*lines, b"null"]:
         try:
             name = json.loads(line)
         except ValueError:  # half written
             continue
-        if name is None and last is not None:
+        if name is None and isinstance(last, str):
             yield last
         last = name
 
@@ -76,6 +82,8 @@ def survive(
     starts: Starts, place: str, count: int, work: Callable[[int, int], list[_Result]], refuse: Callable[[int], _Result]
 ) -> list[_Result]:
     """Work on a slice at once, or one image at a time where it killed a process before.
+
+    An exception of `work` leaves no mark behind, and goes on to the caller.
 
     Args:
         starts: of the unit.
@@ -89,15 +97,25 @@ def survive(
     """
     names = [f"{place}:{index}" for index in range(count)]
     if not any(map(starts.deaths, [place, *names])):
-        starts.begin(place)
-        return work(0, count)
+        return _marked(starts, place, lambda: work(0, count))
     results = []
     for index, name in enumerate(names):
         if starts.deaths(name) >= MOST_DEATHS:
             results.append(refuse(index))
             continue
-        starts.begin(name)
-        results += work(index, index + 1)
+        results += _marked(starts, name, functools.partial(work, index, index + 1))
+    return results
+
+
+def _marked(starts: Starts, name: str, work: Callable[[], list[_Result]]) -> list[_Result]:
+    """Work with a mark that stays only if the process dies."""
+    starts.begin(name)
+    try:
+        results = work()
+    except Exception:
+        starts.end()
+        raise
+    starts.end()
     return results
 
 
