@@ -156,7 +156,8 @@ def test_stages_that_need_more_than_a_cpu_have_processes_of_their_own():
 
 def test_rows_of_two_kinds_are_not_mixed(shard, tmp_path):
     settings = RunSettings(shard.parent, tmp_path / "out")
-    open_output(settings, plan()).__exit__()
+    with open_output(settings, plan()) as output:
+        output.append(['{"id": "00000.tar", "file": "00000.parquet"}'])
     open_output(replace(settings, workers=7, slice_size=3), plan(burn=1.0)).__exit__()  # the rows are the same
     for other, made, message in (
         (settings, plan(least=4), r"holds rows with measure\.least = 3, but this run has 4"),
