@@ -92,13 +92,15 @@ def run_engine(settings: RunSettings, plan: EnginePlan) -> EngineSummary:
         plan: of the engine, filters among its stages.
 
     Raises:
-        ValueError: if the input cannot be read, or the output holds rows of another kind.
-        ImportError: if Ray is not installed.
-        RuntimeError: if Ray lost shards.
+        ValueError: if the input cannot be read, the output holds rows of another kind, or a stage's options are wrong.
+        ImportError: if Ray or what a stage needs is not installed.
+        RuntimeError: if Ray lost shards, or something was raised in a worker.
     """
     start = time.perf_counter()
     check_ray()
     schema_of(plan)
+    for spec in plan.stages:
+        spec.check()
     with open_output(settings, plan) as output:
         shards = plan_shards(settings.input, output.done, settings.columns)
         check_names(shards)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exceptions of other processes as values: what went wrong there reaches the user as one line.
 
-A worker that raises is restarted by Ray, or its traceback is printed in full, or both. So workers of jobs raise nothing:
-they give a `Fault` in place of a result, and the process that waits for results raises it as a RuntimeError.
+Ray restarts a worker that raises, or prints its traceback in full, or both. So workers of jobs raise nothing: they
+give a `Fault` in place of a result, and the process that waits for results raises it as a RuntimeError.
 """
 
 import re
@@ -43,9 +43,9 @@ def caught(work: Callable[[], _Result]) -> _Result | Fault:
 
 
 def fault_of(error: BaseException) -> Fault:
-    """Say what an exception says, of Ray's exceptions what the innermost one says.
+    r"""Say what an exception says, of Ray's exceptions what the innermost one says.
 
-    >>> fault_of(ValueError("It is 0 but\\nmust be 1.")).message, fault_of(MemoryError()).message
+    >>> fault_of(ValueError("It is 0 but\nmust be 1.")).message, fault_of(MemoryError()).message
     ('It is 0 but must be 1.', 'MemoryError')
     """
     where = "".join(traceback.format_exception(error))

@@ -4,8 +4,9 @@
     with batch_size     units --> tasks read --> batches of rows --> workers --> lines --> this process appends them
     without             units --> workers, one unit each at a time --> lines --> this process appends them
 
-A worker that raises ends the run with what it says, in one line (`faults`); one that dies is restarted. A batch of rows that kills its worker goes again one row at a time, and a row that
-does so again and again is an error (`starts`). A class that takes shards does the same with its slices.
+A worker that raises ends the run with what it says, in one line (`faults`); one that dies is restarted. A batch of
+rows that kills its worker goes again one row at a time, and a row that does so again and again is an error (`starts`). A
+class that takes shards does the same with its slices.
 
 Ray is used as it is if it was started, else the cluster of RAY_ADDRESS, else this machine for as long as it takes.
 """

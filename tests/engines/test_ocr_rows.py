@@ -19,7 +19,6 @@ from PIL import Image, ImageDraw
 from blip3.data.canvas import load_font, text_box
 from blip3.data.formats import OCR_GRANULARITIES, parse_ocr
 from blip3.data.readers import read_ocr
-from blip3.engines import filters
 from blip3.engines.ocr import choice, command
 from blip3.engines.ocr.boxes import bounding_box, cut_quad, growth, order_corners, reading_order, thickness, tighten
 from blip3.engines.ocr.check import box_iou, match
@@ -43,7 +42,6 @@ def quad(x1: float, y1: float, x2: float, y2: float):
 def options_of(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     command.add_options(parser)
-    filters.add_options(parser)
     return parser.parse_args(arguments)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from PIL import Image
 
+from ..packages import PHONENUMBERS, PY3LANGID
 from ..stages import Sample, Values
-from .personal import personal_data
+from .personal import check_region, personal_data
 
 ENTRIES, DROPPED = "entries", "dropped_entries"
 LEAST_LETTERS = 20  # of a text whose language is looked at: shorter ones are names and numbers in any
@@ -48,9 +49,15 @@ class AltTextLanguage:
     """
 
     needs_images = False
+    package = PY3LANGID
 
     def __init__(self, languages: Sequence[str]):
         self.languages, self.language_of = frozenset(languages), open_identifier(languages)
+
+    @staticmethod
+    def check(languages: Sequence[str]) -> None:
+        """Refuse languages that are not known."""
+        open_identifier(languages)
 
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
         """Drop `alt_text_language`."""
@@ -143,9 +150,15 @@ class TextLanguage:
     """
 
     needs_images = False
+    package = PY3LANGID
 
     def __init__(self, languages: Sequence[str]):
         self.languages, self.language_of = frozenset(languages), open_identifier(languages)
+
+    @staticmethod
+    def check(languages: Sequence[str]) -> None:
+        """Refuse languages that are not known."""
+        open_identifier(languages)
 
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
         """Drop `text_language`."""
@@ -163,9 +176,15 @@ class PersonalData:
     """
 
     needs_images = False
+    package = PHONENUMBERS
 
     def __init__(self, drop: str, region: str = ""):
         self.drop, self.region = drop, region
+
+    @staticmethod
+    def check(drop: str, region: str = "") -> None:
+        """Refuse a country that is not known."""
+        check_region(region)
 
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
         """Drop images or lines by `personal_data`."""
@@ -233,10 +252,7 @@ def open_identifier(languages: Sequence[str]) -> Callable[[str], str]:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
-        raise ImportError(
-            f"The language of texts is to be told but py3langid cannot be imported ({error}). The extra was probably "
-            "left out: pip install 'blip3[engines]', or pip install py3langid."
-        ) from error
+        raise PY3LANGID.missing(error) from error
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
     unknown = set(languages) - set(identifier.labels)
     if unknown:

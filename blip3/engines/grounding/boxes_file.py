@@ -47,6 +47,11 @@ class FileBoxes:
         if self._rows is None:
             self._dataset = _open_parquet(self.path, name)
 
+    @staticmethod
+    def check(path: str, name: str = "key", unit: str = "share") -> None:
+        """Refuse a file that cannot be read; raises as the class."""
+        FileBoxes(path, name, unit)
+
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
         """Look up the boxes of each sample; one that the file does not name fails."""
         wanted = [getattr(sample, self.name) for sample in samples]

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from ...checkpoints import fingerprint, folder_of
+from ..filters import add_caption_options
 from ..stages import EnginePlan, StageSpec
 from .prompts import CAPTION_PROMPT, FUSION_PROMPT
 from .stages import ALT_TEXT, DENSE, FUSED, DenseCaption, Fuse, FuseAtOnce, TakeCaption
@@ -43,6 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=float, default=120, metavar="SECONDS", help="of one try with a server; default: 120")
     add("--tries", type=int, default=5, metavar="N", help="of a request to a server; default: 5")
     add("--writer-seed", type=int, default=0, metavar="N", help="sent to servers; default: 0")
+    add_caption_options(parser)
 
 
 def plan(options: argparse.Namespace) -> EnginePlan:
