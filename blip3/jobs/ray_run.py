@@ -5,8 +5,8 @@
     without             units --> workers, one unit each at a time --> lines --> this process appends them
 
 A worker that raises ends the run with what it says, in one line (`faults`); one that dies is restarted. A batch of
-rows that kills its worker goes again one row at a time, and a row that does so again and again is an error (`starts`). A
-class that takes shards does the same with its slices.
+rows that kills its worker goes again one row at a time, and a row that does so again and again is an error (`starts`).
+A class that takes shards does the same with its slices.
 
 Ray is used as it is if it was started, else the cluster of RAY_ADDRESS, else this machine for as long as it takes.
 """
@@ -30,6 +30,7 @@ from .faults import Fault, caught, fault_of
 from .inputs import Plan, Reader, read_unit
 from .output import Output
 from .pools import PoolSpec, start_pools
+from .progress import Watch
 
 MOST_STARTS = 3
 MAX_BLOCK_BYTES = 8 * 2**20  # of images on their way between two of Ray's processes
@@ -105,15 +106,14 @@ def run(
     options: dict[str, Any] = {"workers": workers, "batch_size": batch_size, "read": read, "pools": pools}
     options |= {"num_gpus": num_gpus_per_worker, "marks": starts.folder_of(output.folder)}
     results = _stream(plan, work, arguments, **options) if plan.num_missing else ()
-    with tqdm(desc="starting", total=plan.num_rows, initial=num_earlier, unit=kind) as progress:
+    bar = tqdm(desc="starting", total=plan.num_rows, initial=num_earlier, unit=kind)
+    with bar, Watch(bar, description, options["marks"]) as watch:
         for found in results:
             rows = [row for row in found if row["id"] not in written]  # a worker that died may repeat some
             output.append([row["line"] for row in rows])
             written.update(row["id"] for row in rows)
             num_errors += sum(row["num_errors"] for row in rows)
-            progress.set_description(description, refresh=False)
-            progress.set_postfix(errors=num_errors, refresh=False)
-            progress.update(len(rows))
+            watch.show(len(rows), num_errors)
     if len(written) != plan.num_missing:
         raise RuntimeError(
             f"Ray returned {len(written)} {kind}s but {plan.num_missing} were planned. The input probably changed "

@@ -54,11 +54,15 @@ class Starts:
         """Take the mark back: what was begun is over, and whatever ends the process now is not its doing."""
         self._write(False)
 
+    def report(self, num_rows: int) -> None:
+        """Say how many rows of the unit are through, for `rows_in_hand`; nothing may be begun meanwhile."""
+        self._write(num_rows)
+
     def remove(self) -> None:
         """The unit is done."""
         self.path.unlink(missing_ok=True)
 
-    def _write(self, name: str | bool | None) -> None:
+    def _write(self, name: str | bool | int | None) -> None:
         with self.path.open("ab") as file:
             file.write(json.dumps(name).encode() + b"\n")
             file.flush()
@@ -66,16 +70,43 @@ class Starts:
 
 def _last_begun(path: Path) -> Iterator[str]:
     """Yield what each process had begun last and not ended; each wrote null first, and false where something ended."""
-    last: str | bool | None = None
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    for line in [*lines, b"null"]:
-        try:
-            name = json.loads(line)
-        except ValueError:  # half written
-            continue
+    last = None
+    for name in [*_read(path), None]:
         if name is None and isinstance(last, str):
             yield last
         last = name
+
+
+def _read(path: Path) -> Iterator[str | bool | int | None]:
+    """Yield what was written to a mark."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:  # not there, or no longer
+        return
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:  # half written
+            continue
+
+
+def rows_in_hand(folder: Path) -> int:
+    """Count the rows that are through of units that are not done, as workers `report` them.
+
+    Args:
+        folder: of the marks.
+    """
+    return sum(_last_report(path) for path in folder.glob("*"))
+
+
+def _last_report(path: Path) -> int:
+    last = 0
+    for value in _read(path):
+        if value is None:  # the process before died: the unit is done again
+            last = 0
+        elif type(value) is int:
+            last = value
+    return last
 
 
 def survive(

@@ -243,7 +243,7 @@ def test_lines_are_dropped_and_counted_and_the_last_one_takes_its_image_along():
     )
     assert [entry["text"] for entry in whole["entries"]] == ["No. 7"]
     assert whole["dropped_entries"] == {"confidence": 1, "letters": 1, "text_area": 1}
-    assert marks["filtered_by"] == "letters"
+    assert (marks["filtered_by"], marks["dropped_entries"]) == ("letters", {"confidence": 1, "letters": 1})
     assert (none, unread) == ({"entries": []}, {})
 
 

@@ -10,7 +10,7 @@ from blip3.jobs import faults
 from blip3.jobs.faults import Fault, caught, fault_of
 
 
-class OfRay(Exception):
+class OfRayError(Exception):
     """Stands for an exception of Ray."""
 
     __module__ = "ray.exceptions"
@@ -48,11 +48,13 @@ def test_an_interrupt_goes_on(interrupt):
 
 
 def test_of_rays_exceptions_the_innermost_speaks():
-    assert fault_of(OfRay("Traceback ...", OfRay("UDF failed", ValueError("It is 0.")))).message == "It is 0."
+    assert (
+        fault_of(OfRayError("Traceback ...", OfRayError("UDF failed", ValueError("It is 0.")))).message == "It is 0."
+    )
     text = (
         "\x1b[36mray::Work()\x1b[39m (pid=1)\n  File x\n    work()\n    ^^^^\nbuiltins.ValueError: It is 0 but more."
     )
-    assert fault_of(OfRay(text)).message == "It is 0 but more."
+    assert fault_of(OfRayError(text)).message == "It is 0 but more."
     outer = ImportError("pip install ray")
     outer.__cause__ = ImportError("no module named ray")
     assert fault_of(outer).message == "pip install ray"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from blip3.jobs.starts import Starts, folder_of, killed_its_worker, remove_all, survive
+from blip3.jobs.starts import Starts, folder_of, killed_its_worker, remove_all, rows_in_hand, survive
 
 
 class Killed(BaseException):
@@ -96,6 +96,21 @@ def test_deaths_count_where_they_happened(tmp_path):
     starts = Starts(tmp_path, "shard")
     assert (starts.deaths("0:6"), starts.deaths("0:0")) == (1, 0)
     assert Starts(tmp_path, "another shard").deaths("0:6") == 0
+
+
+def test_rows_in_hand_are_those_of_the_last_attempt_at_each_unit(tmp_path):
+    assert rows_in_hand(tmp_path / "nothing") == 0
+    for unit, reports in (("a", (8, 16)), ("b", (8,))):
+        begun = Starts(tmp_path, unit)
+        for rows in reports:
+            begun.report(rows)
+    begun.begin("0:8")
+    assert rows_in_hand(tmp_path) == 24
+    begun = Starts(tmp_path, "b")  # done again, as its worker died
+    assert begun.deaths("0:8") == 1
+    assert rows_in_hand(tmp_path) == 16
+    begun.remove()
+    assert rows_in_hand(tmp_path) == 16
 
 
 def test_a_mark_that_was_half_written_is_left_out(tmp_path):

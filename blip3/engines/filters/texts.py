@@ -207,15 +207,14 @@ def drop_entries(sample: Sample, name: str, keep: Callable[[Entry], bool]) -> Va
         keep: whether a line stays.
 
     Returns:
-        what changes: the lines that stay and the count of those dropped, or that the sample lost its last line.
+        what changes: the count of lines dropped, and the lines that stay or that the sample lost its last line.
     """
     entries = sample.values.get(ENTRIES, ())
     kept = [entry for entry in entries if keep(entry)]
     if len(kept) == len(entries):
         return {}
-    if not kept:
-        return {"filtered_by": name}
-    return {ENTRIES: kept, DROPPED: {**sample.values.get(DROPPED, {}), name: len(entries) - len(kept)}}
+    dropped = {**sample.values.get(DROPPED, {}), name: len(entries) - len(kept)}
+    return {DROPPED: dropped, **({ENTRIES: kept} if kept else {"filtered_by": name})}
 
 
 def letters(text: str) -> float:

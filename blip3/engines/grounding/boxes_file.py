@@ -84,7 +84,7 @@ class FileBoxes:
                 }
                 for entry in entries or ()
             ]
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
             found = [{"text": "", "bbox": []}]
         if any(len(entry["bbox"]) != 4 for entry in found):
             return {"error": "The entries in the file of boxes are no list of text, bbox of four numbers, confidence."}

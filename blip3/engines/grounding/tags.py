@@ -87,7 +87,7 @@ class ColumnTags:
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = re.split(r"[|,]" if "|" not in value else r"\|", value)
         if not isinstance(value, list | tuple):
             return {"error": f"The column {self.column!r} holds {type(value).__name__} instead of tags."}
