@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from blip3.data.readers import read_ocr, stream_rows
+from blip3.data.records import RecordError
+from blip3.data.shards import images_beside
 from blip3.engines import run, texts, writer
 from blip3.engines.run import EngineSummary, RunSettings, open_output, summarize
 from blip3.engines.stages import EnginePlan, StageSpec
@@ -153,6 +156,55 @@ def test_what_a_stage_writes_is_cleaned_too(tmp_path):
     made = EnginePlan("alt", (StageSpec(TakeAltText),), {"colour": "string"}, {})
     _, (row,) = write(tmp_path / "a.tar", tmp_path / "out", made)
     assert row["colour"] == "\ufffd"
+
+
+class Spell:
+    """Writes the size of an image as OCR writes its texts."""
+
+    needs_images = True
+
+    def __call__(self, samples: list, images: list) -> list[dict]:
+        """Add `captions`."""
+        return [{"captions": json.dumps([[f"{image.height} x {image.width}", 0, False]])} for image in images]
+
+
+@pytest.mark.parametrize(
+    ("key", "image", "as_struct"),
+    [("key", "image", False), ("id", "image", True), (None, "image", False), ("name", "photo", False)],
+)
+def test_rows_about_parquet_are_trained_on(tmp_path, key, image, as_struct):
+    """Parquet with images -> an engine -> the reader of its rows, which finds each image by its key."""
+    (tmp_path / "in" / "below").mkdir(parents=True)
+    rows = []
+    for number in range(5):
+        data = encode(20, 30 + number) if number != 2 else b"broken"
+        named = {key: f"k{number}"} if key else {}
+        rows.append({image: {"bytes": data, "path": None} if as_struct else data, **named})
+    path = tmp_path / "in" / "below" / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
+    made = EnginePlan("spell", (StageSpec(Spell),), {"captions": "string"}, {})
+    options = {"image_column": image, "key_column": key if key == "name" else None}
+    with open_output(RunSettings(tmp_path / "in", tmp_path / "out", **options), made) as output:
+        (line,), _ = write(tmp_path / "in", tmp_path / "out", made, **options)
+        output.append([json.dumps(line)])
+    found = list(
+        read_ocr(stream_rows(str(tmp_path / "out" / "below" / "*.parquet")), image_folder=str(tmp_path / "in"))
+    )
+    assert [record.turns[-1].text for record in found] == [f"<image>20 x {30 + number}" for number in (0, 1, 3, 4)]
+    assert [record.images[0].size() for record in found] == [(20, 30 + number) for number in (0, 1, 3, 4)]
+    with pytest.raises(RecordError, match=r"The image 'k9' in .*a\.parquet.* does not exist"):
+        replace(found[0].images[0], path="k9").open()
+
+
+def test_images_that_parquet_names_by_their_path_are_trained_on(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "lies.png").write_bytes(encode(20, 77))
+    parquet.write_table(pyarrow.table({"image": ["lies.png"], "key": ["k"]}), tmp_path / "in" / "a.parquet")
+    made = EnginePlan("spell", (StageSpec(Spell),), {"captions": "string"}, {})
+    write(tmp_path / "in" / "a.parquet", tmp_path / "out", made)
+    (record,) = read_ocr(stream_rows(str(tmp_path / "out" / "a.parquet")), image_folder=str(tmp_path / "in"))
+    assert record.images[0].size() == (20, 77)
+    assert images_beside(str(tmp_path / "out"), str(tmp_path / "out" / "a.parquet")) is None  # rows, not images
 
 
 class Lines:
