@@ -157,7 +157,7 @@ def cost_command(argv: Sequence[str]) -> int:
     engine, rest = _engine_first("cost", argv)
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} cost {engine}", description=cost_command.__doc__)
     add = parser.add_argument
-    add("--images", type=read_count, default=200_000_000, metavar="N", help="such as 30M; default: 200M")
+    add("--images", "--pictures", type=read_count, default=200_000_000, metavar="N", help="such as 30M; default: 200M")
     add("--cores", type=int, default=64, help="default: %(default)s")
     add("--seconds", type=float, default=60, help="to measure; default: %(default)s")
     add_engine_options(parser, engine)

@@ -96,6 +96,9 @@ def test_the_cost_is_measured_and_computed(engine, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("Measured: 8 rendered pages of ")
     assert "8 of the pages ended in error or filtered out" in printed
+    again = ["cost", "ocr", "--pictures", "3k", "--seconds", "0.01"]
+    assert command.main(again) == 0
+    assert "3,000 images x" in capsys.readouterr().out
     measured = cost.Measured(100, 0, 50.0, 60.0, 10_000.0, False)
     text = cost.estimate(measured, 200_000_000, 64)
     assert "0.500 CPU seconds an image" in text
