@@ -49,7 +49,7 @@ test-engines:  ## the data engines on Ray with their readers, OCR and filters (e
 test-harness:  ## lmms-eval, and VLMEvalKit where a copy is named, on look-alikes (environment of its own, 2.4 GB)
 	$(PYTHON) tests/run.py harness
 
-test-scale:  ## several processes, DeepSpeed, object stores, ONNX, towers of timm (environment of its own, 2.5 GB)
+test-scale:  ## several processes, DeepSpeed, 4-bit weights, object stores, ONNX, towers of timm (environment of its own, 2.7 GB)
 	$(PYTHON) tests/run.py scale
 
 test-wheel:  ## the package installed as a wheel, without the repository (environment of its own, 2 GB)

@@ -441,17 +441,18 @@ def _shrink_strips(
             continue
         length, across = (image.height, image.width) if axis == 2 else (image.width, image.height)
         step = max(1, STRIP_BYTES // (4 * across))
-        parts: dict[tuple[int, int], list[torch.Tensor]] = {size: [] for size in wanted}
+        whole = {size: np.empty((1, *size, 4), dtype=np.uint8) for size in wanted}
         for start in range(0, length, step):
             end = min(start + step, length)
             strip = image.crop((0, start, image.width, end) if axis == 2 else (start, 0, end, image.height))
             pixels = _pixels_of(strip)
             if pixels is None:  # someone had Pillow allocate less at once than a strip takes
-                pixels = torch.from_numpy(np.array(strip)).permute(2, 0, 1)[None]
-            for height, width in wanted:
+                pixels = torch.from_numpy(np.array(strip.convert("RGBX"))[None]).permute(0, 3, 1, 2)
+            for (height, width), values in whole.items():
                 part_size = (end - start, width) if axis == 2 else (height, end - start)
-                parts[height, width].append(_interpolate(pixels, part_size, mode))
-        found |= {size: torch.cat(strips, dim=axis) for size, strips in parts.items()}
+                part = _interpolate(pixels, part_size, mode).permute(0, 2, 3, 1).numpy()
+                values[(slice(None),) * (axis - 1) + (slice(start, end),)] = part  # torch.cat would go parallel
+        found |= {size: torch.from_numpy(values).permute(0, 3, 1, 2) for size, values in whole.items()}
     return found
 
 

@@ -4,7 +4,7 @@
     pip install uv && python .ci/hashes.py
 
 Every file that the package index has of a version is listed, so that the lines hold on every platform and Python from
-the oldest on. torch and what it alone brings are left out: see docs/security.md.
+the oldest on. torch and what it alone brings are left out: see CONTRIBUTING.md.
 """
 
 import re
@@ -18,7 +18,7 @@ EXTRAS = {"4": "test", "5": "dev"}  # `serve` of the second is for transformers 
 OF_TORCH = r"^(torch|triton|setuptools|nvidia-.*|cuda-.*)$"
 HEADER = """\
 # The packages of constraints/{line}.txt, and what they bring on other platforms, with the sha256 of every file that
-# the package index has of them; made by .ci/hashes.py. torch is left out: docs/security.md says why.
+# the package index has of them; made by .ci/hashes.py. torch is left out: CONTRIBUTING.md says why.
 """
 
 

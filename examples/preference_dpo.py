@@ -41,7 +41,7 @@ def read_data(path: Path) -> Dataset:
 
 
 def load(path: Path):
-    """Load a model and its processor; train in float32 (bfloat16 autocast comes from `SFTConfig`)."""
+    """Load a model and its processor; train in float32 (bfloat16 autocast comes from `DPOConfig`)."""
     options = {"trust_remote_code": True}
     if not (path / "modeling_blip3.py").is_file() and (path.parent / "modeling_blip3.py").is_file():
         path, options["subfolder"] = path.parent, path.name  # base/: its code is in the folder above

@@ -49,7 +49,7 @@ def right_number(completions: list, answer: list[str], **kwargs) -> list[float]:
 
 
 def load(path: Path):
-    """Load a model and its processor; train in float32 (bfloat16 autocast comes from `SFTConfig`)."""
+    """Load a model and its processor; train in float32 (bfloat16 autocast comes from `GRPOConfig`)."""
     options = {"trust_remote_code": True}
     if not (path / "modeling_blip3.py").is_file() and (path.parent / "modeling_blip3.py").is_file():
         path, options["subfolder"] = path.parent, path.name  # base/: its code is in the folder above

@@ -43,9 +43,12 @@ def measure_batching(bench: Bench) -> list[Comparison]:
             BY_LENGTH: [[count for count in rows if count == each] for each in sorted(set(rows))],
         }
         runners = {name: _throughput(bench, model, dtype, each, new_tokens) for name, each in groups.items()}
-        static = cache_options(STATIC, bench.is_quick)
         runners[ARITHMETIC] = _arithmetic(bench, model, dtype, rows)
-        runners[STATIC_BATCH] = _throughput(bench, model, dtype, [rows], new_tokens, **static)
+        static = cache_options(STATIC, bench.is_quick)
+        others = {
+            BY_LENGTH: runners.pop(BY_LENGTH),
+            STATIC_BATCH: _throughput(bench, model, dtype, [rows], new_tokens, **static),
+        }
         facts = {
             "rows": rows,
             "new_tokens": new_tokens,
@@ -53,15 +56,23 @@ def measure_batching(bench: Bench) -> list[Comparison]:
             "profile": profile_step(bench, model, rows),
             "profiled": f"one further token of a padded batch, {dtype}",
         }
+        name = f"{len(rows)} mixed prompts, {dtype}"
         units = {
-            "rate": (f"{len(rows)} mixed prompts, {dtype}", "tokens/s", 1.0),
-            "first": (f"{len(rows)} mixed prompts, {dtype}, first tokens of all", "s", 1.0),
-            "further": (f"{len(rows)} mixed prompts, {dtype}, further tokens of all", "s", 1.0),
+            "rate": ("", "tokens/s", 1.0),
+            "first": (", first tokens of all", "s", 1.0),
+            "further": (", further tokens of all", "s", 1.0),
         }
-        time_generation(model, bench.inputs(OURS, dtype, list(rows)), 2, bench.device)  # warms up: rounds take minutes
-        measured = bench.compare("", runners, units, facts)
+        for each in groups.values():  # rounds take a minute: none is made to warm up
+            time_generation(model, bench.inputs(OURS, dtype, list(each[-1])), 2, bench.device)
+        measured = bench.compare(name, runners, units, facts, least=bench.least, is_warm=True)
         found += [*measured, *_shares_of_the_bound(measured, name_of_share(len(rows), dtype))]
+        found += bench.compare(name_of_others(len(rows), dtype), others, units, is_warm=True)
     return found
+
+
+def name_of_others(num_prompts: int, dtype: str) -> str:
+    """Name of the comparison of ways that decide no target."""
+    return f"{num_prompts} mixed prompts, other ways, {dtype}"
 
 
 def name_of_share(num_prompts: int, dtype: str) -> str:

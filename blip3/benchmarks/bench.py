@@ -11,6 +11,8 @@ from . import candidates
 from .candidates import Sizes
 from .clock import Candidate, Comparison, Effort, Values, measure_in_turn
 
+ROUNDS_OF_A_TARGET = 3  # counted at least where a target is decided: fewer have no quartiles
+
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
@@ -45,6 +47,11 @@ class Bench:
         """Whether times mean nothing and only the code is tried."""
         return self.sizes is candidates.QUICK
 
+    @property
+    def least(self) -> int:
+        """Rounds to count, however long they take, of a comparison that decides a target."""
+        return 0 if self.is_quick else ROUNDS_OF_A_TARGET
+
     def build(self, kind: str, dtype: str, **kwargs: Any) -> Any:
         """Build one of `candidates`."""
         return candidates.build(kind, self.sizes, dtype, self.device, **kwargs)
@@ -73,6 +80,7 @@ class Bench:
         facts: Mapping[str, Any] | None = None,
         left_out: Mapping[str, str] | None = None,
         least: int = 0,
+        is_warm: bool = False,
     ) -> list[Comparison]:
         """Measure candidates in turn.
 
@@ -83,13 +91,14 @@ class Bench:
             facts: stored beside.
             left_out: candidate -> why it is not among them.
             least: counted rounds to make however long they take.
+            is_warm: whether the first round counts too.
 
         Returns:
             A comparison for each metric; empty if there is no candidate left or memory ran out.
         """
         left_out = dict(left_out or {})
         try:
-            values: Values = measure_in_turn(runners, self.effort, least) if runners else {}
+            values: Values = measure_in_turn(runners, self.effort, least, is_warm) if runners else {}
         except torch.OutOfMemoryError:
             values, left_out = {}, left_out | dict.fromkeys(runners, "out of memory")
             torch.cuda.empty_cache()

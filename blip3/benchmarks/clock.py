@@ -73,7 +73,9 @@ class Comparison:
         }
 
 
-def measure_in_turn(candidates: Mapping[str, Candidate], effort: Effort, least: int = 0) -> Values:
+def measure_in_turn(
+    candidates: Mapping[str, Candidate], effort: Effort, least: int = 0, is_warm: bool = False
+) -> Values:
     """Run candidates in turn until the rounds or the seconds are used up.
 
     The first round warms up, and is counted only if the seconds leave no time for another.
@@ -82,6 +84,7 @@ def measure_in_turn(candidates: Mapping[str, Candidate], effort: Effort, least: 
         candidates: name -> callable that runs once and returns its values by metric.
         effort: how many rounds, for how long.
         least: counted rounds to make however long they take; for candidates slow to warm up.
+        is_warm: whether the first round counts too, because everything ran before.
 
     Returns:
         metric -> candidate -> values, round by round.
@@ -96,11 +99,15 @@ def measure_in_turn(candidates: Mapping[str, Candidate], effort: Effort, least: 
         )
     started = time.perf_counter()
     rounds: list[dict[str, Mapping[str, float]]] = []
-    while len(rounds) <= least or (len(rounds) <= effort.rounds and time.perf_counter() - started < effort.seconds):
+    warming = 0 if is_warm else 1
+    while not rounds or (
+        len(rounds) < warming + least
+        or (len(rounds) < warming + effort.rounds and time.perf_counter() - started < effort.seconds)
+    ):
         names = list(candidates)
         order = names if len(rounds) % 2 == 0 else names[::-1]
         rounds.append({name: candidates[name]() for name in order})
-    counted = rounds[1:] or rounds
+    counted = rounds[warming:] or rounds
     metrics = dict.fromkeys(metric for found in counted[0].values() for metric in found)
     return {
         metric: {name: [found[name][metric] for found in counted] for name in candidates if metric in counted[0][name]}

@@ -11,6 +11,7 @@ round, which is not counted, and so is the code that transformers copies from a 
 """
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 from ..hub import ROOT
@@ -35,7 +37,7 @@ NAME = "cold start"
 def measure_cold_start(bench: Bench) -> list[Comparison]:
     """Measure the small model and LLaVA-NeXT at like size."""
     with tempfile.TemporaryDirectory(prefix="blip3-benchmark-") as folder:
-        parameters = {LLAVA: save_llava(Path(folder))}
+        parameters = {OURS: count_parameters(ROOT), LLAVA: save_llava(Path(folder))}
         folders = {OURS: ROOT, LLAVA: Path(folder)}
         runners = {name: partial(start_and_answer, path, bench.threads) for name, path in folders.items()}
         units = {phase: (suffix, "s", 1.0) for phase, suffix in PHASES.items()}
@@ -58,6 +60,15 @@ def start_and_answer(folder: Path, threads: int) -> dict[str, float]:
             f"probably incomplete: load it by hand to see. The process's last words:\n{run.stderr[-1500:]}"
         )
     return json.loads(run.stdout.splitlines()[-1])
+
+
+def count_parameters(folder: Path) -> int:
+    """Count the weights of a saved model by the heads of its files."""
+    total = 0
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as weights:
+            total += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return total
 
 
 def save_llava(folder: Path) -> int:

@@ -87,7 +87,7 @@ def measure_generation(bench: Bench) -> list[Comparison]:
             found += _measure_one(bench, models, dtype, [1], mode)
         batches = (1, 4) if bench.is_quick else (1, 4, 16)
         for batch, images in itertools.product(batches, (1, 3)):
-            if batch > 1 or images > 1:  # a batch of 1 with one image is measured above
+            if 1 < batch * images < 48:  # a batch of 1 with one image is measured above, and 48 images are too many
                 found += _measure_one(bench, models, dtype, [images] * batch, EAGER)
     return found
 
@@ -120,7 +120,7 @@ def _measure_one(bench: Bench, models: Mapping[str, Any], dtype: str, rows: list
         "image_tokens": {kind: rows[0] * count_image_tokens(kind, bench.sizes, SQUARE) for kind in kinds},
         "step_bytes": num_bytes,
     }
-    least = 0 if bench.is_quick else 2 if _has_target(rows, mode) or mode == COMPILED else 0
+    least = bench.least if _has_target(rows, mode) or mode == COMPILED else 0
     return bench.compare(name_of(dtype, rows, mode), runners, UNITS, facts, left_out, least)
 
 

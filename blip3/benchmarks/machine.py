@@ -72,9 +72,9 @@ def measure_rates(device: str, dtypes: Sequence[str], side: int, copy_bytes: int
 
 
 def copy_candidate(num_bytes: int, device: str, metric: str = "seconds") -> Candidate:
-    """Move so many bytes, half of them read and half written."""
+    """Move so many bytes, half of them read and half written; once here, so that no measurement meets new pages."""
     source = torch.ones(max(1, num_bytes // 8), dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
+    target = source.clone()
     return timed(lambda: target.copy_(source), device, metric)
 
 

@@ -108,7 +108,6 @@ def _measure_training(bench: Bench, dtype: str) -> Comparison:
     values = {
         name: [
             run_child(bench, "train", kind=OURS, dtype=dtype, rows=[1], checkpointing=checkpointing)["own_bytes"] / MIB
-            for _ in range(_repeats(bench))
         ]
         for name, checkpointing in (("without checkpointing", False), ("with checkpointing", True))
     }
@@ -141,7 +140,7 @@ def count_largest_tensor(bench: Bench, dtype: str) -> Comparison:
 
 
 def _repeats(bench: Bench) -> int:
-    return 1 if bench.is_quick else 2
+    return max(1, bench.least)
 
 
 def _say(bench: Bench, comparison: Comparison) -> None:

@@ -52,7 +52,7 @@ def _measure_one(bench: Bench, dtype: str, attention: str) -> list[Comparison]:
     units = {"seconds": ("", "ms", 1000.0)}
     units |= {part: (f", {part} alone", "ms", 1000.0) for part in parts}
     facts = {"dtype": dtype, "attention": attention, "flops": flops, "profile": profile(run, bench.device)}
-    least = 0 if bench.is_quick or attention != ATTENTIONS[0] else 2
+    least = bench.least if attention == ATTENTIONS[0] else 0
     found = bench.compare(name_of(dtype, attention), runners, units, facts, least=least)
     if found[0].values:
         rate = bench.rates[f"{dtype}_flops_per_second"]

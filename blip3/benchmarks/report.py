@@ -19,7 +19,7 @@ from ..evaluation.tables_and_plots import markdown_table, new_figure
 from ..hub import ROOT
 from .candidates import IDEFICS, LLAVA, OURS
 from .images import LLAVA_PIL, LLAVA_TORCHVISION, PIL, TORCH
-from .scaling_report import MODEL_COLORS, describe_lines, plot_lines
+from .scaling_report import MODEL_COLORS, describe_lines, describe_memory, plot_lines
 from .targets import make_targets
 
 DOCUMENTS = (ROOT / "docs" / "speed.md", ROOT / "README.md")
@@ -68,14 +68,31 @@ def compare(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def targets_table(targets: Sequence[dict[str, Any]]) -> list[str]:
-    """The targets as a Markdown table."""
-    return markdown_table(
-        ["what", "target", "result (quartiles)", "reached"],
-        [
-            [target["what"], target["target"], _shown(target["result"], target["unit"]), _verdict(target)]
-            for target in targets
-        ],
-    )
+    """The targets as a Markdown table, as far as they were measured, and a line that names the kinds of the others."""
+    rows = [
+        [target["what"], target["target"], _shown(target["result"], target["unit"]), _verdict(target)]
+        for target in targets
+        if target["result"]
+    ]
+    table = markdown_table(["what", "target", "result (quartiles)", "reached"], rows) if rows else []
+    others = _not_measured(targets)
+    return [*table, *([""] if table and others else []), *others]
+
+
+def _not_measured(targets: Sequence[dict[str, Any]]) -> list[str]:
+    """Name what was not measured in a line, by the words before the first comma, with the number of rows."""
+    kinds: dict[str, list[bool]] = {}
+    kind = ""
+    for target in targets:
+        first = target["what"].partition(", ")[0]
+        kind = kind if kind and first.startswith(("of that", "the same")) else first  # those speak of the row before
+        kinds.setdefault(kind, []).append(not target["result"])
+    names = [
+        name if len(missing) == 1 else f"{name} ({sum(missing)} of {len(missing)} rows)"
+        for name, missing in kinds.items()
+        if any(missing)
+    ]
+    return [f"Not measured: {'; '.join(names)}."] if names else []
 
 
 def headline_table(targets: Sequence[dict[str, Any]]) -> list[str]:
@@ -102,6 +119,7 @@ def update_documents(folder: Path, device: str, documents: Sequence[Path] = DOCU
         f"{device}:machine": _head(results, device)[2:-1],
         f"{device}:plot": [plot],  # for README, which stands at the root
         f"{device}:scaling": describe_lines(_by_name(results.get("scaling", {"comparisons": []}))),
+        f"{device}:memory": describe_memory(_by_name(results.get("memory", {"comparisons": []}))),
     }
     changed = []
     for path in documents:
@@ -176,9 +194,7 @@ def _row(row: dict[str, Any], candidates: Sequence[str]) -> list[str]:
     return [row["name"], row["unit"], *cells]
 
 
-def _shown(summary: dict[str, float] | None, unit: str) -> str:
-    if summary is None:
-        return "not measured"
+def _shown(summary: dict[str, float], unit: str) -> str:
     text = f"{summary['median']:.4g}{unit}"
     return text if summary["count"] == 1 else f"{text} ({summary['low']:.3g} to {summary['high']:.3g})"
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from ..evaluation.tables_and_plots import new_figure
 from .candidates import IDEFICS, LLAVA, OURS
-from .loader import BY_WORKERS, WORKERS, workers_name
+from .clock import slope
+from .loader import BY_WORKERS, THREADS, WORKERS, workers_name
 from .scaling import KINDS, end_of_line
 
 LINES = {"image": "images", "part": "views of an image", "row": "rows", "token": "tokens of text"}
@@ -22,13 +23,45 @@ def points_of(rows: Rows, what: str, kind: str) -> dict[float, float]:
 
 
 def describe_lines(rows: Rows) -> list[str]:
-    """Say for each line and candidate where it stops being linear, as items of a Markdown list."""
+    """Give each line's slope and say where it stops being linear, as items of a Markdown list."""
     found = []
     for what, words in LINES.items():
         for kind in KINDS:
             points = points_of(rows, what, kind)
             if len(points) > 2:
-                found.append(f"- {words}, {kind}: {_words_of(points)}.")
+                found.append(f"- {words}, {kind}: {slope(points)[0]:.3g} ms each; {_words_of(points)}.")
+    return found
+
+
+def describe_memory(rows: Rows) -> list[str]:
+    """Give the memory of a prefill by image and by image token, as items of a Markdown list."""
+    found = []
+    for name, row in rows.items():
+        tokens = row["facts"].get("image_tokens", {})
+        each = [
+            f"{kind} {row['summary'][kind]['median']:.1f} MiB for {tokens[kind]:,} image tokens, "
+            f"{row['facts']['kib_per_image_token'][kind]:.0f} KiB each"
+            for kind in tokens
+        ]
+        found += [f"- {name}: {'; '.join(each)}."] if each else []
+    further = _memory_of_a_further_token(rows)
+    if further:
+        found.append(f"- Between these, a further token: {', '.join(further)}.")
+    return found
+
+
+def _memory_of_a_further_token(rows: Rows) -> list[str]:
+    """KiB of each candidate between the prefills with the fewest image tokens and with the most."""
+    measured = [row for row in rows.values() if row["facts"].get("image_tokens")]
+    found = []
+    for kind in KINDS:
+        points = {
+            row["facts"]["image_tokens"][kind]: row["summary"][kind]["median"]
+            for row in measured
+            if kind in row["summary"]
+        }
+        if len(points) > 1:
+            found.append(f"{kind} {1024 * slope(points)[0]:.0f} KiB")
     return found
 
 
@@ -58,9 +91,10 @@ def plot_lines(rows: Rows) -> Any:
         each.set(title=f"Prefill against {words}", xlabel=words, ylabel="ms")
     row = rows.get(BY_WORKERS)
     if row and row["summary"]:
-        heights = [row["summary"][workers_name(count)]["median"] for count in WORKERS]
-        workers.bar([str(count) for count in WORKERS], heights, color=MODEL_COLORS[OURS])
-    workers.set(title="Image processing by workers", xlabel="workers", ylabel="images a second")
+        bars = {str(count): workers_name(count) for count in WORKERS} | {"threads": THREADS}
+        heights = {label: row["summary"][name]["median"] for label, name in bars.items() if name in row["summary"]}
+        workers.bar(list(heights), list(heights.values()), color=MODEL_COLORS[OURS])
+    workers.set(title="Image processing", xlabel="workers, or threads of the caller", ylabel="images a second")
     for each in (*axes, workers):
         each.spines[["top", "right"]].set_visible(False)
         each.set_ylim(bottom=0)

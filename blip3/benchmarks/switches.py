@@ -49,7 +49,8 @@ def measure_switches(bench: Bench) -> list[Comparison]:
     for name, work, states, metric, count in (*_of_model(bench, model, dtype), *_of_images(bench)):
         runners: dict[str, Candidate] = {state: under(states.get(state, nullcontext), work) for state in (ON, OFF)}
         facts = {"dtype": dtype, "threads": bench.threads, **{state: count(run) for state, run in runners.items()}}
-        found += bench.compare(name, runners, {metric: ("", "ms", 1000.0)}, facts)
+        least = bench.least if name == NO_WINDOW else 0
+        found += bench.compare(name, runners, {metric: ("", "ms", 1000.0)}, facts, least=least)
     return found
 
 

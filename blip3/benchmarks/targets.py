@@ -6,8 +6,17 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .batching import BY_LENGTH, CACHE, FEATURES, ONE_BATCH, ONE_BY_ONE, STATIC_BATCH, name_of_share
-from .busy import FACTOR
+from .batching import (
+    BY_LENGTH,
+    CACHE,
+    FEATURES,
+    ONE_BATCH,
+    ONE_BY_ONE,
+    STATIC_BATCH,
+    name_of_others,
+    name_of_share,
+)
+from .busy import FACTOR, LARGE_FACTOR, ONE_THREAD
 from .candidates import BARE, IDEFICS, LLAVA, OURS
 from .clock import ratios, summarize
 from .cold_start import NAME as COLD_START
@@ -176,15 +185,24 @@ def _image_targets() -> list[Target]:
 
 def _busy_targets() -> list[Target]:
     words = "image processing beside a busy program, against quiet"
+    large = "image processing of 12 megapixels beside a busy program, against quiet"
     ours = {"bit-exact": PIL_BYTES, "torch": TORCH_BYTES}
     peers = {"PIL": LLAVA_PIL, "torchvision": LLAVA_TORCHVISION}
+    one_thread = value("busy", FACTOR, ONE_THREAD)
     return [
         *(Target(f"{words}, {name} backend", 1.6, False, value("busy", FACTOR, who)) for name, who in ours.items()),
+        Target(f"{words}, bit-exact backend, 1 thread", 1.5, False, one_thread),
         *(
             Target(f"{words}, LLaVA-NeXT's {name} processor", None, False, value("busy", FACTOR, who))
             for name, who in peers.items()
         ),
+        Target(f"{large}, torch backend", 1.6, False, _large_busy(TORCH_BYTES)),
+        Target(f"{large}, LLaVA-NeXT's torchvision processor", None, False, _large_busy(LLAVA_TORCHVISION)),
     ]
+
+
+def _large_busy(who: str) -> Measure:
+    return value("busy", LARGE_FACTOR, who)
 
 
 def _model_targets(dtype: str) -> list[Target]:
@@ -256,6 +274,7 @@ _PEER_HEADLINES = {
 
 def _batch_targets(dtype: str, device: str) -> list[Target]:
     name = f"16 mixed prompts, {dtype}"
+    alone = value("batching", name, ONE_BY_ONE)
     questions = f"3 images, {dtype}"
     training = f"mixed lengths, {dtype}"
     return [
@@ -272,8 +291,10 @@ def _batch_targets(dtype: str, device: str) -> list[Target]:
             value("batching", name_of_share(16, dtype), ONE_BATCH),
             "",
         ),
-        Target("the same with a static cache", None, True, ratio("batching", name, STATIC_BATCH, ONE_BY_ONE)),
-        Target("the same in batches of like length", None, True, ratio("batching", name, BY_LENGTH, ONE_BY_ONE)),
+        Target("the same with a static cache", None, True, ratio_of_medians(_other_way(dtype, STATIC_BATCH), alone)),
+        Target(
+            "the same in batches of like length", None, True, ratio_of_medians(_other_way(dtype, BY_LENGTH), alone)
+        ),
         Target(
             "vision tower runs of a second question, features reused", 0.0, False, _tower_runs(questions, FEATURES), ""
         ),
@@ -311,6 +332,10 @@ def _batch_targets(dtype: str, device: str) -> list[Target]:
             headline=("training step, packed, tokens a second", "the same samples padded"),
         ),
     ]
+
+
+def _other_way(dtype: str, who: str) -> Measure:
+    return value("batching", name_of_others(16, dtype), who)
 
 
 def _memory_targets(dtype: str) -> list[Target]:

@@ -23,15 +23,19 @@ from typing import Any
 
 import yaml
 
+from ..answering import pick_device
 from ..checkpoints import fingerprint
 from ..files import only_writer
 from ..refusals import exit_status
 from .ablation_grid import Grid, Row, load_grid
 from .ablation_report import ScoredRow, write_ablation
-from .ablation_runs import is_made, make_checkpoint, places_of
-from .asking import CHOOSE, SERIES, made_with, seed_of_series
+from .ablation_runs import check_sources, is_made, make_checkpoint, places_of
+from .asking import CHOOSE, SERIES, made_with
+from .metrics import cider
 from .report import Result
 from .score import ScoreSettings, score
+from .tables_and_plots import new_figure
+from .tasks import TASKS
 
 COUNT, TRIAL_COUNT = 1000, 4
 
@@ -53,7 +57,43 @@ class AblationSettings:
     """For scoring: such as `cpu` or `cuda`; `auto` takes a GPU where there is one."""
 
     def __post_init__(self) -> None:
-        seed_of_series(self.series, self.seed)
+        pick_device(self.device)
+        for row in self.grid.rows:
+            _score_settings(self, row, Path(row.start), "")
+
+
+def check_before_training(settings: AblationSettings) -> None:
+    """Refuse what would stop the run after its first training, while nothing is lost yet.
+
+    Args:
+        settings: of the run.
+
+    Raises:
+        FileNotFoundError: if a checkpoint or its chat template is not there.
+        ImportError: without what scores captions, or what renders the plot.
+        ValueError: if the output holds a trial and this is none, or the other way round.
+    """
+    needs_template = any(TASKS[task].is_chat for task in settings.grid.tasks)
+    for row in settings.grid.rows:
+        check_sources(row, needs_template=needs_template)
+    if "caption" in settings.grid.tasks:
+        cider(["a", "b"], [["a"], ["b"]])
+    new_figure((1, 1), "evaluation")
+    _check_kind(settings)
+
+
+def _check_kind(settings: AblationSettings) -> None:
+    """Refuse to put a trial's report in the place of another, or the other way round."""
+    path = settings.output / "results.json"
+    if not path.is_file():
+        return
+    there = json.loads(path.read_text(encoding="utf-8")).get("settings", {}).get("is_trial", False)
+    if there != settings.grid.is_trial:
+        kinds = {True: "a trial", False: "a whole run"}
+        raise ValueError(
+            f"{path} is the report of {kinds[there]}, but {kinds[not there]} was asked for, which would take its "
+            "place. The folder was probably named twice: give --output another one."
+        )
 
 
 def ablate(settings: AblationSettings) -> list[ScoredRow]:
@@ -69,13 +109,15 @@ def ablate(settings: AblationSettings) -> list[ScoredRow]:
         RuntimeError: if a training fails.
         ValueError: if the output holds answers of other settings, or another process is writing it.
         FileNotFoundError: if a checkpoint is not there.
+        ImportError: without what scores captions, or what renders the plot.
     """
     rows: list[ScoredRow] = []
     with only_writer(settings.output):
+        check_before_training(settings)
         settings.output.mkdir(parents=True, exist_ok=True)
         for row in settings.grid.rows:
             rows.append(_scored(settings, row))
-            write_ablation(rows, settings.output, settings.grid.title, _about(settings))
+            write_ablation(rows, settings.output, settings.grid.title, about(settings))
     return rows
 
 
@@ -108,12 +150,13 @@ def _score_settings(settings: AblationSettings, row: Row, folder: Path, found: s
     )
 
 
-def _about(settings: AblationSettings) -> dict[str, Any]:
+def about(settings: AblationSettings) -> dict[str, Any]:
     """Give what results.json says about the run."""
     asked = {
         "series": settings.series,
         "number_in_series": settings.seed,
         "count": settings.count,
+        "is_trial": settings.grid.is_trial,
         "tasks": list(settings.grid.tasks),
         "shots": list(settings.grid.shots),
         "training_seeds": list(settings.grid.seeds),
@@ -128,7 +171,9 @@ def plan_of(settings: AblationSettings) -> str:
 
     Raises:
         FileNotFoundError: if a checkpoint is not there.
+        ImportError: and ValueError, as `check_before_training`.
     """
+    check_before_training(settings)
     lines = []
     for row in settings.grid.rows:
         size = "a checkpoint that is there" if row.samples is None else f"{row.samples:,} samples"
@@ -160,7 +205,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[AblationSet
         "--trial",
         action="store_true",
         help="train an optimiser step of two samples in place of many, with one seed, and ask four questions: shows "
-        "that every row runs, in minutes; its scores mean nothing",
+        "that every row runs, in minutes; its scores mean nothing, and its folder is its own",
     )
     add("--count", type=int, help=f"questions of each task (default: {COUNT}, in a trial {TRIAL_COUNT})")
     add("--series", choices=SERIES, default=CHOOSE, help="what the numbers are for (default: choose)")
@@ -170,7 +215,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[AblationSet
     given = parser.parse_args(arguments)
     try:
         grid = load_grid(given.grid, _overrides(given.set), is_trial=given.trial)
-        count = given.count or (TRIAL_COUNT if given.trial else COUNT)
+        count = given.count if given.count is not None else TRIAL_COUNT if given.trial else COUNT
         settings = AblationSettings(grid, given.output, count, given.seed, given.series, given.device)
         return settings, given.plan
     except (ValueError, OSError) as error:

@@ -14,11 +14,13 @@
       - {name: 8 latents, set: {resized.resampler_config.num_latents: 8}}
       - {name: as shipped, checkpoint: .}   no steps
 
+Checkpoints start at the current folder, so the shipped grids run at the repository's root.
+
 A step is of one kind: `new` (a model with newly initialised weights), `settings` (the same weights with other tiles or
 sampling), `tower` (stage 0) or `train` (any other stage). Beside `around`, `keep: [language_model]` takes that part
-alone. A base checkpoint has no chat template: `chat_template:
-CHECKPOINT` in a step of the kind `settings` takes another's. Rows that are trained see as many samples and have the
-same seeds, or the grid is refused; `budget: varies` allows other numbers of samples where that is what is compared.
+alone. A base checkpoint has no chat template: `chat_template: CHECKPOINT` in a step of the kind `settings` takes
+another's. Rows that are trained see as many samples and have the same seeds, or the grid is refused; `budget: varies`
+allows other numbers of samples where that is what is compared.
 """
 
 import json
@@ -28,8 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..answering import DTYPES
 from ..data.yaml_files import read_yaml
-from ..refusals import check_choice, check_keys
+from ..refusals import check_choice, check_keys, is_of, show
 from ..world.settings import WorldSettings, load_settings
 from .tasks import TASKS
 
@@ -43,6 +46,7 @@ OF_THE_MACHINE = ("log_every", "save_every", "keep_checkpoints", "num_workers", 
 SAME, VARIES = "same", "varies"
 TRIAL_BATCH = 2
 """Samples of an optimiser step in a trial."""
+TRIAL_TITLE = " (a trial: its scores mean nothing)"
 
 _GRID_KEYS = ("title", "world", "tasks", "shots", "start", "steps", "rows", "seeds", "budget", "score")
 _ROW_KEYS = ("name", "set", "checkpoint", "start", "at", "base_resolution")
@@ -118,6 +122,8 @@ class Grid:
     """Of training: each row is trained once with each."""
     score: Mapping[str, Any] | None = None
     """`batch_size`, `dtype` and `max_new_tokens` of the scoring command, where they are not its own."""
+    is_trial: bool = False
+    """Whether trainings are as short as they can be."""
 
 
 def load_grid(path: str | Path, every: Mapping[str, Any] | None = None, *, is_trial: bool = False) -> Grid:
@@ -147,9 +153,10 @@ def load_grid(path: str | Path, every: Mapping[str, Any] | None = None, *, is_tr
             f"{path} has no {' and no '.join(missing)}, without which there is no table. The file is probably "
             f"unfinished: add {missing[0]}: with a list."
         )
+    _check_lists(path, values)
     for task in values["tasks"]:
         check_choice(f"{path}: the task is", task, TASKS)
-    check_keys(f"{path}, score", values.get("score", {}), _SCORE_KEYS)
+    _check_score(path, values.get("score") or {})
     if is_trial:
         values, shortest = _shortened(values)
         every = {**shortest, **(every or {})}
@@ -157,13 +164,14 @@ def load_grid(path: str | Path, every: Mapping[str, Any] | None = None, *, is_tr
     _check_names(path, rows)
     _check_budgets(path, rows, values.get("budget", SAME))
     return Grid(
-        title=str(values.get("title", path.stem)),
+        title=str(values.get("title", path.stem)) + (TRIAL_TITLE if is_trial else ""),
         world=load_settings(path.parent / values["world"]) if "world" in values else WorldSettings(),
         tasks=tuple(values["tasks"]),
         rows=rows,
         shots=tuple(values.get("shots", Grid.shots)),
         seeds=tuple(values.get("seeds", Grid.seeds)),
         score=values.get("score"),
+        is_trial=is_trial,
     )
 
 
@@ -256,6 +264,25 @@ def _with_changes(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[st
 
 
 # ------------------------------------------------------------------------------------------------------------ checks
+
+
+def _check_lists(path: Path, values: Mapping[str, Any]) -> None:
+    """Refuse a text or a number where a list belongs, and a number that is there twice."""
+    numbers = (list[int], "numbers")
+    for name, (hint, what) in {"tasks": (list[str], "names"), "shots": numbers, "seeds": numbers}.items():
+        given = values.get(name, [])
+        is_wrong = not is_of(given, hint) or len(set(given)) < len(given) or (name in values and not given)
+        if is_wrong:
+            raise ValueError(
+                f"{path} has {name} {show(given)} but a list of {what} is expected, each once. The brackets were "
+                f"probably left out, or one was copied: write {name}: [...]."
+            )
+
+
+def _check_score(path: Path, score: Mapping[str, Any]) -> None:
+    check_keys(f"{path}, score", score, _SCORE_KEYS)
+    if "dtype" in score:
+        check_choice(f"{path}, score: the dtype is", score["dtype"], DTYPES)
 
 
 def _check_names(path: Path, rows: Sequence[Row]) -> None:

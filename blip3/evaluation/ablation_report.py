@@ -95,12 +95,13 @@ def write_ablation(rows: Sequence[ScoredRow], folder: Path, title: str, about: N
 
 def _table(summaries: Sequence[Numbers], title: str, about: Numbers) -> str:
     settings = about["settings"]
-    seeds = ", ".join(map(str, settings["training_seeds"]))
+    is_trained = any(each["samples"] is not None for each in summaries)
+    seeds = f"training seeds {', '.join(map(str, settings['training_seeds']))}" if is_trained else "nothing trained"
     labels = list(summaries[0]["scores"])
     lines = [f"# {title}", ""]
     lines += [
         f"Held-out rendered world, series {settings['series']}, seed {settings['number_in_series']}, "
-        f"{settings['count']} questions a task; training seeds {seeds}. Intervals of {CONFIDENCE} over questions: "
+        f"{settings['count']} questions a task; {seeds}. Intervals of {CONFIDENCE} over questions: "
         "they say nothing about another training run. Made by `blip3.evaluation.ablate`.",
         "",
     ]
@@ -110,8 +111,9 @@ def _table(summaries: Sequence[Numbers], title: str, about: Numbers) -> str:
         first = summaries[0]["name"]
         rows = [[each["name"], *(_difference(each["scores"][name]) for name in labels)] for each in summaries[1:]]
         lines += ["", f"## Against {first}, points on the same questions", "", *markdown_table(["row", *labels], rows)]
-    if "by_seed" in summaries[0]["scores"][labels[0]]:
-        rows = [[each["name"], *(_by_seed(each["scores"][name]) for name in labels)] for each in summaries]
+    several = [each for each in summaries if "by_seed" in each["scores"][labels[0]]]
+    if several:
+        rows = [[each["name"], *(_by_seed(each["scores"][name]) for name in labels)] for each in several]
         lines += ["", "## By training seed", "", *markdown_table(["row", *labels], rows)]
     return "\n".join(lines) + "\n"
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from ..checkpoints import CODE_FILES, GOLDEN_FILE, code_folder, fingerprint, folder_of
 from ..files import write_json
-from ..hub import PACKAGE
+from ..hub import PACKAGE, ROOT
 from .ablation_grid import NEW, SETTINGS, TOWER, TRAIN, Row, Step
 
 MADE = "made.json"
@@ -46,14 +46,52 @@ def places_of(row: Row, seed: int, output: Path) -> Iterator[tuple[Step, Path]]:
     Raises:
         FileNotFoundError: if the checkpoint to start from is not there.
     """
-    known = fingerprint(row.start) if row.start and row.steps and row.steps[0].kind != NEW else ""
+    known = _fingerprint(row.start) if row.start and row.steps and row.steps[0].kind != NEW else ""
     for step in row.steps:
         depends: dict[str, Any] = {"kind": step.kind, "values": dict(step.values), "from": known}
         depends |= {} if step.kind == SETTINGS else {"seed": seed}
-        depends |= {"around": fingerprint(step.around)} if step.around else {}
+        depends |= {"around": _fingerprint(step.around)} if step.around else {}
         depends |= {"keep": list(step.keep)} if step.keep else {}
         known = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:12]
         yield step, output / "runs" / f"{step.name}-{known}"
+
+
+def check_sources(row: Row, *, needs_template: bool) -> None:
+    """Refuse a row whose checkpoints are not there.
+
+    Args:
+        row: of a grid.
+        needs_template: whether it will be asked through a chat template.
+
+    Raises:
+        FileNotFoundError: if one is not there, or the chat template that the row will need.
+    """
+    is_new = bool(row.steps) and row.steps[0].kind == NEW
+    for checkpoint in filter(None, (*(() if is_new else (row.start,)), *(step.around for step in row.steps))):
+        _fingerprint(checkpoint)
+    templates = [step.around for step in row.steps if step.kind == SETTINGS and step.around]
+    if not needs_template or (is_new and not templates):  # a new model is written with a template
+        return
+    template = folder_of((templates or [row.start])[-1]) / "chat_template.jinja"
+    if not template.is_file():
+        raise FileNotFoundError(
+            f"The row {row.name!r} is asked tasks of conversation, but {template} is not there. It is probably a base "
+            "checkpoint, which has none: begin with a step {settings: {}, chat_template: CHECKPOINT}, or ask rule and "
+            "caption."
+        )
+
+
+def _fingerprint(checkpoint: str) -> str:
+    """Tell a grid's checkpoint apart, or say where it was looked for."""
+    try:
+        return fingerprint(checkpoint)
+    except FileNotFoundError as error:
+        if Path(checkpoint).is_absolute() or not (ROOT / checkpoint / "config.json").is_file():
+            raise
+        raise FileNotFoundError(
+            f"The grid names the checkpoint {checkpoint!r}, which is expected in the current folder ({Path.cwd()}), "
+            f"but is in {ROOT}. The command was probably given elsewhere than at the repository's root: give it there."
+        ) from error
 
 
 def is_made(run: Path) -> bool:

@@ -100,12 +100,13 @@ def read_answers(path: Path, questions: Sequence[Question]) -> list[str]:
     return [line["answer"] for line in lines]
 
 
-def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+def add_options(parser: argparse.ArgumentParser, max_new_tokens: int, *, by_instruction: bool = False) -> None:
     """Add the options that every scoring command has.
 
     Args:
         parser: of the command.
         max_new_tokens: of one answer by default.
+        by_instruction: whether the command's report has a breakdown by instruction.
     """
     add = parser.add_argument
     add("--subfolder", default="", help="inside each folder (default: none)")
@@ -115,7 +116,8 @@ def add_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     add(
         "--instructions",
         action="store_true",
-        help="put an evaluation harness's instruction around every short question, with a breakdown by instruction",
+        help="put an evaluation harness's instruction around every short question"
+        + ", with a breakdown by instruction" * by_instruction,
     )
     add("--count", type=int, default=1000, help="questions of each rendered task (default: 1000)")
     add("--series", choices=SERIES, default=CHOOSE, help="what the numbers are for (default: choose)")

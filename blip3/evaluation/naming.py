@@ -15,7 +15,16 @@ from .ratios import HIGHER, LOWER, Ratio, make_ratio
 
 Words = tuple[str, ...]
 
-_IRREGULAR = {"man": "men", "woman": "women", "child": "children", "person": "people", "mouse": "mice"}
+_IRREGULAR = {  # ends of words
+    "man": "men",
+    "child": "children",
+    "person": "people",
+    "mouse": "mice",
+    "foot": "feet",
+    "tooth": "teeth",
+    "goose": "geese",
+}
+_NO_MEN = ("human", "german", "roman", "ottoman")  # words whose end is no man
 
 
 class Vocabulary:
@@ -89,21 +98,25 @@ def read_synonyms(path: str | Path) -> Vocabulary:
 
 
 def _plurals(phrase: str) -> list[str]:
-    """Give the plurals of a phrase that English rules allow, of its last word."""
+    """Give the plurals that a phrase may have, of its last word: the regular one, and an irregular one beside it."""
     *first, last = phrase.split()
-    if last in _IRREGULAR:
-        forms = [_IRREGULAR[last]]
-    elif last.endswith("man"):
-        forms = [f"{last[:-3]}men"]
-    elif re.search(r"[^aeiou]y$", last):
-        forms = [f"{last[:-1]}ies"]
-    elif re.search(r"(s|x|z|ch|sh)$", last):
-        forms = [f"{last}es"]
-    elif re.search(r"([^f]fe|[lraeo]f)$", last):
-        forms = [re.sub("fe?$", "ves", last), f"{last}s"]
-    else:
-        forms = [f"{last}s", f"{last}es"] if last.endswith("o") else [f"{last}s"]
+    forms = [*_irregular_plurals(last), *_regular_plurals(last)]
     return [" ".join((*first, form)) for form in forms]
+
+
+def _irregular_plurals(word: str) -> list[str]:
+    ends = [end for end in _IRREGULAR if word.endswith(end) and word not in _NO_MEN]
+    return [f"{word.removesuffix(end)}{_IRREGULAR[end]}" for end in ends]
+
+
+def _regular_plurals(word: str) -> list[str]:
+    if re.search(r"[^aeiou]y$", word):
+        return [f"{word[:-1]}ies"]
+    if re.search(r"(s|x|z|ch|sh)$", word):
+        return [f"{word}es"]
+    if re.search(r"([^f]fe|[lraeo]f)$", word):
+        return [re.sub("fe?$", "ves", word), f"{word}s"]
+    return [f"{word}s", f"{word}es"] if word.endswith("o") else [f"{word}s"]
 
 
 def chair_scores(

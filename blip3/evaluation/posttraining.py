@@ -43,6 +43,7 @@ from .grader import ChatGrader, Grader, StringParser
 from .posttraining_report import TaskResult, write_report
 from .posttraining_tasks import KEPT, PUBLISHED, RENDERED, Files, Sources
 from .ratios import Ratio
+from .safety import MAX_NEW_TOKENS
 from .tasks import SPLIT
 
 
@@ -76,8 +77,8 @@ class PostTrainingSettings:
     """Inside each folder."""
     batch_size: int = 16
     """Questions asked at once."""
-    max_new_tokens: int = 256
-    """Of one answer; VLGuard's number, since a refusal may come late."""
+    max_new_tokens: int = MAX_NEW_TOKENS
+    """Of one answer."""
     dtype: str = "auto"
     """One of `answering.DTYPES`."""
     device: str = "auto"
@@ -227,7 +228,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar=("URL", "MODEL"),
         help="OpenAI-compatible, for HallusionBench (default: a string parser, which each score names)",
     )
-    add_options(parser, max_new_tokens=256)
+    add_options(parser, max_new_tokens=MAX_NEW_TOKENS)
     return parser
 
 

@@ -201,7 +201,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ScoreSettings:
     add("--model", nargs="+", required=True, metavar="[NAME=]FOLDER", help="checkpoints, side by side in one table")
     add("--task", nargs="+", choices=["all", *TASKS], default=["all"], help="tasks (default: all)")
     add("--shots", type=int, nargs="+", default=[0, 4, 8], help="of the task rule, a row each (default: 0 4 8)")
-    add_options(parser, max_new_tokens=48)
+    add_options(parser, max_new_tokens=48, by_instruction=True)
     given = parser.parse_args(arguments)
     try:
         return ScoreSettings(

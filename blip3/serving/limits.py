@@ -17,7 +17,7 @@ class ImageLimits:
     """What one request may make a server fetch and decode.
 
     Attributes:
-        allow_remote: False refuses every URL but data URLs.
+        allow_remote: 0 refuses every URL but data URLs.
         connect_seconds: for resolving a name, and again for connecting with the TLS handshake.
         total_seconds: to fetch all images of one request, from the first name to the last byte, and again to decode.
         max_redirects: per image; 0 refuses redirects.

@@ -60,8 +60,15 @@ class Encoder:
         """Encode one record.
 
         Raises:
+            ValueError: for a pair of answers.
             TooLongError: if its first turn alone is longer than `max_length`.
         """
+        if record.kind == "preference":
+            raise ValueError(
+                f"Record {record.id!r} is of kind preference, a pair of answers, but the next-token loss learns from "
+                "one text. The recipe is probably one of another stage: write loss: preference, with lora, or take "
+                "the pairs out of the mixture."
+            )
         images = open_images(record.images, self.processor)
         shown = record
         while True:

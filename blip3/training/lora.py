@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..checkpoints import folder_of, load_model, locate
-from .recipe import LoraSettings
+from .recipe import LoraSettings, RecipeError
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +36,14 @@ def add_adapters(model: Any, settings: LoraSettings, name: str) -> Any:
 
     Raises:
         ImportError: without PEFT.
-        ValueError: if the language model has none of the layers.
+        RecipeError: if the language model has none of the layers.
     """
     config = lora_config(settings)
     from peft import get_peft_model
 
     present = [path for path, _ in model.language_model.named_modules() if path.rpartition(".")[2] in settings.targets]
     if not present:
-        raise ValueError(
+        raise RecipeError(
             f"lora targets {', '.join(settings.targets)} but the language model has no layer of these names. They are "
             "probably those of the other text layout: remove the key to take all linear layers."
         )

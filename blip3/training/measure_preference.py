@@ -27,7 +27,7 @@ from .lora import add_adapters, lora_config
 from .mixture import mixture_of
 from .pairs import PairCollator, PairEncoder, pair_key
 from .preference import PreferenceObjective
-from .recipe import LoraSettings, Recipe, load_recipe, plain_errors, recipe_arguments
+from .recipe import LoraSettings, Recipe, RecipeError, load_recipe, plain_errors, recipe_arguments, refusing
 
 OURS, BOTH_TERMS, THEIRS = "ours", "ours, both terms", "TRL"
 
@@ -49,10 +49,17 @@ def measure(recipe: Recipe, num_batches: int) -> dict[str, float]:
 
     Returns:
         seconds a pair of the median batch, by candidate.
+
+    Raises:
+        RecipeError: if it is no preference recipe, or its mixture holds other records.
     """
+    adapters_of(recipe)
     count = (num_batches + 1) * recipe.batch_size  # the first batch is to warm up
     mixture = mixture_of(recipe, count)
     records = [mixture[index] for index in range(count)]
+    with refusing(ValueError):
+        for record in records:
+            to_preference(record)
     processor = AutoProcessor.from_pretrained(**locate(recipe.model))
     noised = {
         pair_key(one): str(other.rejected) for one, other in zip(records, [*records[1:], records[0]], strict=True)
@@ -77,10 +84,10 @@ def adapters_of(recipe: Recipe) -> LoraSettings:
     """Give the recipe's settings of adapters.
 
     Raises:
-        ValueError: if it is no preference recipe.
+        RecipeError: if it is no preference recipe.
     """
     if recipe.adapters is None or recipe.loss != "preference":
-        raise ValueError(
+        raise RecipeError(
             f"The recipe has loss {recipe.loss} but a preference recipe is measured here. It is probably one of "
             "another stage: name one such as recipes/small/4_dpo.yaml."
         )

@@ -9,6 +9,7 @@
     - {stream: "cc/*.tar", reader: captions, options: {column: txt}}      the same with arguments for the reader
     - {stream: "s3://bucket/cc/*.tar", reader: captions, shuffle: 10000, lanes: 64}   from an object store, shuffled
     - {preferences: "vlfeedback/*.parquet", images: images}               shards of VLFeedback, in their order
+    - {preferences: vlfeedback_80k.jsonl, images: images}                 the same as JSON lines, in a new order a pass
     - {safety: train.json, images: train}                                 VLGuard's JSON, a conversation for each image
 
 Which source sample i comes from, and which of its records it is, follow from the seed and i alone. So a run resumes at
@@ -50,6 +51,8 @@ KINDS = {
     "safety": ("weight", "images"),
 }
 _TYPES: dict[str, type] = {"weight": float, "options": dict, "world": dict, "shuffle": int, "lanes": int}
+
+_JSON_LINES = ".jsonl"
 
 Source = Callable[[int, int], Record] | RecordStream  # lane, number of the sample in it -> record
 
@@ -161,6 +164,11 @@ def check_entry(entry: dict[str, Any], index: int) -> float:
     return float(weight)
 
 
+def is_stream(entry: dict[str, Any]) -> bool:
+    """Whether an entry is read in the order of its shards; JSON lines are held as a list."""
+    return "stream" in entry or ("preferences" in entry and not entry["preferences"].endswith(_JSON_LINES))
+
+
 def _check_type(subject: str, value: Any, kind: type) -> None:
     if kind is float:
         return  # `check_positive` says more
@@ -176,6 +184,12 @@ def _check_reader(entry: dict[str, Any], kind: str) -> None:
     name = entry.get("reader") if kind == "stream" else kind
     missing = "It is probably missing or misspelt: add reader: ocr, for example"
     check_choice(f"The mixture streams {entry[kind]!r} with the reader", name, READERS, missing)
+    unused = [name for name in ("shuffle", "lanes") if name in entry]
+    if unused and not is_stream(entry):
+        raise ValueError(
+            f"The mixture has {unused[0]} for {entry[kind]!r}, but JSON lines are a list, which every pass puts into "
+            f"a new order. The key was probably copied from a stream of shards: leave {unused[0]} out."
+        )
     known = list(inspect.signature(READERS[str(name)]).parameters)[1:]
     check_keys(f"options of {entry[kind]}", entry.get("options", {}), known)
 
@@ -191,6 +205,10 @@ def _open_source(entry: dict[str, Any], seed: int, skip: bool) -> Source:
         rows = readers.read_json_rows(entry["safety"])
         options = {"skip_faulty": skip, "source": entry["safety"], "together": True}
         return _listed(list(readers.read_safety(rows, entry.get("images", ""), **options)), seed, entry["safety"])
+    if "preferences" in entry and not is_stream(entry):
+        lines = readers.iterate_json_lines(entry["preferences"])
+        options = {"image_folder": entry.get("images", ""), "skip_faulty": skip} | entry.get("options", {})
+        return _listed(list(readers.read_preferences(lines, **options)), seed, entry["preferences"])
     if "preferences" in entry:
         entry = {"stream": entry["preferences"], "reader": "preferences"} | entry
     return _streamed(entry, seed, skip)

@@ -4,40 +4,45 @@ r"""Write what a model answers when the image is noised: the rejected answers of
     python -m blip3.training.noised_answers recipes/small/4_dpo.yaml --scan          which noise step suits the model
     python -m blip3.training.noised_answers recipes/small/4_dpo.yaml noise_step=250   the recipe's noised_answers
     python -m blip3.training.noised_answers recipes/4b/4_dpo.yaml --processes 8       for a run of 8 processes
+    python -m blip3.training.noised_answers recipes/4b/4_dpo.yaml --processes 8 --part 1/4     a quarter of it
 
 The pairs are those that the recipe's run will see, and the model is the one it starts from. Answers are greedy, and
 the noise on an image follows from the recipe's seed and the record's id, so the same command writes the same file; an
-interrupted one goes on where it was. Left out are answers that equal the chosen one and malformed ones: without an
-end, without a word, or with the same words three times in a row. With --hallucinated those that are wrong in another
-way are left out too: noise makes the small model count too many, and learning that this is wrong makes it count too
-few.
+interrupted one goes on where it was. Parts may be answered at the same time, on a GPU each; the command without
+--part then puts them together, and answers what is missing.
+
+Left out are answers that equal the chosen one and malformed ones: without an end, without a word, or with the same
+words three times in a row. With --hallucinated those that are wrong in another way are left out too: noise makes the
+small model count too many, and learning that this is wrong makes it count too few. Only pairs of the rendered world
+say what an image shows, so other pairs are refused there.
 
 The scan shows why: too little noise repeats the clean answer, too much gives no sentences. Neither teaches anything.
 """
 
+import argparse
+import contextlib
+import glob
 import hashlib
 import json
 import logging
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..answering import Answer, Answerer
-from ..data.images import RecordError, open_images
+from ..data.images import open_images
 from ..data.records import IMAGE_TOKEN, MARKERS, Record, to_messages, to_preference
-from ..files import JsonLines, writing
+from ..files import JsonLines
 from ..world.descriptions import named_kinds
-from .mixture import Mixture, mixture_of
+from .mixture import mixture_of
 from .noise import Noiser, noise_deviation
+from .noised_file import KEPT, can_be_seen, made_with, write_noised_file
 from .pairs import pair_key
-from .recipe import Recipe, load_recipe, plain_errors, recipe_arguments
+from .recipe import Recipe, RecipeError, load_recipe, plain_errors, recipe_arguments
 
-COLUMNS = ("id", "chosen", "noised_answer", "noise_step", "noise_pixels", "model")
 SCANNED_STEPS = (0, 100, 200, 250, 300, 350, 400, 500, 700, 900)
 SCANNED_PAIRS = 64
-LOOKED_AT = 1000  # pairs of a run among which one must have an answer; of those that hallucinate there may be few
 _REPEATED = re.compile(r"\b(\w+(?:\W+\w+){0,7})\W+\1\W+\1\b", re.IGNORECASE)
 
 Measure = Callable[[Record, str], float | None]
@@ -57,54 +62,77 @@ def main() -> None:
     parser.add_argument(
         "--hallucinated", action="store_true", help="keep answers only that name what their image does not show"
     )
+    parser.add_argument("--part", type=parse_part, default=(1, 1), metavar="I/N", help="answer every N-th batch alone")
     args = parser.parse_intermixed_args()
-    with plain_errors():
+    with plain_errors(ValueError):
         recipe = load_recipe(args.recipe, Recipe, args.overrides)
         count = recipe.max_steps * recipe.batch_size * recipe.accumulation * args.processes
         pairs = pairs_of(recipe, args.pairs or (SCANNED_PAIRS if args.scan else count))
+        heading, measure = measure_for(pairs)
+        if not args.scan:
+            path_of(recipe)
+        if args.hallucinated:
+            _check_knows_images(measure, len(pairs))
         answerer = Answerer.load(recipe.model, dtype="bfloat16" if recipe.bf16 else "float32", must_chat=True)
         source = NoisedAnswers(answerer, recipe, args.batch_size, args.max_new_tokens)
-        if args.scan:
-            heading, measure = measure_for(pairs)
-            print(f"step  deviation  well-formed  as chosen  {heading}")
-            for row in scan(source, pairs, SCANNED_STEPS, measure):
-                line = "{step:4}  {deviation:9.3f}  {well_formed:11.0%}  {same:9.0%}  ".format(**row)
-                print(line + f"{row['measured']:{len(heading)}.1%}", flush=True)
+        if not args.scan:
+            write(source, pairs, recipe, measure if args.hallucinated else None, args.part)
             return
-        write(source, pairs, recipe, measure_for(pairs)[1] if args.hallucinated else None)
+        print(f"step  deviation  well-formed  as chosen  {heading}")
+        for row in scan(source, pairs, SCANNED_STEPS, measure):
+            line = "{step:4}  {deviation:9.3f}  {well_formed:11.0%}  {same:9.0%}  ".format(**row)
+            print(line + f"{row['measured']:{len(heading)}.1%}", flush=True)
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """Read `--part`.
+
+    >>> parse_part("2/8")
+    (2, 8)
+
+    Raises:
+        ArgumentTypeError: for anything but one of so many.
+    """
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise argparse.ArgumentTypeError(
+            f"--part is {text!r} but it must be one of so many, such as 2/8. It was probably counted from 0: count "
+            "from 1."
+        )
+    return int(number), int(parts)
+
+
+def _check_knows_images(measure: Measure, count: int) -> None:
+    if measure is not things_not_there:
+        raise RecipeError(
+            f"--hallucinated was given for {count} pairs of which some do not say what their image shows, but that "
+            "must be known to find what an answer adds to it. The pairs are probably real data: leave the option out."
+        )
 
 
 def pairs_of(recipe: Recipe, count: int) -> list[Record]:
     """List the different pairs with images among the first samples of a run.
 
     Raises:
-        ValueError: for records of another kind, or if there is none.
+        RecipeError: for records of another kind, or if there is none.
     """
     mixture = mixture_of(recipe, count)
     found: dict[str, Record] = {}
     for index in range(count):
         record = mixture[index]
-        to_preference(record)  # refuses other kinds
+        try:
+            to_preference(record)
+        except ValueError as error:
+            raise RecipeError(f"{mixture.name_of(index)}, record {record.id!r}: {error}") from error
         key = pair_key(record)
-        if record.images and key not in found and (recipe.strict or _can_be_seen(record)):
+        if record.images and key not in found and (recipe.strict or can_be_seen(record)):
             found[key] = record
     if not found:
-        raise ValueError(
+        raise RecipeError(
             f"None of the first {count} pairs of the recipe's mixture has an image, but noise needs one. The mixture "
             "probably holds text alone: leave the second term out with noised_weight: 0."
         )
     return list(found.values())
-
-
-def _can_be_seen(record: Record) -> bool:
-    """Whether a pair's images open; training passes over one whose images do not."""
-    try:
-        for image in record.images:
-            image.open()
-    except RecordError as error:
-        logger.warning("Skipped: record %r: %s", record.id, error)
-        return False
-    return True
 
 
 class NoisedAnswers:
@@ -226,7 +254,27 @@ def scan(
 # -- the file ---------------------------------------------------------------------------------------------------------
 
 
-def write(source: NoisedAnswers, pairs: Sequence[Record], recipe: Recipe, measure: Measure | None = None) -> Path:
+def path_of(recipe: Recipe) -> Path:
+    """Give the file that a recipe names for its noised answers.
+
+    Raises:
+        RecipeError: if it names none.
+    """
+    if not recipe.noised_answers:
+        raise RecipeError(
+            "The recipe has no noised_answers but it must name the file to write. The recipe probably takes "
+            "teacher-forced answers, which need no file: add noised_answers=FILE.parquet."
+        )
+    return Path(recipe.noised_answers)
+
+
+def write(
+    source: NoisedAnswers,
+    pairs: Sequence[Record],
+    recipe: Recipe,
+    measure: Measure | None = None,
+    part: tuple[int, int] = (1, 1),
+) -> Path:
     """Write the recipe's file of noised answers, or what is missing of one that was interrupted.
 
     Args:
@@ -234,23 +282,26 @@ def write(source: NoisedAnswers, pairs: Sequence[Record], recipe: Recipe, measur
         pairs: to answer.
         recipe: names the file.
         measure: of what an image does not show; answers of which it gives 0 or None are left out. None keeps them.
+        part: (i, n) answers every n-th batch alone, from the i-th on, and leaves the file to a call without it.
+
+    Returns:
+        the file, or that of the part.
 
     Raises:
-        ValueError: if the recipe names no file.
+        RecipeError: if the recipe names no file, or no answer is kept.
+        ValueError: if another process is writing it.
     """
-    if not recipe.noised_answers:
-        raise ValueError(
-            "The recipe has no noised_answers but it must name the file to write. The recipe probably takes "
-            "teacher-forced answers, which need no file: add noised_answers=FILE.parquet."
-        )
-    path = Path(recipe.noised_answers)
-    settings = [recipe.model, recipe.noise_step, recipe.noise_pixels, recipe.seed, recipe.any_resolution]
-    settings += [recipe.bf16, source.batch_size, source.max_new_tokens]
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    path, (number, parts) = path_of(recipe), part
+    stem = f".{path.name}.{_digest_of_settings(source, recipe)}"
+    own = path.with_name(f"{stem}.jsonl" if parts == 1 else f"{stem}.{number}-of-{parts}.jsonl")
+    others = [] if parts > 1 else sorted(path.parent.glob(f"{glob.escape(stem)}.*-of-*.jsonl"))
     rest = {"what": "an answer", "remedy": "remove the line"}
-    with JsonLines(path.with_name(f".{path.name}.{digest}.jsonl"), ("key", "text", "is_finished"), **rest) as lines:
-        done = {line["key"]: line for line in lines}
-        for group in source.groups_of(pairs):
+    with contextlib.ExitStack() as stack:
+        files = [
+            stack.enter_context(JsonLines(each, ("key", "text", "is_finished"), **rest)) for each in (own, *others)
+        ]
+        done = {line["key"]: line for file in files for line in file}
+        for group in list(source.groups_of(pairs))[number - 1 :: parts]:
             if all(pair_key(record) in done for record in group):
                 continue
             answers = zip(group, source.answer(group, recipe.noise_step), strict=True)
@@ -258,77 +309,38 @@ def write(source: NoisedAnswers, pairs: Sequence[Record], recipe: Recipe, measur
                 {"key": pair_key(record), "text": answer.text, "is_finished": answer.is_finished}
                 for record, answer in answers
             ]
-            lines.append(json.dumps(line) for line in new)
+            files[0].append(json.dumps(line) for line in new)
             done |= {line["key"]: line for line in new}
-        _write_parquet(pairs, done, recipe, measure)
-        lines.remove()
+        if parts > 1:
+            logger.warning("Part %d of %d is answered. When all are, give the command without --part.", number, parts)
+            return own
+        counts = write_noised_file(path, _outcomes(pairs, done, measure), recipe)
+        logger.warning("Of %d noised answers: %s.", len(pairs), ", ".join(f"{n} {kind}" for kind, n in counts.items()))
+        for file in files:
+            file.remove()
     return path
 
 
-def _write_parquet(pairs: Sequence[Record], done: Mapping[str, Any], recipe: Recipe, measure: Measure | None) -> None:
-    import pyarrow
-    import pyarrow.parquet
+def _digest_of_settings(source: NoisedAnswers, recipe: Recipe) -> str:
+    """Tell commands apart whose answers may differ; the model counts by its files, not by its name alone."""
+    settings = made_with(recipe) | {"seed": recipe.seed, "bf16": recipe.bf16}
+    settings |= {"batch_size": source.batch_size, "max_new_tokens": source.max_new_tokens}
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
 
-    rows, counts = [], Counter[str]()
+
+def _outcomes(
+    pairs: Sequence[Record], done: Mapping[str, Any], measure: Measure | None
+) -> Iterator[tuple[Record, str, str]]:
     for record in pairs:
         text, is_finished = (done[pair_key(record)][name] for name in ("text", "is_finished"))
-        kind = "kept"
+        outcome = KEPT
         if not is_well_formed(text, is_finished):
-            kind = "malformed"
+            outcome = "malformed"
         elif is_same(text, record.chosen or ""):
-            kind = "as chosen"
+            outcome = "as chosen"
         elif measure and not measure(record, text):
-            kind = "without hallucination"
-        counts[kind] += 1
-        if kind == "kept":
-            values = (record.id, record.chosen, text, recipe.noise_step, recipe.noise_pixels, recipe.model)
-            rows.append(dict(zip(COLUMNS, values, strict=True)))
-    logger.warning("Of %d noised answers: %s.", len(pairs), ", ".join(f"{n} {kind}" for kind, n in counts.items()))
-    if not rows:
-        raise ValueError(
-            f"Of {len(pairs)} noised answers none is left ({dict(counts)}), but a second term needs some. The noise "
-            f"(step {recipe.noise_step}) is probably too weak or too strong: look for another step with --scan."
-        )
-    with writing(Path(recipe.noised_answers)) as unfinished:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), unfinished)
-
-
-def read_noised_answers(path: str | Path) -> dict[str, str]:
-    """Read a file of noised answers, by `pairs.pair_key`.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is a parquet file of another kind.
-    """
-    import pyarrow.parquet
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"The recipe names the noised answers {str(path)!r}, but there is no such file. It was probably not "
-            "written yet: run `python -m blip3.training.noised_answers` with the same recipe first."
-        )
-    table = pyarrow.parquet.read_table(path)
-    if not set(COLUMNS) <= set(table.column_names):
-        raise ValueError(
-            f"{path} has the columns {', '.join(table.column_names)} but noised answers have {', '.join(COLUMNS)}. It "
-            "is probably another file: name the one that blip3.training.noised_answers wrote."
-        )
-    columns = (table[name].to_pylist() for name in ("id", "chosen", "noised_answer"))
-    return {f"{name}\n{chosen}": answer for name, chosen, answer in zip(*columns, strict=True)}
-
-
-def check_answers_belong(answers: Mapping[str, str], path: str | Path, mixture: Mixture) -> None:
-    """Refuse noised answers to other pairs than a run's.
-
-    Raises:
-        ValueError: if none of its first pairs has one.
-    """
-    count = min(LOOKED_AT, len(mixture))
-    if not any(pair_key(mixture[index]) in answers for index in range(count)):
-        raise ValueError(
-            f"{path} holds {len(answers)} noised answers but none to the first {count} pairs of this run. It was "
-            "probably written for another mixture, seed or world: write it again with this recipe."
-        )
+            outcome = "without hallucination"
+        yield record, outcome, text
 
 
 if __name__ == "__main__":

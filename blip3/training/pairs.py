@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A preference record -> token ids of its prompt and answers; several of them -> a batch with each prompt once.
 
-    record   --PairEncoder-->  prompt (l,), chosen, rejected and perhaps noised (a,), pixel_values, image_sizes
+    record   --PairEncoder-->  prompt (l,), chosen, rejected and perhaps noised (a,), pixel_values, image_sizes,
+                                   query_ids, if the processor gives them
     samples  --PairCollator--> rows:  [ padding | prompt | chosen | rejected | noised | padding ]
                                branch:     -1       0        1        2          3        -1
                                positions:       0 .. l-1 |l ..    |l ..      |l ..
@@ -19,7 +20,7 @@ import torch
 
 from ..data.images import open_images
 from ..data.records import Record, to_messages, to_preference
-from .encode import TooLongError, join_images
+from .encode import IMAGE_INPUTS, TooLongError, join_images
 from .noise import Noiser
 
 ANSWERS = ("chosen", "rejected", "noised")
@@ -70,7 +71,7 @@ class PairEncoder:
                 sample[name] = self._answer_ids(prompt, text)
         self._check_length(record, sample)
         if images:
-            sample |= {name: inputs[name] for name in ("pixel_values", "image_sizes")}
+            sample |= {name: inputs[name] for name in IMAGE_INPUTS if name in inputs}
         if images and self.noiser:
             noised = self.noiser.prepare(self.processor, prompt, images, record.id, **options)
             sample["noised_pixel_values"] = noised["pixel_values"]
@@ -124,7 +125,7 @@ class PairCollator:
         Returns:
             `input_ids`, `position_ids`, `branch` (B, L); `source` (B, A), for each of the last A columns the column
             that predicts it, counted from the last of the prompt; `has_images` (B,); with images `pixel_values`,
-            `image_sizes` and perhaps `noised_pixel_values`.
+            `image_sizes` and perhaps `query_ids` and `noised_pixel_values`.
         """
         longest_prompt = max(len(sample["prompt"]) for sample in samples)
         lengths = [sum(len(sample[name]) for name in ANSWERS if name in sample) for sample in samples]

@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .encode import IMAGE_INPUTS
 from .lora import base_of
 from .pairs import ANSWERS, PADDING, branch_mask
 from .recipe import Recipe
@@ -34,20 +35,20 @@ class Scores:
 
     logits: torch.Tensor
     """(B, 1 + A, vocabulary): of the prompt's last token and of every answer token."""
-    images: Any
-    """What `mm_encoder_outputs` takes, so that a further pass need not encode images."""
+    images: dict[str, Any]
+    """What a further pass takes, so that it need not encode images."""
 
 
 class PreferenceObjective:
     """Loss and figures of a batch of pairs.
 
     Args:
-        recipe: `beta`, `anchor`, `noised_weight`, `noised_answers`.
+        recipe: `beta`, `anchor`, `noised_weight`, `second_term`.
     """
 
     def __init__(self, recipe: Recipe):
-        self.beta, self.anchor, self.noised_weight = recipe.beta, recipe.anchor, recipe.noised_weight
-        self.is_teacher_forced = recipe.noised_weight > 0 and not recipe.noised_answers
+        self.beta, self.anchor, self.noised_weight = recipe.beta, recipe.anchor, recipe.noised_weight or 0.0
+        self.is_teacher_forced = recipe.second_term == "teacher_forced"
 
     def __call__(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
         """Compute the loss.
@@ -91,10 +92,11 @@ class PreferenceObjective:
             **images,
         )
         features = outputs.image_outputs
-        if features is None:  # no image: says so to the next pass, which would else run the tower where ranks share it
-            width = base_of(model).config.text_config.hidden_size
-            features = BaseModelOutputWithPooling(pooler_output=(outputs.logits.new_zeros(0, width),))
-        return Scores(outputs.logits, {"mm_encoder_outputs": {"image": features}})
+        if features is None:
+            features = _no_features(base_of(model).config, outputs.logits)
+        queries = getattr(features, "query_ids", None)
+        asked = {} if queries is None else {"query_ids": queries}
+        return Scores(outputs.logits, {"mm_encoder_outputs": {"image": features}, **asked})
 
     @torch.no_grad()
     def _teacher_forced(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -109,8 +111,16 @@ class PreferenceObjective:
         return logits[:, :longest].argmax(-1)
 
 
+def _no_features(config: Any, like: torch.Tensor) -> Any:
+    """Say that there is no image to the next pass, which would else run the tower where ranks share it."""
+    features: Any = BaseModelOutputWithPooling(pooler_output=(like.new_zeros(0, config.text_config.hidden_size),))
+    if config.resampler_config.num_text_queries:
+        features.query_ids = like.new_zeros(0, config.resampler_config.num_text_queries, dtype=torch.long)
+    return features
+
+
 def _images_of(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: batch[name] for name in ("pixel_values", "image_sizes") if name in batch}
+    return {name: batch[name] for name in IMAGE_INPUTS if name in batch}
 
 
 def _attention_mask(model: Any, branch: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:

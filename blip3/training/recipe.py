@@ -16,7 +16,7 @@ from ..files import write_text
 from ..refusals import Bounds, check_choice, check_fields, check_keys, check_positive, is_of, show
 from ..world.settings import settings_from
 from ..world.tasks import TASKS
-from .mixture import check_entry
+from .mixture import check_entry, is_stream
 from .sharding import check_sharding, stage_of
 
 MODULES = ("vision_tower", "resampler", "language_model")
@@ -47,6 +47,8 @@ _BOUNDS: dict[str, Bounds] = {
     "image_weight": (0, None),
 }
 LORA_LAYERS = ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "gate_proj", "up_proj", "down_proj")
+_NOISED = ("noised_answers", "noised_answers_sha256", "noise_step", "noise_pixels")
+_ONLY_NEXT_TOKEN = ("learn_end_of_chunk", "learn_questions")
 _FORMER_KEYS = {"drawn": "rendered", "picture_weight": "image_weight"}
 
 
@@ -198,12 +200,15 @@ class Recipe(RunRecipe):
     """Preference: how much leaving the reference costs."""
     anchor: float = 0.0
     """Preference: weight of a term that keeps the chosen answer from becoming less likely (mDPO, arXiv:2406.11839)."""
-    noised_weight: float = 0.0
-    """Preference: weight of a second term, whose rejected answer the model gave when the image was noised."""
+    noised_weight: float | None = None
+    """Preference: weight of a second term, whose rejected answer the model gave when the image was noised. 0 switches
+    the term off, whatever the other keys of it say; it may be left out only where they are too."""
     noised_answers: str = ""
     """Preference: file of such answers (`blip3/training/noised_answers.py`). Without one they are teacher-forced: the
     likeliest token at each place of the chosen answer, from one more pass over the noised image (POVID,
     arXiv:2402.11411)."""
+    noised_answers_sha256: str = ""
+    """Preference: of that file. A run notes it in its saved recipe, and does not go on with another file."""
     noise_step: int = 500
     """Preference: strength of the noise, of 1,000 steps (`blip3/training/noise.py`)."""
     noise_pixels: str = "normalised"
@@ -221,7 +226,7 @@ class Recipe(RunRecipe):
             )
         for index, entry in enumerate(self.mixture):
             check_entry(entry, index)
-        streams = [entry[kind] for entry in self.mixture for kind in ("stream", "preferences") if kind in entry]
+        streams = [entry.get("stream") or entry["preferences"] for entry in self.mixture if is_stream(entry)]
         if self.group_by_length and streams:
             raise ValueError(
                 f"The recipe has group_by_length and streams {streams[0]!r}, but a stream is read in its order and "
@@ -229,6 +234,13 @@ class Recipe(RunRecipe):
                 "packing: true instead, which needs no order."
             )
         self._check_preference()
+
+    @property
+    def second_term(self) -> str:
+        """Where the noised answers come from: `file`, `teacher_forced`, or empty where there is no second term."""
+        if not self.noised_weight:
+            return ""
+        return "file" if self.noised_answers else "teacher_forced"
 
     @property
     def adapters(self) -> LoraSettings | None:
@@ -265,13 +277,21 @@ class Recipe(RunRecipe):
         check_choice("The recipe has loss", self.loss, LOSSES)
         check_choice("The recipe has noise_pixels", self.noise_pixels, NOISE_PIXELS)
         check_positive("The recipe has beta", self.beta, float)
-        own = ("beta", "anchor", "noised_weight", "noised_answers", "noise_step", "noise_pixels")
         defaults = {each.name: each.default for each in fields(self)}
-        changed = [name for name in own if getattr(self, name) != defaults[name]]
-        if self.loss == "next_token" and changed:
+        unread = _ONLY_NEXT_TOKEN if self.loss == "preference" else ("beta", "anchor", "noised_weight", *_NOISED)
+        changed = [name for name in unread if getattr(self, name) != defaults[name]]
+        if changed:
+            other = next(each for each in LOSSES if each != self.loss)
             raise ValueError(
-                f"The recipe has {changed[0]} {getattr(self, changed[0])!r} but its loss is next_token, which does "
-                "not read it. The loss was probably left out: write loss: preference."
+                f"The recipe has {changed[0]} {getattr(self, changed[0])!r} but its loss is {self.loss}, which does "
+                f"not read it. The key belongs to the other loss: leave it out, or write loss: {other}."
+            )
+        noised = [name for name in _NOISED if getattr(self, name) != defaults[name]]
+        if noised and self.noised_weight is None:
+            raise ValueError(
+                f"The recipe has {noised[0]} {getattr(self, noised[0])!r} but no noised_weight, without which there "
+                "is no second term to read it. It was probably left out: write noised_weight: 1.0, or 0 to switch "
+                "the term off."
             )
         if self.loss == "preference" and self.deepspeed and stage_of(self.deepspeed) == 3:
             raise ValueError(
@@ -427,12 +447,27 @@ def recipe_arguments(description: str | None) -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def plain_errors(*others: type[Exception]) -> Iterator[None]:
-    """End a command with the message alone where a file, a recipe or a record is at fault, or for other errors."""
-    known: tuple[type[Exception], ...] = (FileNotFoundError, RecipeError, RecordError, *others)
+    """End a command with the message alone: a file, recipe or record at fault, a package missing, other errors."""
+    known: tuple[type[Exception], ...] = (FileNotFoundError, ImportError, RecipeError, RecordError, *others)
     try:
         yield
     except known as error:
         raise SystemExit(f"error: {error}") from None
+
+
+@contextlib.contextmanager
+def refusing(*errors: type[Exception]) -> Iterator[None]:
+    """Take errors for the recipe's fault, where what it names is opened.
+
+    Raises:
+        RecipeError: with their message.
+    """
+    try:
+        yield
+    except RecipeError:
+        raise
+    except errors as error:
+        raise RecipeError(str(error)) from error
 
 
 def _as_float(value: str | int) -> Any:

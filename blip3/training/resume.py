@@ -23,7 +23,7 @@ import safetensors
 from transformers import set_seed
 
 from ..files import only_writer_in, remove_unfinished, sha256_of, sync_folder, write_json
-from .recipe import RunRecipe, load_recipe, save_recipe
+from .recipe import RecipeError, RunRecipe, load_recipe, refusing, save_recipe
 
 SAVED_RECIPE = "recipe.yaml"
 MANIFEST = "manifest.json"
@@ -47,10 +47,11 @@ def decided_by_main(decide: Callable[[], Value]) -> Value:
     """Let the main process decide for all, which have started their process group; a refusal ends all of them.
 
     Raises:
-        ValueError: if the main process refused.
+        RecipeError: if the main process refused.
     """
     if num_processes() == 1:
-        return decide()
+        with refusing(ValueError):
+            return decide()
     from accelerate.utils import broadcast_object_list
 
     outcome: list[Any] = [None, None]
@@ -61,7 +62,7 @@ def decided_by_main(decide: Callable[[], Value]) -> Value:
             outcome[1] = str(error)
     broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise ValueError(outcome[1])
+        raise RecipeError(outcome[1])
     return outcome[0]
 
 
@@ -73,7 +74,7 @@ def resuming(recipe: RunRecipe) -> Iterator[str | None]:
         the newest whole checkpoint in the output, or None.
 
     Raises:
-        ValueError: if another process is training into the folder, or it holds a run of another recipe.
+        RecipeError: if another process is training into the folder, or it holds a run of another recipe.
     """
     with contextlib.ExitStack() as stack:
 
@@ -110,8 +111,8 @@ def resume_or_refuse(recipe: RunRecipe) -> str | None:
         if changed:
             raise ValueError(
                 f"{output} holds a run whose {changed[0]} was {getattr(before, changed[0])!r}, and now it is "
-                f"{getattr(recipe, changed[0])!r}; resumed, it would be neither of the two. The recipe was probably "
-                "edited: give it another output, or remove the folder."
+                f"{getattr(recipe, changed[0])!r}; resumed, it would be neither of the two. The recipe, or a file "
+                "that it names, was probably edited: give it another output, or remove the folder."
             )
         _check_processes(before, recipe, others)
     save_recipe(recipe, saved)

@@ -26,10 +26,10 @@ from .encode import Collator, Encoder, TooLongError
 from .lora import add_adapters, loading_options, write_merged
 from .mixture import Mixture, mixture_of
 from .noise import Noiser
-from .noised_answers import check_answers_belong, read_noised_answers
+from .noised_file import answers_for, with_file_noted
 from .pairs import PairCollator, PairEncoder
 from .preference import PreferenceObjective
-from .recipe import MODULES, Recipe, load_recipe, plain_errors, recipe_arguments, save_recipe
+from .recipe import MODULES, Recipe, load_recipe, plain_errors, recipe_arguments, refusing, save_recipe
 from .resume import SAVED_RECIPE, num_processes, resuming, whole_folder
 from .trainer import (
     DivergedError,
@@ -68,6 +68,7 @@ def train(recipe: Recipe) -> Path:
     Returns:
         that folder.
     """
+    recipe = with_file_noted(recipe)
     arguments = training_arguments(recipe)  # starts the process group
     source = locate(recipe.model)
     with resuming(recipe) as checkpoint:
@@ -112,19 +113,18 @@ def make_samples(recipe: Recipe, processor: Any, pixel_options: Mapping[str, str
         pixel_options: of the processor, such as those of `byte_options`.
 
     Raises:
-        ValueError: if the recipe's noised answers are those of other pairs.
+        RecipeError: if the mixture cannot be read, or the noised answers are those of another run.
     """
     count = recipe.max_steps * recipe.batch_size * recipe.accumulation * num_processes()
-    mixture = mixture_of(recipe, count)
-    mixture.count_streams()
+    with refusing(ValueError):
+        mixture = mixture_of(recipe, count)
+        mixture.count_streams()
     if recipe.loss == "next_token":
         options = (recipe.any_resolution, recipe.learn_end_of_chunk, recipe.learn_questions, pixel_options)
         return Samples(mixture, Encoder(processor, recipe.max_length, *options), recipe.strict)
-    answers = read_noised_answers(recipe.noised_answers) if recipe.noised_answers else {}
-    if recipe.noised_answers:
-        check_answers_belong(answers, recipe.noised_answers, mixture)
-    is_teacher_forced = recipe.noised_weight > 0 and not recipe.noised_answers
-    noiser = Noiser(recipe.noise_step, recipe.noise_pixels, recipe.seed) if is_teacher_forced else None
+    answers = answers_for(recipe, mixture)
+    is_forced = recipe.second_term == "teacher_forced"
+    noiser = Noiser(recipe.noise_step, recipe.noise_pixels, recipe.seed) if is_forced else None
     encoder = PairEncoder(processor, recipe.max_length, recipe.any_resolution, answers, noiser, pixel_options)
     return Samples(mixture, encoder, recipe.strict)
 

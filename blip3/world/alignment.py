@@ -61,7 +61,10 @@ def _wrong(rng: Rng, composition: Composition, settings: WorldSettings) -> Compo
 
 
 def preference_task(rng: Rng, split: str, settings: WorldSettings) -> Record:
-    """Prefer the true answer: a description, a count, a colour or a text against a wrong one."""
+    """Prefer the true answer: a description, a count, a colour or a text against a wrong one.
+
+    Wrong descriptions say too much or something else, never too little: pairs of `contrast` are balanced.
+    """
     pair = pick(rng, (_describe_pair, _describe_pair, _count_pair, _colour_pair, _read_pair))
     image, question, chosen, rejected = pair(rng, split, settings)
     turns = [("user", f"<image>\n{question}")]

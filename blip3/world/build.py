@@ -38,6 +38,7 @@ from .settings import WorldSettings, load_settings, with_defaults
 from .splits import SPLITS
 from .tasks import TASKS, rendered_records
 
+COUNT = 1000
 LAYOUTS: dict[str, Callable[..., Any]] = {
     "hallusionbench": write_hallusionbench,
     "lmms-lab": write_lmms_lab,
@@ -274,50 +275,80 @@ def _render_lines(pen: ImageDraw.ImageDraw, lines: Sequence[tuple[str, str]], bo
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    given = _parse(arguments)
+    chosen: dict[str, Any] = {name: tuple(getattr(given, name)) for name in ("sides", "fonts") if getattr(given, name)}
+    try:
+        _check_used(given)
+        settings = replace(load_settings(given.world) if given.world else WorldSettings(), **chosen)
+        _write(given, settings)
+    except (ValueError, ImportError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+def _write(given: argparse.Namespace, settings: WorldSettings) -> None:
+    """Write what is asked for; options that were not given have their defaults here."""
+    count = COUNT if given.count is None else given.count
+    if given.layout:
+        check_positive("count is", count)
+        LAYOUTS[given.layout](given.output, count, given.seed, settings)
+        return
+    tasks = list(TASKS) if not given.task or "all" in given.task else given.task
+    split = given.split or "train"
+    if given.preview:
+        render_contact_sheet(tasks, split, given.seed, settings).save(given.preview)
+        return
+    options = {name: getattr(given, name) for name in ("shard_size", "format", "images")}
+    options = {name: value for name, value in options.items() if value is not None}
+    with only_writer_in(given.output):
+        build(tasks, split, given.seed, count, given.output, settings, **options)
+
+
+_IGNORED = {
+    "layout": ("task", "split", "shard_size", "format", "images"),
+    "preview": ("count", "shard_size", "format", "images", "layout"),
+}
+"""Options that nothing reads beside another one."""
+
+
+def _check_used(given: argparse.Namespace) -> None:
+    """Refuse options that would be ignored."""
+    for option, ignored in _IGNORED.items():
+        left = [name for name in ignored if getattr(given, name) is not None]
+        if getattr(given, option) and left:
+            name = left[0].replace("_", "-")
+            raise ValueError(
+                f"--{name} {getattr(given, left[0])} was given with --{option}, which does not read it: it "
+                f"says itself what is written. It is probably left from another command: leave --{name} out."
+            )
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m blip3.world.build", description=__doc__.splitlines()[0])
-    parser.add_argument("--task", nargs="+", choices=["all", *TASKS], default=["all"], help="tasks (default: all)")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="(default: train)")
-    parser.add_argument("--seed", type=int, default=0, help="of the series (default: 0)")
-    parser.add_argument("--count", type=int, default=1000, help="records of each task (default: 1000)")
-    parser.add_argument("--shard-size", type=int, default=1000, help="records in a file (default: 1000)")
-    parser.add_argument("--format", choices=["jsonl", "parquet"], default="jsonl", help="(default: jsonl)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--task", nargs="+", choices=["all", *TASKS], help="tasks (default: all)")
+    add("--split", choices=SPLITS, help="(default: train)")
+    add("--seed", type=int, default=0, help="of the series (default: 0)")
+    add("--count", type=int, help=f"records of each task (default: {COUNT})")
+    add("--shard-size", type=int, help="records in a file (default: 1000)")
+    add("--format", choices=["jsonl", "parquet"], help="(default: jsonl)")
+    add(
         "--images",
         "--pictures",
         choices=["png", "webp", "drawing"],
-        default="png",
         help="files, or descriptions painted on reading (default: png)",
     )
-    parser.add_argument(
-        "--layout", choices=LAYOUTS, help="the columns and names of public benchmarks instead of records"
-    )
-    parser.add_argument("--world", metavar="FILE", help="settings of the world (default: those of settings.py)")
-    parser.add_argument("--sides", type=int, nargs=2, metavar=("MIN", "MAX"), help="of scenes and pages, in pixels")
-    parser.add_argument("--fonts", nargs="+", help="faces (default: all)")
+    add("--layout", choices=LAYOUTS, help="the columns and names of public benchmarks instead of records")
+    add("--world", metavar="FILE", help="settings of the world (default: those of settings.py)")
+    add("--sides", type=int, nargs=2, metavar=("MIN", "MAX"), help="of scenes and pages, in pixels")
+    add("--fonts", nargs="+", help="faces (default: all)")
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--output", help="folder to write records to")
     goal.add_argument(
         "--preview", metavar="FILE", help="render a contact sheet of samples into this image file instead"
     )
-    given = parser.parse_args(arguments)
-    tasks = list(TASKS) if "all" in given.task else given.task
-    chosen: dict[str, Any] = {name: tuple(getattr(given, name)) for name in ("sides", "fonts") if getattr(given, name)}
-    try:
-        settings = replace(load_settings(given.world) if given.world else WorldSettings(), **chosen)
-        if given.preview:
-            render_contact_sheet(tasks, given.split, given.seed, settings).save(given.preview)
-            return 0
-        if given.layout:
-            check_positive("count is", given.count)
-            LAYOUTS[given.layout](given.output, given.count, given.seed, settings)
-            return 0
-        options = {"shard_size": given.shard_size, "format": given.format, "images": given.images}
-        with only_writer_in(given.output):
-            build(tasks, given.split, given.seed, given.count, given.output, settings, **options)
-    except (ValueError, ImportError, OSError) as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    return 0
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ ALTERATIONS = ("swap", "colour", "thing", "count", "extra", "missing")
 another thing; of several equal things one more or one fewer is told; something that is not there is named, or
 something that is there is left out.
 
-Rejected answers say too much as often as too little. Pairs that only ever reject more teach a model to say less."""
+Rejected answers say too much as often as too little, in scenes of every size. Pairs that reject more than they
+reject less teach a model to say less. So where nothing can be left out, because all things are equal, nothing is
+added either."""
 
 
 def alter(rng: Rng, composition: Composition, kind: str, settings: WorldSettings) -> Composition | None:
@@ -49,8 +51,10 @@ def alter(rng: Rng, composition: Composition, kind: str, settings: WorldSettings
         return tuple(swapped.get(each, each) for each in composition)
     if kind == "count":
         return _miscounted(rng, composition)
+    if kind in ("missing", "extra") and len(kinds) == 1:
+        return None
     if kind == "missing":
-        return tuple(each for each in composition if each != old) or None
+        return tuple(each for each in composition if each != old)
     if kind == "extra":
         return (*composition, _other(rng, kinds, settings.colours, settings.things))
     new = _other(rng, kinds, settings.colours, (thing,))

@@ -21,6 +21,7 @@ from blip3.benchmarks import (
     cold_start,
     cold_start_child,
     generation,
+    loader,
     machine,
     memory,
     memory_child,
@@ -230,8 +231,24 @@ def test_idefics_cuts_by_its_own_rule_and_by_ours():
 
 def test_peers_are_measured_with_each_number_of_images(results):
     rows = rows_of(results, "peers")
-    assert len(rows) == len(peers.COUNTS)
-    assert all(set(row["values"]) == set(peers.make_layouts(QUICK)) for row in rows.values())
+    whole = [rows[peers.name_of(count, "float32")]["values"] for count in peers.COUNTS]
+    assert all(set(values) == set(peers.make_layouts(QUICK)) for values in whole)
+    parts = {part: rows[f"{peers.name_of_parts('float32')}, {part}"]["values"] for part in (*peers.PARTS, peers.REST)}
+    assert len(rows) == len(whole) + len(parts)
+    assert all(values[who][0] > 0 for values in parts.values() for who in (OURS, IDEFICS))
+
+
+def test_a_prefill_is_divided_among_its_parts():
+    """Time of a part is all that passes in its calls, and the rest is what passes outside."""
+
+    class Slow(torch.nn.Module):
+        def forward(self):
+            time.sleep(0.02)
+
+    slow = Slow()
+    found = peers.divided({"slow": slow}, lambda: (slow(), time.sleep(0.03), slow()), "cpu")()
+    assert found["slow"] >= 0.04
+    assert found[peers.REST] >= 0.03
 
 
 def test_busy_processes_are_busy_only_when_told_and_end():
@@ -258,6 +275,8 @@ def test_a_cold_start_has_three_phases(results, one_child_only):
     for name in (OURS, LLAVA):
         *phases, whole = (rows[f"cold start{suffix}"]["values"][name][0] for suffix in cold_start.PHASES.values())
         assert sum(phases) == pytest.approx(whole, rel=1e-3)
+    parameters = rows["cold start, all"]["facts"]["parameters"]
+    assert 0.5 < parameters[OURS] / parameters[LLAVA] < 2, "at like size"
     assert rows["cold start, import"]["values"][OURS][0] > 0.5, "in a process of its own"
     assert str(ROOT) in one_child_only
 
@@ -268,8 +287,49 @@ def test_a_cold_start_that_fails_is_quoted():
 
 
 def test_two_workers_feed_bytes_or_floats(results):
-    facts = rows_of(results, "loader")["training steps fed by 2 workers"]["facts"]
+    rows = rows_of(results, "loader")
+    facts = rows[loader.FEEDING]["facts"]
     assert 4 * facts["batch_bytes"]["bytes"] == facts["batch_bytes"]["float32"]
+    alone, fed = (rows[name]["values"]["bytes"][0] for name in (loader.ALONE, loader.FEEDING))
+    assert alone > fed, "a step takes time"
+
+
+def test_records_of_the_loader_hold_files_of_what_was_rendered():
+    record = loader.rendered_record(loader.TASK)
+    (image,), (file,) = record.images, loader.with_files(record).images
+    assert file.data.startswith(b"\x89PNG")
+    assert file.open().tobytes() == image.open().tobytes()
+
+
+def test_images_are_processed_on_threads_and_by_workers(results):
+    row = rows_of(results, "scaling")[loader.BY_WORKERS]
+    assert set(row["values"]) == {"0 workers", "1 worker", "2 workers", loader.THREADS}
+
+
+def test_a_measurement_beside_busy_cores_is_long_enough():
+    assert busy.count_calls(lambda: time.sleep(0.01), 0.1) in range(5, 11)
+
+
+def test_busy_cores_are_met_by_a_large_image_and_on_one_thread(results):
+    rows = rows_of(results, "busy")
+    for name in (busy.FACTOR, busy.LARGE_FACTOR):
+        assert busy.ONE_THREAD in rows[name]["values"]
+        assert rows[name]["facts"]["calls"]
+
+
+def test_memory_is_described_by_image_and_by_token():
+    rows = {
+        f"prefill, {count} images": {
+            "summary": {OURS: {"median": mib}},
+            "facts": {"image_tokens": {OURS: 640 * count}, "kib_per_image_token": {OURS: 1024 * mib / (640 * count)}},
+        }
+        for count, mib in ((1, 80.0), (3, 200.0))
+    }
+    assert scaling_report.describe_memory(rows) == [
+        "- prefill, 1 images: ours 80.0 MiB for 640 image tokens, 128 KiB each.",
+        "- prefill, 3 images: ours 200.0 MiB for 1,920 image tokens, 107 KiB each.",
+        "- Between these, a further token: ours 96 KiB.",
+    ]
 
 
 def test_lines_are_described_where_they_stop_being_linear(results):
@@ -281,11 +341,11 @@ def test_lines_are_described_where_they_stop_being_linear(results):
         for place, cost in ((1, 3.0), (2, 5.0), (4, 9.0), (8, 34.0))
     }
     assert scaling_report.describe_lines(rows) == [
-        "- images, ours: linear up to 4; 8 take 2.00 times what the first two points foretell.",
-        "- images, LLaVA-NeXT: linear as far as it was measured, 8.",
+        "- images, ours: 4.51 ms each; linear up to 4; 8 take 2.00 times what the first two points foretell.",
+        "- images, LLaVA-NeXT: 5 ms each; linear as far as it was measured, 8.",
     ]
     assert (results / "cpu_scaling.png").stat().st_size > 10_000
-    assert "- views of an image, ours: linear" in (results / "cpu.md").read_text()
+    assert "- views of an image, ours: " in (results / "cpu.md").read_text()
 
 
 def test_views_grow_to_twelve_tiles_and_an_image_is_cut_by_three_lists_of_grids(results):
@@ -393,6 +453,14 @@ def test_candidates_take_turns_and_the_first_round_warms_up():
     assert values == {"seconds": {"a": [4.0, 5.0], "b": [3.0, 6.0]}}
 
 
+def test_a_first_round_counts_where_everything_is_warm():
+    for least, expected in ((0, [1.0]), (3, [1.0, 2.0, 3.0])):
+        calls = []
+        work = lambda calls=calls: calls.append(1) or {"seconds": float(len(calls))}  # noqa: E731
+        values = clock.measure_in_turn({"slow": work}, Effort(rounds=5, seconds=1e-9), least, is_warm=True)
+        assert values["seconds"]["slow"] == expected
+
+
 def test_a_round_that_used_up_the_time_is_counted():
     for least, expected in ((0, [1.0]), (1, [2.0])):
         calls = []
@@ -450,8 +518,25 @@ def test_aims_are_scored_by_median_and_say_by_how_much_they_are_missed():
     assert lines[2:] == [
         "| a | at least 2x | 2.4x (2.2 to 5.7) | yes |",
         "| a | at least 3x | 2.4x (2.2 to 5.7) | no, missed by 20% |",
-        "| a | at least 3x | not measured |  |",
+        "",
+        "Not measured: a (1 of 3 rows).",
     ]
+    assert report.targets_table([reached])[2:] == lines[2:3]
+
+
+def test_what_was_not_measured_is_named_by_kind():
+    """A row that speaks of the one before counts with it."""
+    measured = {"median": 1.0, "low": 1.0, "high": 1.0, "count": 1}
+    names = ["start", "of that, import", "batch, bytes", "the same, padded", "peak", "rate"]
+    targets = [
+        {"what": name, "target": "reported", "result": measured if name in ("batch, bytes", "rate") else None}
+        | {"unit": "x", "reached": None, "missed_by": None}
+        for name in names
+    ]
+    *rows, blank, line = report.targets_table(targets)
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| batch, bytes", "| rate"]
+    assert (blank, line) == ("", "Not measured: start (2 of 2 rows); batch (1 of 2 rows); peak.")
+    assert report.targets_table([target for target in targets if not target["result"]])[0].startswith("Not measured: ")
 
 
 def test_every_target_finds_what_it_measures_in_the_results(results):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from blip3.data.images import RecordError
 from blip3.data.readers import (
+    iterate_json_lines,
     read_captions,
     read_grounding,
     read_interleaved,
@@ -257,6 +258,27 @@ def test_preferences_take_the_highest_and_the_lowest(tmp_path):
     assert list(read_preferences([{**row, "completions": completions[:1] * 2}])) == []
     with pytest.raises(RecordError, match=r"completions\[0\]\.response"):
         list(read_preferences([{**row, "completions": [{**completions[0], "response": None}]}]))
+
+
+def test_preferences_as_published_name_the_image_and_embedded_ones_come_first(tmp_path):
+    row = {"id": "r", "prompt": "What?", "completions": [completion("A.", "5", "5", "5"), completion("B.", *"111")]}
+    path = tmp_path / "vlfeedback.jsonl"
+    lines = [json.dumps(row | {"id": f"r{number}", "img_path": f"{number}.jpg"}) for number in range(2)]
+    path.write_text("\n".join([lines[0], "", "{", lines[1]]))
+    with pytest.raises(RecordError, match=r"vlfeedback\.jsonl line 3"):
+        list(read_preferences(iterate_json_lines(str(path))))
+    found = list(read_preferences(iterate_json_lines(str(path)), image_folder="images", skip_faulty=True))
+    assert [record.images[0].path for record in found] == ["images/0.jpg", "images/1.jpg"]
+    with pytest.raises(FileNotFoundError):
+        list(iterate_json_lines(str(tmp_path / "none.jsonl")))
+    image = encoded()
+    for given in (image, {"bytes": image, "path": "b.jpg"}):
+        (record,) = read_preferences([row | {"img_path": "gone.jpg", "image": given}])
+        assert record.images[0].data == image
+    (record,) = read_preferences([row | {"img_path": "a.jpg", "image": {"bytes": None, "path": "b.jpg"}}])
+    assert record.images[0].path == "a.jpg"
+    (record,) = read_preferences([row | {"image": {"bytes": None, "path": "b.jpg"}}])
+    assert record.images[0].path == "b.jpg"
 
 
 def test_safety_rows():

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ablations: grids that load, trainings that are run once, rows compared on the same questions."""
 
+import dataclasses
 import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,9 @@ import yaml
 
 from blip3.checkpoints import fingerprint
 from blip3.evaluation import ablate as command
-from blip3.evaluation.ablate import AblationSettings, ablate, plan_of
+from blip3.evaluation.ablate import AblationSettings, ablate, check_before_training, plan_of
 from blip3.evaluation.ablation_grid import TRIAL_BATCH, load_grid
-from blip3.evaluation.ablation_report import ScoredRow, make_ablation_plot, summarise_rows
+from blip3.evaluation.ablation_report import ScoredRow, make_ablation_plot, summarise_rows, write_ablation
 from blip3.evaluation.ablation_runs import MADE, command_of, make_checkpoint, places_of
 from blip3.evaluation.report import Result
 from blip3.evaluation.tasks import make_questions
@@ -209,6 +211,22 @@ def test_a_shipped_grid_has_a_trial_of_the_same_rows(path):
     assert len({row.samples for row in trial.rows}) == len({row.samples for row in whole.rows})
 
 
+def test_the_documentations_table_of_grids_is_that_of_the_files():
+    """Rows, samples and seeds, in the words of the page."""
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8").split("\n## Ablations\n")[1]
+    found = dict(re.findall(r"^\| `(\w+)\.yaml` \| (.*) \|$", text.split("\n## ")[0], flags=re.MULTILINE))
+    words = {1: "one seed", 2: "two seeds", 5: "five checkpoints"}
+    expected = {}
+    for path in GRIDS:
+        grid = load_grid(path)
+        samples = {row.samples for row in grid.rows}
+        size = f"{len(grid.rows)} x {max(samples):,} samples"
+        if len(samples) > 1:
+            size = f"{words[len(grid.rows)]} of one chain of {max(samples):,} samples"
+        expected[path.stem] = f"{', '.join(row.name for row in grid.rows)} | {size}, {words[len(grid.seeds)]}"
+    assert found == expected
+
+
 def test_the_grids_cover_the_reports_ablations():
     assert [path.stem for path in GRIDS] == ["backbone", "data_scale", "sampling", "tiles", "tokens"]
     compared = {path.stem: {row.samples for row in load_grid(path).rows} for path in GRIDS}
@@ -231,6 +249,10 @@ def test_the_grids_cover_the_reports_ablations():
         ({"steps": {"tuning": TUNING | {"new": "model.yaml"}}}, r"has the kinds \['new', 'train'\] but exactly one"),
         ({"steps": {"shown": {"settings": {"num_latents": 2}}}, "start": "."}, "unknown setting 'num_latents'"),
         ({"budget": "any"}, "the budget is 'any' but it must be one of same, varies"),
+        ({"tasks": "name"}, "has tasks 'name' but a list of names is expected"),
+        ({"seeds": [0, 0]}, r"has seeds \[0, 0\] but a list of numbers is expected, each once"),
+        ({"shots": 4}, "has shots 4 but a list of numbers is expected"),
+        ({"score": {"dtype": "flaot32"}}, "the dtype is 'flaot32' but it must be one of.*'float32'"),
     ],
 )
 def test_a_grid_that_cannot_be_is_refused(folder, changes, message):
@@ -252,6 +274,89 @@ def test_the_command_plans_without_running(folder, tmp_path, capsys):
     assert "--set has 'max_steps' but key=value is expected" in capsys.readouterr().err
 
 
+# -- refused before anything is trained -------------------------------------------------------------------------------
+
+BASE = str(ROOT / "base")
+TUNED_BASE = {"steps": {"tuning": TUNING}, "start": BASE}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--count", "-5"], "count is -5 but it must be a positive integer"),
+        (["--count", "0"], "count is 0 but it must be a positive integer"),
+        (["--device", "nonsense"], "The device is 'nonsense' but must be 'cpu'"),
+        (["--seed", "-1"], "The seed is -1"),
+    ],
+)
+def test_a_command_line_that_cannot_be_scored_is_refused_at_once(arguments, message, folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command.parse_arguments([str(write_grid(folder)), "--output", str(tmp_path / "out"), *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_more_shots_than_the_world_samples_are_refused_at_once(folder, tmp_path):
+    grid = load_grid(write_grid(folder, shots=[0, 99]))
+    with pytest.raises(ValueError, match=r"Shots \[0, 99\] were asked for but this world samples"):
+        AblationSettings(grid, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": [ROW, {"name": "two", "checkpoint": "absent"}]}, "The checkpoint 'absent' was asked for"),
+        (TUNED_BASE | {"rows": [ROW]}, "'one' is asked tasks of conversation, but .*chat_template.jinja is not there"),
+        ({"rows": [ROW, {"name": "two", "checkpoint": BASE}]}, "'two' is asked tasks of conversation"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_scored_is_refused_before_training(changes, message, folder, tmp_path):
+    settings = AblationSettings(load_grid(write_grid(folder, **changes)), tmp_path / "out")
+    for refused in (ablate, plan_of):
+        with pytest.raises(FileNotFoundError, match=message):
+            refused(settings)
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_base_checkpoint_needs_no_template_for_tasks_without_conversation(folder, tmp_path):
+    grid = load_grid(write_grid(folder, tasks=["rule"], rows=[ROW], **TUNED_BASE))
+    check_before_training(AblationSettings(grid, tmp_path))
+
+
+@pytest.mark.parametrize(("library", "task"), [("matplotlib.figure", "name"), ("pycocoevalcap.cider", "caption")])
+def test_a_missing_library_is_named_before_training(library, task, folder, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith(library)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    settings = AblationSettings(load_grid(write_grid(folder, tasks=[task], rows=[ROW])), tmp_path / "out")
+    with pytest.raises(ImportError, match="pip install"):
+        ablate(settings)
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_checkpoint_of_this_repository_is_asked_for_at_its_root(folder, tmp_path, monkeypatch):
+    settings = AblationSettings(load_grid(GRIDS[-1]), tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"names the checkpoint 'base'.*elsewhere than at the repository's root"
+    ):
+        plan_of(settings)
+
+
+def test_a_trial_says_so_and_stands_in_a_folder_of_its_own(folder, tmp_path):
+    """The reports are written here of rows that were scored elsewhere: what is compared is which may follow which."""
+    for first, second in ((True, False), (False, True)):
+        output = tmp_path / str(first)
+        output.mkdir()
+        grids = {each: load_grid(write_grid(folder, rows=[ROW]), is_trial=each) for each in (first, second)}
+        about = command.about(AblationSettings(grids[first], output))
+        write_ablation([scored("one", [1, 0])], output, grids[first].title, about)
+        check_before_training(AblationSettings(grids[first], output))
+        with pytest.raises(ValueError, match=r"is the report of a .*, but a .* was asked for.*--output another one"):
+            check_before_training(AblationSettings(grids[second], output))
+        assert json.loads((output / "results.json").read_text())["settings"]["is_trial"] is first
+        assert ("a trial: its scores mean nothing" in (output / "table.md").read_text().splitlines()[0]) is first
+
+
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +375,26 @@ def test_differences_are_paired_and_seeds_are_averaged():
     assert second["difference"]["low"] == 0  # two questions of four changed nothing
     assert second["difference"]["high"] <= 1
     assert len(make_ablation_plot(summarise_rows(rows), "Title").axes) == 1
+
+
+ABOUT = {"settings": {"training_seeds": [0, 1], "series": "choose", "number_in_series": 0, "count": 4}}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_checkpoint_stands_beside_rows_of_several_seeds(order, tmp_path):
+    trained = scored("trained", [1, 0, 0, 0], [1, 1, 0, 0])
+    there = dataclasses.replace(scored("as shipped", [1, 1, 1, 0]), samples=None)
+    rows = [(trained, there)[each] for each in order]
+    write_ablation(rows, tmp_path, "Mixed", ABOUT)
+    table = (tmp_path / "table.md").read_text()
+    assert "| as shipped | as it is | 75.0 %" in table
+    assert table.split("## By training seed")[1].split("\n\n")[1].splitlines()[2:] == ["| trained | 25.0, 50.0 |"]
+
+
+def test_a_table_of_checkpoints_alone_names_no_training_seed(tmp_path):
+    write_ablation([dataclasses.replace(scored("one", [1, 0]), samples=None)], tmp_path, "Title", ABOUT)
+    assert "nothing trained" in (tmp_path / "table.md").read_text()
+    assert "training seed" not in (tmp_path / "table.md").read_text()
 
 
 def test_a_row_equal_to_the_first_is_no_distance_from_it():

@@ -1,38 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of what harnesses wrote: numbers, seeds, published rows apart, judge models; and what VLMEvalKit is asked."""
+"""Tables of what harnesses wrote: published rows apart, and the files for a card and for the Hub."""
 
 import json
-from pathlib import Path
 
 import pytest
 import yaml
 
-from blip3.evaluation.harness import collect, vlmevalkit
-from blip3.evaluation.harness.results import NO_JUDGE, average_seeds, read_folder
-
-
-def write_run(folder: Path, results: dict, configs: dict | None = None, counts: dict | None = None) -> None:
-    """A results file as lmms-eval writes it."""
-    run = {
-        "results": {task: {"alias": task, **numbers} for task, numbers in results.items()},
-        "configs": configs or {},
-        "n-samples": {task: counts or {"original": 100, "effective": 100} for task in results},
-        "config": {"model_args": "pretrained=/data/models/mine,subfolder=base"},
-        "lmms_eval_version": "unknown@unknown",
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "20260101_results.json").write_text(json.dumps(run))
-
-
-def write_kit(folder: Path, datasets: dict) -> None:
-    """A summary as VLMEvalKit writes it."""
-    folder.mkdir(parents=True)
-    (folder / "status.json").write_text(json.dumps({"model_name": "mine", "commit": "abc", "datasets": datasets}))
-
-
-def few_shot_config(seed: int) -> dict:
-    return {"metadata": {"benchmark": "coco", "form": "plain", "shots": 4, "seed": seed}}
-
+from blip3.evaluation.harness import collect
+from blip3.evaluation.harness.results import average_seeds, read_folder
+from support.harness_results import few_shot_config, write_kit_run, write_lmms_run
 
 RESULTS = {
     "pope": {"pope_f1_score,none": 0.8704, "pope_f1_score_stderr,none": "N/A"},
@@ -44,18 +20,17 @@ RESULTS = {
     "few_shot_coco_4_seed42": {"CIDEr,none": 60.0},
     "few_shot_coco_4_seed43": {"CIDEr,none": 64.0},
 }
-CONFIGS = {"few_shot_coco_4_seed42": few_shot_config(42), "few_shot_coco_4_seed43": few_shot_config(43)}
+CONFIGS = {f"few_shot_coco_4_seed{seed}": few_shot_config(seed, ptb=True) for seed in (42, 43)}
 
 
-@pytest.fixture
-def measured(tmp_path):
-    write_run(tmp_path / "lmms", RESULTS, CONFIGS)
-    return {each.benchmark: each for each in average_seeds(read_folder(tmp_path / "lmms"))}
+def run(folder, *further: str) -> int:
+    return collect.main([str(folder / "lmms"), "--output", str(folder / "out"), *further])
 
 
-def test_numbers_are_on_the_scale_of_published_tables(measured):
-    values = {name: each.value for name, each in measured.items()}
-    assert values == {
+def test_numbers_are_on_the_scale_of_published_tables(tmp_path):
+    write_lmms_run(tmp_path, RESULTS, CONFIGS)
+    measured = {each.benchmark: each for each in average_seeds(read_folder(tmp_path)) if each.is_known}
+    assert {name: each.value for name, each in measured.items()} == {
         "pope": pytest.approx(87.04),
         "textvqa": 50.0,
         "mme-norm": pytest.approx(62.5),
@@ -70,35 +45,13 @@ def test_numbers_are_on_the_scale_of_published_tables(measured):
     assert (measured["coco"].num_seeds, measured["coco"].note) == (2, "seeds 42, 43")
 
 
-def test_what_only_a_model_scores_has_a_number_only_with_one(tmp_path, measured):
-    assert measured["mm-vet"].note == NO_JUDGE == "not scored: needs a judge"
-    asked = {each.benchmark: each for each in read_folder(tmp_path / "lmms", has_judge=True)}
-    assert asked["mm-vet"].value == 12.0
-
-
-def test_a_part_of_the_questions_is_marked(tmp_path):
-    write_run(tmp_path, {"pope": {"pope_f1_score,none": 0.5}}, counts={"original": 9000, "effective": 8})
-    (each,) = read_folder(tmp_path)
-    assert collect.cell_of(each) == "50.0 (8 of 9000 questions)"
-
-
-def test_the_kits_summaries_are_read(tmp_path):
-    scored = {"judge_model": "exact_matching", "primary_metric": "Overall", "metrics": {"Overall": 83.3}}
-    write_kit(tmp_path / "kit", {"TextVQA_VAL": scored, "MMBench_DEV_EN": scored, "MMVet": scored, "Unknown": scored})
-    found = {each.benchmark: each for each in read_folder(tmp_path)}
-    assert set(found) == {"textvqa", "mmbench", "mm-vet"}
-    assert found["textvqa"].value == 83.3
-    assert found["mmbench"].note == "letters compared, no judge asked"
-    assert (found["mm-vet"].value, found["mm-vet"].note) == (None, NO_JUDGE)
-
-
 def test_published_numbers_are_never_written_as_measured(tmp_path):
-    write_run(tmp_path / "lmms", RESULTS, CONFIGS)
-    assert collect.main([str(tmp_path / "lmms"), "--output", str(tmp_path / "out")]) == 0
+    write_lmms_run(tmp_path / "lmms", RESULTS, CONFIGS)
+    assert run(tmp_path) == 0
     tables = (tmp_path / "out" / "tables.md").read_text()
     few_shot = tables.split("## few-shot")[1].split("## single-image")[0]
     ours, published = few_shot.split("Published by others, not measured here.")
-    assert "| mine/base | lmms-eval | 4 | plain | - | - | - | 62.0 (sd 2.8, seeds 42, 43) | - | - |" in ours
+    assert "| mine/base | lmms-eval | 4 | plain | sampled | - | - | - | 62.0 (sd 2.8, seeds 42, 43) | - | - |" in ours
     assert "xGen-MM-base" not in ours
     assert "| xGen-MM-base r-v1.5 | 4 | 66.3 | 54.2 | 48.9 | 107.6 | 100.8 | 89.9 |" in published
     for name in ("results.json", "model-index.yaml"):
@@ -113,13 +66,70 @@ def test_published_numbers_are_never_written_as_measured(tmp_path):
     assert not (tmp_path / "out" / ".eval_results").exists()
 
 
+def test_what_no_table_has_stands_under_everything_measured_alone(tmp_path, capsys):
+    write_lmms_run(tmp_path / "lmms", RESULTS | {"new_task": {"score,none": 3.25}}, CONFIGS)
+    assert run(tmp_path) == 0
+    tables, everything = (tmp_path / "out" / "tables.md").read_text().split("## Everything measured")
+    assert "new_task" not in tables
+    assert (
+        "| new_task | mine/base | 3.2 (on the scale of the harness) | score | 100 | lmms-eval | new_task |"
+        in everything
+    )
+    assert "new_task" not in (tmp_path / "out" / "model-index.yaml").read_text()
+    line = capsys.readouterr().out
+    assert line == "8 numbers: 5 of known benchmarks, 3 of other tasks; 1 not scored: needs a judge\n"
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results["measured"]) == 9
+
+
+def test_numbers_of_one_cell_stand_side_by_side(tmp_path):
+    """Not the last one alone: CIDEr by two tokenizers, and similar demonstrations beside sampled ones."""
+    for number, settings in enumerate(({}, {"ptb": True}, {"ptb": True, "neighbours": "near.parquet"})):
+        results = {"few_shot_coco_4": {"CIDEr,none": 50.0 + number}}
+        write_lmms_run(tmp_path / "lmms" / str(number), results, {"few_shot_coco_4": few_shot_config(42, **settings)})
+    assert run(tmp_path) == 0
+    tables = (tmp_path / "out" / "tables.md").read_text()
+    cells = "50.0 (without the COCO tool's tokenizer); 51.0"
+    assert f"| mine/base | lmms-eval | 4 | plain | sampled | - | - | - | {cells} | - | - |" in tables
+    near = "52.0 (similar demonstrations (near))"
+    assert f"| mine/base | lmms-eval | 4 | plain | similar (near) | - | - | - | {near} | - | - |" in tables
+
+
+def test_metrics_with_bars_do_not_break_the_table(tmp_path):
+    write_kit_run(tmp_path / "lmms", {"MMStar": {"split=none|Overall": 0.25}})
+    assert run(tmp_path) == 0
+    assert r"| mmstar | mine | 25.0 | split=none\|Overall |" in (tmp_path / "out" / "tables.md").read_text()
+
+
+def test_the_judge_model_is_named_in_tables_and_results(tmp_path, capsys):
+    write_lmms_run(tmp_path / "lmms", RESULTS, CONFIGS)
+    assert run(tmp_path, "--judge-url", "nonsense") == 1
+    assert "--judge-url is 'nonsense', but the URL of an OpenAI-compatible server" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run(tmp_path, "--judge-url", "https://here/v1") == 0
+    assert "12.0 (judge model at https://here/v1)" in (tmp_path / "out" / "tables.md").read_text()
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["judge_url"] == "https://here/v1"
+
+
+def test_models_are_named_by_an_option(tmp_path, capsys):
+    write_lmms_run(tmp_path / "lmms" / "a", RESULTS, arguments="pretrained=/x/mine")
+    write_lmms_run(tmp_path / "lmms" / "b", RESULTS, arguments="pretrained=/y/mine")
+    assert run(tmp_path) == 1
+    assert "would both be called 'mine'" in capsys.readouterr().err
+    assert run(tmp_path, "--name", "b") == 1
+    assert "--name is 'b', but PATH=NAME is expected" in capsys.readouterr().err
+    assert run(tmp_path, "--name", f"{tmp_path / 'lmms' / 'b'}=second one") == 0
+    indexes = yaml.safe_load_all((tmp_path / "out" / "model-index.yaml").read_text())
+    assert {index["model-index"][0]["name"] for index in indexes} == {"mine", "second one"}
+
+
 def test_results_for_the_hub_need_ids_that_a_person_checked(tmp_path, capsys):
-    write_run(tmp_path / "lmms", RESULTS, CONFIGS)
+    write_lmms_run(tmp_path / "lmms", RESULTS, CONFIGS)
     (tmp_path / "checked.yaml").write_text("pope: {id: owner/pope, task_id: adversarial}\n")
-    command = [str(tmp_path / "lmms"), "--output", str(tmp_path / "out"), "--checked", str(tmp_path / "checked.yaml")]
-    assert collect.main(command) == 1
+    checked = ["--checked", str(tmp_path / "checked.yaml")]
+    assert run(tmp_path, *checked) == 1
     assert "all of them --source-url" in capsys.readouterr().err
-    assert collect.main([*command, "--source-url", "https://example.org/run"]) == 0
+    assert run(tmp_path, *checked, "--source-url", "https://example.org/run") == 0
     (entry,) = yaml.safe_load((tmp_path / "out" / ".eval_results" / "mine-base" / "pope.yaml").read_text())
     assert entry["dataset"] == {"id": "owner/pope", "task_id": "adversarial"}
     assert (entry["value"], entry["source"]["url"]) == (87.04, "https://example.org/run")
@@ -127,86 +137,28 @@ def test_results_for_the_hub_need_ids_that_a_person_checked(tmp_path, capsys):
 
 def test_published_numbers_name_their_source():
     tables = {table.name: table for table in collect.read_published()}
-    assert list(tables) == ["few-shot", "single-image", "multi-image", "post-training"]
+    assert list(tables) == ["few-shot", "single-image", "single-image, first version", "multi-image", "post-training"]
     rows = [row for table in tables.values() for row in table.rows]
     assert all(row.source and row.trust in collect.TRUST for row in rows)
+    assert all(set(row.values) <= set(table.columns) for table in tables.values() for row in table.rows)
     assert {row.shots for row in tables["few-shot"].rows} == {0, 4, 8}
+    assert {"cvb-2d", "cvb-3d", "sciqa"} <= set(tables["single-image, first version"].columns)
 
 
 def test_a_folder_without_results_is_refused(tmp_path, capsys):
-    assert collect.main([str(tmp_path), "--output", str(tmp_path / "out")]) == 1
+    (tmp_path / "lmms").mkdir()
+    assert run(tmp_path) == 1
     assert "holds neither *_results.json of lmms-eval nor status.json of VLMEvalKit" in capsys.readouterr().err
-
-
-# -- The command for VLMEvalKit ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def kit(tmp_path):
-    """A folder that stands for the kit: its run.py says what it was asked, and nothing else is there."""
-    folder = tmp_path / "kit"
-    (folder / "vlmeval").mkdir(parents=True)
-    (folder / "vlmeval" / "__init__.py").write_text("")
-    (folder / "vlmeval" / "config.py").write_text("supported_VLM = {}\n")
-    lines = [
-        "import json, os, sys",
-        "from vlmeval.config import supported_VLM",
-        "asked = {'argv': sys.argv, 'data': os.environ['LMUData'], 'folder': os.getcwd()}",
-        "asked['settings'] = supported_VLM['blip3'].keywords",
-        "print(json.dumps(asked))",
-    ]
-    (folder / "run.py").write_text("\n".join(lines))
-    return folder
-
-
-def test_the_kit_runs_with_one_model_more_in_its_own_process(kit, tmp_path, capfd):
-    command = [
-        "--kit",
-        str(kit),
-        "--model",
-        str(tmp_path),
-        "--data",
-        "POPE",
-        "MMStar",
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    assert vlmevalkit.main([*command, "--data-folder", str(tmp_path), "--base-resolution", "--", "--reuse"]) == 0
-    asked = json.loads(capfd.readouterr().out.strip().splitlines()[-1])
-    assert asked["folder"] == str(kit)
-    assert asked["data"] == str(tmp_path)
-    assert asked["argv"][:6] == ["run.py", "--model", "blip3", "--data", "POPE", "MMStar"]
-    assert asked["argv"][-3:] == ["--judge", "exact_matching", "--reuse"]
-    assert asked["settings"]["pretrained"] == str(tmp_path)
-    assert asked["settings"]["image_options"] == {"do_image_splitting": False}
-
-
-@pytest.mark.parametrize(
-    ("further", "message"),
-    [
-        (["--data", "MMVet"], "MMVet: not scored: needs a judge"),
-        (["--data", "POPE", "--judge", "gpt-4o"], "was named without --judge-base-url"),
-    ],
-)
-def test_numbers_that_mean_nothing_are_refused(kit, further, message, capsys):
-    assert vlmevalkit.main(["--kit", str(kit), "--model", "m", "--output", "out", *further]) == 1
-    assert message in capsys.readouterr().err
-
-
-def test_a_folder_without_the_kit_names_the_line_that_fetches_it(tmp_path, capsys):
-    command = ["--kit", str(tmp_path / "none"), "--model", "m", "--data", "POPE", "--output", "out"]
-    assert vlmevalkit.main(command) == 1
-    assert "git clone https://github.com/open-compass/VLMEvalKit" in capsys.readouterr().err
 
 
 def test_answers_to_submit_are_no_results(tmp_path):
     """lmms-eval's tasks of captions write theirs into the same folder, under names that end alike."""
-    write_run(tmp_path / "mine", RESULTS)
+    path = write_lmms_run(tmp_path / "mine", RESULTS)
     measured = read_folder(tmp_path)
     answers = tmp_path / "submissions" / "textcaps_captions_val2014_alg_results.json"
     answers.parent.mkdir()
     answers.write_text(json.dumps([{"image_id": "0", "caption": "a dog", "id": 1}]))
     assert read_folder(tmp_path) == measured
-    (tmp_path / "mine" / "20260101_results.json").unlink()
+    path.unlink()
     with pytest.raises(FileNotFoundError, match="holds neither"):
         read_folder(tmp_path)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoProcessor
 
 from blip3.evaluation.harness import few_shot, neighbours, stemming, write_tasks
@@ -98,13 +99,12 @@ def test_demonstrations_depend_on_seed_and_question_alone_and_are_nested():
         few_shot.sample_demonstrations(query_set, 42, "17", 33)
 
 
-def test_the_most_similar_image_stands_last(tmp_path):
+def test_the_most_similar_image_stands_last():
     training = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [-1.0, -0.1]]), dim=-1)
     rows, similarities = neighbours.nearest(torch.tensor([[1.0, 0.0], [-0.1, 1.0]]), training, 3)
     assert rows.tolist() == [[2, 1, 0], [3, 1, 2]]
     assert (similarities.diff(dim=-1) >= 0).all()
-    neighbours.write_neighbours(tmp_path / "near.parquet", ["a", "b"], rows, similarities)
-    known = neighbours.read_neighbours(tmp_path / "near.parquet")
+    known = dict(zip("ab", rows.tolist(), strict=True))
     assert few_shot.nearest_demonstrations(known, "a", 2) == [1, 0]
     with pytest.raises(ValueError, match=r"The question 'c' has 0 neighbours but 2 shots were asked for"):
         few_shot.nearest_demonstrations(known, "c", 2)
@@ -128,14 +128,37 @@ def test_rows_without_answers_are_refused():
 
 def test_tasks_are_written_with_their_seeds(tmp_path, capsys):
     arguments = ["--benchmark", "textvqa", "--shots", "4", "--seed", "42", "43", "--form", "openflamingo"]
-    assert write_tasks.main([str(tmp_path), *arguments, "--demonstrations", "textvqa=data/train:train"]) == 0
+    assert write_tasks.main([str(tmp_path), *arguments, "--demonstrations", "textvqa=owner/data:train"]) == 0
     assert capsys.readouterr().out == "few_shot_openflamingo_textvqa_4\n"
     task = (tmp_path / "few_shot_openflamingo_textvqa_4_seed43.yaml").read_text()
     assert "class: !function blip3.evaluation.harness.few_shot_task.FewShotTask" in task
     asked = json.loads(next(line for line in task.splitlines() if line.startswith("metadata: ")).partition(" ")[2])
     assert (asked["shots"], asked["seed"], asked["num_fewshot"]) == (4, 43, 4)
-    assert asked["demonstrations"] == {"path": "data/train", "split": "train", "name": None}
+    assert asked["demonstrations"] == {"path": "owner/data", "split": "train", "name": None}
     assert "few_shot_openflamingo_textvqa_4_seed42" in (tmp_path / "few_shot_openflamingo_textvqa_4.yaml").read_text()
+
+
+def test_a_folder_that_is_here_is_named_by_its_whole_path(tmp_path, monkeypatch):
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    line = ["tasks", "--benchmark", "vqav2", "--shots", "4", "--questions", "vqav2=data/train:x"]
+    assert write_tasks.main([*line, "--demonstrations", "vqav2=data/train"]) == 0
+    asked = metadata_of(tmp_path / "tasks" / "few_shot_vqav2_4.yaml")
+    assert asked["questions"]["path"] == asked["demonstrations"]["path"] == str(tmp_path / "data" / "train")
+
+
+def metadata_of(path: Path) -> dict:
+    """What a written task says of itself."""
+    line = next(line for line in path.read_text().splitlines() if line.startswith("metadata: "))
+    return json.loads(line.partition(" ")[2])
+
+
+def test_the_coco_tools_own_words_stand_in_names_and_metadata_of_captions_alone(tmp_path, capsys):
+    line = [str(tmp_path), "--benchmark", "coco", "textvqa", "--shots", "4", "--ptb"]
+    assert write_tasks.main(line) == 0
+    assert capsys.readouterr().out == "few_shot_coco_4_ptb,few_shot_textvqa_4\n"
+    assert metadata_of(tmp_path / "few_shot_coco_4_ptb.yaml")["ptb"] is True
+    assert "ptb" not in metadata_of(tmp_path / "few_shot_textvqa_4.yaml")
 
 
 # -- OK-VQA's stems ---------------------------------------------------------------------------------------------------
@@ -202,6 +225,7 @@ def test_a_page_in_the_place_of_the_file_is_refused(tmp_path):
 def test_ok_vqas_score_says_whether_answers_are_stemmed(tmp_path, capsys):
     assert BENCHMARKS["okvqa"].metric(has_stems=True) == BENCHMARKS["vqav2"].metric(has_stems=False) == "vqa_accuracy"
     line = [str(tmp_path), "--benchmark", "okvqa", "vqav2", "--shots", "4", "--seed", "1", "2"]
+    line += ["--demonstrations", "okvqa=owner/okvqa", "vqav2=owner/vqav2"]
     for further, metric in ([], "vqa_accuracy_unstemmed"), (["--stems", str(write_table(tmp_path))], "vqa_accuracy"):
         assert write_tasks.main([*line, *further]) == 0
         assert f'"metric": "{metric}"' in (tmp_path / "few_shot_okvqa_4.yaml").read_text()
@@ -216,12 +240,56 @@ def test_ok_vqas_score_says_whether_answers_are_stemmed(tmp_path, capsys):
     [
         (["--questions", "elsewhere"], "--questions is 'elsewhere' but NAME=VALUE is expected"),
         (["--vlguard", "data"], "--vlguard was given without --phrases"),
+        (["--phrases", "list.py"], "--phrases was given without --vlguard"),
+        (["--vlguard", "data", "--phrases", "list.py", "--shots", "4"], "test.json is not there"),
+        (["--benchmark", "textvqa", "--shots", "-1"], "--shots has -1, but 0 to 32 demonstrations"),
+        (["--benchmark", "textvqa", "--shots", "33"], "--shots has 33, but 0 to 32 demonstrations"),
+        (["--benchmark", "textvqa", "--shots", "4", "4"], "--shots has 4 4, but each number is expected once"),
+        (["--benchmark", "textvqa", "--seed", "1", "1"], "--seed has 1 1, but each number is expected once"),
+        (["--benchmark", "vqav2"], "vqav2 is asked with 8 demonstrations, but its data set on the Hub"),
+        (["--benchmark", "vqav2", "--shots", "0", "--form", "openflamingo"], "vqav2 is asked with 2 demonstrations"),
+        ([], "vqav2 is asked with 8 demonstrations"),
+        (["--benchmark", "coco", "--demonstrations", "vqav2=a/b"], "--demonstrations names vqav2, but it is only for"),
+        (["--benchmark", "rule", "--demonstrations", "rule=a/b"], "--demonstrations names rule, but it is only for"),
+        (["--benchmark", "rule", "--seed", "1", "2"], "--seed has 1 2 for rule, whose demonstrations stand in its"),
+        (["--benchmark", "coco", "--questions", "coco=no/such/folder"], "'no/such/folder' was named, but no such"),
+        (["--benchmark", "textvqa", "--ptb"], "--ptb was given for textvqa, but it only changes the score of one of"),
+        (
+            ["--benchmark", "coco", "--stems", "x.py"],
+            "--stems was given for coco, but it only changes the score of ok",
+        ),
+        (["--benchmark", "coco", "--neighbours", "coco=x.parquet"], "x.parquet is not there, but a task is to show"),
         (["--vlguard", "data", "--phrases", "list.py"], "test.json is not there, but VLGuard's test set"),
     ],
 )
 def test_what_cannot_be_written_is_refused(arguments, message, tmp_path, capsys):
     assert write_tasks.main([str(tmp_path), *arguments]) == 1
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_zero_shots_need_no_demonstrations(tmp_path):
+    assert write_tasks.main([str(tmp_path), "--benchmark", "vqav2", "--shots", "0"]) == 0
+
+
+def test_options_of_few_shots_are_refused_where_vlguard_alone_is_written(tmp_path, capsys):
+    (tmp_path / "test.json").write_text("[]")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "utils.py").write_text('def check(text):\n    reject_list = ["i cannot"]\n')
+    line = [str(tmp_path / "tasks"), "--vlguard", str(tmp_path), "--phrases", str(tmp_path / "utils.py")]
+    assert write_tasks.main([*line, "--shots", "4", "--ptb"]) == 1
+    assert "--shots, --ptb was given with --vlguard alone" in capsys.readouterr().err
+
+
+def test_more_rules_than_a_row_has_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    Dataset.from_list([{"id": "1", "questions": ["a", "b"], "answers": ["x"], "answer": "y"}]).to_parquet(
+        str(tmp_path / "rule" / "test-00000-of-00001.parquet")
+    )
+    line = [str(tmp_path / "tasks"), "--benchmark", "rule", "--questions", f"rule={tmp_path / 'rule'}:test", "--shots"]
+    assert write_tasks.main([*line, "0", "1"]) == 0
+    assert write_tasks.main([*line, "0", "2"]) == 1
+    assert "2 shots of rule were asked for, but the rows of" in capsys.readouterr().err
 
 
 def test_answers_count_by_the_subset_they_are_of():

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from blip3.evaluation.harness.models import ChatModel
+from blip3.evaluation.harness.models import ChatModel, check_image_options
 from blip3.evaluation.harness.prompts import Renderer, find_image_token, place_images
 from support import ROOT, render_image
 from support.tiny_peers import PEERS, save_peer
@@ -72,11 +72,13 @@ def test_what_only_looks_like_an_image_or_a_turn_is_plain_text(instructed):
     assert len(inputs["image_sizes"]) == 1
 
 
-def test_what_cannot_be_written_is_refused(base):
+def test_what_cannot_be_written_is_refused(base, instructed):
     with pytest.raises(
         ValueError, match=r"has no chat template. It is probably of a base checkpoint.*set it to False"
     ):
         Renderer(base, is_chat=True)
+    with pytest.raises(ValueError, match=r"end_of_shot '\\n' was given, but the chat template"):
+        Renderer(instructed, end_of_shot="\n")
     with pytest.raises(ValueError, match="A message holds video but text and images are expected"):
         Renderer(base)([user({"type": "video", "url": "film.mp4"})])
 
@@ -92,6 +94,31 @@ def test_a_template_without_images_is_refused(instructed):
     instructed.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
     with pytest.raises(ValueError, match=r"has 0 tokens '<image>' for 1 images.*set chat=False"):
         Renderer(instructed)([user(image(ONE), text("What?"))])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_options": {"subfoder": "base"}}, "subfoder='base' was given, but .*Did you mean 'subfolder'?"),
+        ({"image_options": {"do_image_spliting": False}}, "Did you mean 'do_image_splitting'?"),
+        ({"image_options": {"attn_implementation": "sdpa"}}, "Known: pretrained, subfolder, .*do_image_splitting"),
+        ({"image_options": {"device_map": "auto"}}, "neither the adapter nor Blip3ImageProcessor"),
+        ({"chat": "no"}, "chat is 'no' but it must be one of auto, True, False"),
+        ({"dtype": "half"}, "dtype is 'half' but it must be one of"),
+    ],
+)
+def test_an_argument_that_nothing_reads_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ChatModel(str(ROOT), device="cpu", **arguments)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_arguments_of_other_image_processors_are_known_by_their_names(name, tmp_path):
+    save_peer(name, tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    check_image_options({"do_normalize": False, "size": {"shortest_edge": 28}}, processor)
+    with pytest.raises(ValueError, match=r"do_normalise=False was given.*Did you mean 'do_normalize'?"):
+        check_image_options({"do_normalise": False}, processor)
 
 
 @pytest.mark.parametrize("name", PEERS)

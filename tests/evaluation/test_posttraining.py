@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command that scores checkpoints before and after post-training, with respondents whose scores are known."""
 
+import importlib
 import itertools
 import json
 import threading
@@ -334,6 +335,15 @@ def test_usage_errors(options, message, capsys):
         parse_arguments(["a", "--output", "out", *options])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("module", "expected"), [("score", True), ("posttraining", False)])
+def test_help_promises_a_breakdown_by_instruction_where_there_is_one(module, expected, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"blip3.evaluation.{module}").parse_arguments(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "instruction around every short question" in text
+    assert ("breakdown by instruction" in text) == expected
 
 
 def test_a_missing_file_is_an_error_of_one_line(folders, tmp_path, capsys):

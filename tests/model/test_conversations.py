@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Later turns over a cache, and image tokens that are generated: places of images are those of the prompt."""
 
+import functools
+import weakref
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -130,3 +133,38 @@ def test_outputs_hold_the_cache_under_todays_name_and_what_the_tower_saw(tiny_mo
         assert outputs[CACHE_NAME].get_seq_length() == inputs["input_ids"].shape[1]
         assert outputs.past_key_values is outputs[CACHE_NAME]
         assert torch.equal(torch.cat(outputs.image_outputs.pooler_output), outputs.image_hidden_states)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["forward", "generate"])
+def test_patch_tokens_are_freed_before_the_decoder_runs(tiny_model, processor, monkeypatch, way):
+    inputs = processor(text="<image> Hi", images=IMAGES[0], return_tensors="pt")
+    encode, patches, held = tiny_model.model.get_image_features, [], []
+
+    @functools.wraps(encode)
+    def watch(*args, **kwargs):
+        outputs = encode(*args, **kwargs)
+        patches.append(weakref.ref(outputs.last_hidden_state))
+        return outputs
+
+    monkeypatch.setattr(tiny_model.model, "get_image_features", watch)
+    handle = tiny_model.language_model.register_forward_pre_hook(lambda *_: held.append(patches[0]() is not None))
+    if way == "forward":
+        outputs = tiny_model(**inputs)
+        assert outputs.image_outputs.last_hidden_state is None
+        assert type(outputs.image_outputs) is type(encode(inputs["pixel_values"], inputs["image_sizes"]))
+    else:
+        tiny_model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    handle.remove()
+    assert len(patches) == 1
+    assert not any(held)
+    assert held
+
+
+@torch.no_grad()
+def test_hidden_states_that_were_asked_for_keep_their_patch_tokens(tiny_model, processor, monkeypatch):
+    inputs = processor(text="<image> Hi", images=IMAGES[0], return_tensors="pt")
+    monkeypatch.setattr(tiny_model.config.vision_config, "output_hidden_states", True)
+    outputs = tiny_model(**inputs).image_outputs
+    assert outputs.last_hidden_state is not None
+    assert len(outputs.hidden_states) > 1

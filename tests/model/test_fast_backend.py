@@ -266,6 +266,15 @@ def test_strips_and_shared_passes_change_no_value(size, request, monkeypatch):
         assert np.abs(found[0].astype(int) - wanted).max() <= 2
 
 
+def test_strips_that_pillow_keeps_in_pieces_change_no_value(small_blocks, monkeypatch):
+    """The last strip is smaller and fits into a block: some strips are copied, and one is read where it is."""
+    image = photograph(300, 800).copy()
+    monkeypatch.setattr(image_processing_blip3, "STRIP_BYTES", 96 * 800 * 4)
+    found = resize_with_torch(image, TARGETS, BICUBIC)
+    monkeypatch.setattr(image_processing_blip3, "STRIP_BYTES", 2**15)
+    assert all(map(np.array_equal, found, resize_with_torch(image, TARGETS, BICUBIC)))
+
+
 def test_what_is_resized_outlives_its_image():
     image = photograph(64, 64)
     wanted = np.asarray(image)
@@ -321,11 +330,15 @@ def test_images_that_share_a_file_or_are_still_being_read_stay_on_one_thread(kin
     assert torch.equal(*inputs["pixel_values"])
 
 
-def test_filling_slots_asks_torch_for_no_parallel_loop(monkeypatch):
+@pytest.mark.parametrize("is_in_pieces", [False, True], ids=["one piece", "several pieces"])
+def test_filling_slots_asks_torch_for_no_parallel_loop(is_in_pieces, request):
     """Beside a busy program a barrier takes longer than the loop: what torch does are the resizes, in one thread."""
+    if is_in_pieces:  # as every image of 4.2 megapixels is that was decoded whole
+        request.getfixturevalue("small_blocks")
     processor = Blip3ImageProcessor(resize_backend="torch")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run(processor, photograph(500, 800))
     names = {event.key for event in profile.key_averages()}
     assert "aten::_upsample_bicubic2d_aa" in names
     assert names.isdisjoint({"aten::copy_", "aten::div_", "aten::sub_", "aten::mul_", "aten::zero_", "aten::fill_"})
+    assert "aten::cat" not in names

@@ -246,6 +246,58 @@ def test_a_prompt_read_a_window_at_a_time_equals_one_read_at_once(
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("has_positions", [True, False])
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_a_long_row_beside_short_ones_is_read_a_window_at_a_time(
+    tiny_model, processor, monkeypatch, has_positions, kind
+):
+    """As it is when it comes alone: logits, what the cache keeps of it, and the logits of steps after it."""
+    texts, images = [text for text, _ in ROWS], [shown for _, shown in ROWS]
+    inputs = dict(processor(text=texts, images=images, padding=True, return_tensors="pt"))
+    mask, window = inputs["attention_mask"], 30
+    monkeypatch.setattr(tiny_model.config.text_config, "sliding_window", window)
+    monkeypatch.setitem(tiny_model.prepare_inputs_for_generation.__func__.__globals__, "SMALLEST_BLOCK", 8)
+    lengths: list[tuple[int, ...]] = []
+    handle = tiny_model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+
+    def read(mask: torch.Tensor, inputs: dict) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        room = {"max_cache_len": mask.shape[1] + 2} if kind is StaticCache else {}
+        cache = kind(config=tiny_model.config.text_config, **room)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad():
+            first = {"position_ids": positions} if has_positions else {}
+            logits = [tiny_model(**inputs, **first, use_cache=True, **{CACHE_NAME: cache}).logits[:, -1:]]
+            for step in (1, 2):
+                longer = torch.cat([mask, mask[:, -1:].expand(-1, step)], dim=1)
+                place = {"position_ids": positions[:, -1:] + step} if has_positions else {}
+                place |= {"attention_mask": longer, CACHE_NAME: cache}
+                logits.append(tiny_model(torch.full_like(mask[:, -1:], 7), **place).logits)
+        return logits, [layer.keys[:, :, 1 - window :] for layer in cache.layers]
+
+    def alone(row: int) -> dict:
+        first = sum(len(shown) for shown in images[:row])
+        own = range(first, first + len(images[row]))
+        return {
+            name: tensor[own] if name in ("pixel_values", "image_sizes") else tensor[[row]][:, mask[row].bool()]
+            for name, tensor in inputs.items()
+        }
+
+    logits, kept = read(mask, inputs)
+    longest = [shape for shape in lengths if shape[1] > 1 and shape[0] == 1][:2]
+    assert longest[0] == (1, window - 1)
+    assert max(length for _, length in lengths) < mask.shape[1]
+    for row in (1, 2) if has_positions else (2,):  # without positions, padding counts
+        logits_alone, kept_alone = read(mask[[row]][:, mask[row].bool()], alone(row))
+        for one, other in zip(logits, logits_alone, strict=True):
+            torch.testing.assert_close(one[[row]], other, atol=2e-5, rtol=1e-4)
+        if row == 2:
+            for one, other in zip(kept, kept_alone, strict=True):
+                torch.testing.assert_close(one[[row]], other, atol=2e-5, rtol=1e-4)
+    handle.remove()
+
+
 @pytest.mark.parametrize("window", [None, 30])
 def test_generate_continues_a_prompt_read_a_window_at_a_time(tiny_model, processor, monkeypatch, window):
     monkeypatch.setattr(tiny_model.config.text_config, "sliding_window", window)
@@ -285,7 +337,16 @@ def test_generate_reads_a_mixed_batch_group_by_group(tiny_model, processor, cach
     ],
 )
 def test_rows_are_grouped_where_padding_is_on_the_left_and_much(mask, groups):
-    assert group_rows_by_length(torch.tensor(mask)) == groups
+    assert group_rows_by_length(torch.tensor(mask), most_tokens=4) == groups
+
+
+@pytest.mark.parametrize(
+    ("most_tokens", "groups"), [(8, [[1, 2], [0, 3, 4]]), (7, [[1], [2], [0, 3, 4]]), (2, [[1], [2], [0, 3], [4]])]
+)
+def test_a_group_holds_no_more_tokens_than_fit(most_tokens, groups):
+    lengths = (1, 4, 4, 1, 1)
+    mask = torch.tensor([[0] * (4 - length) + [1] * length for length in lengths])
+    assert group_rows_by_length(mask, most_tokens) == groups
 
 
 @pytest.mark.parametrize(("device", "runs"), [("cpu", [(1, 4), (2, 1)]), ("meta", [(3, 4)])])

@@ -2,6 +2,7 @@
 """A resampler that reads the prompt: what the processor hands it, and what is refused because of it."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -13,6 +14,11 @@ from blip3.data.images import ImageSource
 from blip3.data.records import Record, Turn
 from blip3.hub import model_code
 from blip3.training.encode import Encoder, pack, pad
+from blip3.training.lora import add_adapters
+from blip3.training.noise import Noiser
+from blip3.training.pairs import PairCollator, PairEncoder
+from blip3.training.preference import PreferenceObjective
+from blip3.training.recipe import LoraSettings, Recipe
 from support import load_model, render_image
 
 
@@ -193,6 +199,23 @@ def test_a_training_batch_carries_the_queries(folder, processor):
         with torch.no_grad():
             losses.append(model(**batch, use_cache=False).loss.item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_a_pair_is_learned_from_with_its_question(folder, processor):
+    """Both passes read the image tokens that answer the pair's prompt; a batch without an image has none."""
+    image = ImageSource(drawing=Drawing((40, 60), ("plain", "#ff0000"), ()))
+    shown = Record("a", "preference", (image,), (Turn("user", "<image>\nWhat colour?"),), "Red.", "Blue.")
+    text = Record("b", "preference", (), (Turn("user", "What follows 3?"),), "4.", "5.")
+    model = add_adapters(load_model(folder), LoraSettings(2, 4), "asking").train()
+    recipe = Recipe("m", "o", 1, 1, 1e-3, mixture=({"rendered": "contrast"},), trainable=("language_model",),
+                    lora={"rank": 2, "alpha": 4}, loss="preference", noised_weight=1.0)  # fmt: skip
+    encode = PairEncoder(processor, 10_000, noiser=Noiser(500, "normalised", 0))
+    for records, terms in (([shown, text], 1.5), ([text], 1)):
+        batch = PairCollator(0)([encode(record) for record in records])
+        loss, figures = PreferenceObjective(recipe)(model, batch)
+        assert loss.item() == pytest.approx(terms * math.log(2), abs=1e-5)
+        assert figures["noised/share"] == terms - 1
+        loss.backward()
 
 
 def test_a_saved_processor_and_model_are_the_same(model, processor, tmp_path):

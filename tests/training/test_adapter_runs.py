@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import signal
 import textwrap
 from pathlib import Path
 from zlib import crc32
@@ -41,6 +42,15 @@ def text_pairs(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> str:
+    """A file of conversations without images."""
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    turns = [(Turn("user", f"What follows {n}?"), Turn("assistant", f"It is {n + 1}.")) for n in range(8)]
+    write_jsonl((Record(f"t{n}", "instruction", (), each) for n, each in enumerate(turns)), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
 def pairs(text_pairs) -> list[dict]:
     return [{"rendered": "preference", "weight": 2}, {"records": text_pairs, "weight": 1}]
 
@@ -49,7 +59,7 @@ def pairs(text_pairs) -> list[dict]:
 def noised(small_model, pairs, tmp_path_factory) -> str:
     """A file of answers to noised images; an untrained model writes no sentences, so a stand-in answers."""
     folder = tmp_path_factory.mktemp("noised")
-    recipe = tiny_recipe(folder / "run.yaml", small_model, **PREFERENCE, mixture=pairs,
+    recipe = tiny_recipe(folder / "run.yaml", small_model, **PREFERENCE, mixture=pairs, noised_weight=1.0,
                          noised_answers=str(folder / "noised.parquet"))  # fmt: skip
     write(Spoken(recipe), pairs_of(recipe, 24), recipe)
     return recipe.noised_answers
@@ -161,12 +171,23 @@ def test_weights_are_merged_in_float32_and_rounded_to_the_type_they_had(small_mo
 # -- interruptions ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["next token", "generated", "teacher-forced"])
+has_4_bits = importlib.util.find_spec("bitsandbytes") is not None
+needs_4_bits = pytest.mark.skipif(not has_4_bits, reason="bitsandbytes is not installed")
+IN_4_BITS = {"lora": {"rank": 2, "alpha": 4, "dropout": 0.1, "quantize": "4bit"}}
+
+
+@pytest.mark.parametrize(
+    "form", ["next token", "generated", "teacher-forced", *(
+        pytest.param(form, marks=needs_4_bits) for form in ("next token, 4 bits", "generated, 4 bits")
+    )]
+)  # fmt: skip
 def test_a_run_resumes_bit_equal(small_model, pairs, noised, tmp_path, form):
+    form, _, in_4_bits = form.partition(", ")
     changes = {"next token": LORA | {"max_steps": 6},
                "generated": PREFERENCE | {"mixture": pairs, "noised_weight": 1.0, "noised_answers": noised},
                "teacher-forced": PREFERENCE | {"mixture": pairs, "noised_weight": 0.5, "anchor": 0.1},
                }[form]  # fmt: skip
+    changes |= IN_4_BITS if in_4_bits else {}
     for name in ("whole", "half"):
         stage.train(tiny_recipe(tmp_path / f"{name}.yaml", small_model, **changes))
     for path in sorted((tmp_path / "half" / "checkpoint-6").iterdir()):
@@ -214,7 +235,7 @@ def test_mixed_precision_keeps_frozen_weights_in_half_the_memory(small_model, pa
     assert all(".language_model." in name for name in changed), "what is frozen was not rounded on the way"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@needs_4_bits
 @pytest.mark.parametrize("loss", ["next_token", "preference"])
 def test_adapters_learn_on_weights_of_4_bits(small_model, tmp_path, loss):
     changes = LORA if loss == "next_token" else PREFERENCE | {"mixture": [{"rendered": "preference"}]}
@@ -226,23 +247,25 @@ def test_adapters_learn_on_weights_of_4_bits(small_model, tmp_path, loss):
     assert all(".language_model." in name for name in changed), "the adapters are added to the weights of before"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+@pytest.mark.skipif(has_4_bits, reason="bitsandbytes is installed")
 def test_4_bits_without_bitsandbytes_names_what_to_install():
     with pytest.raises(ImportError, match=r"'4bit', which needs the package bitsandbytes.*pip install"):
         loading_options(LoraSettings(2, 4, quantize="4bit"), bf16=False, fsdp=False)
 
 
-# -- two processes ----------------------------------------------------------------------------------------------------
+# -- other processes --------------------------------------------------------------------------------------------------
 
-SHARDED = """
-    import os
+SCRIPT = """
+    import os, signal, sys
     from pathlib import Path
     from torch.distributed.tensor import DTensor
     from blip3.training import train
 
-    real_step, kinds = train.StageTrainer.training_step, []
+    killed_at, real_step, kinds = int(sys.argv.pop(1)), train.StageTrainer.training_step, []
 
     def training_step(self, model, inputs, *arguments, **options):
+        if self.state.global_step == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
         kinds.append("pixel_values" in inputs)
         if self.recipe.fsdp:
             assert all(isinstance(parameter, DTensor) for parameter in model.parameters()), "every weight is sharded"
@@ -250,8 +273,32 @@ SHARDED = """
 
     train.StageTrainer.training_step = training_step
     train.main()
-    Path(__file__).with_name(f"kinds-{os.environ['RANK']}").write_text("".join("it"[not kind] for kind in kinds))
+    shown = Path(__file__).with_name(f"kinds-{os.environ.get('RANK', '0')}")
+    shown.write_text("".join("it"[not each] for each in kinds))
 """
+
+
+def launch(path: Path, *launcher: str | int, killed_at: int = -1):
+    """Train a recipe in processes of its own, which die before a step if they are told to."""
+    script = path.with_name("script.py")
+    script.write_text(textwrap.dedent(SCRIPT))
+    return start(*launcher, script, killed_at, path, modules=path.parent / "modules")
+
+
+@pytest.mark.parametrize("form", ["next token", "preference"])
+def test_a_killed_run_resumes_bit_equal(straight, tuned, small_model, pairs, noised, tmp_path, form):
+    changes = LORA if form == "next token" else PREFERENCE | {"mixture": pairs, "noised_weight": 1.0}
+    changes |= {} if form == "next token" else {"noised_answers": noised}
+    path = write_recipe(tmp_path / "run.yaml", small_model, **changes)
+    process = launch(path, killed_at=4)
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == -signal.SIGKILL, output[-4000:]
+    assert newest_checkpoint(tmp_path / "run").name == "checkpoint-3"
+    expect_success(launch(path))
+    expected = tuned if form == "next token" else straight
+    assert losses_of(tmp_path / "run") == losses_of(expected)
+    for file in ("adapter/adapter_model.safetensors", "final/model.safetensors"):
+        assert not changed_names(load_file(tmp_path / "run" / file), load_file(expected / file))
 
 
 needs_deepspeed = pytest.mark.skipif(
@@ -259,34 +306,37 @@ needs_deepspeed = pytest.mark.skipif(
 )
 
 
+def changes_of(form: str, pairs: list[dict], noised: str, texts: str) -> dict:
+    """What a recipe of each form says, without dropout, which processes would share out otherwise."""
+    if form == "next token":  # as the safety stage
+        return LORA | {
+            "lora": {"rank": 2, "alpha": 4},
+            "mixture": [{"rendered": "name"}, {"rendered": "compare"}, {"records": texts, "weight": 2}],
+        }
+    changes = PREFERENCE | {"lora": {"rank": 2, "alpha": 4}, "mixture": pairs, "noised_weight": 1.0}
+    return changes | ({"noised_answers": noised} if form == "generated" else {})
+
+
 @pytest.mark.parametrize(
     ("form", "sharding"),
     [
+        pytest.param("next token", {}, id="next token, DDP"),
         pytest.param("generated", {}, id="generated, DDP"),
         pytest.param("teacher-forced", {"fsdp": True}, id="teacher-forced, FSDP2"),
         pytest.param("generated", {"deepspeed": "zero2"}, id="generated, ZeRO-2", marks=needs_deepspeed),
     ],
 )
 def test_two_processes_train_as_one_where_one_may_have_text_alone(
-    small_model, pairs, noised, tmp_path, sharding, form
+    small_model, pairs, noised, texts, tmp_path, sharding, form
 ):
-    common = PREFERENCE | {"lora": {"rank": 2, "alpha": 4}, "mixture": pairs, "noised_weight": 1.0}
-    common |= {"noised_answers": noised} if form == "generated" else {}
+    common = changes_of(form, pairs, noised, texts)
     stage.train(tiny_recipe(tmp_path / "one.yaml", small_model, **common, batch_size=2))
-    (tmp_path / "sharded.py").write_text(textwrap.dedent(SHARDED))
     path = write_recipe(tmp_path / "two.yaml", small_model, **common, batch_size=1, **sharding)
-    launch = [tmp_path / "sharded.py"] if sharding else ["-m", "blip3.training.train"]
-    expect_success(
-        start(
-            "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *launch, path,
-            modules=tmp_path / "modules",
-        )
-    )  # fmt: skip
-    if sharding:
-        kinds = [(tmp_path / f"kinds-{rank}").read_text() for rank in (0, 1)]
-        assert any(one != other for one, other in zip(*kinds, strict=True)), f"a step with text on one side: {kinds}"
+    expect_success(launch(path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2))
+    kinds = [(tmp_path / f"kinds-{rank}").read_text() for rank in (0, 1)]
+    assert any(one != other for one, other in zip(*kinds, strict=True)), f"a step with text on one side: {kinds}"
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), abs=1e-4)
-    names = ("rewards/margins", "noised/share", "noised/margins")
+    names = () if form == "next token" else ("rewards/margins", "noised/share", "noised/margins")
     one, two = ([[entry[name] for name in names] for entry in history_of(tmp_path / run)] for run in ("one", "two"))
     assert torch.tensor(two) == pytest.approx(torch.tensor(one), abs=1e-3)
     expected, found = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("one", "two"))

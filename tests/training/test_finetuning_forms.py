@@ -236,11 +236,15 @@ def dpo_untrusted_lora(parts, tmp_path):
     check_first_preference_step(dpo(parts, tmp_path, data_of(preference), ADAPTER, trust_remote_code=False))
 
 
+def dpo_path(parts, tmp_path):
+    check_first_preference_step(dpo((parts[0].name_or_path, parts[1]), tmp_path, data_of(preference)))
+
+
 def dpo_precomputed(parts, tmp_path):
     check_first_preference_step(dpo(parts, tmp_path, data_of(preference), precompute_ref_log_probs=True))
 
 
-def grpo(parts, tmp_path, images=None, **arguments):
+def grpo(parts, tmp_path, images=None, by_path=False, **arguments):
     model, processor = parts
     seen = []
 
@@ -251,7 +255,8 @@ def grpo(parts, tmp_path, images=None, **arguments):
     settings = {"num_generations": 2, "max_completion_length": 4} | arguments
     data = data_of(lambda answer: {"prompt": turn("user", QUESTION), "answer": answer}, images)
     config = trl.GRPOConfig(output_dir=str(tmp_path), **(TRL_ARGUMENTS | settings))
-    trainer = trl.GRPOTrainer(model, reward, config, train_dataset=data, processing_class=processor)
+    given = model.name_or_path if by_path else model
+    trainer = trl.GRPOTrainer(given, reward, config, train_dataset=data, processing_class=processor)
     before = parts[0].lm_head.weight.detach().clone()
     trainer.train()
     assert set(seen) <= set(ANSWERS)
@@ -261,6 +266,10 @@ def grpo(parts, tmp_path, images=None, **arguments):
 
 def grpo_prompts(parts, tmp_path):
     grpo(parts, tmp_path)
+
+
+def grpo_path(parts, tmp_path):
+    grpo(parts, tmp_path, by_path=True)
 
 
 def grpo_several_images(parts, tmp_path):
@@ -327,9 +336,11 @@ ROWS = {
     "DPO, `peft_config`": (dpo_lora, None),
     "DPO, without `trust_remote_code=True`": (dpo_untrusted, "trust_remote_code"),
     "DPO, `peft_config`, without `trust_remote_code=True`": (dpo_untrusted_lora, None),
+    "DPO, the model by its path, `trust_remote_code=True`": (dpo_path, None),
     "DPO, `precompute_ref_log_probs=True`": (dpo_precomputed, "precompute"),
     "GRPO, `images`, `prompt` as messages": (grpo_prompts, None),
     "GRPO, several images in a row": (grpo_several_images, None),
+    "GRPO, the model by its path, `trust_remote_code=True`": (grpo_path, None),
 }
 
 

@@ -32,14 +32,21 @@ OTHER = {  # values of other types, for each type of field
     list: ["text", 7, {}, [7], [None], True],
     dict: ["none.yaml", 7, [], True, {7: 1}],
 }
-FREE = {"noised_answers": [""], "deepspeed": [""], "world": ["none.yaml", {7: 1}], "mixture": [], "notes": []}
-OPTIONAL = {"vision_learning_rate": [None]}
+FREE = {
+    "noised_answers": [""],
+    "noised_answers_sha256": [""],
+    "deepspeed": [""],
+    "world": ["none.yaml", {7: 1}],
+    "mixture": [],
+    "notes": [],
+}
+OPTIONAL = {"vision_learning_rate": [None], "noised_weight": [None]}  # numbers that may be left out
 
 
 def fields_of(kind, values):
     """Every field of a recipe with a value of another type."""
     for name, default in {**vars(kind(**values)), **values}.items():
-        of = list if isinstance(default, tuple | list) else float if name == "vision_learning_rate" else type(default)
+        of = list if isinstance(default, tuple | list) else float if name in OPTIONAL else type(default)
         for wrong in OTHER[of]:
             allowed = FREE.get(name, []) + OPTIONAL.get(name, [])
             if not any(wrong is each or wrong == each for each in allowed):

@@ -17,6 +17,8 @@ from blip3.world.tasks import TASKS, content_keys, rendered_record
 from support import write_tar
 from support.training import WORLD
 
+RATINGS = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
+
 
 def mixture_of(*entries: dict, count: int = 60, seed: int = 0, **others: object) -> Mixture:
     return Mixture(entries, count, seed, WORLD, **others)
@@ -136,12 +138,32 @@ def test_llava_files_and_mixtures_are_lists(tmp_path):
     assert len(set(ids_of(mixture_of({"llava": str(tmp_path / "mix.yaml")}, count=9)))) == 3
 
 
+def test_pairs_of_vlfeedback_as_json_lines_are_a_list(tmp_path):
+    """As its authors publish them: a list is put into a new order on each pass, and its images lie in a folder."""
+    answers = [
+        {"annotations": {name: {"Rating": rating} for name in RATINGS}, "response": text}
+        for text, rating in (("Yes.", "5"), ("No.", "2"))
+    ]
+    rows = [{"id": f"p{n}", "prompt": "Is it?", "completions": answers, "img_path": f"{n}.jpg"} for n in range(5)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mixture = mixture_of({"preferences": str(path), "images": "images"}, count=10)
+    assert sorted(ids_of(mixture, range(5))) == sorted(ids_of(mixture, range(5, 10))) == [f"p{n}" for n in range(5)]
+    assert mixture[0].images == (ImageSource(path=f"images/{mixture[0].id[1:]}.jpg"),)
+    assert (mixture[0].chosen, mixture[0].rejected) == ("Yes.", "No.")
+    with pytest.raises(ValueError, match="holds no record"):
+        mixture_of({"preferences": str(path), "options": {"min_chosen_rating": 5.5}}, count=2)
+    for name in ("shuffle", "lanes"):
+        with pytest.raises(ValueError, match=f"{name} for .* but JSON lines are a list"):
+            mixture_of({"preferences": str(path), name: 2}, count=2)
+
+
 def test_pairs_of_vlfeedback_are_a_stream_and_vlguard_is_a_list(shards, tmp_path):
     from datasets import Dataset as Rows
 
     image = build.encode(rendered_record("caption", settings=settings_from(WORLD)).images[0], "png")
-    ratings = {name: {"Rating": "5"} for name in ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")}
-    poor = {name: {"Rating": "2"} for name in ratings}
+    ratings = {name: {"Rating": "5"} for name in RATINGS}
+    poor = {name: {"Rating": "2"} for name in RATINGS}
     completions = [{"annotations": ratings, "response": "Yes."}, {"annotations": poor, "response": "No."}]
     rows = [{"id": f"p{n}", "prompt": "Is it?", "completions": completions, "image": image} for n in range(3)]
     Rows.from_list(rows).to_parquet(str(tmp_path / "pairs.parquet"))

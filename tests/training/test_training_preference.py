@@ -210,10 +210,11 @@ def test_both_terms_teach_and_the_reference_stays(adapted, processor, records, a
     assert all("lora_" in name and ".language_model." in name for name in changed)
 
 
-def test_trl_computes_the_same_loss(adapted, small_model, processor, records, tmp_path):
+@pytest.mark.parametrize("places", [slice(3), slice(1, 4)], ids=["images", "one pair of text alone"])
+def test_trl_computes_the_same_loss(adapted, small_model, processor, records, tmp_path, places):
     trl = pytest.importorskip("trl")
     disturb(adapted)
-    shown = records[:3]
+    shown = records[places]
     found = PreferenceObjective(make_recipe(beta=1.0))(adapted, make_batch(processor, shown))[0].item()
     rows = [{**to_preference(record), "images": [image.open() for image in record.images]} for record in shown]
     trainer = trl.DPOTrainer(

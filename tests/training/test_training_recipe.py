@@ -108,6 +108,13 @@ def test_real_size_recipes_give_a_source_for_each_value(path):
     assert recipe.fsdp is (recipe.adapters is None), "frozen weights in half the memory need no shards"
 
 
+@pytest.mark.parametrize("name", ["4_dpo.yaml", "5_safety.yaml"])
+def test_post_training_of_the_small_model_says_what_is_published(name):
+    values = yaml.safe_load((ROOT / "recipes" / "small" / name).read_text())
+    assert set(values["notes"]) == set(values) - {"model", "output", "notes", "world", "log_every", "save_every"}
+    assert all(re.search("^(report, v1|not published|ours)", source) for source in values["notes"].values())
+
+
 def test_pretraining_weights_are_the_reports():
     first, second = (load_recipe(path, Recipe).mixture for path in REAL_SIZE[:2])
     assert sum(entry["weight"] for entry in first) == pytest.approx(100)
@@ -125,6 +132,7 @@ def test_the_page_names_every_file_and_only_keys_that_exist():
         assert name in ("recipe.yaml", "mix.yaml") or any(
             (ROOT / "recipes" / folder / name).is_file() for folder in ("", "4b")
         ), name
+    page = re.sub(r"```python.*?```", "", page, flags=re.DOTALL)
     keys = set(re.findall(r"`(\w+): (?:true|false)`", page))
     keys |= set(re.findall(r"(?<![\w.])(\w+)=\w", page)) - {"use_cache"}
     assert {"packing", "fsdp", "learn_end_of_chunk", "max_steps"} <= keys
@@ -185,6 +193,7 @@ def test_a_world_file_stands_beside_the_recipe(recipe_file):
         ("loss=preference", "loss preference and no lora, but the reference is the model without its adapters"),
         ("beta=0.2", "beta 0.2 but its loss is next_token, which does not read it"),
         ("noised_answers=a.parquet", "noised_answers 'a.parquet' but its loss is next_token"),
+        ("noised_weight=0", r"noised_weight 0\.0 but its loss is next_token"),
         ("noise_step=1000", "noise_step 1000 but 1000 is out of range: numbers from 0 to 999"),
         ("noise_pixels=raw", "noise_pixels 'raw' but it must be one of normalised, unit"),
         ("anchor=-1", "anchor -1.* is out of range: numbers 0 or more"),
@@ -201,6 +210,34 @@ def test_a_world_file_stands_beside_the_recipe(recipe_file):
 def test_wrong_values_are_named(recipe_file, change, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(recipe_file, Recipe, [change])
+
+
+PAIRS = ["loss=preference", "trainable=[language_model]", "lora={rank: 4, alpha: 8}", "mixture=[{rendered: contrast}]"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["noised_answers=a.parquet"], "noised_answers 'a.parquet' but no noised_weight, without which there is no"),
+        (["noise_step=250"], "noise_step 250 but no noised_weight"),
+        (["noise_pixels=unit"], "noise_pixels 'unit' but no noised_weight"),
+        (["packing=true"], "loss preference and packing true"),
+        (["learn_questions=false"], "learn_questions False but its loss is preference, which does not read it"),
+        (["learn_end_of_chunk=true"], "learn_end_of_chunk True but its loss is preference"),
+    ],
+)
+def test_keys_that_the_preference_loss_would_not_read_are_refused(recipe_file, changes, message):
+    load_recipe(recipe_file, Recipe, PAIRS)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(recipe_file, Recipe, [*PAIRS, *changes])
+
+
+def test_the_second_term_is_switched_off_by_its_weight_alone(recipe_file):
+    named = [*PAIRS, "noised_answers=a.parquet", "noise_step=250"]
+    assert load_recipe(recipe_file, Recipe, PAIRS).second_term == ""
+    assert load_recipe(recipe_file, Recipe, [*named, "noised_weight=0.5"]).second_term == "file"
+    assert load_recipe(recipe_file, Recipe, [*named, "noised_weight=0"]).second_term == ""
+    assert load_recipe(recipe_file, Recipe, [*PAIRS, "noised_weight=1"]).second_term == "teacher_forced"
 
 
 def test_a_world_file_says_each_thing_once(recipe_file):
@@ -287,6 +324,7 @@ def test_streams_are_not_sorted_by_length(recipe_file):
         load_recipe(recipe_file, Recipe, ["group_by_length=true", "mixture=[{stream: 'a/*.parquet', reader: ocr}]"])
     with pytest.raises(ValueError, match=r"group_by_length and streams 'a/\*.parquet'"):
         load_recipe(recipe_file, Recipe, ["group_by_length=true", "mixture=[{preferences: 'a/*.parquet'}]"])
+    load_recipe(recipe_file, Recipe, ["group_by_length=true", "mixture=[{preferences: a.jsonl}]"])
 
 
 @pytest.mark.parametrize("key", ["model", "output", "max_steps", "batch_size", "learning_rate"])

@@ -378,7 +378,16 @@ def test_a_rejected_answer_is_wrong_in_the_way_it_says():
     assert set(altered) == {*ALTERATIONS, "answer", "text"}
     assert altered["swap"] > COUNT / 12
     assert set(numbers) == {1, -1}, "as often too many as too few"
-    assert abs(altered["extra"] - altered["missing"]) < COUNT / 12
+
+
+def test_rejected_descriptions_say_too_much_as_often_as_too_little():
+    more = less = 0
+    settings = WorldSettings(contrasts=("describe",))
+    for record in rendered_records("contrast", "train", 0, 4000, settings):
+        chosen, rejected = (sum(map(told, text.split())) for text in (record.chosen, record.rejected))
+        more, less = more + (rejected > chosen), less + (rejected < chosen)
+    assert more + less > 1000
+    assert 0.45 < more / (more + less) < 0.55
 
 
 def test_pairs_of_other_settings_are_possible():

@@ -13,6 +13,7 @@ benchmarks    read_pope, read_hallusionbench, read_vlguard,      test files that
               read_coco
 rows          read_parquet("rendered/*.parquet"), read_rows      what world.build writes
               stream_rows(...), read_json_rows("train.json")     rows of shards or of JSON, for the readers above
+              iterate_json_lines("vlfeedback_80k.jsonl")         rows of JSON lines that are too many to hold
 
 Readers are generators: nothing is held but one row (a LLaVA list, which is one JSON value, is held whole). Every
 message names the file or row and the field at fault; `skip_faulty=True` logs and counts faulty rows instead.
@@ -23,10 +24,11 @@ from .captions import read_captions, read_fusions, read_grounding, read_ocr
 from .interleaved import read_interleaved
 from .llava import read_llava_json, read_mixture
 from .preference import read_preferences
-from .rows import read_json_rows, read_parquet, read_rows, stream_rows
+from .rows import iterate_json_lines, read_json_rows, read_parquet, read_rows, stream_rows
 from .safety import read_safety
 
 __all__ = [
+    "iterate_json_lines",
     "read_captions",
     "read_coco",
     "read_fusions",

@@ -32,7 +32,7 @@ def read_preferences(
     Rows whose answers all have the same mean or fewer than two rated answers give no pair.
 
     Args:
-        rows: `prompt`, `completions` and `img_path` or an image.
+        rows: `prompt`, `completions` and `img_path` or an image; embedded bytes are preferred to a path.
         min_chosen_rating: drop pairs whose chosen answer has a lower mean of its three ratings (1 to 5). The recipe
             drops low-scoring ones, keeping 62.6k of 80k, but does not publish the threshold: this value is ours.
         image_folder: where image paths start.
@@ -46,7 +46,7 @@ def read_preferences(
         (low, rejected), (high, chosen) = rated[0], rated[-1]
         if rejected == chosen:
             return
-        given = row["img_path"] if row.get("img_path") else row.get("image")
+        given = row["image"] if _is_embedded(row.get("image")) else row.get("img_path") or row.get("image")
         image = image_from(given, place, "img_path", image_folder)
         prompt = a_text(need(row, place, "prompt"), place, "prompt").replace(IMAGE_TOKEN, "").strip()
         turns = (Turn("user", f"{IMAGE_TOKEN}\n{prompt}"),)
@@ -56,6 +56,11 @@ def read_preferences(
         )
 
     yield from convert_rows(rows, "preferences", convert, skip_faulty)
+
+
+def _is_embedded(image: Any) -> bool:
+    """Whether a value holds an image itself, and not where one lies."""
+    return bool(image.get("bytes")) if isinstance(image, dict) else image is not None and not isinstance(image, str)
 
 
 def _rated_answers(completions: Any, place: str) -> Iterator[tuple[float, str]]:

@@ -135,6 +135,18 @@ def read_json_rows(path: str | Path) -> list[Any]:
     return entries if isinstance(entries, list) else [entries]
 
 
+def iterate_json_lines(paths: str | Sequence[str]) -> Iterator[Any]:
+    """Read files of JSON lines, a line at a time; what is no JSON stands there as in `read_json_rows`.
+
+    Raises:
+        FileNotFoundError: if no file matches.
+    """
+    for path in find_shards(paths):
+        with Path(path).open(encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
+            numbered = ((number, line.removeprefix("\ufeff")) for number, line in enumerate(lines, start=1))
+            yield from (_entry_of(line, f"{path} line {number}") for number, line in numbered if line.strip())
+
+
 def _readable_entries(text: str, path: str, error: Exception) -> list[Any]:
     """Give the entries before the place where a list breaks off, or the lines that are JSON, and what is wrong."""
     if not text.lstrip().startswith("["):

@@ -8,12 +8,19 @@ write_tasks.py    the command that writes tasks for `lmms-eval --include_path`
 few_shot.py       the few-shot protocol: demonstrations, prompts, answers; without a harness
 few_shot_task.py  the same as tasks of lmms-eval
 stemming.py       OK-VQA's answers as stems
+row_images.py     images of rows, and the command that copies those that URLs name
 neighbours.py     the command that finds similar demonstrations by a vision tower
 vlguard.py        VLGuard's questions, and what counts of an answer; without a harness
 vlguard_task.py   the same as tasks of lmms-eval
 vlmevalkit.py     the command that runs VLMEvalKit in a process of its own
 kit_process.py    what runs there
-results.py        what harnesses wrote, as measurements
+results.py        what harnesses wrote, as measurements: of which model, the newest, one of several seeds
+lmms_results.py   a results file of lmms-eval
+kit_results.py    a summary of VLMEvalKit
+known.py          where each harness has a benchmark's number, and on which scale
+measured.py       one number
+naming.py         what a model is called in tables
+judge_models.py    which numbers need a judge model
 collect.py        the command that makes tables of them, beside published numbers
 published.yaml    those numbers, each with its source
 

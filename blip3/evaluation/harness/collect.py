@@ -5,21 +5,22 @@ r"""Collect what harnesses measured into tables, beside numbers that others publ
     python -m blip3.evaluation.harness.collect outputs/lmms --output outputs/tables --checked checked.yaml \
         --source-url https://...
 
-    outputs/tables/tables.md          few-shot, single-image, multi-image, post-training; what else was measured
-    outputs/tables/results.json       the measured numbers, each with harness, task, metric, shots, seeds and file
+    outputs/tables/tables.md          the report's tables, then everything measured
+    outputs/tables/results.json       everything measured, each with harness, task, metric, shots, seeds and file
     outputs/tables/plot.png           the measured numbers, the published ones as hollow marks
-    outputs/tables/model-index.yaml   the measured numbers, for the head of a model card
+    outputs/tables/model-index.yaml   the numbers of known benchmarks, for the head of a model card
     outputs/tables/.eval_results/     the same for the Hub's benchmarks, of which a person has checked the ids
 
 Published numbers are never written as measured: they stand in the tables under their own heading and as marks in the
 plot, and nowhere else. A benchmark that only a judge model scores has a number only with `--judge-url`, which says
-that the harness asked one.
+which one the harness asked. Rows are named after the checkpoint, with what it was asked with; two that would be called
+alike are refused, and `--name` tells them apart.
 """
 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,11 @@ from ...data.yaml_files import read_yaml
 from ...files import write_json, write_text
 from ..tables_and_plots import markdown_table, new_figure
 from .few_shot import BENCHMARKS
-from .results import LMMS_EVAL, NO_JUDGE, Measured, average_seeds, read_folder
+from .judge_models import NO_JUDGE, check_judge_url
+from .lmms_results import SAMPLED
+from .measured import Measured
+from .naming import as_file_name
+from .results import average_seeds, read_folders
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 TRUST = {"V": "read at the source", "S": "from a summary by others"}
@@ -94,18 +99,26 @@ def write_tables(measured: Sequence[Measured], published: Sequence[PublishedTabl
 
 
 def _measured_lines(table: PublishedTable, measured: Sequence[Measured]) -> list[str]:
-    """Give the measured rows of a table: one for each model, harness, number of shots and form of prompts."""
+    """Give the measured rows of a table: one for each model, harness, and way to ask few-shot questions."""
     of_shots = table.name == "few-shot"
-    rows: dict[tuple[str, ...], dict[str, Measured]] = {}
+    rows: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for each in measured:
-        if each.benchmark in table.columns and (each.shots is not None) == of_shots:
-            shots = [str(each.shots), each.form] if of_shots else []
-            rows.setdefault((each.model, each.harness, *shots), {})[each.benchmark] = each
+        if _is_in(table, each):
+            how = [str(each.shots), each.form, each.demonstrations] if of_shots else []
+            cells_of_row = rows.setdefault((each.model, each.harness, *how), {})
+            cells_of_row.setdefault(each.benchmark, []).append(cell_of(each))
     if not rows:
         return ["Nothing of this table was measured."]
-    head = ["model", "harness", *(["shots", "prompts"] if of_shots else []), *table.columns]
-    cells = [[*key, *(cell_of(row.get(name)) for name in table.columns)] for key, row in rows.items()]
+    head = ["model", "harness", *(["shots", "prompts", "demonstrations"] if of_shots else []), *table.columns]
+    cells = [
+        [*key, *("; ".join(row.get(name, [NOT_MEASURED])) for name in table.columns)] for key, row in rows.items()
+    ]
     return ["Measured:", "", *markdown_table(head, cells)]
+
+
+def _is_in(table: PublishedTable, measured: Measured) -> bool:
+    is_of_shots = measured.shots is not None
+    return measured.is_known and measured.benchmark in table.columns and is_of_shots == (table.name == "few-shot")
 
 
 def _published_lines(table: PublishedTable) -> list[str]:
@@ -118,14 +131,12 @@ def _published_lines(table: PublishedTable) -> list[str]:
     return [f"Published by others, not measured here. {table.note.strip()}", "", *markdown_table(head, cells)]
 
 
-def cell_of(measured: Measured | None) -> str:
+def cell_of(measured: Measured) -> str:
     """Write a number with its standard error or its spread over seeds; or why there is none.
 
     >>> cell_of(Measured("pope", "m", 87.04, "lmms-eval", "pope", "f1", "x.json", error=1.1))
     '87.0 (se 1.1)'
     """
-    if measured is None:
-        return NOT_MEASURED
     if measured.value is None:
         return measured.note or "no number"
     if measured.spread is not None:
@@ -138,19 +149,11 @@ def cell_of(measured: Measured | None) -> str:
 
 def _all_lines(measured: Sequence[Measured]) -> list[str]:
     head = ["benchmark", "model", "score", "metric", "n", "harness", "task", "file"]
-    rows = [
-        [
-            each.benchmark,
-            each.model,
-            cell_of(each),
-            each.metric,
-            "" if each.count is None else str(each.count),
-            each.harness,
-            each.task,
-            each.source,
-        ]
-        for each in measured
-    ]
+    rows = []
+    for each in measured:
+        count = "" if each.count is None else str(each.count)
+        cells = (each.benchmark, each.model, cell_of(each), each.metric, count, each.harness, each.task, each.source)
+        rows.append([cell.replace("|", r"\|") for cell in cells])  # metrics of VLMEvalKit have bars
     return ["## Everything measured", "", *markdown_table(head, rows)]
 
 
@@ -163,44 +166,46 @@ def make_plot(measured: Sequence[Measured], published: Sequence[PublishedTable])
     Raises:
         ImportError: without matplotlib.
     """
-    shown = [table for table in published if any(each.benchmark in table.columns for each in measured)] or [
-        published[0]
-    ]
+    shown = [table for table in published if any(_is_in(table, each) for each in measured)] or [published[0]]
     figure = new_figure((9.0, 2.9 * len(shown) + 0.6), "evaluation")
     models = list(dict.fromkeys(each.model for each in measured))
     for axes, table in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown, strict=True):
         _plot_table(axes, table, measured, models)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    by_label = dict(zip(labels, handles, strict=True))
-    figure.legend(by_label.values(), by_label, loc="outside lower center", ncols=3, frameon=False)
+    by_label: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        by_label |= dict(zip(labels, handles, strict=True))
+    figure.legend(by_label.values(), by_label, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
 def _plot_table(axes: Any, table: PublishedTable, measured: Sequence[Measured], models: Sequence[str]) -> None:
-    of_shots, places = table.name == "few-shot", {name: place for place, name in enumerate(table.columns)}
+    places = {name: place for place, name in enumerate(table.columns)}
     for row in table.rows:
-        offset = 0.08 * ((row.shots or 0) / 4 - 1) if of_shots else 0.0
-        points = [(places[name] + offset, value) for name, value in row.values.items()]
+        points = [(places[name] + _offset(row.shots), value) for name, value in row.values.items()]
         axes.plot(
             *zip(*points, strict=True), "o", mfc="none", mec="0.6", label="published by others, not measured here"
         )
-    for number, model in enumerate(models):
-        own = [
-            each
-            for each in measured
-            if each.model == model
-            and each.value is not None
-            and each.benchmark in places
-            and (each.shots is not None) == of_shots
-        ]
-        offsets = [0.08 * ((each.shots or 0) / 4 - 1) if of_shots else 0.0 for each in own]
-        x = [places[each.benchmark] + offset for each, offset in zip(own, offsets, strict=True)]
+    series: dict[tuple[str, str], list[Measured]] = {}
+    for each in measured:
+        if each.value is not None and _is_in(table, each):
+            series.setdefault((each.model, each.demonstrations), []).append(each)
+    for (model, demonstrations), own in series.items():
+        x = [places[each.benchmark] + _offset(each.shots) for each in own]
         errors = [each.spread or each.error or 0.0 for each in own]
-        axes.errorbar(x, [each.value for each in own], errors, fmt="D", color=f"C{number}", label=f"{model}, measured")
+        is_usual = demonstrations in ("", SAMPLED)
+        label = f"{model}, measured" + ("" if is_usual else f", demonstrations {demonstrations}")
+        y, color = [each.value for each in own], f"C{models.index(model)}"
+        axes.errorbar(x, y, errors, fmt="D" if is_usual else "s", color=color, label=label)
     axes.set_xticks(range(len(table.columns)), table.columns, rotation=20, ha="right")
     axes.set_title(table.name, loc="left", fontsize=10)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _offset(shots: int | None) -> float:
+    """Give how far right of its benchmark a number stands: those of more shots farther."""
+    return 0.0 if shots is None else 0.08 * (shots / 4 - 1)
 
 
 # -- For the Hub ------------------------------------------------------------------------------------------------------
@@ -216,6 +221,7 @@ def note_of(measured: Measured) -> str:
     if measured.shots is not None:
         parts += [f"{measured.shots} shots", f"prompts {measured.form}"]
         parts += [f"seed {measured.seed}"] if measured.seed is not None else []
+        parts += [f"{measured.demonstrations} demonstrations"] if measured.demonstrations == SAMPLED else []
     return ", ".join([*parts, *filter(None, [measured.note])])
 
 
@@ -223,7 +229,7 @@ def model_index(measured: Iterable[Measured], model: str) -> dict[str, Any]:
     """Give a model's measured numbers as the head of a card has them."""
     results = []
     for each in measured:
-        if each.model == model and each.value is not None:
+        if each.model == model and each.value is not None and each.is_known:
             metric = {"type": each.metric, "value": round(each.value, 2), "name": each.metric}
             task = {"type": "image-text-to-text", "name": note_of(each)}
             dataset = {"type": _dataset_of(each.benchmark), "name": each.benchmark}
@@ -258,7 +264,7 @@ def eval_results(
             )
     files: dict[str, list[dict[str, Any]]] = {}
     for each in measured:
-        if each.model == model and each.value is not None and each.benchmark in checked:
+        if each.model == model and each.value is not None and each.is_known and each.benchmark in checked:
             source = {"url": source_url, "name": each.harness}
             entry = {"dataset": checked[each.benchmark], "value": round(each.value, 2), "source": source}
             files.setdefault(f"{each.benchmark}.yaml", []).append(entry | {"notes": note_of(each)})
@@ -269,14 +275,21 @@ def eval_results(
 
 
 def collect(
-    folders: Sequence[Path], output: Path, *, has_judge: bool, checked: Any, source_url: str
+    folders: Sequence[Path],
+    output: Path,
+    *,
+    judge_url: str | None = None,
+    names: Mapping[Path, str] | None = None,
+    checked: Any = None,
+    source_url: str = "",
 ) -> list[Measured]:
     """Read results and write every file.
 
     Args:
         folders: of harnesses' outputs.
         output: folder, made if need be.
-        has_judge: whether a judge model was asked where a benchmark needs one.
+        judge_url: of the judge model that was asked where a benchmark needs one.
+        names: of models, as `results.read_folders` takes them.
         checked: as `eval_results` takes it.
         source_url: as `eval_results` takes it.
 
@@ -285,27 +298,61 @@ def collect(
 
     Raises:
         FileNotFoundError: if a folder holds no results.
+        ValueError: if the URL is none, or two models would have one name.
     """
     import yaml
 
-    measured = average_seeds(each for folder in folders for each in read_folder(folder, has_judge=has_judge))
-    published = read_published()
+    if judge_url is not None:
+        check_judge_url("--judge-url", judge_url)
+    measured = average_seeds(read_folders(folders, judge_url=judge_url, names=names))
+    published, models = read_published(), list(dict.fromkeys(each.model for each in measured))
+    files = {model: eval_results(measured, checked, source_url, model) for model in models} if checked else {}
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "tables.md", write_tables(measured, published))
-    write_json(output / "results.json", {"measured": [dataclasses.asdict(each) for each in measured]})
-    make_plot(measured, published).savefig(output / "plot.png", dpi=150)
-    indexes = [model_index(measured, model) for model in dict.fromkeys(each.model for each in measured)]
+    results = {"judge_url": judge_url, "measured": [dataclasses.asdict(each) for each in measured]}
+    write_json(output / "results.json", results)
+    make_plot(measured, published).savefig(output / "plot.png", dpi=150, bbox_inches="tight")
+    indexes = [model_index(measured, model) for model in models]
     write_text(output / "model-index.yaml", yaml.safe_dump_all(indexes, sort_keys=False))
-    for model in dict.fromkeys(each.model for each in measured) if checked else ():
-        for name, entries in eval_results(measured, checked, source_url, model).items():
-            path = output / ".eval_results" / model.replace("/", "-") / name
+    for model, entries_by_name in files.items():
+        for name, entries in entries_by_name.items():
+            path = output / ".eval_results" / as_file_name(model) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, yaml.safe_dump(entries, sort_keys=False))
     return measured
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+def summarise(measured: Sequence[Measured]) -> str:
+    """Count what was read, in a line."""
+    numbers = [each for each in measured if each.value is not None]
+    known = sum(each.is_known for each in numbers)
+    needing = sum(each.note == NO_JUDGE for each in measured)
+    missing = len(measured) - len(numbers) - needing
+    parts = [f"{len(numbers)} numbers: {known} of known benchmarks, {len(numbers) - known} of other tasks"]
+    parts += [f"{needing} {NO_JUDGE}"] if needing else []
+    parts += [f"{missing} without a number"] if missing else []
+    return "; ".join(parts)
+
+
+def _parse_names(given: Sequence[str]) -> dict[Path, str]:
+    """Read `PATH=NAME`, several times.
+
+    Raises:
+        ValueError: for another form.
+    """
+    names = {}
+    for text in given:
+        path, sign, name = text.rpartition("=")
+        if not sign or not path or not name.strip():
+            raise ValueError(
+                f"--name is {text!r}, but PATH=NAME is expected. The folder or the name was probably left out: write "
+                "a folder of results, or a file in it, before the sign and behind it what its model is called."
+            )
+        names[Path(path)] = name.strip()
+    return names
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m blip3.evaluation.harness.collect",
         description=__doc__,
@@ -313,27 +360,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folders", type=Path, nargs="+", help="with outputs of lmms-eval or VLMEvalKit")
     parser.add_argument("--output", type=Path, required=True, help="folder for the tables")
+    parser.add_argument(
+        "--name",
+        action="append",
+        default=[],
+        metavar="FOLDER=NAME",
+        help="what the model of a folder of results, or of one file, is called; may be given several times",
+    )
     parser.add_argument("--judge-url", help="of the judge model that the harness asked; without, such rows stay empty")
     parser.add_argument(
         "--checked", type=Path, help="YAML: benchmark -> id and task_id on the Hub, checked by a person"
     )
     parser.add_argument("--source-url", default="", help="where the outputs can be read, for .eval_results")
-    given = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    given = _parse(arguments)
     try:
-        checked = read_yaml(given.checked) if given.checked else {}
         measured = collect(
             given.folders,
             given.output,
-            has_judge=bool(given.judge_url),
-            checked=checked,
+            judge_url=given.judge_url,
+            names=_parse_names(given.name),
+            checked=read_yaml(given.checked) if given.checked else None,
             source_url=given.source_url,
         )
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    without = sum(each.note == NO_JUDGE for each in measured)
-    known = sum(each.benchmark in LMMS_EVAL for each in measured)
-    sys.stdout.write(f"{len(measured)} numbers, {known} of them of known benchmarks, {without} {NO_JUDGE}\n")
+    sys.stdout.write(f"{summarise(measured)}\n")
     return 0
 
 

@@ -16,7 +16,8 @@ import hashlib
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ...refusals import check_choice
@@ -95,10 +96,24 @@ _ANSWER_COLUMNS = tuple(dict.fromkeys(benchmark.answers for benchmark in BENCHMA
 
 
 def load_place(place: Place) -> Any:
-    """Give the rows of a place."""
+    """Give the rows of a place.
+
+    Raises:
+        ValueError: if there are none, or they cannot be read.
+    """
     import datasets
 
-    return datasets.load_dataset(place.path, place.name, split=place.split)
+    try:
+        rows, reason = datasets.load_dataset(place.path, place.name, split=place.split), "none is in its files"
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:  # a file without rows, too
+        rows, reason = (), str(error.__cause__ or error)
+    if not len(rows):
+        raise ValueError(
+            f"The data set {place.path} gives 0 rows of the split {place.split} ({reason}), but questions or "
+            "demonstrations are expected there. A file was probably cut short, or another split was meant: name a "
+            "split with rows, or fetch the data again."
+        )
+    return rows
 
 
 def parse_place(text: str, default_split: str) -> Place:
@@ -109,6 +124,11 @@ def parse_place(text: str, default_split: str) -> Place:
     """
     path, *rest = text.split(":")
     return Place(path, rest[0] if rest else default_split, rest[1] if len(rest) > 1 else None)
+
+
+def resolve_place(place: Place) -> Place:
+    """Give a place whose folder, if it is one, starts nowhere: harnesses run elsewhere."""
+    return replace(place, path=str(Path(place.path).resolve())) if Path(place.path).exists() else place
 
 
 def answers_of(row: Row, column: str = "") -> list[str]:

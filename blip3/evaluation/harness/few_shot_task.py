@@ -17,8 +17,9 @@ from lmms_eval.api.task import ConfigurableMessagesTask
 from ..metrics import cider, exact_match, vqa_accuracy
 from . import few_shot
 from .few_shot import BENCHMARKS, Place, Row, Shot
-from .neighbours import read_neighbours
+from .neighbours import read_neighbours, read_origin
 from .prompts import Message
+from .row_images import image_of
 from .stemming import Stemmer, read_exceptions
 
 FILLED_IN = "metadata"  # the one key of a configuration that is ours
@@ -97,8 +98,11 @@ class FewShotTask(DemonstratedTask):
     """
 
     def __init__(self, config: dict[str, Any]):
+        # What is missing is refused before anything is asked.
         stems = config[FILLED_IN].get("stems")
-        self.stem = Stemmer(read_exceptions(stems)) if stems else None  # refuses before anything is asked
+        self.stem = Stemmer(read_exceptions(stems)) if stems else None
+        if BENCHMARKS[config[FILLED_IN]["benchmark"]].is_caption:
+            cider(["a", "b"], [["a"], ["b"]], is_ptb=bool(config[FILLED_IN].get("ptb")))
         super().__init__(config)
 
     @cached_property
@@ -149,8 +153,16 @@ class FewShotTask(DemonstratedTask):
 
     @cached_property
     def neighbours(self) -> dict[str, list[int]] | None:
-        """The most similar training rows of each question, if they are to be shown."""
-        return read_neighbours(self.asked["neighbours"]) if self.asked.get("neighbours") else None
+        """The most similar training rows of each question, if they are to be shown.
+
+        Raises:
+            ValueError: if they were found among another number of rows.
+        """
+        path = self.asked.get("neighbours")
+        if not path:
+            return None
+        read_origin(path).check_count(path, len(self.training_rows))
+        return read_neighbours(path)
 
     @cached_property
     def query_set(self) -> list[int]:
@@ -237,8 +249,16 @@ class RuleTask(DemonstratedTask):
         Args:
             doc: a row.
             images: of its demonstrations and of the question; None where only words and places matter.
+
+        Raises:
+            ValueError: if the row has fewer.
         """
         first = len(doc["answers"]) - self.shots
+        if first < 0:
+            raise ValueError(
+                f"{self.shots} shots were asked for, but the row {doc['id']!r} has {len(doc['answers'])}. The data "
+                "was probably rendered with a smaller num_shots: write the task with fewer, or render it again."
+            )
         seen = images or [""] * (len(doc["answers"]) + 1)
         shots = [
             Shot(*each)
@@ -255,11 +275,6 @@ class RuleTask(DemonstratedTask):
         shown = range(len(doc["answers"]) - self.shots, len(doc["answers"]))
         about = self.about_prompt(doc, shown, self.write(doc, None))
         return {"exact": exact_match(_answer_of(results), doc["answer"])} | about
-
-
-def image_of(row: Row) -> Any:
-    """Give the image of a row: Pillow's, or the file or URL that the data set names."""
-    return row["image"] if row.get("image") is not None else row["url"]
 
 
 def _answer_of(results: Sequence[Any]) -> str:

@@ -12,8 +12,6 @@ import sys
 from functools import partial
 from typing import Any
 
-from .models import ChatModel
-
 
 def make_model(**settings: Any) -> Any:
     """Load a model as the kit asks one: messages in the order of the benchmark, images at their places.
@@ -22,6 +20,8 @@ def make_model(**settings: Any) -> Any:
         **settings: of `ChatModel`, and `max_new_tokens`.
     """
     from vlmeval.vlm.base import BaseModel
+
+    from .models import ChatModel
 
     class InterleavedModel(BaseModel):
         INTERLEAVE = True

@@ -36,11 +36,12 @@ class InterleavedModel(lmms):
         chat: see there.
         end_of_shot: see there.
         trust_remote_code: see there.
-        **image_options: arguments of the processor, such as `do_image_splitting=False` for the base resolution.
+        **image_options: arguments of the image processor, such as `do_image_splitting=False` for the base resolution.
 
     Raises:
         OSError: if there is no such checkpoint.
-        ValueError: if the device is not there, or the processor has no image token.
+        ValueError: if the device is not there, the processor has no image token, or its image processor has no such
+            argument.
     """
 
     is_simple = False

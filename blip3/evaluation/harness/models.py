@@ -4,17 +4,21 @@
 Our checkpoints load as `blip3.answering.Answerer.load` does, others by their name. Batches are padded on the left.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig
 
-from ...answering import Answer, Answerer, pick_device, to_device
+from ...answering import DTYPES, Answer, Answerer, pick_device, to_device
+from ...refusals import check_choice, did_you_mean
 from ..answer import find_stops
 from .prompts import Message, Rendered, Renderer
 
 OURS = "blip3"  # `model_type` of our configurations
 AUTO = "auto"
+OWN_ARGUMENTS = ("pretrained", "subfolder", "dtype", "device", "chat", "end_of_shot", "trust_remote_code")
+_OURS_TO_SAY = ("data_format", "device", "disable_grouping", "input_data_format", "return_tensors")
 
 
 class ChatModel:
@@ -28,11 +32,12 @@ class ChatModel:
         chat: prompts through the chat template (True), as one text (False), or as the processor has one (`auto`).
         end_of_shot: as `Renderer` takes it, `\n` standing for a line feed; `auto` for its default.
         trust_remote_code: for checkpoints other than ours whose code is on the Hub.
-        image_options: arguments of the processor, such as `do_image_splitting`.
+        image_options: arguments of the image processor, such as `do_image_splitting`.
 
     Raises:
         OSError: if there is no such checkpoint.
-        ValueError: if the device is not there, or the processor has no image token.
+        ValueError: if the device is not there, the processor has no image token, or its image processor has no such
+            argument.
     """
 
     def __init__(
@@ -47,6 +52,8 @@ class ChatModel:
         trust_remote_code: bool = False,
         image_options: dict[str, Any] | None = None,
     ):
+        check_choice("chat is", str(chat), (AUTO, "True", "False"))
+        check_choice("dtype is", dtype, DTYPES)
         self.answerer = load_answerer(pretrained, subfolder, dtype, device, trust_remote_code)
         self.render = Renderer(
             self.answerer.processor,
@@ -54,6 +61,7 @@ class ChatModel:
             end_of_shot=None if end_of_shot == AUTO else end_of_shot.replace("\\n", "\n"),
         )
         self.image_options = image_options or {}
+        check_image_options(self.image_options, self.answerer.processor)
         self.stop_ids = find_stops(self.answerer.processor, self.answerer.model)
 
     def answer(self, prompts: Sequence[Rendered], **options: Any) -> list[Answer]:
@@ -72,6 +80,31 @@ class ChatModel:
     def answer_messages(self, messages: Sequence[Message], **options: Any) -> str:
         """Answer one conversation."""
         return self.answer([self.render(messages)], **options)[0].text
+
+
+def check_image_options(options: Mapping[str, Any], processor: Any) -> None:
+    """Refuse arguments that the image processor does not have.
+
+    Processors drop such arguments, or warn: a misspelt `subfolder` would load another checkpoint.
+
+    Args:
+        options: whatever is not an argument of `ChatModel`.
+        processor: of text and images.
+
+    Raises:
+        ValueError: naming the first, with the nearest known one.
+    """
+    images = processor.image_processor
+    typed = getattr(getattr(images, "valid_kwargs", None), "__annotations__", {})  # transformers 4 has some without
+    named = {*typed, *inspect.signature(images.preprocess).parameters}
+    known = sorted(name for name in named if name not in _OURS_TO_SAY and hasattr(images, name))
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(
+                f"The argument {name}={value!r} was given, but neither the adapter nor {type(images).__name__} has "
+                "one of this name. It is probably misspelt, or of another adapter. "
+                + did_you_mean(name, (*OWN_ARGUMENTS, *known), f"Known: {', '.join((*OWN_ARGUMENTS, *known))}.")
+            )
 
 
 def load_answerer(pretrained: str, subfolder: str, dtype: str, device: str, trust_remote_code: bool) -> Answerer:

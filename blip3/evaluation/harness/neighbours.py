@@ -12,22 +12,30 @@ the training split with the most similar last, and `similarities`. Write tasks w
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from ...answering import Answerer, pick_device, to_device
 from ...files import writing
 from ...images import float_options
 from ...refusals import check_positive
 from .few_shot import BENCHMARKS, MOST_SHOTS, Place, load_place, parse_place
+from .row_images import check_has_images, image_of
 
 Encode = Callable[[Sequence[Image.Image]], torch.Tensor]
 """Images -> features (N, D)."""
+BLOCK_NUMBERS = 2**26
+"""Similarities at once, of four bytes each: 256 MiB."""
+_IMAGE_NAMES = ("image_id", "imgid", "url")  # columns that tell images apart
+_ORIGIN = b"blip3_neighbours"  # among the parquet file's metadata
 
 
 def encode_with_checkpoint(model: str, subfolder: str = "", device: str = "auto") -> Encode:
@@ -95,29 +103,146 @@ def features_of(images: Iterable[Image.Image], encode: Encode, batch_size: int =
     return torch.nn.functional.normalize(torch.cat(found), dim=-1)
 
 
-def nearest(questions: torch.Tensor, training: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest(
+    questions: torch.Tensor, training: torch.Tensor, count: int, block_numbers: int = BLOCK_NUMBERS
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Give the most similar training images of each question, the most similar last.
 
     Args:
         questions: features (Q, D) of length 1.
         training: features (T, D) of length 1.
         count: how many, K; as many as there are if fewer.
+        block_numbers: most similarities in memory at once, at least those of one question.
 
     Returns:
         rows and similarities, both (Q, min(K, T)).
     """
-    similarities, rows = torch.topk(questions @ training.T, min(count, len(training)), dim=-1)
+    count = min(count, len(training))
+    blocks = questions.split(max(1, block_numbers // len(training)))
+    found = [torch.topk(block @ training.T, count, dim=-1) for block in blocks]
+    similarities, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
     return rows.flip(-1), similarities.flip(-1)
 
 
-def write_neighbours(path: str | Path, names: Sequence[str], rows: torch.Tensor, similarities: torch.Tensor) -> None:
+@dataclass(frozen=True)
+class Rows:
+    """A split, as a file of neighbours remembers it."""
+
+    path: str
+    """As it was named."""
+    split: str
+    name: str | None
+    """Of the configuration."""
+    folder: str | None
+    """The whole path, where it was a folder."""
+    count: int
+    """Of rows."""
+
+    @classmethod
+    def of(cls, place: Place, count: int) -> "Rows":
+        """Describe rows that were loaded from a place."""
+        folder = Path(place.path)
+        return cls(place.path, place.split, place.name, str(folder.resolve()) if folder.exists() else None, count)
+
+    def is_same_place(self, place: Place) -> bool:
+        """Whether a place is where the rows were; a data set of the Hub may have been a folder of its name."""
+        folder = Path(place.path)
+        both_here = self.folder is not None and folder.exists()
+        same = str(folder.resolve()) == self.folder if both_here else place.path in (self.path, self.folder)
+        return same and (place.split, place.name) == (self.split, self.name)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a file of neighbours was computed for."""
+
+    questions: Rows
+    demonstrations: Rows
+    count: int
+    """Of neighbours of a question."""
+
+    def check(self, path: str | Path, questions: Place, demonstrations: Place, shots: int) -> None:
+        """Refuse to use the file for other rows: its numbers would silently mean others.
+
+        Args:
+            path: of the file, for the error.
+            questions: that are asked.
+            demonstrations: that are shown.
+            shots: most of them in a prompt.
+
+        Raises:
+            ValueError: saying what differs.
+        """
+        for what, rows, place in (
+            ("questions", self.questions, questions),
+            ("demonstrations", self.demonstrations, demonstrations),
+        ):
+            if not rows.is_same_place(place):
+                there, asked = ((each.path, each.split, each.name) for each in (rows, place))
+                raise ValueError(
+                    f"{path} was computed for the {what} {there} (path, split, configuration), but those of the task "
+                    f"are {asked}: its row numbers would mean other rows. --{what} was probably given to one of the "
+                    "two commands alone: give it to both, or compute the neighbours again."
+                )
+        if shots > self.count:
+            raise ValueError(
+                f"{path} has {self.count} neighbours of each question, but {shots} shots were asked for. --count was "
+                "probably smaller when it was computed: ask for fewer shots, or compute it again."
+            )
+
+    def check_count(self, path: str | Path, num_rows: int) -> None:
+        """Refuse to use the file for a split that has another number of rows than it had.
+
+        Raises:
+            ValueError: with both numbers.
+        """
+        if num_rows != self.demonstrations.count:
+            raise ValueError(
+                f"{path} was computed for {self.demonstrations.count} demonstrations, but {self.demonstrations.path} "
+                f"has {num_rows} rows. The data set was probably changed since: compute the neighbours again."
+            )
+
+
+def write_neighbours(
+    path: str | Path, names: Sequence[str], rows: torch.Tensor, similarities: torch.Tensor, origin: Origin
+) -> None:
     """Write the file, complete or not at all."""
     import pyarrow
     import pyarrow.parquet as parquet
 
     columns = {"question": list(names), "rows": rows.tolist(), "similarities": similarities.tolist()}
+    table = pyarrow.table(columns).replace_schema_metadata({_ORIGIN: json.dumps(asdict(origin))})
     with writing(path) as unfinished:
-        parquet.write_table(pyarrow.table(columns), unfinished)
+        parquet.write_table(table, unfinished)
+
+
+def read_origin(path: str | Path) -> Origin:
+    """Read what a file of this command was computed for.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no such file, or of an earlier version, which did not say.
+    """
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"The file of neighbours {path} is not there, but a task is to show them. It was probably not computed "
+            "yet: run python -m blip3.evaluation.harness.neighbours first."
+        )
+    try:
+        found = (parquet.read_schema(path).metadata or {}).get(_ORIGIN)
+    except pyarrow.ArrowException:
+        found = None
+    if found is None:
+        raise ValueError(
+            f"{path} does not say for which data it was computed, so its row numbers may mean other rows. It is "
+            "probably another file, or of an earlier version: compute the neighbours again."
+        )
+    said = json.loads(found)
+    return Origin(Rows(**said["questions"]), Rows(**said["demonstrations"]), said["count"])
 
 
 def read_neighbours(path: str | Path) -> dict[str, list[int]]:
@@ -128,28 +253,49 @@ def read_neighbours(path: str | Path) -> dict[str, list[int]]:
     return dict(zip(columns["question"], columns["rows"], strict=True))
 
 
-def find(benchmark: str, questions: Place | None, demonstrations: Place | None, encode: Encode, count: int) -> Any:
-    """Give identities, rows and similarities of a benchmark's questions.
+def encode_rows(rows: Any, encode: Encode) -> tuple[torch.Tensor, list[int]]:
+    """Encode each image of a data set once, though several rows may ask about it.
+
+    Args:
+        rows: of `datasets`, with `image` or `url`.
+        encode: images -> features.
+
+    Returns:
+        features (images, D) of length 1, and for each row which of them is its own.
+    """
+    columns = (rows[name][:] for name in _IMAGE_NAMES if name in rows.features)
+    names: list[Any] = next((values for values in columns if None not in values), list(range(len(rows))))
+    first = {name: row for row, name in reversed(list(enumerate(names)))}
+    places = {name: place for place, name in enumerate(sorted(first, key=lambda name: first[name]))}
+    distinct = rows.select([first[name] for name in places])
+    images = (image_of(row) for row in tqdm(distinct, desc="Images", unit="image", disable=None))
+    return features_of(images, encode), [places[name] for name in names]
+
+
+def find(
+    benchmark: str, questions: Place | None, demonstrations: Place | None, encode: Encode, count: int
+) -> tuple[list[str], torch.Tensor, torch.Tensor, Origin]:
+    """Give identities, rows and similarities of a benchmark's questions, and what they were found for.
 
     Raises:
-        ValueError: if it has no training split and none is given.
+        ValueError: if it has no training split and none is given, or a split has no rows or no images.
     """
     known = BENCHMARKS[benchmark]
+    questions = questions or known.questions
     training = demonstrations or known.demonstrations
     if training is None:
         raise ValueError(
             f"{benchmark} was named without --demonstrations, but its data set on the Hub has no training split. It "
             "was probably taken for another: name a data set with training images."
         )
-    asked, shown = load_place(questions or known.questions), load_place(training)
-    for place, rows in ((questions or known.questions, asked), (training, shown)):
-        if "image" not in rows.features:
-            raise ValueError(
-                f"{place.path} has the columns {', '.join(rows.features)} but no image. It probably names images by "
-                "their URLs: write a copy that holds them, in a column image."
-            )
-    features, others = (features_of((row["image"] for row in rows), encode) for rows in (asked, shown))
-    return [str(name) for name in asked[known.identity]], *nearest(features, others, count)
+    asked, shown = load_place(questions), load_place(training)
+    for place, rows in ((questions, asked), (training, shown)):
+        check_has_images(rows, place)
+    (features, of_questions), (others, of_training) = encode_rows(asked, encode), encode_rows(shown, encode)
+    found, similarities = nearest(features, others[of_training], count)
+    names = [str(name) for name in asked[known.identity]]
+    origin = Origin(Rows.of(questions, len(asked)), Rows.of(training, len(shown)), found.shape[1])
+    return names, found[of_questions], similarities[of_questions], origin
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -41,7 +41,8 @@ class Renderer:
             `<|endofchunk|>` where the tokenizer knows it, else a blank line.
 
     Raises:
-        ValueError: for a processor without an image token, or without a chat template where one is needed.
+        ValueError: for a processor without an image token, or without a chat template where one is needed; for
+            `end_of_shot` where the template ends turns.
     """
 
     def __init__(self, processor: Any, *, is_chat: bool | None = None, end_of_shot: str | None = None):
@@ -55,6 +56,11 @@ class Renderer:
                 "checkpoint."
             )
         self.is_chat = has_template if is_chat is None else is_chat
+        if self.is_chat and end_of_shot is not None:
+            raise ValueError(
+                f"end_of_shot {end_of_shot!r} was given, but the chat template of {type(processor).__name__} ends "
+                "turns by its own marks. It was probably meant for a base checkpoint: leave it out, or set chat=False."
+            )
         if end_of_shot is None:
             end_of_shot = END_OF_CHUNK if END_OF_CHUNK in processor.tokenizer.get_vocab() else BLANK_LINE
         self.end_of_shot = end_of_shot

@@ -8,10 +8,8 @@ from typing import Any
 
 from lmms_eval.api.task import ConfigurableMessagesTask
 
-from ..safety import read_refusal_phrases
+from ..safety import MAX_NEW_TOKENS, read_refusal_phrases
 from .vlguard import SAYS_NOTHING, metric_of, read_questions, score_answer
-
-MAX_NEW_TOKENS = 128
 
 
 class VlguardTask(ConfigurableMessagesTask):

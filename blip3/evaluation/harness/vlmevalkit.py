@@ -2,7 +2,7 @@
 r"""Run VLMEvalKit on a vision-language model of transformers, in a process of its own.
 
     git clone https://github.com/open-compass/VLMEvalKit KIT
-    python -m venv KIT/.venv && KIT/.venv/bin/pip install -r KIT/requirements.txt blip3
+    python -m venv KIT/.venv && KIT/.venv/bin/pip install -r KIT/requirements.txt -e .
     python -m blip3.evaluation.harness.vlmevalkit --kit KIT --python KIT/.venv/bin/python --model . \
         --data TextVQA_VAL POPE MMStar --output outputs/kit
 
@@ -10,12 +10,14 @@ Importing the kit switches off checks of TLS certificates and reads a file `.env
 lmms-eval: hence the process and the environment of its own. Its files stay as they are. Options behind `--` go to the
 kit's run.py.
 
+Beside a model's answers stands which checkpoint gave them, since the kit keeps a name alone; `collect` reads it.
 Answers are scored by rules. A benchmark that no rule scores is refused unless you name the URL of a judge model.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,9 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from ...hub import PACKAGE
+from .judge_models import RULES, check_judge_url
+from .kit_results import write_asked
+from .naming import as_file_name, name_model
 
 GIT_LINE = "git clone https://github.com/open-compass/VLMEvalKit"
-RULES = "exact_matching"
 NO_RULE = ("MMVet", "MathVista", "LLaVABench", "MMDU")
 """Beginnings of names of benchmarks that the kit scores by a judge model alone, or by rules that mean little."""
 
@@ -43,12 +47,34 @@ def check_kit(folder: Path) -> None:
         )
 
 
+def find_python(given: Path) -> Path:
+    """Give the absolute path of an interpreter, since the kit's process starts in the kit's folder.
+
+    Links stay: that of a virtual environment leads to an interpreter without its packages.
+
+    Args:
+        given: a path from here, or a name to look for on PATH.
+
+    Raises:
+        FileNotFoundError: if it is neither.
+    """
+    found = shutil.which(given)
+    if found is None:
+        raise FileNotFoundError(
+            f"--python is {given}, but no program is there. The kit's environment was probably not made yet, or was "
+            f"made elsewhere: python -m venv {given.parent.parent} makes one, or name the interpreter of yours."
+        )
+    return Path(found).absolute()
+
+
 def check_judge(data: Sequence[str], model: str, url: str | None, mode: str) -> None:
     """Refuse what would give a number that means nothing.
 
     Raises:
-        ValueError: for a judge model without a URL, or a benchmark that only a judge model scores.
+        ValueError: for a judge model without a URL, what is no URL, or a benchmark that only a judge model scores.
     """
+    if url:
+        check_judge_url("--judge-base-url", url)
     if model != RULES and not url:
         raise ValueError(
             f"The judge model {model!r} was named without --judge-base-url, but answers go to no server that "
@@ -63,20 +89,34 @@ def check_judge(data: Sequence[str], model: str, url: str | None, mode: str) -> 
         )
 
 
+def settings_of(given: argparse.Namespace) -> dict[str, Any]:
+    """Give what answers depend on, as `naming.name_model` takes it.
+
+    Args:
+        given: as `main` reads it.
+    """
+    return {
+        "pretrained": str(Path(given.model).resolve()) if Path(given.model).exists() else given.model,
+        "subfolder": given.subfolder,
+        "dtype": given.dtype,
+        "max_new_tokens": given.max_new_tokens,
+    } | ({"do_image_splitting": False} if given.base_resolution else {})
+
+
 def kit_command(given: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     """Give the command of the kit's process and the variables it adds.
 
     Args:
         given: as `main` reads it.
+
+    Raises:
+        FileNotFoundError: if there is no such interpreter.
     """
-    model = {
+    settings = settings_of(given)
+    model = {key: settings[key] for key in ("pretrained", "subfolder", "dtype", "max_new_tokens")} | {
         "name": given.name,
-        "pretrained": str(Path(given.model).resolve()) if Path(given.model).exists() else given.model,
-        "subfolder": given.subfolder,
-        "dtype": given.dtype,
         "device": given.device,
-        "max_new_tokens": given.max_new_tokens,
-        "image_options": {"do_image_splitting": False} if given.base_resolution else {},
+        "image_options": {key: settings[key] for key in ("do_image_splitting",) if key in settings},
         "is_look_alike": given.look_alike,
     }
     options = ["--model", given.name, "--data", *given.data, "--work-dir", str(given.output.resolve())]
@@ -84,10 +124,12 @@ def kit_command(given: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     if given.judge_base_url:
         options += ["--judge-base-url", given.judge_base_url]
     # `-m` finds the kit in the current folder and this package by the variable, whether or not it is installed there.
-    variables = {"PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]))}
+    inherited = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    folders = [str(PACKAGE.parent), *(str(Path(folder).absolute()) for folder in inherited)]
+    variables = {"PYTHONPATH": os.pathsep.join(folders)}
     if given.data_folder:
         variables["LMUData"] = str(given.data_folder.resolve())
-    return [str(given.python), "-m", f"{__package__}.kit_process", json.dumps(model), *options], variables
+    return [str(find_python(given.python)), "-m", f"{__package__}.kit_process", json.dumps(model), *options], variables
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -102,7 +144,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="of the kit's environment")
     parser.add_argument("--model", required=True, help="a folder, or owner/name on the Hub")
     parser.add_argument("--subfolder", default="", help="of the checkpoint inside it")
-    parser.add_argument("--name", default="blip3", help="of the model in the kit's files (default: blip3)")
+    parser.add_argument("--name", help="of the model in the kit's files (default: made of --model and its settings)")
     parser.add_argument("--data", nargs="+", required=True, help="names of the kit's benchmarks")
     parser.add_argument("--data-folder", type=Path, help="where the kit keeps tables (default: its own)")
     parser.add_argument("--look-alike", action="store_true", help="tables are our own: do not compare their checksums")
@@ -116,6 +158,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     given = parser.parse_args(words[:at])
     given.further = words[at + 1 :]
+    given.name = given.name or as_file_name(name_model(settings_of(given)).short)
     return given
 
 
@@ -126,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_kit(given.kit)
         check_judge(given.data, given.judge, given.judge_base_url, given.mode)
         command, variables = kit_command(given)
+        write_asked(given.output / given.name, settings_of(given))
         return subprocess.run(command, cwd=given.kit, env=os.environ | variables, check=False).returncode
     except (ValueError, OSError) as error:
         sys.stderr.write(f"{error}\n")

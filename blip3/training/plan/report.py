@@ -183,7 +183,7 @@ def standing_assumptions(recipe: Recipe, share: float) -> Iterator[str]:
     yield "attention is fused; causal masks are not deducted from its arithmetic"
     yield f"the driver, the communication library and gaps in memory take {RESERVE / GB:.0f} GB of a GPU"
     yield "samples that an image or the length makes unusable cost nothing; images are on a disk that keeps up"
-    if recipe.noised_answers:
+    if recipe.second_term == "file":
         yield "the noised answers are there; writing them beforehand is not counted"
     if recipe.packing:
         yield f"a packed batch is at most {LONGEST_PACKED:g} times as long as the mean one"

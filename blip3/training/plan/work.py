@@ -82,12 +82,12 @@ def fullest_batch(recipe: Recipe, sample: Sample, sizes: Sizes) -> Batch:
 
 def num_answers(recipe: Recipe) -> int:
     """Give the answers in a pair's row: chosen, rejected, and the noised one if it stands in a file."""
-    return 3 if recipe.noised_weight and recipe.noised_answers else 2
+    return 3 if recipe.second_term == "file" else 2
 
 
 def is_teacher_forced(recipe: Recipe) -> bool:
     """Whether a pair's noised answer comes from one more pass."""
-    return recipe.noised_weight > 0 and not recipe.noised_answers
+    return recipe.second_term == "teacher_forced"
 
 
 def _with_views(batch: Batch, recipe: Recipe, sample: Sample, sizes: Sizes) -> Batch:

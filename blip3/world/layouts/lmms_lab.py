@@ -2,9 +2,10 @@
 """Data sets of the rendered world under the names, splits and columns of benchmarks on the Hub, for lmms-eval.
 
     FOLDER/lmms-lab-encoder/textvqa/validation-00000-of-00001.parquet    and README.md, which names the splits
+    FOLDER/yerevann/coco-karpathy/images/test/image_000000000000.png    named by `url`, where the benchmark does so
     cd FOLDER && HF_HUB_OFFLINE=1 lmms-eval --tasks textvqa_val ...      a relative path is found before the Hub
 
-Columns are those that lmms-eval 0.7.3 reads.
+Columns are those that lmms-eval 0.7.3 reads. URLs are `file://` and whole paths: write again after moving the folder.
 """
 
 import itertools
@@ -27,6 +28,7 @@ Rows = Callable[[str, int, int, WorldSettings | None], Iterator[Row]]
 
 ORGANISATION = "lmms-lab-encoder"
 PEOPLE = 10  # whose answers VQA accuracy compares with
+CAPTIONS = 5  # of an image of COCO
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Table:
     """Of the configuration."""
     world: str = "held_out"
     """Split of the rendered world."""
+    has_urls: bool = False
+    """Whether rows name their images by `url` in place of holding them."""
 
 
 def _encoded(asked: Asked, position: int = 0) -> Row:
@@ -108,11 +112,13 @@ def _okvqa(number: int, asked: Asked) -> Row:
 def _coco(number: int, asked: Asked) -> Row:
     return {
         "image": _encoded(asked),
-        "url": "",
-        "imgid": number,
+        "filepath": "images",
+        "sentids": list(range(CAPTIONS * number, CAPTIONS * (number + 1))),
         "filename": f"image_{number:012d}.png",
-        "sentences": [asked.answer] * 5,
-        "answer": asked.answer,
+        "imgid": number,
+        "split": "",  # the writer knows it
+        "sentences": [asked.answer] * CAPTIONS,
+        "cocoid": number,
     }
 
 
@@ -312,8 +318,8 @@ TABLES = (
     Table(_own("textvqa"), "train", _words("read", _textvqa), world="train"),
     Table(_own("OK-VQA"), "val2014", _words("count", _okvqa)),
     Table(_own("OK-VQA"), "train", _words("count", _okvqa), world="train"),
-    Table(_KARPATHY, "test", _words("caption", _coco)),
-    Table(_KARPATHY, "train", _words("caption", _coco), world="train"),
+    Table(_KARPATHY, "test", _words("caption", _coco), has_urls=True),
+    Table(_KARPATHY, "train", _words("caption", _coco), world="train", has_urls=True),
     Table(_own("NoCaps"), "validation", _words("caption", _nocaps)),
     Table(_own("TextCaps"), "val", _words("caption", _textcaps)),
     Table(_own("TextCaps"), "train", _words("caption", _textcaps), world="train"),
@@ -355,10 +361,22 @@ def write_lmms_lab(output: str | Path, count: int, seed: int = 0, settings: Worl
         folder = Path(output) / table.path / ("" if table.name == "default" else table.name)
         folder.mkdir(parents=True, exist_ok=True)
         written.append(folder / f"{table.split}-00000-of-00001.parquet")
-        _write_rows(list(table.rows(table.world, seed, count, settings)), written[-1])
+        rows = list(table.rows(table.world, seed, count, settings))
+        _write_rows(_with_urls(rows, table.split, folder) if table.has_urls else rows, written[-1])
     for path in dict.fromkeys(table.path for table in TABLES):
         write_text(Path(output) / path / "README.md", _card([table for table in TABLES if table.path == path]))
     return written
+
+
+def _with_urls(rows: list[Row], split: str, folder: Path) -> list[Row]:
+    """Move images out of rows into files that the rows name."""
+    images = folder.resolve() / "images" / split
+    images.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        path = images / row["filename"]
+        path.write_bytes(row.pop("image")["bytes"])
+        row |= {"split": split, "url": path.as_uri()}
+    return rows
 
 
 def _write_rows(rows: list[Row], path: Path) -> None:

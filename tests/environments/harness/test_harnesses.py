@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """lmms-eval and VLMEvalKit as a user starts them, offline, on rendered data in the files of benchmarks."""
 
+import ast
+import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from blip3.evaluation import score
 from blip3.evaluation.harness import neighbours, stemming, write_tasks
-from blip3.evaluation.harness.results import read_folder
+from blip3.evaluation.harness.results import read_folder, read_folders
 from blip3.evaluation.harness.vlguard import metric_of
 from blip3.evaluation.safety import SUBSETS, Request, read_refusal_phrases, safety_scores
 from blip3.world.layouts.lmms_lab import write_lmms_lab
@@ -29,6 +33,8 @@ BUILT_IN = (
 )
 SERVED = "textvqa_val,pope"
 KIT = Path(os.environ.get("BLIP3_VLMEVALKIT", "no-copy-named"))
+IN_BOTH = {"TextVQA_VAL": "textvqa_val", "DocVQA_VAL": "docvqa_val", "OCRBench": "ocrbench", "ChartQA_TEST": "chartqa"}
+SAME_PROMPT = ("TextVQA_VAL", "DocVQA_VAL", "OCRBench")  # ChartQA's instruction has other words in each
 KIT_PYTHON = os.environ.get("BLIP3_VLMEVALKIT_PYTHON", sys.executable)
 
 
@@ -61,6 +67,11 @@ def run_lmms_eval(
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         answers[path.stem.split("_samples_")[1]] = {line["doc_id"]: line["filtered_resps"] for line in lines}
     return answers
+
+
+def text_of(answer: str | list[str]) -> str:
+    """An answer as lmms-eval notes it, which is a list where a task has filters."""
+    return (answer if isinstance(answer, str) else answer[0]).strip()
 
 
 def shown_rows(output: Path, task: str) -> dict[int, list[int]]:
@@ -171,7 +182,7 @@ def test_vlguard_counts_as_the_command_for_post_training_does(data, world, tmp_p
     values = []
     for subset in SUBSETS:
         asked = [Request(str(row), subset, None) for row in range(COUNT)]
-        texts = [text if isinstance(text, str) else text[0] for text in answers[f"vlguard_{subset}"].values()]
+        texts = [text_of(answer) for answer in answers[f"vlguard_{subset}"].values()]
         ratios = safety_scores(asked, texts, read_refusal_phrases(phrases))
         (expected,) = (ratio.value for ratio in ratios if "VLGuard's list" in ratio.name)
         assert found[f"vlguard_{subset}"][f"{metric_of(subset)},none"] == pytest.approx(expected)
@@ -179,23 +190,70 @@ def test_vlguard_counts_as_the_command_for_post_training_does(data, world, tmp_p
     assert any(0 < value < 1 for value in values)
 
 
+def ask_for_words(tables: Path, data: Path) -> None:
+    """Put questions that the small model answers into the columns of DocVQA and ChartQA: TextVQA's, which read a word.
+
+    Their own look-alikes it answers wrongly in both harnesses, and equal zeros say nothing about scores.
+    """
+    csv.field_size_limit(sys.maxsize)
+    rows = read_table(tables / "TextVQA_VAL.tsv")
+    for name, further in (("DocVQA_VAL", {}), ("ChartQA_TEST", {"split": "test_human"})):
+        with (tables / f"{name}.tsv").open("w", encoding="utf-8", newline="") as file:
+            lines = csv.DictWriter(file, [*rows[0], *further], delimiter="\t")
+            lines.writeheader()
+            lines.writerows(row | {"answer": str(ast.literal_eval(row["answer"])[:1])} | further for row in rows)
+    folder = data / "lmms-lab-encoder"
+    asked = Dataset.from_parquet(str(folder / "textvqa" / "validation-*.parquet"), cache_dir=str(data / ".cache"))
+    answers = [[answer] for answer in asked["answer"]]
+    documents = (
+        asked.remove_columns("answers").add_column("answers", answers).rename_column("question_id", "questionId")
+    )
+    documents.to_parquet(str(folder / "DocVQA" / "DocVQA" / "validation-00000-of-00001.parquet"))
+    charts = asked.remove_columns("answers").add_column("type", ["human_test"] * len(asked))
+    charts.to_parquet(str(folder / "ChartQA" / "test-00000-of-00001.parquet"))
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a file of the kit."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
 @pytest.mark.skipif(not (KIT / "run.py").is_file(), reason="BLIP3_VLMEVALKIT names no copy of VLMEvalKit")
 def test_vlmevalkit_scores_as_lmms_eval_does(data, world, tmp_path):
-    write_vlmevalkit(tmp_path / "tables", COUNT, settings=world)
+    """Answers and scores equal where both ask in the same words, and no score is zero.
+
+    ChartQA's instruction has other words in each, and so one answer of eight differs: there each score is compared
+    with the share of its own answers that are right. BLINK has two images a question, and letters, of which the small
+    model gives none: it shows that they are asked.
+    """
+    tables, look_alikes = tmp_path / "tables", tmp_path / "data"
+    write_vlmevalkit(tables, COUNT, settings=world)
+    shutil.copytree(data, look_alikes, ignore=shutil.ignore_patterns(".cache"))
+    ask_for_words(tables, look_alikes)
     command = [sys.executable, "-m", "blip3.evaluation.harness.vlmevalkit", "--kit", str(KIT), "--python", KIT_PYTHON]
-    command += ["--model", str(ROOT), "--data", "TextVQA_VAL", "POPE", "BLINK"]
-    command += [
-        "--data-folder",
-        str(tmp_path / "tables"),
-        "--look-alike",
-        "--output",
-        str(tmp_path / "kit"),
-        "--max-new-tokens",
-        "48",
-    ]
-    assert subprocess.run(command, check=False).returncode == 0
-    found = {each.benchmark: each.value for each in read_folder(tmp_path / "kit")}
-    assert set(found) == {"textvqa", "pope", "blink"}
-    run_lmms_eval(data, tmp_path / "lmms", "textvqa_val", f"pretrained={ROOT},max_new_tokens=48", 1)
-    (same,) = read_folder(tmp_path / "lmms")
-    assert found["textvqa"] == pytest.approx(same.value)
+    command += ["--model", str(ROOT), "--data", *IN_BOTH, "BLINK", "--data-folder", str(tables), "--look-alike"]
+    command += ["--output", str(tmp_path / "kit"), "--max-new-tokens", "48"]
+    assert subprocess.run(command, check=False, env=os.environ | {"PRED_FORMAT": "tsv"}).returncode == 0
+    arguments = f"pretrained={ROOT},max_new_tokens=48"
+    answers = run_lmms_eval(look_alikes, tmp_path / "lmms", ",".join(IN_BOTH.values()), arguments, 1)
+    ours, kits, shares = {}, {}, {}
+    measured = read_folders([tmp_path / "kit", tmp_path / "lmms"])
+    for each in measured:
+        (ours if each.harness.startswith("lmms-eval") else kits)[each.task] = each.value
+    for table, task in IN_BOTH.items():
+        (path,) = (tmp_path / "kit").rglob(f"T*/*_{table}.tsv")
+        rows = read_table(path)
+        given = [text_of(answers[task][row]) for row in range(COUNT)]
+        if table in SAME_PROMPT:
+            assert given == [row["prediction"] for row in rows]
+            assert kits[table] == pytest.approx(ours[task])
+            continue
+        for name, texts in ((task, given), (table, [row["prediction"] for row in rows])):
+            right = [[text] == ast.literal_eval(row["answer"]) for text, row in zip(texts, rows, strict=True)]
+            shares[name] = 100 * sum(right) / COUNT
+    assert {task: (ours | kits)[task] for task in shares} == pytest.approx(shares)
+    assert {each.model for each in measured} == {f"{ROOT.name} (max_new_tokens=48)"}
+    assert set(ours) == set(IN_BOTH.values())
+    assert set(kits) == {*IN_BOTH, "BLINK"}
+    assert all(value > 0 for value in [*ours.values(), *(kits[table] for table in IN_BOTH)])

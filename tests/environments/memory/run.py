@@ -13,7 +13,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from support import ROOT
@@ -40,7 +42,7 @@ PIXELS = "2^27 pixels, three copies of 4 bytes a pixel: as decoded, turned, and 
 BOUNDS = {
     "conversion": Bound("conversion of a shard of 2.1 GB", 320, "chunks of 32 MiB, whatever the size"),
     **{
-        name: Bound(f"`{name}`, a row with an RGBA image that is turned", 1536 + 128, PIXELS)
+        name: Bound("each reader, a row with an RGBA image that is turned", 1536 + 128, PIXELS)
         for name in (
             "read_captions", "read_fusions", "read_ocr", "read_grounding", "read_interleaved", "read_preferences",
             "read_safety", "read_rows",
@@ -71,6 +73,21 @@ def measure(name: str, scratch: Path) -> float:
     return int(done.stdout.splitlines()[-1]) / MIB
 
 
+def measure_in_new_folder(name: str) -> float:
+    """Run one task with an empty folder to write to; gives MiB."""
+    with tempfile.TemporaryDirectory(prefix="blip3-memory-") as scratch:
+        return measure(name, Path(scratch))
+
+
+def range_of(mib: Collection[float]) -> str:
+    """Write the least and the most, or the one there is.
+
+    >>> range_of([1544.2, 1556.4, 1552.0]), range_of([202.1])
+    ('1544 to 1556', '202')
+    """
+    return " to ".join(dict.fromkeys(f"{value:.0f}" for value in (min(mib), max(mib))))
+
+
 def main() -> int:
     """Measure what was asked for and print the table; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,12 +97,10 @@ def main() -> int:
         parser.error(f"{unknown[0]!r} is none of {', '.join(BOUNDS)}")
     print("| what | bound, MiB | measured, MiB | the bound is |\n|---|---|---|---|", flush=True)
     passed = []
-    for name in names:
-        bound = BOUNDS[name]
-        with tempfile.TemporaryDirectory(prefix="blip3-memory-") as scratch:
-            found = measure(name, Path(scratch))
-        print(f"| {bound.what} | {bound.mib} | {found:.0f} | {bound.why} |", flush=True)
-        passed += [name] if found > bound.mib else []
+    for bound, alike in groupby(names, BOUNDS.__getitem__):
+        found = {name: measure_in_new_folder(name) for name in alike}
+        print(f"| {bound.what} | {bound.mib} | {range_of(found.values())} | {bound.why} |", flush=True)
+        passed += [name for name, mib in found.items() if mib > bound.mib]
     for name in passed:
         print(f"FAILED: {name} takes more than its bound.", file=sys.stderr)
     return 1 if passed else 0
