@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..images import size_of, turn_upright, turns_upright
 from .canvas import Drawing
-from .shards import read_image
+from .shards import ImageShard, read_image
 
 Value = TypeVar("Value")
 
@@ -86,13 +86,13 @@ class ImageSource:
     """One image, read or painted only when it is opened; exactly one of the three sources is set."""
 
     path: str | None = None
-    """File, absolute or relative to the folder given to `open`; with `tar`, name or key in there."""
+    """File, absolute or relative to the folder given to `open`; with `shard`, name or key in there."""
     data: bytes | None = field(default=None, repr=False)
     """Encoded file, such as PNG or JPEG."""
     drawing: Drawing | None = field(default=None, repr=False)
     """What our code renders: complete, so the same drawing gives the same pixels."""
-    tar: str | None = None
-    """Tar that `path` lies in, or its URL. Records in JSON have none, so what they hold is never fetched."""
+    shard: ImageShard | None = None
+    """What `path` lies in. Records in JSON have none, so what they hold is never fetched."""
 
     def __post_init__(self) -> None:
         sources = [name for name in ("path", "data", "drawing") if getattr(self, name)]
@@ -130,9 +130,9 @@ class ImageSource:
         source = io.BytesIO(self.data) if self.data is not None else Path(folder, self.path or "")
         place = f"The image {repr(str(source)) if self.data is None else 'in memory'}"
         try:
-            if self.tar is not None:
-                place = f"The image {self.path!r} in {self.tar}"
-                source = io.BytesIO(read_image(self.tar, self.path or ""))
+            if self.shard is not None:
+                place = f"The image {self.path!r} in {self.shard.url}"
+                source = io.BytesIO(read_image(self.shard, self.path or ""))
             if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):
                 raise OSError("it is a folder" if source.is_dir() else "it is no ordinary file")
             with Image.open(source, formats=_known_formats()) as image:
@@ -164,8 +164,9 @@ class ImageSource:
         Raises:
             ValueError: for an image in memory, which JSON does not hold.
         """
-        if self.data is not None or self.tar is not None:
-            what = f"of {len(self.data)} bytes in memory" if self.data is not None else f"in {self.tar}"
+        if self.data is not None or self.shard is not None:
+            lies = f"in {self.shard.url}" if self.shard is not None else "in memory"
+            what = f"of {len(self.data)} bytes in memory" if self.data is not None else lies
             raise ValueError(
                 f"An image {what} has no JSON form; only paths and drawings do. The "
                 "records were probably read from parquet: write parquet again, or save the images to files first."

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shards of rows, on this machine or in an object store: any row by its number, and any file of a tar by its name.
+"""Shards of rows, on this machine or in an object store: any row by its number, and any image by its key.
 
-    find_shards("s3://bucket/ocr/*.parquet")     --> URLs, in order; whatever fsspec opens
-    count_rows(urls)                             --> rows of each shard, looked up once a machine
-    ShardReader(url).row(5)                      --> {"uid": ..., "image": {"bytes": ..., "path": ...}, ...}
-    read_image("shards/00000.tar", "000000017")  --> the bytes of that sample's image
+    find_shards("s3://bucket/ocr/*.parquet")        --> URLs, in order; whatever fsspec opens
+    count_rows(urls)                                --> rows of each shard, looked up once a machine
+    ShardReader(url).row(5)                         --> {"uid": ..., "image": {"bytes": ..., "path": ...}, ...}
+    images_beside("shards", "ocr/00000.parquet")    --> ImageShard("shards/00000.tar"), what the engine read
+    read_image(shard, "000000017")                  --> the bytes of that sample's image
 
 A shard is parquet, or a tar as webdataset has it: the files of a sample lie side by side and share a key. The footer
 of parquet says where rows lie; a tar is looked through once. What was found is kept in a cache folder of this user
@@ -30,6 +31,9 @@ IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 TEXT_KINDS = ("txt", "text", "transcript")
 DROPPED = ("error", "filtered_by")
 """Columns of a data engine: a row with a value in one of them has no result."""
+KEY_COLUMNS = ("key", "id")
+"""Of parquet with images: what an engine takes for the key, the first that is there."""
+MAX_DEPTH = 8  # folders between an engine's output and a shard in it
 OPEN_AT_ONCE = 8  # shards a process holds open
 THREADS = 16  # that look through shards, which mostly wait for an object store
 _FORMAT = 1  # of the files in the cache
@@ -217,10 +221,11 @@ class ShardReader:
     Args:
         url: of the shard.
         groups_held: row groups of parquet that stay decoded.
+        columns: of parquet that are read; None for all.
     """
 
-    def __init__(self, url: str, groups_held: int = 1):
-        self.url, self.groups_held = url, groups_held
+    def __init__(self, url: str, groups_held: int = 1, columns: Sequence[str] | None = None):
+        self.url, self.groups_held, self.columns = url, groups_held, columns
         self._index: ShardIndex | None = None
         self._file: Any = None
         self._process = 0
@@ -268,7 +273,7 @@ class ShardReader:
         if group not in self._groups:
             while len(self._groups) >= self.groups_held:
                 self._groups.popitem(last=False)
-            self._groups[group] = file.read_row_group(group)
+            self._groups[group] = file.read_row_group(group, columns=self.columns and list(self.columns))
         self._groups.move_to_end(group)
         return self._groups[group].slice(number, 1).to_pylist()[0]
 
@@ -295,12 +300,43 @@ def _decoded(kind: str, data: bytes) -> Any:
 
 
 @lru_cache(maxsize=OPEN_AT_ONCE)
-def shard_reader(url: str) -> ShardReader:
-    """Give the reader of a shard; the last few stay open."""
-    return ShardReader(url)
+def shard_reader(url: str, columns: tuple[str, ...] | None = None) -> ShardReader:
+    """Give the reader of a shard, of parquet with all columns or some; the last few stay open."""
+    return ShardReader(url, columns=columns)
 
 
-# --------------------------------------------------------------------------------------------------- images in tars
+# ------------------------------------------------------------------------------------------------- images in shards
+
+
+@dataclass(frozen=True)
+class ImageShard:
+    """A shard with the images of a data engine's rows, and how to find one by the row's key."""
+
+    url: str
+    image_column: str = ""
+    """Of parquet: bytes, a struct of bytes and path, or a path beside the file."""
+    key_column: str = ""
+    """Of parquet; empty where the rows are numbered."""
+
+    @property
+    def is_parquet(self) -> bool:
+        """Whether it is parquet, else a tar."""
+        return bool(self.image_column)
+
+
+def read_image(shard: ImageShard, name: str) -> bytes:
+    """Read an image out of a shard, by its key; out of a tar, also by its file's name.
+
+    Raises:
+        FileNotFoundError: if shard or image are not there.
+        ShardError: if the shard is damaged there.
+    """
+    if shard.is_parquet:
+        return _read_from_parquet(shard, name)
+    places = _images_of(shard.url)
+    if name not in places:
+        raise FileNotFoundError(f"{shard.url} has no image {name}")
+    return shard_reader(shard.url).member(*places[name])
 
 
 @lru_cache(maxsize=OPEN_AT_ONCE)
@@ -315,34 +351,95 @@ def _images_of(tar: str) -> dict[str, tuple[int, int]]:
     return places
 
 
-def read_image(tar: str, name: str) -> bytes:
-    """Read an image out of a tar, by its file's name or its sample's key.
+def _read_from_parquet(shard: ImageShard, name: str) -> bytes:
+    number = _rows_of(shard).get(name, -1) if shard.key_column else _number_in(name)
+    if not 0 <= number < index_of(shard.url).count:
+        raise FileNotFoundError(f"{shard.url} has no image {name}")
+    image = shard_reader(shard.url, (shard.image_column,)).row(number)[shard.image_column]
+    if isinstance(image, dict):  # as datasets writes it
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, str) and image:
+        with _open("/".join([shard.url.rpartition("/")[0] or ".", image])) as file:
+            return file.read()
+    if not isinstance(image, bytes):
+        raise FileNotFoundError(f"{shard.url} has no image in row {number}")
+    return image
 
-    Raises:
-        FileNotFoundError: if tar or image are not there.
-        ShardError: if the tar is damaged there.
-    """
-    places = _images_of(tar)
-    if name not in places:
-        raise FileNotFoundError(f"{tar} has no image {name}")
-    return shard_reader(tar).member(*places[name])
+
+@lru_cache(maxsize=OPEN_AT_ONCE)
+def _rows_of(shard: ImageShard) -> dict[str, int]:
+    """Numbers of a parquet file's rows, by key."""
+    import pyarrow.parquet
+
+    try:
+        with _open(shard.url) as file:
+            keys = pyarrow.parquet.read_table(file, columns=[shard.key_column]).column(0).to_pylist()
+    except (ValueError, pyarrow.ArrowException) as error:
+        raise ShardError(_reason(error)) from error
+    return {str(key): number for number, key in enumerate(keys)}
+
+
+def _number_in(name: str) -> int:
+    """Give the number of a row whose key is `file.parquet:number`, or -1."""
+    text = name.rpartition(":")[2]
+    return int(text) if text.isdecimal() and text.isascii() else -1
 
 
 @lru_cache(maxsize=4096)
-def tar_beside(folder: str, shard: str) -> str:
-    """Find the tar of a data engine's output: of the same name as the shard, below a folder; empty if there is none.
+def images_beside(folder: str, shard: str) -> ImageShard | None:
+    """Find what a data engine read when it wrote a shard: the tar or parquet file of its name, below a folder.
 
     Args:
-        folder: with the tars that the engine read.
-        shard: that the engine wrote, such as `ocr/a/00000.parquet` for `FOLDER/a/00000.tar`.
+        folder: with the shards that the engine read.
+        shard: that the engine wrote, such as `ocr/a/00000.parquet` for `FOLDER/a/00000.tar`. The columns of parquet
+            are those that the manifest beside it names, else `image`, and `key` or `id`.
+
+    Returns:
+        None if there is neither.
     """
-    parts = str(Path(shard.partition("://")[2] or shard).with_suffix(".tar")).split("/")
-    for first in range(max(0, len(parts) - 8), len(parts)):
-        tar = "/".join([folder.rstrip("/"), *parts[first:]])
-        system, path = _locate(tar)
-        if system.isfile(path):
-            return tar
-    return ""
+    parts = str(Path(shard.partition("://")[2] or shard).with_suffix("")).split("/")
+    for first in range(max(0, len(parts) - MAX_DEPTH), len(parts)):
+        url = "/".join([folder.rstrip("/"), *parts[first:]])
+        if _is_file(f"{url}.tar"):
+            return ImageShard(f"{url}.tar")
+        if _is_file(f"{url}.parquet") and (found := _as_images(f"{url}.parquet", shard)):
+            return found
+    return None
+
+
+def _is_file(url: str) -> bool:
+    system, path = _locate(url)
+    return system.isfile(path)
+
+
+def _as_images(url: str, shard: str) -> ImageShard | None:
+    """Take a parquet file for one of images, if it has a column of them: rows of an engine have none."""
+    import pyarrow.parquet
+
+    columns = _columns_read(shard)
+    try:
+        with _open(url) as file:
+            names = pyarrow.parquet.read_schema(file).names
+    except (OSError, ValueError, pyarrow.ArrowException):
+        return None
+    image = columns.get("image") or "image"
+    key = columns.get("key") or next((name for name in KEY_COLUMNS if name in names), "")
+    return ImageShard(url, image, key) if image in names else None
+
+
+def _columns_read(shard: str) -> dict[str, str]:
+    """Give the columns that an engine's manifest names, beside a shard that it wrote or above."""
+    folder = shard
+    for _ in range(MAX_DEPTH):
+        folder, slash, _ = folder.rpartition("/")
+        url = f"{folder}{slash}manifest.json"
+        try:
+            with _open(url) as file:
+                return dict(json.loads(file.read())["settings"]["columns"])
+        except (OSError, ValueError, LookupError, TypeError):
+            if not slash:
+                break
+    return {}
 
 
 def iterate(urls: Iterable[str]) -> Iterable[tuple[str, int]]:

@@ -58,16 +58,24 @@ def command_of(engine: str) -> ModuleType:
 
 
 def make_plan(engine: str, options: argparse.Namespace) -> EnginePlan:
-    """Give an engine's plan with the filters that were asked for, before and after its stages."""
+    """Give an engine's plan with the filters that were asked for, before and after its stages.
+
+    Raises:
+        ImportError: if a filter's package is not installed.
+        ValueError: for options that do not fit each other.
+    """
     from dataclasses import replace
 
     from . import filters
 
     plan: EnginePlan = command_of(engine).plan(options)
     before, after = filters.stages(options)
-    described = [{"filter": spec.stage.__name__, **spec.options} for spec in (*before, *after)]
+    described = filters.describe((*before, *after))
     settings = {**plan.settings, **({"filters": described} if described else {})}
-    return replace(plan, stages=(*before, *plan.stages, *after), settings=settings)
+    stages = (*before, *plan.stages, *after)
+    packages = {spec.package.name: spec.package.about() for spec in stages if spec.package}
+    made_with = {**plan.made_with, **({"filters": packages} if packages else {})}
+    return replace(plan, stages=stages, settings=settings, made_with=made_with)
 
 
 def add_engine_options(parser: argparse.ArgumentParser, engine: str) -> None:
@@ -110,9 +118,10 @@ def verify_command(argv: Sequence[str]) -> int:
     """Run an engine on rendered images, whose reference is known, and print how far it is right."""
     engine, rest = _engine_first("verify", argv)
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} verify {engine}", description=verify_command.__doc__)
-    add_engine_options(parser, engine)
-    options = parser.parse_args(rest)
     command = command_of(engine)
+    if hasattr(command, "add_verify_options"):
+        command.add_verify_options(parser)
+    options = parser.parse_args(rest)
     if not hasattr(command, "verify"):
         raise ValueError(
             f"The engine {engine} has no verification, but one with a reference is expected. What it writes has none: "
@@ -150,7 +159,7 @@ def cost_command(argv: Sequence[str]) -> int:
     engine, rest = _engine_first("cost", argv)
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} cost {engine}", description=cost_command.__doc__)
     add = parser.add_argument
-    add("--images", type=read_count, default=200_000_000, metavar="N", help="such as 30M; default: 200M")
+    add("--images", "--pictures", type=read_count, default=200_000_000, metavar="N", help="such as 30M; default: 200M")
     add("--cores", type=int, default=64, help="default: %(default)s")
     add("--seconds", type=float, default=60, help="to measure; default: %(default)s")
     add_engine_options(parser, engine)

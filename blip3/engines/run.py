@@ -2,7 +2,7 @@
 """Run an engine over shards: one parquet file a shard, whatever happens on the way.
 
 FOLDER/00000.parquet ...  rows in the order of the shard, in the published columns, then `error` and `filtered_by`
-FOLDER/shards.jsonl       a line a shard: rows, errors, rows that each filter dropped, seconds
+FOLDER/shards.jsonl       a line a shard: rows, errors, rows and lines of text that each filter dropped, seconds
 FOLDER/manifest.json      engine, settings, input (names and sizes of its files), models with versions and licences
 
 The same command continues. A folder of another input, engine or settings is refused.
@@ -23,6 +23,7 @@ from ..jobs.output import MANIFEST, Output
 from ..jobs.ray_run import Summary, check_ray, run
 from ..refusals import check_positive
 from .stages import EnginePlan
+from .texts import as_unicode
 from .writer import ShardWriter, WriterSettings, file_of, pools_of, schema_of
 
 LINES = "shards.jsonl"
@@ -75,13 +76,21 @@ class EngineSummary:
     errors: int
     filtered: Mapping[str, int]
     """Name of a filter -> rows that it dropped."""
+    dropped_lines: Mapping[str, int] = field(default_factory=dict)
+    """Name of a filter of lines -> lines of text that it dropped, of all rows."""
 
     def __str__(self) -> str:
         kept = self.rows - self.errors - sum(self.filtered.values())
         lines = [f"In all {self.rows} rows: {kept} kept, {self.errors} in error, the rest filtered out."]
-        width = max(map(len, self.filtered), default=0)
-        lines += [f"  {name:{width}}  {count}" for name, count in sorted(self.filtered.items())]
-        return "\n".join([str(self.run), *lines])
+        lines += _list_counts(self.filtered)
+        if self.dropped_lines:
+            lines.append(f"Lines of text that were dropped: {sum(self.dropped_lines.values())}.")
+        return "\n".join([str(self.run), *lines, *_list_counts(self.dropped_lines)])
+
+
+def _list_counts(counts: Mapping[str, int]) -> list[str]:
+    width = max(map(len, counts), default=0)
+    return [f"  {name:{width}}  {count}" for name, count in sorted(counts.items())]
 
 
 def run_engine(settings: RunSettings, plan: EnginePlan) -> EngineSummary:
@@ -92,13 +101,15 @@ def run_engine(settings: RunSettings, plan: EnginePlan) -> EngineSummary:
         plan: of the engine, filters among its stages.
 
     Raises:
-        ValueError: if the input cannot be read, or the output holds rows of another kind.
-        ImportError: if Ray is not installed.
-        RuntimeError: if Ray lost shards.
+        ValueError: if the input cannot be read, the output holds rows of another kind, or a stage's options are wrong.
+        ImportError: if Ray or what a stage needs is not installed.
+        RuntimeError: if Ray lost shards, or something was raised in a worker.
     """
     start = time.perf_counter()
     check_ray()
     schema_of(plan)
+    for spec in plan.stages:
+        spec.check()
     with open_output(settings, plan) as output:
         shards = plan_shards(settings.input, output.done, settings.columns)
         check_names(shards)
@@ -142,11 +153,17 @@ def versions() -> dict[str, str]:
 
 
 def check_names(shards: Plan) -> None:
-    """Refuse shards that would be written to one file.
+    """Refuse shards that would be written to one file, or to one whose name parquet cannot write.
 
     Raises:
         ValueError: naming it.
     """
+    for unit in shards.units:
+        if as_unicode(unit["id"]) != unit["id"]:
+            raise ValueError(
+                f"A shard's name is {as_unicode(unit['id'])!r} once it is made Unicode, but names in UTF-8 are "
+                "expected. It was probably unpacked from an archive of another encoding: rename it."
+            )
     names = collections.Counter(file_of(unit["id"]) for unit in shards.units)
     for name, count in names.items():
         if count > 1:
@@ -160,10 +177,12 @@ def summarize(output: Path, done: Summary) -> EngineSummary:
     """Add up the lines of an output folder."""
     lines = {line["id"]: line for line in read_json_lines(output / LINES, ("id",), "a shard's line", "remove it")}
     filtered: collections.Counter[str] = collections.Counter()
+    dropped_lines: collections.Counter[str] = collections.Counter()
     for line in lines.values():
         filtered.update(line["filtered"])
+        dropped_lines.update(line.get("dropped_lines", {}))  # of an engine that reads lines
     num_rows, num_errors = (sum(line[name] for line in lines.values()) for name in ("rows", "errors"))
-    return EngineSummary(done, num_rows, num_errors, dict(filtered))
+    return EngineSummary(done, num_rows, num_errors, dict(filtered), dict(dropped_lines))
 
 
 def read_manifest(output: Path) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from .packages import Package
+
 Values = dict[str, Any]
 
 
@@ -31,7 +33,9 @@ class Sample:
 class Stage(Protocol):
     """One step of an engine, with a model of its own; made once for each worker, in its process.
 
-    A stage never sees a sample that is in error or was filtered out by a stage before it.
+    A stage never sees a sample that is in error or was filtered out by a stage before it. A class may have two more
+    attributes, for `StageSpec`: a static method `check`, called with the options before anything is started, which
+    raises what a user has to correct; and `package`, a `packages.Package` that it needs.
     """
 
     needs_images: bool
@@ -64,6 +68,19 @@ class StageSpec:
     workers: int = 0
     """Processes of its own that all shards share. 0 runs the stage in the process of each shard, if it asks for one
     CPU and no GPU; else it gets one process."""
+
+    @property
+    def package(self) -> Package | None:
+        """What the stage needs to be installed."""
+        return getattr(self.stage, "package", None)
+
+    def check(self) -> None:
+        """Say what is wrong with the options before a worker is started; raises what the stage's `check` does."""
+        if self.package is not None:
+            self.package.check()
+        check = getattr(self.stage, "check", None)
+        if check is not None:
+            check(**self.options)
 
     @property
     def is_pooled(self) -> bool:

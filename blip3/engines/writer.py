@@ -20,7 +20,9 @@ from ..files import writing
 from ..jobs import starts
 from ..jobs.inputs import one_sentence, read_image, read_unit
 from ..jobs.pools import DeadlyItem, Pool, PoolSpec
+from .filters.texts import DROPPED
 from .stages import EnginePlan, Sample, StageSpec, Values
+from .texts import as_unicode, clean, without_markers
 from .work import Work, is_out
 
 ROWS_PER_GROUP = 1024  # of the parquet file
@@ -68,6 +70,32 @@ class Slice:
         return self
 
 
+@dataclass
+class Counts:
+    """What became of a shard's rows."""
+
+    rows: int = 0
+    errors: int = 0
+    filtered: collections.Counter[str] = field(default_factory=collections.Counter)
+    """Name of a filter -> rows that it dropped."""
+    lines: collections.Counter[str] = field(default_factory=collections.Counter)
+    """Name of a filter of lines -> lines of text that it dropped, of all rows."""
+
+    def add(self, row: Row) -> None:
+        """Count a row that has gone through all stages."""
+        self.rows += 1
+        self.errors += row.added.get("error") is not None
+        if row.added.get("error") is None and row.added.get("filtered_by") is not None:
+            self.filtered[row.added["filtered_by"]] += 1
+        self.lines.update(row.added.get(DROPPED, {}))
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the form of a shard's line."""
+        lines = {"dropped_lines": dict(sorted(self.lines.items()))} if self.lines else {}
+        filtered = dict(sorted(self.filtered.items()))
+        return {"rows": self.rows, "errors": self.errors, "filtered": filtered, **lines}
+
+
 class ShardWriter:
     """What `jobs.ray_run` calls with a shard; made once in each worker.
 
@@ -92,29 +120,24 @@ class ShardWriter:
         path = self.settings.output / file_of(unit["id"])
         path.parent.mkdir(parents=True, exist_ok=True)
         start, schema = time.time(), schema_of(self.settings.plan)
-        filtered: collections.Counter[str] = collections.Counter()
-        num_rows = num_errors = 0
+        counts = Counts()
         with writing(path) as unfinished, pyarrow.parquet.ParquetWriter(unfinished, schema) as file:
-            rows = self._rows(unit, begun)
+            rows = self._rows(unit, begun, counts)
             while group := list(itertools.islice(rows, ROWS_PER_GROUP)):
                 file.write_table(pyarrow.Table.from_pylist(group, schema))
-                num_rows += len(group)
-                num_errors += sum(row["error"] is not None for row in group)
-                filtered.update(row["filtered_by"] for row in group if row["filtered_by"] is not None)
         begun.remove()
-        line = {"id": unit["id"], "file": file_of(unit["id"]), "rows": num_rows, "errors": num_errors}
         times = {"start": round(start, 3), "seconds": round(time.time() - start, 3)}
-        return {**line, "filtered": dict(sorted(filtered.items())), **times}
+        return {"id": unit["id"], "file": file_of(unit["id"]), **counts.to_json(), **times}
 
-    def _rows(self, unit: dict[str, Any], begun: starts.Starts) -> Iterator[Values]:
+    def _rows(self, unit: dict[str, Any], begun: starts.Starts, counts: "Counts") -> Iterator[Values]:
         slices = self._read(unit)
         for number, step in enumerate(self.steps):
             slices = through_pool(slices, step) if isinstance(step, Pool) else through(slices, step, number, begun)
         names = schema_of(self.settings.plan).names
-        for row in (row for each in slices for row in each.rows):
+        for row in counted(slices, counts, begun):
             sample = row.current()
             known = {"uid": sample.uid, "url": sample.url, "key": sample.key}
-            yield {name: known[name] if name in known else sample.values.get(name) for name in names}
+            yield {name: known[name] if name in known else clean(sample.values.get(name)) for name in names}
 
     def _read(self, unit: dict[str, Any]) -> Iterator[Slice]:
         first = 0
@@ -127,14 +150,26 @@ class ShardWriter:
         rest = json.loads(row["rest"])
         known = {name: rest.pop(column, None) for name, column in self.settings.columns.items()}
         known |= {name: json.loads(row[name]) for name in self.settings.columns if name in row}
-        texts = {name: "" if value is None else str(value) for name, value in known.items()}
-        values = {name: value for name, value in rest.items() if name not in ("error", "filtered_by")}
-        image, error = b"", {}
+        texts = {name: as_unicode("" if value is None else str(value)) for name, value in known.items()}
+        texts["caption"] = without_markers(texts["caption"])
+        values = {name: clean(value) for name, value in rest.items() if name not in ("error", "filtered_by")}
+        key, image, error = str(json.loads(row["id"])), b"", {}
         try:
             image = read_image(row["kind"], row["image"])
+            check_key(key)
         except ValueError as problem:
             error = {"error": one_sentence(problem)}
-        return Row(Sample(str(json.loads(row["id"])), image, **texts, shard=shard, values=values), error)
+        return Row(Sample(as_unicode(key), image, **texts, shard=shard, values=values), error)
+
+
+def check_key(key: str) -> None:
+    """Refuse a key that a row cannot hold as it is: training could not find the image by it.
+
+    Raises:
+        ValueError: if it is no Unicode.
+    """
+    if as_unicode(key) != key:
+        raise ValueError(f"The image's key {as_unicode(key)!r} is no Unicode, so no row can name it: rename the file.")
 
 
 def steps_of(plan: EnginePlan) -> list[tuple[bool, tuple[StageSpec, ...]]]:
@@ -160,6 +195,15 @@ def pools_of(plan: EnginePlan) -> list[PoolSpec]:
         for is_pooled, specs in steps_of(plan)
         if is_pooled
     ]
+
+
+def counted(slices: Iterable[Slice], counts: Counts, begun: starts.Starts) -> Iterator[Row]:
+    """Give the rows of slices, and count them here and, a slice at a time, for the progress bar."""
+    for each in slices:
+        for row in each.rows:
+            counts.add(row)
+            yield row
+        begun.report(counts.rows)
 
 
 def through(slices: Iterable[Slice], work: Work, number: int, begun: starts.Starts) -> Iterator[Slice]:

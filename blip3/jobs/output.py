@@ -33,6 +33,7 @@ class Output:
 
     Raises:
         ValueError: if the folder is in use, holds results of other settings, or a line that is none.
+            A folder without results takes any settings.
     """
 
     def __init__(
@@ -73,9 +74,10 @@ class Output:
     def _check_manifest(
         self, settings: dict[str, Any], made_with: dict[str, Any], former: Mapping[str, Callable[[], Any]]
     ) -> None:
-        """Write the manifest beside the first lines, or compare it with that of lines already there."""
+        """Write the manifest where there are no results, or compare it with that of results already there."""
         path = self.folder / MANIFEST
-        if not path.is_file():
+        is_empty = not self._lines.num_bytes and not any(self.folder.rglob("*.parquet"))
+        if is_empty or not path.is_file():  # a run that failed before it had a result binds nobody
             if self._lines.num_bytes:
                 raise ValueError(
                     f"{self.path} holds {self.what} but there is no {MANIFEST} to say of what. It was probably copied "

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .faults import Fault, caught
+
 IN_FLIGHT = 2  # batches of one worker at a pool: one is worked on, the next has arrived
 MOST_DEATHS = 3
 SECONDS_TO_START = 1800  # of a process that loads a large model
@@ -89,13 +91,20 @@ class Pool:
 
 
 def _get(future: Any) -> list | None:
-    """Wait for results; None if the process died."""
+    """Wait for results; None if the process died.
+
+    Raises:
+        RuntimeError: if the work raised something.
+    """
     import ray
 
     try:
-        return ray.get(future)
+        results = ray.get(future)
     except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
         return None
+    if isinstance(results, Fault):
+        raise results.error()
+    return results
 
 
 def _wait_for(actor: Any) -> None:
@@ -115,13 +124,15 @@ def _wait_for(actor: Any) -> None:
 
 
 class _PoolWorker:
-    """A Ray actor."""
+    """A Ray actor, which raises nothing (`faults`)."""
 
     def __init__(self, work: type, arguments: tuple):
-        self.instance = work(*arguments)
+        self.instance: Any = caught(lambda: work(*arguments))
 
-    def work(self, items: list) -> list:
-        return self.instance(items) if items else []
+    def work(self, items: list) -> list | Fault:
+        if isinstance(self.instance, Fault):
+            return self.instance
+        return caught(lambda: self.instance(items)) if items else []
 
 
 def start_pools(specs: Iterable[PoolSpec]) -> list[Pool]:
@@ -130,7 +141,7 @@ def start_pools(specs: Iterable[PoolSpec]) -> list[Pool]:
     They end with this process.
 
     Raises:
-        RuntimeError: if there are too few GPUs on this machine, or a process cannot be made.
+        RuntimeError: if there are too few GPUs on this machine, or a process cannot be made: then what it raised.
     """
     import ray
 
@@ -141,14 +152,11 @@ def start_pools(specs: Iterable[PoolSpec]) -> list[Pool]:
             num_cpus=spec.num_cpus, num_gpus=spec.num_gpus, max_restarts=-1, max_task_retries=0
         )
         actors = [actor.remote(spec.work, spec.arguments) for _ in range(spec.workers)]
-        try:
-            ray.get([actor.work.remote([]) for actor in actors])
-        except ray.exceptions.RayError as error:
-            reason = str(error).strip().splitlines()[-1][:300]
+        if None in [_get(started) for started in [actor.work.remote([]) for actor in actors]]:
             raise RuntimeError(
-                f"A process of a pool could not be made ({reason}), but {spec.workers} are needed. The cause is "
-                "probably in that message: a model that is not there, or too little memory."
-            ) from error
+                f"A process of {spec.name} ended while it was made, but {spec.workers} are needed. There is probably "
+                "too little memory for its model: give it fewer processes, or another machine."
+            )
         pools.append(Pool(spec.name, actors))
     return pools
 

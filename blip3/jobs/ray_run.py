@@ -4,8 +4,9 @@
     with batch_size     units --> tasks read --> batches of rows --> workers --> lines --> this process appends them
     without             units --> workers, one unit each at a time --> lines --> this process appends them
 
-A worker that dies is restarted. A batch of rows that kills its worker goes again one row at a time, and a row that
-does so again and again is an error (`starts`). A class that takes shards does the same with its slices.
+A worker that raises ends the run with what it says, in one line (`faults`); one that dies is restarted. A batch of
+rows that kills its worker goes again one row at a time, and a row that does so again and again is an error (`starts`).
+A class that takes shards does the same with its slices.
 
 Ray is used as it is if it was started, else the cluster of RAY_ADDRESS, else this machine for as long as it takes.
 """
@@ -25,9 +26,11 @@ from tqdm import tqdm
 
 from ..files import to_json
 from . import starts
+from .faults import Fault, caught, fault_of
 from .inputs import Plan, Reader, read_unit
 from .output import Output
 from .pools import PoolSpec, start_pools
+from .progress import Watch
 
 MOST_STARTS = 3
 MAX_BLOCK_BYTES = 8 * 2**20  # of images on their way between two of Ray's processes
@@ -95,7 +98,7 @@ def run(
         start: of the clock (`time.perf_counter`), if the run began before this call.
 
     Raises:
-        RuntimeError: if Ray lost rows.
+        RuntimeError: if Ray lost rows, or something was raised in a worker.
     """
     start = time.perf_counter() if start is None else start
     num_earlier, num_errors, kind = plan.num_rows - plan.num_missing, 0, "row" if batch_size else "shard"
@@ -103,15 +106,14 @@ def run(
     options: dict[str, Any] = {"workers": workers, "batch_size": batch_size, "read": read, "pools": pools}
     options |= {"num_gpus": num_gpus_per_worker, "marks": starts.folder_of(output.folder)}
     results = _stream(plan, work, arguments, **options) if plan.num_missing else ()
-    with tqdm(desc="starting", total=plan.num_rows, initial=num_earlier, unit=kind) as progress:
+    bar = tqdm(desc="starting", total=plan.num_rows, initial=num_earlier, unit=kind)
+    with bar, Watch(bar, description, options["marks"]) as watch:
         for found in results:
             rows = [row for row in found if row["id"] not in written]  # a worker that died may repeat some
             output.append([row["line"] for row in rows])
             written.update(row["id"] for row in rows)
             num_errors += sum(row["num_errors"] for row in rows)
-            progress.set_description(description, refresh=False)
-            progress.set_postfix(errors=num_errors, refresh=False)
-            progress.update(len(rows))
+            watch.show(len(rows), num_errors)
     if len(written) != plan.num_missing:
         raise RuntimeError(
             f"Ray returned {len(written)} {kind}s but {plan.num_missing} were planned. The input probably changed "
@@ -155,7 +157,7 @@ def _stream(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     context.target_max_block_size = MAX_BLOCK_BYTES
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would print of an error is raised here
     is_ours = not ray.is_initialized()
     num_pool_cpus = math.ceil(sum(pool.workers * pool.num_cpus for pool in pools))
     resources = {"num_cpus": start_ray(workers, num_pool_cpus) if is_ours else 1, "num_gpus": num_gpus}
@@ -180,10 +182,21 @@ def _stream(
                 **resources,
             )
         for table in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            yield table.to_pylist()
+            rows = table.to_pylist()
+            yield [row for row in rows if not row["is_fault"]]
+            _raise_faults(rows)
+    except ray.exceptions.RayError as error:
+        raise fault_of(error).error() from error
     finally:
         if is_ours:
             ray.shutdown()
+
+
+def _raise_faults(rows: list[dict[str, Any]]) -> None:
+    """Raise what a worker gave in place of a result."""
+    for row in rows:
+        if row["is_fault"]:
+            raise Fault(**json.loads(row["line"])).error()
 
 
 def _read_units(batch: Mapping[str, Iterable[str]], read: Reader, batch_size: int) -> Iterator[Any]:
@@ -192,36 +205,54 @@ def _read_units(batch: Mapping[str, Iterable[str]], read: Reader, batch_size: in
 
 
 class _UnitWorker:
-    """A Ray actor that takes whole units."""
+    """A Ray actor that takes whole units, and raises nothing (`faults`)."""
 
     def __init__(self, work: type, arguments: tuple):
-        self.work = work(*arguments)
+        self.work = caught(lambda: work(*arguments))
 
     def __call__(self, batch: Mapping[str, Iterable[str]]) -> dict[str, list]:
-        lines = [self.work(json.loads(unit)) for unit in batch["unit"]]
+        lines = self.work if isinstance(self.work, Fault) else caught(lambda: self._lines(batch))
+        if isinstance(lines, Fault):
+            return {"id": [""], "line": [to_json(vars(lines))], "num_errors": [0], "is_fault": [True]}
         return {
             "id": [json.dumps(line["id"]) for line in lines],
             "line": list(map(to_json, lines)),
             "num_errors": [int(line["errors"]) for line in lines],
+            "is_fault": [False] * len(lines),
         }
+
+    def _lines(self, batch: Mapping[str, Iterable[str]]) -> list[dict[str, Any]]:
+        work: Any = self.work
+        return [work(json.loads(unit)) for unit in batch["unit"]]
 
 
 class _RowWorker:
-    """A Ray actor that takes batches of rows, and outlives rows that kill it."""
+    """A Ray actor that takes batches of rows, outlives rows that kill it, and raises nothing (`faults`)."""
 
     def __init__(self, work: type, arguments: tuple, marks: Path):
-        self.work, self.marks = work(*arguments), marks
+        self.work, self.marks = caught(lambda: work(*arguments)), marks
 
     def __call__(self, batch: Any) -> Any:
         import pyarrow
 
+        table = self.work if isinstance(self.work, Fault) else caught(lambda: self._table(batch))
+        is_fault = isinstance(table, Fault)
+        if isinstance(table, Fault):
+            table = pyarrow.table({"id": [""], "line": [to_json(vars(table))], "num_errors": [0]})
+        return table.append_column("is_fault", pyarrow.array([is_fault] * len(table)))
+
+    def _table(self, batch: Any) -> Any:
+        import pyarrow
+
+        work: Any = self.work
+
         def refuse(index: int) -> Any:
             (row,) = batch.slice(index, 1).to_pylist()
-            return line_table([self.work.refuse(row, starts.killed_its_worker())], [True])
+            return line_table([work.refuse(row, starts.killed_its_worker())], [True])
 
         begun = starts.Starts(self.marks, "\n".join(batch["id"].to_pylist()))
         tables = starts.survive(
-            begun, "batch", len(batch), lambda first, end: [self.work(batch.slice(first, end - first))], refuse
+            begun, "batch", len(batch), lambda first, end: [work(batch.slice(first, end - first))], refuse
         )
         begun.remove()
         return pyarrow.concat_tables(tables)

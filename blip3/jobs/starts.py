@@ -6,12 +6,14 @@
     third time   the same image is tried once more; the worker dies
     fourth time  the image is an error of its row, and never opened again
 
-A worker that is killed for other reasons leaves marks, too: two deaths at the same image alone are held against it. A
-mark is a file of a few bytes for each unit in hand, removed when the unit is done. Workers on several machines need a
-file system that they share.
+A worker that is killed for other reasons leaves marks, too: two deaths at the same image alone are held against it. An
+exception is no death: it takes the mark back, so a run that a fault ended is continued as if nothing had been begun.
+A mark is a file of a few bytes for each unit in hand, removed when the unit is done. Workers on several machines need
+a file system that they share.
 """
 
 import collections
+import functools
 import hashlib
 import json
 import os
@@ -48,34 +50,71 @@ class Starts:
         """Mark what is opened next; a crash of the process keeps the mark, a crash of the machine may lose it."""
         self._write(name)
 
+    def end(self) -> None:
+        """Take the mark back: what was begun is over, and whatever ends the process now is not its doing."""
+        self._write(False)
+
+    def report(self, num_rows: int) -> None:
+        """Say how many rows of the unit are through, for `rows_in_hand`; nothing may be begun meanwhile."""
+        self._write(num_rows)
+
     def remove(self) -> None:
         """The unit is done."""
         self.path.unlink(missing_ok=True)
 
-    def _write(self, name: str | None) -> None:
+    def _write(self, name: str | bool | int | None) -> None:
         with self.path.open("ab") as file:
             file.write(json.dumps(name).encode() + b"\n")
             file.flush()
 
 
 def _last_begun(path: Path) -> Iterator[str]:
-    """Yield what each process had begun last; each wrote null first."""
-    last: str | None = None
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    for line in [*lines, b"null"]:
-        try:
-            name = json.loads(line)
-        except ValueError:  # half written
-            continue
-        if name is None and last is not None:
+    """Yield what each process had begun last and not ended; each wrote null first, and false where something ended."""
+    last = None
+    for name in [*_read(path), None]:
+        if name is None and isinstance(last, str):
             yield last
         last = name
+
+
+def _read(path: Path) -> Iterator[str | bool | int | None]:
+    """Yield what was written to a mark."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:  # not there, or no longer
+        return
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:  # half written
+            continue
+
+
+def rows_in_hand(folder: Path) -> int:
+    """Count the rows that are through of units that are not done, as workers `report` them.
+
+    Args:
+        folder: of the marks.
+    """
+    return sum(_last_report(path) for path in folder.glob("*"))
+
+
+def _last_report(path: Path) -> int:
+    last = 0
+    for value in _read(path):
+        if value is None:  # the process before died: the unit is done again
+            last = 0
+        elif type(value) is int:
+            last = value
+    return last
 
 
 def survive(
     starts: Starts, place: str, count: int, work: Callable[[int, int], list[_Result]], refuse: Callable[[int], _Result]
 ) -> list[_Result]:
     """Work on a slice at once, or one image at a time where it killed a process before.
+
+    An exception of `work` leaves no mark behind, and goes on to the caller.
 
     Args:
         starts: of the unit.
@@ -89,15 +128,25 @@ def survive(
     """
     names = [f"{place}:{index}" for index in range(count)]
     if not any(map(starts.deaths, [place, *names])):
-        starts.begin(place)
-        return work(0, count)
+        return _marked(starts, place, lambda: work(0, count))
     results = []
     for index, name in enumerate(names):
         if starts.deaths(name) >= MOST_DEATHS:
             results.append(refuse(index))
             continue
-        starts.begin(name)
-        results += work(index, index + 1)
+        results += _marked(starts, name, functools.partial(work, index, index + 1))
+    return results
+
+
+def _marked(starts: Starts, name: str, work: Callable[[], list[_Result]]) -> list[_Result]:
+    """Work with a mark that stays only if the process dies."""
+    starts.begin(name)
+    try:
+        results = work()
+    except Exception:
+        starts.end()
+        raise
+    starts.end()
     return results
 
 

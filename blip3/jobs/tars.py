@@ -15,6 +15,7 @@ from typing import Any
 
 TEXT_KINDS = ("json", "txt")
 MAX_TEXT_BYTES = 16 * 2**20  # of one .json or .txt
+MAX_DEPTH = 64  # of a .json
 REST = "the rest"
 _BLOCK = bytes(tarfile.BLOCKSIZE)  # a tar ends with two of zeros
 
@@ -44,13 +45,29 @@ class TarSample:
         if "json" in self.texts:
             try:
                 values = dict(json.loads(self.texts["json"]))
-            except (ValueError, TypeError):
+                _check_depth(values)
+            except (ValueError, TypeError, RecursionError):
                 raise ValueError(
-                    f"The file {self.key}.json of {len(self.texts['json'])} bytes is no JSON object."
+                    f"The file {self.key}.json of {len(self.texts['json'])} bytes is no JSON object of at most "
+                    f"{MAX_DEPTH} levels."
                 ) from None
         if "txt" in self.texts and values.get("caption") is None:
             values["caption"] = self.texts["txt"].decode("utf-8", "replace")
         return values
+
+
+def _check_depth(values: dict[str, Any]) -> None:
+    """Refuse what cannot be written as JSON again wherever the values go.
+
+    Raises:
+        ValueError: if it is too deep.
+    """
+    level: list[Any] = [values]
+    for _ in range(MAX_DEPTH):
+        level = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
+        level = [item for item in level if isinstance(item, dict | list)]
+    if level:
+        raise ValueError
 
 
 def read_tar(path: Path, image_suffixes: tuple[str, ...], max_image_bytes: int) -> Iterator[TarSample]:

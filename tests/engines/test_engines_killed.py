@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine on Ray whose workers and driver are killed: every row once, and the same as without."""
 
+import argparse
 import io
 import json
 import os
@@ -8,14 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from blip3.engines import cost
+from blip3.engines.__main__ import add_engine_options, make_plan
 from blip3.engines.run import RunSettings
+from blip3.engines.stages import EnginePlan
 from blip3.engines.writer import ShardWriter, WriterSettings
 from blip3.jobs.inputs import plan_shards
-from blip3.jobs.starts import killed_its_worker
+from blip3.jobs.starts import folder_of, killed_its_worker, rows_in_hand
 from support import ROOT, render_image, write_tar
 from support.engine import DEADLY, plan
 
@@ -44,9 +49,10 @@ def write_shards(folder: Path, with_deadly: bool) -> Path:
     return folder
 
 
-def undisturbed(folder: Path, output: Path) -> dict[str, dict]:
+def undisturbed(folder: Path, output: Path, made: EnginePlan | None = None) -> dict[str, dict]:
     """Rows of a run in this process, without Ray, by key."""
-    work = ShardWriter(WriterSettings(output, plan(), 8, {name: name for name in ("url", "uid", "caption")}))
+    columns = {name: name for name in ("url", "uid", "caption")}
+    work = ShardWriter(WriterSettings(output, made or plan(), 8, columns))
     for unit in plan_shards(folder, (), RunSettings(folder, output).columns).units:
         work(unit)
     return {row["key"]: row for row in rows_of(output)}
@@ -64,11 +70,12 @@ def heed_interrupts() -> None:
 class Driver:
     """A run in a process of its own, which can be disturbed."""
 
-    def __init__(self, folder: Path, *options: str):
+    def __init__(self, folder: Path, *options: str, program: Sequence[str] = ()):
         self.log, self.folder = folder / "log.txt", folder
         self.log.touch()
         self.seen = self.log.stat().st_size
-        command = [sys.executable, str(DRIVER), str(folder / "in"), str(folder / "out"), "--log", str(self.log)]
+        small = (str(DRIVER), str(folder / "in"), str(folder / "out"), "--log", str(self.log))
+        command = [sys.executable, *(program or small)]
         self.errors = (folder / "errors.txt").open("w")
         self.process = subprocess.Popen(
             [*command, *options],
@@ -93,17 +100,20 @@ class Driver:
             assert time.monotonic() < deadline, "no rows came"
             time.sleep(0.02)
 
-    def kill_a_worker(self) -> None:
-        os.kill(int(self.wait_for_rows(9)), signal.SIGKILL)
+    def kill_a_worker(self, count: int = 9) -> None:
+        os.kill(int(self.wait_for_rows(count)), signal.SIGKILL)
+
+    def workers(self) -> list:
+        """Find the processes that work on shards."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in children if is_alive(child) and "MapWorker" in child.name()]
 
     def stop(self, number: int) -> None:
         """End the driver by a signal, and wait until its workers are gone."""
-        self.wait_for_rows(9)
-        children = psutil.Process(self.process.pid).children(recursive=True)
+        children, workers = psutil.Process(self.process.pid).children(recursive=True), self.workers()
         self.process.send_signal(number)
         self.process.communicate(timeout=120)
         assert self.process.returncode != 0
-        workers = [child for child in children if is_alive(child) and "MapWorker" in child.name()]
         psutil.wait_procs(workers, timeout=60)
         for child in filter(is_alive, children):  # Ray's own helpers may take a minute
             child.kill()
@@ -146,13 +156,15 @@ def check_rows(folder: Path) -> None:
 def test_three_killed_workers_and_two_killed_drivers_lose_and_double_nothing(folder):
     slowly = ("--pause", "0.05")
     first = Driver(folder, *slowly)
-    first.kill_a_worker()
+    first.kill_a_worker(9)  # each time after another number of rows: twice at one image alone is held against it
+    first.wait_for_rows(30)
     first.stop(signal.SIGINT)
     second = Driver(folder, *slowly)
-    second.kill_a_worker()
+    second.kill_a_worker(21)
+    second.wait_for_rows(47)
     second.stop(signal.SIGKILL)
     third = Driver(folder, *slowly)
-    third.kill_a_worker()
+    third.kill_a_worker(13)
     printed = third.finish()
     assert "In all 300 rows: 296 kept, 3 in error, the rest filtered out.\n  short_caption  1" in printed
     check_rows(folder)
@@ -170,3 +182,36 @@ def test_a_stage_in_processes_of_its_own_outlives_an_image_too(folder):
     driver.kill_a_worker()
     assert "In all 300 rows: 296 kept, 3 in error" in driver.finish()
     check_rows(folder)
+
+
+def test_ocr_whose_worker_and_driver_are_killed_reads_the_same(tmp_path):
+    """As a user runs it, with its models: 32 rendered pages in eight tars."""
+    for package in ("rapidocr", "cv2"):
+        pytest.importorskip(package)
+    cost.write_pages(tmp_path / "in", 32)
+    parser = argparse.ArgumentParser()
+    add_engine_options(parser, "ocr")
+    expected = undisturbed(tmp_path / "in", tmp_path / "expected", make_plan("ocr", parser.parse_args([])))
+    words = ("ocr", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--slice", "1")
+    program = ("-m", "blip3.engines", *words)
+    first = Driver(tmp_path, program=program)
+    wait_until(lambda: rows_in_hand(folder_of(tmp_path / "out")), first)
+    first.workers()[0].kill()
+    lines = tmp_path / "out" / "shards.jsonl"
+    wait_until(lambda: lines.read_text(encoding="utf-8").count("\n") >= 2, first)
+    first.stop(signal.SIGKILL)
+    done = lines.read_text(encoding="utf-8").count("\n")
+    assert 2 <= done < cost.SHARDS
+    assert f"{done} done earlier" in Driver(tmp_path, program=program).finish()
+    rows = rows_of(tmp_path / "out")
+    assert {row["key"]: row for row in rows} == expected
+    assert len(rows) == len(expected) == 32
+    assert sum(row["error"] is None for row in rows) == 32
+
+
+def wait_until(is_so: Callable[[], object], driver: Driver) -> None:
+    deadline = time.monotonic() + 240
+    while not is_so():
+        assert driver.process.poll() is None, (driver.folder / "errors.txt").read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

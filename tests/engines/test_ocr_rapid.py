@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw, ImageOps
 pytest.importorskip("rapidocr")
 
 from blip3.data.canvas import load_font
-from blip3.engines import filters
 from blip3.engines.ocr import command, rendered
 from blip3.engines.ocr.boxes import bounding_box, tighten
 from blip3.engines.ocr.check import box_iou
@@ -59,8 +58,7 @@ def assert_finds(reader, image: Image.Image, boxes: dict[str, tuple], least_iou:
 
 def test_rendered_pages_are_read():
     parser = argparse.ArgumentParser()
-    command.add_options(parser)
-    filters.add_options(parser)
+    command.add_verify_options(parser)
     figures = command.verify(parser.parse_args(["--verify-strings", "75", "--verify-seed", "3"]))
     assert figures["strings"] >= 75
     assert figures["exact"] >= 0.85
@@ -74,7 +72,6 @@ def test_rendered_pages_are_read():
 def test_the_plan_names_models_and_licences():
     parser = argparse.ArgumentParser()
     command.add_options(parser)
-    filters.add_options(parser)
     plan = command.plan(parser.parse_args(["--as-published", "--hd"]))
     json.dumps([plan.settings, plan.made_with, dict(plan.stages[0].options)])
     assert plan.settings["up_to"] == "upto"

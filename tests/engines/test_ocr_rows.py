@@ -21,7 +21,6 @@ from PIL import Image, ImageDraw
 from blip3.data.canvas import load_font, text_box
 from blip3.data.formats import OCR_GRANULARITIES, parse_ocr
 from blip3.data.readers import read_ocr
-from blip3.engines import filters
 from blip3.engines.ocr import choice, command
 from blip3.engines.ocr.boxes import bounding_box, cut_quad, growth, order_corners, reading_order, thickness, tighten
 from blip3.engines.ocr.check import box_iou, match, measure
@@ -45,7 +44,6 @@ def quad(x1: float, y1: float, x2: float, y2: float):
 def options_of(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     command.add_options(parser)
-    filters.add_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -200,6 +198,13 @@ def test_what_is_dropped_is_counted():
     }
 
 
+def test_a_marker_that_an_image_shows_is_no_marker_of_the_rows():
+    """A screenshot of a prompt: readers refuse rows with <image> in a text."""
+    lines = [Line(text, quad(10, y, 90, y + 9), 0.99) for y, text in ((10, "Say <image> now"), (40, "<|endoftext|>"))]
+    kept = keep_lines(Reading(tuple(lines)), (100, 100), 0.0)
+    assert [entry.text for entry in kept.entries] == ["Say now"]
+
+
 # -- the stage --------------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +221,8 @@ class Scripted:
             raise RuntimeError("")
         if image.width == 14:
             raise ValueError("The strip is thin. Widen it.")
-        return Reading(LINES if image.width > 20 else ())
+        unsure = tuple(replace(line, confidence=0.1) for line in LINES) if image.width == 16 else ()
+        return Reading(LINES if image.width > 20 else unsure)
 
 
 @pytest.fixture
@@ -251,10 +257,12 @@ def read(stage: ReadText, width: int, height: int = 100) -> Values:
 
 
 def test_an_exception_of_the_reader_is_an_error_of_its_row(stage):
-    samples = [Sample(str(width), b"") for width in (100, 13, 14, 15)]
+    samples = [Sample(str(width), b"") for width in (100, 13, 14, 15, 16)]
     rows = run([stage, WriteRows()], samples, [Image.new("RGB", (int(sample.key), 100)) for sample in samples])
     assert {"captions", "metadata"} <= set(rows[0])
-    assert rows[1:] == [{"error": "RuntimeError."}, {"error": "The strip is thin."}, {"filtered_by": "no_text"}]
+    assert rows[1:3] == [{"error": "RuntimeError."}, {"error": "The strip is thin."}]
+    assert rows[3] == {"filtered_by": "no_text", "dropped_entries": {}}
+    assert rows[4] == {"filtered_by": "confidence", "dropped_entries": {"confidence": len(LINES)}}
 
 
 def test_hd_goes_by_the_sides_of_the_image_itself(scripted):

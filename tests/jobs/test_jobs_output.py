@@ -15,6 +15,11 @@ def open_output(folder: Path, settings: dict | None = None, **options: object) -
     return Output(folder, "rows.jsonl", settings or SETTINGS, {"ray": "2"}, what="answers", **options)
 
 
+def write_one(folder: Path, settings: dict | None = None) -> None:
+    with open_output(folder, settings) as output:
+        output.append(['{"id": 1}'])
+
+
 def test_lines_stay_and_are_done(tmp_path):
     with open_output(tmp_path / "out") as output:
         assert output.done == set()
@@ -34,7 +39,7 @@ def test_lines_stay_and_are_done(tmp_path):
     ],
 )
 def test_other_settings_are_refused(tmp_path, change, message):
-    open_output(tmp_path).__exit__()
+    write_one(tmp_path)
     before = (tmp_path / MANIFEST).read_bytes()
     with pytest.raises(ValueError, match=message):
         open_output(tmp_path, SETTINGS | change)
@@ -42,8 +47,20 @@ def test_other_settings_are_refused(tmp_path, change, message):
     open_output(tmp_path).__exit__()  # the refused run let go of the folder
 
 
+def test_a_run_that_failed_before_its_first_result_binds_nobody(tmp_path):
+    open_output(tmp_path).__exit__()
+    with open_output(tmp_path, SETTINGS | {"question": "Why?"}):
+        pass
+    manifest = json.loads((tmp_path / MANIFEST).read_text(encoding="utf-8"))
+    assert manifest["settings"]["question"] == "Why?"
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "00000.parquet").write_bytes(b"whose line was lost")
+    with pytest.raises(ValueError, match='question = "Why'):
+        open_output(tmp_path)
+
+
 def test_what_earlier_versions_wrote_is_accepted(tmp_path):
-    open_output(tmp_path, SETTINGS | {"model": "old"}).__exit__()
+    write_one(tmp_path, SETTINGS | {"model": "old"})
     ours = SETTINGS | {"model": "new"}
     open_output(tmp_path, ours, former={"model": lambda: "old"}).__exit__()
     with pytest.raises(ValueError, match='model = "old", but this run has "new"'):

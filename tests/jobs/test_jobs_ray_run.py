@@ -18,8 +18,9 @@ import pytest
 from blip3 import jobs
 from blip3.jobs.inputs import Columns, plan_shards
 from blip3.jobs.output import Output
+from blip3.jobs.progress import Watch
 from blip3.jobs.ray_run import Summary, run, start_ray
-from blip3.jobs.starts import killed_its_worker
+from blip3.jobs.starts import Starts, killed_its_worker
 from support import render_image
 
 pyarrow = pytest.importorskip("pyarrow", reason="parquet: pip install pyarrow")
@@ -143,6 +144,44 @@ def test_what_was_done_is_said_in_one_line():
     )
     shards = str(Summary(6, 2, 5, 4, 0, 2.0, Path("shards.jsonl"), "shard"))
     assert shards == "Done: 2 of 6 shards, 5 rows in error, 4 done earlier; 2.0 s, 1.00 shards/s: shards.jsonl"
+
+
+class Bar:
+    """Stands for a progress bar."""
+
+    def __init__(self):
+        self.shown: list[tuple[str, dict, int]] = []
+        self.text, self.postfix, self.count = "starting", {}, 0
+
+    def set_description(self, text: str, refresh: bool) -> None:
+        self.text = text
+
+    def set_postfix(self, values: dict, refresh: bool) -> None:
+        self.postfix = values
+
+    def update(self, count: int) -> None:
+        self.count += count
+        self.refresh()
+
+    def refresh(self) -> None:
+        self.shown.append((self.text, self.postfix, self.count))
+
+
+def test_the_bar_moves_while_a_shard_is_in_hand(tmp_path):
+    bar, begun = Bar(), Starts(tmp_path, "a.tar")
+    with Watch(bar, "ocr", tmp_path, seconds=0.01) as watch:
+        begun.report(64)
+        deadline = time.monotonic() + 30
+        while not bar.shown:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert bar.shown == [("ocr", {"errors": 0, "rows_in_hand": 64}, 0)]
+        begun.remove()
+        while len(bar.shown) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        watch.show(1, num_errors=3)
+    assert bar.shown[1:] == [("ocr", {"errors": 0}, 0), ("ocr", {"errors": 3}, 1)]
 
 
 DEADLY_ROWS = """

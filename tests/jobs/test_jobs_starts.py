@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from blip3.jobs.starts import Starts, folder_of, killed_its_worker, remove_all, survive
+from blip3.jobs.starts import Starts, folder_of, killed_its_worker, remove_all, rows_in_hand, survive
 
 
 class Killed(BaseException):
@@ -66,12 +66,51 @@ def test_a_worker_killed_from_outside_leaves_no_image_out(tmp_path):
     assert (deaths, opened) == (0, list(range(6)))
 
 
+def test_an_exception_is_no_death_however_often_it_comes(tmp_path):
+    """As when a server is down: the run ends, the same command goes on, and slices stay whole."""
+
+    def fail(first: int, end: int) -> list[str]:
+        raise RuntimeError("nobody listens")
+
+    for _ in range(4):
+        with pytest.raises(RuntimeError, match="nobody listens"):
+            survive(Starts(tmp_path, "shard"), "0:0", 6, fail, lambda index: f"refused {index}")
+    pieces = []
+    begun = Starts(tmp_path, "shard")
+    result = survive(begun, "0:0", 6, lambda first, end: pieces.append((first, end)) or ["row"] * 6, str)
+    assert (result, pieces) == (["row"] * 6, [(0, 6)])
+
+
+def test_what_is_over_is_not_held_against_anyone(tmp_path):
+    """A process that dies between two slices, as while it reads, leaves no image out."""
+    for _ in range(3):
+        begun = Starts(tmp_path, "shard")
+        assert survive(begun, "0:0", 2, lambda first, end: ["row"] * (end - first), str) == ["row"] * 2
+        begun = Starts(tmp_path, "shard")  # the process died; the next begins
+        assert (begun.deaths("0:0"), begun.deaths("0:0:1")) == (0, 0)
+
+
 def test_deaths_count_where_they_happened(tmp_path):
     with pytest.raises(Killed):
         attempt(tmp_path, {2}, [], first=6)
     starts = Starts(tmp_path, "shard")
     assert (starts.deaths("0:6"), starts.deaths("0:0")) == (1, 0)
     assert Starts(tmp_path, "another shard").deaths("0:6") == 0
+
+
+def test_rows_in_hand_are_those_of_the_last_attempt_at_each_unit(tmp_path):
+    assert rows_in_hand(tmp_path / "nothing") == 0
+    for unit, reports in (("a", (8, 16)), ("b", (8,))):
+        begun = Starts(tmp_path, unit)
+        for rows in reports:
+            begun.report(rows)
+    begun.begin("0:8")
+    assert rows_in_hand(tmp_path) == 24
+    begun = Starts(tmp_path, "b")  # done again, as its worker died
+    assert begun.deaths("0:8") == 1
+    assert rows_in_hand(tmp_path) == 16
+    begun.remove()
+    assert rows_in_hand(tmp_path) == 16
 
 
 def test_a_mark_that_was_half_written_is_left_out(tmp_path):

@@ -139,7 +139,7 @@ def test_faults_of_one_sample_are_its_own(tmp_path, monkeypatch):
     assert found["none"] == "The row has no image."
     assert found["long"] == "The file long.json has 21 bytes but at most 20 are read."
     assert found["www"] == "The sample has two images, a_1.jpg and a_2.jpg, and a key stands for one."
-    assert found["list"] == "The file list.json of 3 bytes is no JSON object."
+    assert found["list"] == "The file list.json of 3 bytes is no JSON object of at most 64 levels."
     assert (found["good"], found["seg"]) == (b"x", b"image")
     first, *_ = read_tar(path, SUFFIXES, 100)
     assert first.error == "The image has 101 bytes but at most 100 are read."

@@ -205,7 +205,8 @@ def test_answers_of_two_kinds_are_not_mixed(arguments, settings, capsys, option,
 
 
 def test_another_model_is_refused(settings, unfused_repo):
-    batch.open_output(settings).__exit__()
+    with batch.open_output(settings) as answers:
+        answers.append(['{"id": "0.jpg"}'])
     with pytest.raises(ValueError, match="holds answers with model"):
         batch.open_output(batch.dataclasses.replace(settings, model=unfused_repo))
 

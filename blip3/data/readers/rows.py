@@ -17,7 +17,7 @@ from PIL import Image
 from ...refusals import list_names, show
 from ..images import ImageSource, RecordError
 from ..records import Record, is_unicode, log_skipped, log_skipped_in_all, record_from_json
-from ..shards import ShardError, ShardReader, find_shards, iterate, shard_reader, tar_beside
+from ..shards import ShardError, ShardReader, find_shards, images_beside, iterate, shard_reader
 
 Row = dict[str, Any]
 OTHER_FORM = ("The row is probably of another data set, or damaged.", "Use the reader for its form, or drop the row.")
@@ -351,8 +351,8 @@ def image_from(value: Any, place: str, name: str, folder: str = "") -> ImageSour
 def image_of(row: Row, place: str, folder: str) -> ImageSource:
     """Find a row's image: a column of its own, or in a folder.
 
-    In a folder it is in the tar of the same name as the row's shard, as data engines write theirs; else it is the file
-    `key`.jpg, as img2dataset fills a folder, or `key` itself.
+    In a folder it is in the tar or parquet file of the same name as the row's shard, as data engines write theirs;
+    else it is the file `key`.jpg, as img2dataset fills a folder, or `key` itself.
     """
     for name in ("image", "jpg", "jpeg", "png", "webp"):
         if row.get(name) is not None:
@@ -361,8 +361,8 @@ def image_of(row: Row, place: str, folder: str) -> ImageSource:
     if folder and name:
         key = _a_name(row[name], place, name)
         shard = row.get("__url__") if name != "uid" else ""
-        if shard and (tar := tar_beside(folder, str(shard))):
-            return ImageSource(path=key, tar=tar)
+        if shard and (images := images_beside(folder, str(shard))):
+            return ImageSource(path=key, shard=images)
         is_file = Path(key).suffix.lower() in Image.registered_extensions()
         return image_from(key if is_file else f"{key}.jpg", place, name, folder)
     return image_from(None, place, "image")

@@ -3,11 +3,27 @@
 
     before     image and alt-text               sides, listed, duplicates, nsfw, faces, alt-text
     between    lines of text that OCR found     confidence, letters, text_area, text_language, personal_data
-    after      what an engine wrote             caption_length
+    after      the caption that kale wrote      caption_length
 
 A filter is off until its option is given; the smallest side is the exception.
 """
 
-from .options import add_options, between, stages
+from .options import (
+    add_caption_options,
+    add_least_options,
+    add_line_options,
+    add_options,
+    between,
+    describe,
+    stages,
+)
 
-__all__ = ["add_options", "between", "stages"]
+__all__ = [
+    "add_caption_options",
+    "add_least_options",
+    "add_line_options",
+    "add_options",
+    "between",
+    "describe",
+    "stages",
+]

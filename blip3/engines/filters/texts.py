@@ -12,8 +12,9 @@ from typing import Any
 
 from PIL import Image
 
+from ..packages import PHONENUMBERS, PY3LANGID
 from ..stages import Sample, Values
-from .personal import personal_data
+from .personal import check_region, personal_data
 
 ENTRIES, DROPPED = "entries", "dropped_entries"
 LEAST_LETTERS = 20  # of a text whose language is looked at: shorter ones are names and numbers in any
@@ -48,9 +49,15 @@ class AltTextLanguage:
     """
 
     needs_images = False
+    package = PY3LANGID
 
     def __init__(self, languages: Sequence[str]):
         self.languages, self.language_of = frozenset(languages), open_identifier(languages)
+
+    @staticmethod
+    def check(languages: Sequence[str]) -> None:
+        """Refuse languages that are not known."""
+        open_identifier(languages)
 
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
         """Drop `alt_text_language`."""
@@ -143,9 +150,15 @@ class TextLanguage:
     """
 
     needs_images = False
+    package = PY3LANGID
 
     def __init__(self, languages: Sequence[str]):
         self.languages, self.language_of = frozenset(languages), open_identifier(languages)
+
+    @staticmethod
+    def check(languages: Sequence[str]) -> None:
+        """Refuse languages that are not known."""
+        open_identifier(languages)
 
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
         """Drop `text_language`."""
@@ -163,9 +176,15 @@ class PersonalData:
     """
 
     needs_images = False
+    package = PHONENUMBERS
 
     def __init__(self, drop: str, region: str = ""):
         self.drop, self.region = drop, region
+
+    @staticmethod
+    def check(drop: str, region: str = "") -> None:
+        """Refuse a country that is not known."""
+        check_region(region)
 
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
         """Drop images or lines by `personal_data`."""
@@ -188,15 +207,14 @@ def drop_entries(sample: Sample, name: str, keep: Callable[[Entry], bool]) -> Va
         keep: whether a line stays.
 
     Returns:
-        what changes: the lines that stay and the count of those dropped, or that the sample lost its last line.
+        what changes: the count of lines dropped, and the lines that stay or that the sample lost its last line.
     """
     entries = sample.values.get(ENTRIES, ())
     kept = [entry for entry in entries if keep(entry)]
     if len(kept) == len(entries):
         return {}
-    if not kept:
-        return {"filtered_by": name}
-    return {ENTRIES: kept, DROPPED: {**sample.values.get(DROPPED, {}), name: len(entries) - len(kept)}}
+    dropped = {**sample.values.get(DROPPED, {}), name: len(entries) - len(kept)}
+    return {DROPPED: dropped, **({ENTRIES: kept} if kept else {"filtered_by": name})}
 
 
 def letters(text: str) -> float:
@@ -233,10 +251,7 @@ def open_identifier(languages: Sequence[str]) -> Callable[[str], str]:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
-        raise ImportError(
-            f"The language of texts is to be told but py3langid cannot be imported ({error}). The extra was probably "
-            "left out: pip install 'blip3[engines]', or pip install py3langid."
-        ) from error
+        raise PY3LANGID.missing(error) from error
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
     unknown = set(languages) - set(identifier.labels)
     if unknown:

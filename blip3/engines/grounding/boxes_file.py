@@ -57,6 +57,11 @@ class FileBoxes:
         if unit == "share":
             self._check_unit()
 
+    @staticmethod
+    def check(path: str, name: str = "key", unit: str = "share", missing: str = "error") -> None:
+        """Refuse a file that cannot be read; raises as the class."""
+        FileBoxes(path, name, unit, missing)
+
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
         """Look up the boxes of each sample; one that the file does not name fails."""
         wanted = [getattr(sample, self.name) for sample in samples]
@@ -118,7 +123,7 @@ def _entries_of(value: Any) -> list[Entry] | None:
             }
             for entry in entries or ()
         ]
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return None
     return found if all(len(entry["bbox"]) == 4 for entry in found) else None
 

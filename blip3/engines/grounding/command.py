@@ -82,6 +82,15 @@ def _add_caption_options(group: argparse._ArgumentGroup) -> None:
         default=0.9,
         help="of two boxes in one text (default 0.9): a nearer one is left out",
     )
+    _add_spelling(group)
+
+
+def add_verify_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `verify`."""
+    _add_spelling(parser)
+
+
+def _add_spelling(group: argparse._ActionsContainer) -> None:
     group.add_argument("--as-published", action="store_true", help='write "upto", as the published rows do')
 
 

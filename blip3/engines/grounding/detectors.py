@@ -225,6 +225,12 @@ class DetectTags:
         scorer = Owlv2Scorer if kind == "owlv2" else GroundingDinoScorer
         self._scorer: Scorer = scorer(detector, AutoTokenizer.from_pretrained(folder))
 
+    @staticmethod
+    def check(model: str, **_: Any) -> None:
+        """Refuse a checkpoint whose image processor lacks a package."""
+        if kind_of(model) == "owlv2":
+            _check_scipy()
+
     @torch.inference_mode()
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
         """Find the boxes of each sample."""

@@ -87,7 +87,7 @@ class ColumnTags:
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = re.split(r"[|,]" if "|" not in value else r"\|", value)
         if not isinstance(value, list | tuple):
             return {"error": f"The column {self.column!r} holds {type(value).__name__} instead of tags."}
@@ -173,6 +173,7 @@ class RamTags:
         use_gpu: bool = False,
         num_threads: int = 1,
     ):
+        self.check(path, threshold)
         files = RamFiles(path)
         self._session = _open_session(files.model, use_gpu, num_threads)
         self._input = self._session.get_inputs()[0]
@@ -181,15 +182,21 @@ class RamTags:
         self.batch_size = min(batch_size, count) if isinstance(count, int) else batch_size
         self.is_fixed = isinstance(count, int)
         self.tags = files.tags
+        given = [threshold] * len(self.tags) if threshold is not None else files.thresholds
+        self._thresholds = np.array(given, np.float32)
+        self.gives_logits = False
+        self.gives_logits = self._trial_leaves_unit_range()
+
+    @staticmethod
+    def check(path: str, threshold: float | None = None, **_: Any) -> None:
+        """Refuse what lacks thresholds, or onnxruntime; raises as the class."""
+        _import_onnxruntime()
+        files = RamFiles(path)
         if threshold is None and files.thresholds is None:
             raise ValueError(
                 f"{files.model.parent} has no thresholds, *threshold*.txt, and none was given for all tags. The file "
                 "was probably not downloaded: fetch it, or give one threshold."
             )
-        given = [threshold] * len(self.tags) if threshold is not None else files.thresholds
-        self._thresholds = np.array(given, np.float32)
-        self.gives_logits = False
-        self.gives_logits = self._trial_leaves_unit_range()
 
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
         """Tag each image."""
@@ -234,7 +241,7 @@ class RamTags:
         return bool(outputs.min() < 0 or outputs.max() > 1)
 
 
-def _open_session(model: Path, use_gpu: bool, num_threads: int) -> Any:
+def _import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
@@ -242,6 +249,11 @@ def _open_session(model: Path, use_gpu: bool, num_threads: int) -> Any:
             "The tagger needs the package onnxruntime, which is not installed. The extra was probably left out: run "
             "`pip install 'blip3[engines]'`, or onnxruntime-gpu for a graphics card."
         ) from error
+    return onnxruntime
+
+
+def _open_session(model: Path, use_gpu: bool, num_threads: int) -> Any:
+    onnxruntime = _import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = num_threads
     available = onnxruntime.get_available_providers()

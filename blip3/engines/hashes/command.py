@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from ..filters.hashing import perceptual_hash
+from ..packages import IMAGEHASH
 from ..stages import EnginePlan, Sample, StageSpec, Values
 
 SCHEMA = {"shard": "string", "phash": "string"}
@@ -16,6 +17,7 @@ class Hash:
     """Hashes images."""
 
     needs_images = True
+    package = IMAGEHASH
 
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
         """Add `shard`, and `phash` as 16 hexadecimal digits."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...checkpoints import fingerprint, folder_of
 from ...refusals import check_positive
+from ..filters import add_caption_options
 from ..stages import EnginePlan, StageSpec
 from .prompts import CAPTION_PROMPT, FUSION_PROMPT
 from .stages import ALT_TEXT, DENSE, FUSED, DenseCaption, Fuse, FuseAtOnce, TakeCaption
@@ -24,6 +25,11 @@ SCHEMA = {FUSED: "string", DENSE: "string", ALT_TEXT: "string"}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the engine's own options."""
+    _add_writer_options(parser)
+    add_caption_options(parser)
+
+
+def _add_writer_options(parser: argparse.ArgumentParser) -> None:
     for role, about in ROLES.items():
         group = parser.add_argument_group(role, f"A model that {about}: a name or folder, a url, or both.")
         add = group.add_argument
@@ -45,9 +51,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=float, default=120, metavar="SECONDS", help="of one try with a server; default: 120")
     add("--tries", type=int, default=5, metavar="N", help="of a request to a server; default: 5")
     add("--writer-seed", type=int, default=0, metavar="N", help="sent to servers; default: 0")
-    check = parser.add_argument_group("verify")
-    check.add_argument("--verify-images", type=int, default=300, metavar="N", help="to render (default: 300)")
-    check.add_argument("--verify-seed", type=int, default=0, metavar="N", help="of the rendered images (default: 0)")
+
+
+def add_verify_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `verify` reads: the models, and which images are rendered."""
+    _add_writer_options(parser)
+    group = parser.add_argument_group("images")
+    group.add_argument("--verify-images", type=int, default=300, metavar="N", help="to render (default: 300)")
+    group.add_argument("--verify-seed", type=int, default=0, metavar="N", help="of the rendered images (default: 0)")
 
 
 def plan(options: argparse.Namespace) -> EnginePlan:

@@ -4,6 +4,7 @@
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,10 +36,21 @@ def open_local(options: WriterOptions) -> Writer:
         ValueError: if transformers has no class for it, or it does not chat.
     """
     folder = folder_of(options.model)
-    if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == _OURS:
+    if _is_ours(folder):
         answerer = Answerer.load(options.model, dtype=options.dtype, device=options.device, must_chat=True)
         return OwnWriter(answerer, options.max_new_tokens, options.batch_size)
     return ChatWriter(str(folder), options)
+
+
+def check_local(options: WriterOptions) -> None:
+    """Refuse a model that could not be opened, without loading its weights; raises as `open_local`."""
+    folder = folder_of(options.model)
+    if not _is_ours(folder):
+        open_processor(str(folder))
+
+
+def _is_ours(folder: Path) -> bool:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == _OURS
 
 
 class OwnWriter:
@@ -85,22 +97,8 @@ class ChatWriter:
     """
 
     def __init__(self, folder: str, options: WriterOptions):
-        config = AutoConfig.from_pretrained(folder)
-        self.sees_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        if not self.sees_images and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(
-                f"The model {folder} is a {config.model_type}, but one that writes is expected: of "
-                "AutoModelForCausalLM or AutoModelForImageTextToText. It is probably an encoder, or newer than the "
-                "installed transformers: name another, or serve it and give its url."
-            )
-        loader = AutoModelForImageTextToText if self.sees_images else AutoModelForCausalLM
-        self.processor = (AutoProcessor if self.sees_images else AutoTokenizer).from_pretrained(folder)
+        loader, self.processor, self.sees_images = open_processor(folder)
         self.tokenizer = self.processor.tokenizer if self.sees_images else self.processor
-        if not self.processor.chat_template:
-            raise ValueError(
-                f"The model {folder} has no chat template, but it is to be asked in a conversation. It is probably a "
-                "base model, which continues text: name its instruct version."
-            )
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -167,6 +165,29 @@ class ChatWriter:
     def _read(self, row: list[int], stops: set[int | None]) -> Reply:
         end = next((index for index, token in enumerate(row) if token in stops), None)
         return Reply(self.tokenizer.decode(row[:end], skip_special_tokens=True).strip(), end is not None)
+
+
+def open_processor(folder: str) -> tuple[Any, Any, bool]:
+    """Give the class that loads a model, its processor or tokenizer, and whether it sees images.
+
+    Raises:
+        ValueError: if there is no class for it, or no chat template.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    sees_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if not sees_images and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"The model {folder} is a {config.model_type}, but one that writes is expected: of "
+            "AutoModelForCausalLM or AutoModelForImageTextToText. It is probably an encoder, or newer than the "
+            "installed transformers: name another, or serve it and give its url."
+        )
+    processor = (AutoProcessor if sees_images else AutoTokenizer).from_pretrained(folder)
+    if not processor.chat_template:
+        raise ValueError(
+            f"The model {folder} has no chat template, but it is to be asked in a conversation. It is probably a "
+            "base model, which continues text: name its instruct version."
+        )
+    return AutoModelForImageTextToText if sees_images else AutoModelForCausalLM, processor, sees_images
 
 
 def without(text: str, markers: Sequence[str]) -> str:

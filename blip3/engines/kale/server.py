@@ -307,6 +307,17 @@ def served_model(options: WriterOptions) -> str:
     return models[0]
 
 
+def check_server(options: WriterOptions) -> None:
+    """Refuse what no server could be asked with.
+
+    Raises:
+        ImportError: if httpx is not installed.
+        ValueError: if the key is missing.
+    """
+    _import_httpx()
+    _headers(options)
+
+
 def _headers(options: WriterOptions) -> dict[str, str]:
     if not options.key_variable:
         return {}

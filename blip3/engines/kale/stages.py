@@ -18,6 +18,23 @@ EMPTY = "empty_caption"
 """What drops a sample whose caption is empty once what speaks of the prompt is gone."""
 
 
+def check_writer(writer: Mapping[str, Any], **_: Any) -> None:
+    """Refuse a writer that could not be made, before its model is loaded or its server asked; raises as `open_writer`.
+
+    Args:
+        writer: keyword arguments of `WriterOptions`.
+    """
+    options = WriterOptions(**writer)
+    if options.url:
+        from .server import check_server
+
+        check_server(options)
+    else:
+        from .local import check_local
+
+        check_local(options)
+
+
 class DenseCaption:
     """Writes what an image shows.
 
@@ -28,6 +45,7 @@ class DenseCaption:
     """
 
     needs_images = True
+    check = staticmethod(check_writer)
 
     def __init__(self, writer: Mapping[str, Any], prompt: str = CAPTION_PROMPT, opened: Writer | None = None):
         self.prompt, self.writer = prompt, opened or open_writer(WriterOptions(**writer))
@@ -71,6 +89,7 @@ class Fuse:
     """
 
     needs_images = False
+    check = staticmethod(check_writer)
 
     def __init__(self, writer: Mapping[str, Any], opened: Writer | None = None):
         self.writer = opened or open_writer(WriterOptions(**writer))
@@ -98,6 +117,7 @@ class FuseAtOnce:
     """
 
     needs_images = True
+    check = staticmethod(check_writer)
 
     def __init__(self, writer: Mapping[str, Any], opened: Writer | None = None):
         self.writer = opened or open_writer(WriterOptions(**writer))

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...data.formats import AS_PUBLISHED, UP_TO
 from ...refusals import check_positive
-from ..filters import between
+from ..filters import add_least_options, add_line_options, between, describe
 from ..stages import EnginePlan, StageSpec
 from .check import measure
 from .choice import READERS, describe_reader, make_reader
@@ -20,7 +20,22 @@ MIN_LETTERS = 0.5
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the engine; those of the filters (`filters.add_options`) belong to it too."""
+    """Add the options of the engine, filters of lines among them."""
+    add_reading_options(parser)
+    group = parser.add_argument_group("rows")
+    group.add_argument(
+        "--hd", action="store_true", help=f"only images with both sides over {HD_SIDE} pixels, as BLIP3-OCR-HD"
+    )
+    group.add_argument(
+        "--as-published",
+        action="store_true",
+        help=f"write {AS_PUBLISHED!r} as the published rows do, not {UP_TO!r} as the report does",
+    )
+    add_line_options(parser)
+
+
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of reading: by what, and which lines are kept."""
     parser.add_argument("--reader", choices=READERS, default="rapidocr", help="what reads (default: rapidocr)")
     parser.add_argument(
         "--turned-text",
@@ -28,20 +43,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="turn text round that stands on its head (rapidocr): for photographs of documents; turns some short "
         "strings that were right",
     )
-    parser.add_argument(
-        "--hd", action="store_true", help=f"only images with both sides over {HD_SIDE} pixels, as BLIP3-OCR-HD"
-    )
-    parser.add_argument(
-        "--as-published",
-        action="store_true",
-        help=f"write {AS_PUBLISHED!r} as the published rows do, not {UP_TO!r} as the report does",
-    )
     paddle = parser.add_argument_group("PaddleOCR (--reader paddleocr)")
     for part, what in (("detection", "detection"), ("recognition", "recognition"), ("orientation", "text direction")):
         paddle.add_argument(f"--paddle-{part}", default="", metavar="FOLDER", help=f"with the {what} model")
     tesseract = parser.add_argument_group("Tesseract (--reader tesseract)")
-    tesseract.add_argument("--tesseract-program", default="tesseract", metavar="PATH", help="(default: tesseract)")
-    tesseract.add_argument("--tesseract-language", default="eng", metavar="NAME", help="of its data (default: eng)")
+    tesseract.add_argument("--tesseract-program", default="", metavar="PATH", help="(default: tesseract)")
+    tesseract.add_argument("--tesseract-language", default="", metavar="NAME", help="of its data (default: eng)")
+    add_least_options(parser)
+
+
+def add_verify_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `verify`."""
+    add_reading_options(parser)
     check = parser.add_argument_group("verify")
     check.add_argument("--verify-strings", type=int, default=1000, metavar="N", help="to read (default: 1000)")
     check.add_argument("--verify-seed", type=int, default=0, metavar="N", help="of the rendered pages (default: 0)")
@@ -53,23 +66,35 @@ def thresholds(options: argparse.Namespace) -> tuple[float, float]:
     return confidence, MIN_LETTERS if options.min_letters is None else options.min_letters
 
 
+READER_OPTIONS = {
+    "rapidocr": ("turned_text",),
+    "paddleocr": ("paddle_detection", "paddle_recognition", "paddle_orientation"),
+    "tesseract": ("tesseract_program", "tesseract_language"),
+}
+"""Of each reader alone."""
+
+
 def reader_options(options: argparse.Namespace) -> dict[str, Any]:
     """Give the keyword arguments of the chosen reader's class.
 
     Raises:
         ValueError: for an option that the reader does not have.
     """
-    if options.turned_text and options.reader != "rapidocr":
-        raise ValueError(
-            f"--turned-text was given with --reader {options.reader}, but only rapidocr brings a model for it. "
-            "It was probably meant for another reader: with paddleocr name its model by --paddle-orientation, or "
-            "leave the option out."
-        )
+    for reader, names in READER_OPTIONS.items():
+        given = [name for name in names if getattr(options, name)]
+        if given and reader != options.reader:
+            raise ValueError(
+                f"--{given[0].replace('_', '-')} was given with --reader {options.reader}, but it is an option of "
+                f"{reader} alone. The reader was probably forgotten: add --reader {reader}, or leave the option out."
+            )
     if options.reader == "rapidocr":
         return {"turned_text": options.turned_text}
     if options.reader == "paddleocr":
         return {part: getattr(options, f"paddle_{part}") for part in ("detection", "recognition", "orientation")}
-    return {"program": options.tesseract_program, "language": options.tesseract_language}
+    return {
+        "program": options.tesseract_program or "tesseract",
+        "language": options.tesseract_language or "eng",
+    }
 
 
 def plan(options: argparse.Namespace) -> EnginePlan:
@@ -89,7 +114,6 @@ def plan(options: argparse.Namespace) -> EnginePlan:
     }
     write = {"up_to": AS_PUBLISHED if options.as_published else UP_TO}
     filters = between(options)
-    described = [{"filter": spec.stage.__name__, **spec.options} for spec in filters]
     return EnginePlan(
         name="ocr",
         stages=(
@@ -98,7 +122,7 @@ def plan(options: argparse.Namespace) -> EnginePlan:
             StageSpec(WriteRows, write),
         ),
         schema=SCHEMA,
-        settings={**read, **write, "reader_is": dict(about.settings), "line_filters": described},
+        settings={**read, **write, "reader_is": dict(about.settings), "line_filters": describe(filters)},
         made_with=dict(about.made_with),
     )
 

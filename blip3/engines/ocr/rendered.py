@@ -21,7 +21,6 @@ from ...world.settings import WorldSettings, load_settings
 from ...world.splits import SPLITS
 from ...world.tasks import rendered_record, rendered_records
 from ...world.wording import side_of_center
-from .. import filters
 from . import command
 from .choice import make_reader
 from .readers import OcrReader
@@ -63,8 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", choices=SPLITS, default="train", help="(default: train)")
     parser.add_argument("--seed", type=int, default=0, help="of the series (default: 0)")
     parser.add_argument("--world", help="YAML file of world settings (default: those of the world)")
-    command.add_options(parser)
-    filters.add_options(parser)
+    command.add_reading_options(parser)
     given = parser.parse_args(arguments)
     check_positive("--count is", given.count)
     settings = load_settings(given.world) if given.world else WorldSettings()

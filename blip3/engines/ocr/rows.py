@@ -14,6 +14,7 @@ from typing import Any
 
 from ...data.formats import OCR_GRANULARITIES, UP_TO, Box, write_ocr
 from ..filters.texts import letters
+from ..texts import clean
 from .boxes import bounding_box, reading_order, tighten
 from .readers import Line, Reading
 
@@ -71,10 +72,11 @@ def keep_lines(
         size: (height, width) of the image in pixels.
         dilation: of the reader.
         min_confidence: 0 to 1; less sure lines are dropped and counted (`least_confidence`).
-        min_letters: share of letters and digits; lines with fewer are dropped and counted.
+        min_letters: share of letters and digits; lines with fewer are dropped and counted, and those that are nothing
+            but a marker of our texts.
     """
     sure = [line for line in reading.lines if line.confidence >= least_confidence(line.text, min_confidence)]
-    kept = [line for line in sure if letters(line.text) >= min_letters]
+    kept = [line for line in sure if letters(line.text) >= min_letters and clean(line.text).strip()]
     quads = [tighten(line.quad, dilation) for line in kept]
     entries = [_entry(kept[index], bounding_box(quads[index], size)) for index in reading_order(quads)]
     dropped = {"confidence": len(reading.lines) - len(sure), "letters": len(sure) - len(kept)}
@@ -83,7 +85,7 @@ def keep_lines(
 
 def _entry(line: Line, box: Box) -> Entry:
     x1, y1, x2, y2 = (round(edge, BOX_DECIMALS) for edge in box)
-    return Entry(" ".join(line.text.split()), (x1, y1, x2, y2), round(line.confidence, 4))
+    return Entry(" ".join(clean(line.text).split()), (x1, y1, x2, y2), round(line.confidence, 4))
 
 
 def write_captions(entries: Sequence[Entry], raw_caption: str = "", up_to: str = UP_TO) -> str:

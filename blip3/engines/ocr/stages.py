@@ -46,7 +46,7 @@ class ReadText:
         self._min_confidence, self._min_letters, self._is_hd = min_confidence, min_letters, is_hd
 
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
-        """Add `entries`, `dropped_entries` and `scale`; drop images without text."""
+        """Add `entries`, `dropped_entries` and `scale`; drop images without text, or without any that is kept."""
         return [self._read(image) for image in images]
 
     def _read(self, image: Image.Image) -> Values:
@@ -58,8 +58,8 @@ class ReadText:
             return {"error": one_sentence(error)}
         size = (image.height, image.width)
         kept = keep_lines(reading, size, self._reader.dilation, self._min_confidence, self._min_letters)
-        if not kept.entries:
-            return {"filtered_by": "no_text"}
+        if not kept.entries:  # a blank page, or one that lost its last line to a threshold
+            return {"filtered_by": [*kept.dropped, "no_text"][0], DROPPED: kept.dropped}
         entries = [entry.to_json() for entry in kept.entries]
         return {ENTRIES: entries, DROPPED: kept.dropped, "scale": reading.scale}
 
