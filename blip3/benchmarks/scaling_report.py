@@ -29,7 +29,9 @@ def describe_lines(rows: Rows) -> list[str]:
         for kind in KINDS:
             points = points_of(rows, what, kind)
             if len(points) > 2:
-                found.append(f"- {words}, {kind}: {slope(points)[0]:.3g} ms each; {_words_of(points)}.")
+                each = slope(points)[0]
+                cost = f"{each:.3g} ms" if each < 1000 else f"{each / 1000:.3g} s"
+                found.append(f"- {words}, {kind}: {cost} each; {_words_of(points)}.")
     return found
 
 
