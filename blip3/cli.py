@@ -57,6 +57,7 @@ COMMANDS = {
         "evaluation.harness.write_tasks", "write tasks for lmms-eval: few-shot, VLGuard", "evaluation"
     ),
     "neighbours": Command("evaluation.harness.neighbours", "find similar demonstrations for few shots", "evaluation"),
+    "row-images": Command("evaluation.harness.row_images", "copy a data set with its images inside", "evaluation"),
     "vlmevalkit": Command("evaluation.harness.vlmevalkit", "run VLMEvalKit on a checkpoint", "evaluation"),
     "collect": Command("evaluation.harness.collect", "make tables of what harnesses measured", "evaluation"),
     "verify": Command("evaluation.golden", "check weight files and outputs of the shipped models", "demo"),

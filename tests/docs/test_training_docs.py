@@ -16,12 +16,12 @@ RECIPES_4B = sorted((ROOT / "recipes" / "4b").glob("*.yaml"))
 PROVENANCE = ROOT / "recipes" / "small" / "provenance"
 
 
-def test_each_of_the_six_commands_starts_where_the_one_before_ended():
+def test_each_of_the_seven_commands_starts_where_the_one_before_ended():
     block = next(block for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL) if "new_model" in block)
     first, *others = [
         shlex.split(line) for line in block.replace("\\\n", " ").splitlines() if line.startswith("python")
     ]
-    assert len(others) == 5
+    assert len(others) == 6
     assert first[:3] == ["python", "-m", "blip3.training.small.new_model"]
     end = first[-1]
     for command in others:

@@ -16,7 +16,7 @@ from blip3.evaluation import ablate
 from blip3.evaluation import score as score_module
 from blip3.evaluation.answer import Checkpoint
 from blip3.evaluation.asking import parse_models
-from blip3.evaluation.harness import collect, neighbours, vlmevalkit, write_tasks
+from blip3.evaluation.harness import collect, neighbours, row_images, vlmevalkit, write_tasks
 from blip3.evaluation.metrics import wilson_interval
 from blip3.evaluation.posttraining import make_parser
 from blip3.evaluation.report import Result, make_plot, summarise
@@ -31,7 +31,7 @@ from support import ROOT
 pytest.importorskip("matplotlib", reason="plots the scores: pip install matplotlib")
 pytest.importorskip("pycocoevalcap.cider.cider_scorer", reason="computes CIDEr: pip install pycocoevalcap")
 
-OTHERS = r"lmms-eval --|transformers serve |hf download "  # commands of other projects, with options of their own
+OTHERS = r"lmms-eval --|transformers serve |vllm serve |hf download "  # commands of other projects
 WORLD = WorldSettings(sides=(60, 160), document_sides=(160, 200), fonts=("Aileron",), num_shots=4)
 
 
@@ -622,7 +622,7 @@ def test_the_documentation_names_every_task_file_and_option():
     text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     for name in (*TASKS, *(path.name for path in (ROOT / "blip3" / "evaluation").glob("[a-z]*.py"))):
         assert f"`{name}`" in text or f"evaluation/{name}" in text, name
-    commands = (score_module, build, ablate, write_tasks, neighbours, collect, vlmevalkit)
+    commands = (score_module, build, ablate, write_tasks, neighbours, row_images, collect, vlmevalkit)
     sources = [Path(module.__file__).read_text(encoding="utf-8") for module in commands]
     known = set(re.findall(r'add(?:_argument)?\(\s*"(--[a-z-]+)"', "\n".join(sources)))
     known |= set(re.findall(r"--[a-z]+(?:-[a-z]+)*", make_parser().format_help()))
