@@ -14,7 +14,7 @@ import pytest
 
 from blip3.data.readers import read_captions, read_fusions, stream_rows
 from blip3.data.records import RecordError
-from blip3.engines.kale.command import SCHEMA, add_options, plan, verify
+from blip3.engines.kale.command import SCHEMA, add_options, add_verify_options, plan, verify
 from blip3.engines.kale.prompts import CAPTION_PROMPT, fusion_prompt
 from blip3.engines.kale.stages import DenseCaption, Fuse, FuseAtOnce, TakeCaption
 from blip3.engines.kale.verify import ScriptedRewriter, verify_scripted
@@ -207,7 +207,7 @@ def test_a_caption_has_one_way_to_be_written(arguments):
 
 def verified(*arguments: object) -> dict[str, float]:
     parser = argparse.ArgumentParser()
-    add_options(parser)
+    add_verify_options(parser)
     return verify(parser.parse_args(list(map(str, arguments))))
 
 
