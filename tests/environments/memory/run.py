@@ -39,6 +39,7 @@ class Bound:
 
 
 PIXELS = "2^27 pixels, three copies of 4 bytes a pixel: as decoded, turned, and as RGB"
+WEBP_PIXELS = "2^27 pixels, five copies: two canvases of libwebp, its answer, as decoded, and as RGB"
 BOUNDS = {
     "conversion": Bound("conversion of a shard of 2.1 GB", 320, "chunks of 32 MiB, whatever the size"),
     **{
@@ -49,7 +50,7 @@ BOUNDS = {
         )
     },
     "jpeg": Bound("an image of data, progressive JPEG", 1536 + 128, PIXELS),
-    "webp": Bound("an image of data, WebP", 1536 + 128, PIXELS),
+    "webp": Bound("an image of data, WebP", 2560 + 128, WEBP_PIXELS),
     "tiff": Bound("an image of data, TIFF", 1536 + 128, PIXELS),
     "page": Bound("the page, 6 images of 24 million pixels", 1024, "4 bytes a pixel, twice for one that is turned"),
     "handler": Bound(
