@@ -23,8 +23,7 @@ from typing import Any
 from .bench import Bench
 from .clock import Candidate, Comparison, ratios, timed
 from .images import LLAVA_PIL, LLAVA_TORCHVISION, PIL_BYTES, TORCH_BYTES, make_processors, render_image
-from .loader import use_threads
-from .machine import count_cores
+from .machine import count_cores, use_threads
 from .spinner import READY, SPIN, WAIT
 
 IMAGE_SIZE, LARGE_IMAGE_SIZE = (1080, 1920), (3024, 4032)  # the large one is resized in strips

@@ -22,6 +22,7 @@ from . import HAS_TORCHVISION
 from .bench import Bench, describe_comparison
 from .candidates import OURS, grids_in_pixels
 from .clock import Candidate, Comparison, geometric_mean_rounds, timed
+from .machine import use_threads
 
 IMAGE_SIZES = ((480, 640), (768, 1024), (1080, 1920), (1536, 2048), (2448, 3264), (3024, 4032))  # (height, width)
 PIL, TORCH = f"{OURS}, pil", f"{OURS}, torch"
@@ -38,16 +39,15 @@ def measure_images(bench: Bench) -> list[Comparison]:
     processors, left_out = make_processors(bench.sizes.tile_size)
     image_sizes = [(60, 80), (120, 160)] if bench.is_quick else IMAGE_SIZES
     for threads in (1, 2):
-        torch.set_num_threads(threads)
         for source in ("PIL", "JPEG"):
-            some = [_measure_one(bench, processors, left_out, size, source, threads) for size in image_sizes]
+            with use_threads(threads):
+                some = [_measure_one(bench, processors, left_out, size, source, threads) for size in image_sizes]
             overall = {
                 name: geometric_mean_rounds([comparison.values for comparison in some], name, PIL)
                 for name in some[0].values
             }
             name = name_of("all sizes", source, threads)
             found += [*some, Comparison(name, "of the time of the first", overall, {"threads": threads}, left_out)]
-    torch.set_num_threads(bench.threads)
     return found
 
 

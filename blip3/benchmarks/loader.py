@@ -13,8 +13,7 @@ collating and handing over. All workers are kept from one epoch to the next; the
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -34,6 +33,7 @@ from ..world.tasks import rendered_record
 from .bench import Bench
 from .clock import Candidate, Comparison, timed, under
 from .images import BYTES, FLOATS, our_processor, render_jpeg
+from .machine import use_threads
 from .training_step import learn
 
 FEEDING, ALONE = "training steps fed by 2 workers", "the same loaders without a step"
@@ -93,15 +93,6 @@ def measure_workers(bench: Bench) -> list[Comparison]:
 def workers_name(count: int) -> str:
     """Name of a candidate."""
     return f"{count} worker{'s' * (count != 1)}"
-
-
-@contextmanager
-def use_threads(count: int) -> Iterator[None]:
-    """Let torch, and image processing with it, use so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
 
 
 class Jpegs(Dataset):

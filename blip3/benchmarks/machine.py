@@ -7,7 +7,8 @@ The arithmetic rate is that of a large matrix product, the memory rate that of a
 import functools
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,17 @@ def set_threads(threads: int) -> None:
             "cores measure the scheduler. The number was probably taken from another machine: lower --threads."
         )
     torch.set_num_threads(threads)
+
+
+@contextmanager
+def use_threads(count: int) -> Iterator[None]:
+    """Let torch, and image processing with it, use so many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def measure_rates(device: str, dtypes: Sequence[str], side: int, copy_bytes: int, effort: Effort) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 from safetensors.torch import load_file
 
+from blip3.data.records import Record, Turn, write_jsonl
 from blip3.training.recipe import Recipe, load_recipe
 from blip3.training.small.new_model import make_model
 
@@ -79,6 +80,13 @@ def write_recipe(path: Path, model: Path, **changes: object) -> Path:
 def tiny_recipe(path: Path, model: Path, **changes: object) -> Recipe:
     """Write a recipe and load it."""
     return load_recipe(write_recipe(path, model, **changes), Recipe)
+
+
+def write_conversations(path: Path) -> str:
+    """Write a file of conversations without images, so that some batches have none."""
+    turns = [(Turn("user", f"What follows {n}?"), Turn("assistant", f"It is {n + 1}.")) for n in range(8)]
+    write_jsonl((Record(f"t{n}", "instruction", (), each) for n, each in enumerate(turns)), path)
+    return str(path)
 
 
 def newest_checkpoint(output: Path) -> Path:

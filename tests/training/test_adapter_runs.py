@@ -23,7 +23,7 @@ from blip3.training.recipe import LoraSettings
 from support import convert, load_model, render_image
 from support.conversion import tensors_of
 from support.processes import expect_success, start
-from support.training import losses_of, newest_checkpoint, tiny_recipe, weights_in, write_recipe
+from support.training import losses_of, newest_checkpoint, tiny_recipe, weights_in, write_conversations, write_recipe
 
 LORA = {"trainable": ["language_model"], "lora": {"rank": 2, "alpha": 4, "dropout": 0.1}}
 PREFERENCE = LORA | {"loss": "preference", "max_steps": 6}
@@ -44,10 +44,7 @@ def text_pairs(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> str:
     """A file of conversations without images."""
-    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    turns = [(Turn("user", f"What follows {n}?"), Turn("assistant", f"It is {n + 1}.")) for n in range(8)]
-    write_jsonl((Record(f"t{n}", "instruction", (), each) for n, each in enumerate(turns)), path)
-    return str(path)
+    return write_conversations(tmp_path_factory.mktemp("texts") / "texts.jsonl")
 
 
 @pytest.fixture(scope="module")

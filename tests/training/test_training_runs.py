@@ -31,6 +31,7 @@ from support.training import (
     newest_checkpoint,
     tiny_recipe,
     weights_in,
+    write_conversations,
     write_recipe,
     write_sizes,
 )
@@ -54,10 +55,7 @@ def fall_of(losses: list[float]) -> float:
 @pytest.fixture(scope="module")
 def text_only(tmp_path_factory) -> str:
     """A file of conversations without images, so that some batches have none."""
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    turns = [(Turn("user", f"What follows {n}?"), Turn("assistant", f"It is {n + 1}.")) for n in range(8)]
-    write_jsonl((Record(f"t{n}", "instruction", (), each) for n, each in enumerate(turns)), path)
-    return str(path)
+    return write_conversations(tmp_path_factory.mktemp("text") / "texts.jsonl")
 
 
 @pytest.fixture(scope="module")
