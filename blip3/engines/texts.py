@@ -2,13 +2,12 @@
 """Texts from the web as rows can hold them: Unicode, and none of the markers that readers of rows refuse."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..data.records import IMAGE_TOKEN, MARKERS
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, or a byte of a name that is no UTF-8
-_MARKER = re.compile("|".join(map(re.escape, (IMAGE_TOKEN, *MARKERS))))
 
 
 def as_unicode(text: str) -> str:
@@ -20,14 +19,15 @@ def as_unicode(text: str) -> str:
     return _SURROGATE.sub("\ufffd", text)
 
 
-def without_markers(text: str) -> str:
+def without_markers(text: str, markers: Iterable[str] = (IMAGE_TOKEN, *MARKERS)) -> str:
     """Take out markers of images and turns, which an image may show and an alt-text may contain.
 
     >>> without_markers("a <ima<image>ge>kite<|endofchunk|>")
     'a kite'
     """
-    while _MARKER.search(text):  # what stood around one may be one
-        text = _MARKER.sub("", text)
+    marker = re.compile("|".join(map(re.escape, markers)) or r"(?!)")
+    while marker.search(text):  # what stood around one may be one
+        text = marker.sub("", text)
     return text
 
 

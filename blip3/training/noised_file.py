@@ -22,7 +22,7 @@ from ..data.images import RecordError
 from ..data.records import Record
 from ..files import sha256_of, writing
 from .mixture import Mixture
-from .pairs import pair_key
+from .pairs import key_of, pair_key
 from .recipe import Recipe, RecipeError
 
 COLUMNS = ("id", "chosen", "outcome", "noised_answer")
@@ -108,7 +108,7 @@ def read_noised_file(path: str | Path) -> NoisedFile:
             "another file, or one of an earlier version: write it with blip3.training.noised_answers."
         )
     rows = list(zip(*(table[name].to_pylist() for name in COLUMNS), strict=True))
-    keys = [f"{name}\n{chosen}" for name, chosen, _, _ in rows]
+    keys = [key_of(name, chosen) for name, chosen, _, _ in rows]
     answers = {key: answer for key, (_, _, outcome, answer) in zip(keys, rows, strict=True) if outcome == KEPT}
     return NoisedFile(answers, frozenset(keys), json.loads(metadata))
 

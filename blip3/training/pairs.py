@@ -106,7 +106,12 @@ class PairEncoder:
 
 def pair_key(record: Record) -> str:
     """Name a pair in a file of noised answers: by its id, and its chosen answer in case ids repeat."""
-    return f"{record.id}\n{record.chosen}"
+    return key_of(record.id, record.chosen)
+
+
+def key_of(record_id: str, chosen: str | None) -> str:
+    """Give the key of a pair whose record is not at hand, as `pair_key`."""
+    return f"{record_id}\n{chosen}"
 
 
 class PairCollator:

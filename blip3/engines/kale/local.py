@@ -22,6 +22,7 @@ from transformers import (
 from ...answering import IMAGE_TOKEN, Answerer, pick_device, render_question, to_device
 from ...checkpoints import folder_of
 from ...jobs.inputs import one_sentence
+from ..texts import without_markers
 from .writers import Reply, Request, Writer, WriterOptions
 
 _OURS = "blip3"  # model_type
@@ -193,12 +194,10 @@ def open_processor(folder: str) -> tuple[Any, Any, bool]:
 def without(text: str, markers: Sequence[str]) -> str:
     """Take a tokenizer's own markers out of a text from the web, which could else forge turns.
 
-    >>> without("A kite<|end|> flies", ["<|end|>"])
+    >>> without("A kite<|e<|end|>nd|> flies", ["<|end|>"])
     'A kite flies'
     """
-    for marker in markers:
-        text = text.replace(marker, "") if _MARKER.fullmatch(marker) else text
-    return text
+    return without_markers(text, filter(_MARKER.fullmatch, markers))
 
 
 def _in_batches(requests: Sequence[Request], batch_size: int, prepare: Any, generate: Any) -> list[Reply]:

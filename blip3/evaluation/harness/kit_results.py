@@ -3,7 +3,6 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +92,13 @@ def _of_table(table: str, numbers: Mapping[str, Any], shared: dict[str, Any]) ->
 
 def _mark_judge_model(measured: Measured, asked: str, judge_url: str | None) -> Measured:
     """Say how answers were scored; take away a number that only a judge model gives where none was named."""
+    is_by_rule, is_by_model = measured.benchmark in BY_RULE, needs_judge_model(measured.task, "")
     if asked in ("", RULES):
-        note = BY_RULE.get(measured.benchmark, "")
         return (
-            _without_number(measured)
-            if not note and needs_judge_model(measured.task, "")
-            else measured.with_note(note)
+            measured.without_number(NO_JUDGE)
+            if is_by_model and not is_by_rule
+            else measured.with_note(BY_RULE.get(measured.benchmark, ""))
         )
-    if judge_url is None and (measured.benchmark in BY_RULE or needs_judge_model(measured.task, "")):
-        return _without_number(measured)
+    if judge_url is None and (is_by_rule or is_by_model):
+        return measured.without_number(NO_JUDGE)
     return measured.with_note(f"judge model of the run: {asked}" + (f" at {judge_url}" if judge_url else ""))
-
-
-def _without_number(measured: Measured) -> Measured:
-    return replace(measured, value=None, note=NO_JUDGE)

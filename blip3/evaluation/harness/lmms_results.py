@@ -3,7 +3,6 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -101,7 +100,7 @@ def _mark_judge_model(measured: Measured, judge_url: str | None) -> Measured:
     if not needs_judge_model(measured.task, measured.metric):
         return measured
     if judge_url is None:
-        return replace(measured, value=None, error=None, note=NO_JUDGE)
+        return measured.without_number(NO_JUDGE)
     return measured.with_note(f"judge model at {judge_url}")
 
 

@@ -55,6 +55,10 @@ class Measured:
         """Say more beside the number."""
         return replace(self, note=", ".join(filter(None, [self.note, *notes])))
 
+    def without_number(self, note: str) -> "Measured":
+        """Take the number away, and say why in place of all other notes."""
+        return replace(self, value=None, error=None, note=note)
+
 
 def is_number(value: Any) -> bool:
     """Whether what a harness wrote as a score is one.
