@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers of harnesses as read: on which scale, of which model, with which seeds, and what is said beside them."""
 
+import json
+import os
+
 import pytest
 
 from blip3.evaluation.harness import known
 from blip3.evaluation.harness.collect import cell_of, read_published
 from blip3.evaluation.harness.judge_models import NO_JUDGE, check_judge_url
 from blip3.evaluation.harness.kit_results import write_asked
-from blip3.evaluation.harness.lmms_results import NOT_PTB
+from blip3.evaluation.harness.lmms_results import BLINK_TASKS, NOT_PTB
 from blip3.evaluation.harness.results import average_seeds, read_folder, read_folders
 from support.harness_results import few_shot_config, write_kit_run, write_lmms_run
 
@@ -45,8 +48,8 @@ def test_trainings_that_end_alike_are_two_models(tmp_path):
     ],
 )
 def test_what_changes_answers_is_part_of_the_name(tmp_path, arguments, model, name):
-    write_lmms_run(tmp_path / "plain", POPE, arguments="pretrained=owner/mine", age=10)
-    write_lmms_run(tmp_path / "set", BETTER, arguments=arguments, model=model)
+    write_lmms_run(tmp_path / "plain", POPE, arguments="pretrained=owner/mine")
+    write_lmms_run(tmp_path / "set", BETTER, arguments=arguments, model=model, date="20260102_000000")
     assert values_by_model(tmp_path) == {"mine": 50.0} | {name: 90.0}
 
 
@@ -58,9 +61,70 @@ def test_a_dot_is_the_folder_it_stands_for(tmp_path, monkeypatch):
 
 
 def test_of_one_model_the_newest_counts_wherever_it_lies(tmp_path):
-    write_lmms_run(tmp_path / "a", BETTER)
-    write_lmms_run(tmp_path / "b", POPE, age=100)
+    write_lmms_run(tmp_path / "a", BETTER, date="20260102_000000")
+    write_lmms_run(tmp_path / "b", POPE)
     assert values_by_model(tmp_path / "a", tmp_path / "b") == {"mine/base": 90.0}
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_the_date_inside_a_file_counts_not_that_of_the_file(order, tmp_path):
+    """Copying gives files other dates, in whatever order."""
+    first, second = order
+    newer = write_lmms_run(tmp_path / first, BETTER, date="20260102_000000")
+    older = write_lmms_run(tmp_path / second, POPE, date="20260101_000000")
+    os.utime(newer, (0, 0))
+    os.utime(older, (10**9, 10**9))
+    assert values_by_model(tmp_path) == {"mine/base": 90.0}
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_the_kits_dates_are_compared_whatever_their_time_zone(order, tmp_path):
+    first, second = order
+    for folder, value, date in ((first, 0.9, "2026-01-01T01:00:00-05:00"), (second, 0.5, "2026-01-01T02:00:00+00:00")):
+        write_kit_run(tmp_path / folder, {"MMStar": {"split=none|Overall": value}}, date=date)
+        write_asked(tmp_path / folder / "mine", {"pretrained": "/data/mine"})
+    assert values_by_model(tmp_path) == {"mine": 90.0}
+
+
+TRIALS = [
+    {"counts": {"original": 100, "effective": 8}},
+    {"counts": {}, "limit": 8},
+    {"counts": {}, "limit": 0.1},
+    {"offset": 92},  # which lmms-eval does not take off the number of questions
+]
+
+
+@pytest.mark.parametrize("trial", TRIALS)
+def test_a_complete_run_counts_before_a_trial_however_new(trial, tmp_path):
+    write_lmms_run(tmp_path / "whole", POPE, limit=-1)
+    write_lmms_run(tmp_path / "trial", BETTER, date="20260201_000000", **trial)
+    (each,) = read_folder(tmp_path)
+    assert (each.value, each.is_partial, each.is_publishable) == (50.0, False, True)
+    (alone,) = read_folder(tmp_path / "trial")
+    assert (alone.value, alone.is_partial, alone.is_publishable) == (90.0, True, False)
+    assert alone.note.startswith(("8 of 100 questions", "--limit", "without the first 92"))
+
+
+def test_a_trial_of_a_group_is_one_too(tmp_path):
+    """lmms-eval counts the questions of tasks alone."""
+    path = write_lmms_run(tmp_path, {"new": {"score,none": 1.0}, "new_a": {}, "new_b": {}})
+    run = json.loads(path.read_text())
+    run["group_subtasks"] = {"new": ["new_rest", "new_a"], "new_rest": ["new_b"], "new_a": [], "new_b": []}
+    run["n-samples"] = {f"new_{part}": {"original": 100, "effective": 8} for part in "ab"}
+    path.write_text(json.dumps(run))
+    (each,) = read_folder(tmp_path)
+    assert (each.note, each.count) == ("on the scale of the harness, 16 of 200 questions", 16)
+    assert each.is_partial
+
+
+def test_a_total_needs_every_part(tmp_path):
+    parts = {f"blink_{number}": {"blink_acc,none": number / 100} for number in range(BLINK_TASKS)}
+    write_lmms_run(tmp_path / "whole", parts)
+    newer = {"blink_1": {"blink_acc,none": 0.9}}
+    write_lmms_run(tmp_path / "part", newer, date="20260201_000000")
+    whole, part = by_benchmark(tmp_path)["blink"], by_benchmark(tmp_path / "part")["blink"]
+    assert (whole.value, whole.note, whole.count) == (pytest.approx(6.5), "mean of its 14 tasks", 1400)
+    assert (part.value, part.note, part.is_publishable) == (None, "no number: 1 of 14 parts", False)
 
 
 def test_two_models_of_one_name_are_refused_until_one_is_named(tmp_path):
@@ -118,6 +182,26 @@ def test_seeds_are_one_number(tmp_path):
     assert list(found) == ["seeds 42, 43"]
     (each,) = found.values()
     assert (each.value, each.spread, each.num_seeds) == (50.5, pytest.approx(0.7071, abs=1e-4), 2)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"shots": 0}, {"benchmark": "rule"}, {"neighbours": "near.parquet"}, {"shots": 0, "form": "chat"}]
+)
+def test_runs_in_which_nothing_is_sampled_have_no_spread(settings, tmp_path):
+    """They are equal: a deviation of 0 would look like a measurement."""
+    results, named = {"few_shot_coco_4": {"CIDEr,none": 50.0}}, {"ptb": True} | settings
+    for seed in (42, 43):
+        config = {"few_shot_coco_4": few_shot_config(seed, **named)}
+        write_lmms_run(tmp_path / str(seed), results, config)
+    (each,) = average_seeds(read_folder(tmp_path))
+    assert (each.spread, each.num_seeds, each.seed) == (None, 1, None)
+
+
+def test_two_demonstrations_in_words_are_sampled_at_zero_shots(tmp_path):
+    found = few_shot_run(
+        tmp_path, **{str(seed): few_shot_config(seed, ptb=True, shots=0, form="openflamingo") for seed in (42, 43)}
+    )
+    assert list(found) == ["seeds 42, 43"]
 
 
 def test_numbers_of_other_demonstrations_or_other_tokenizers_are_kept_apart(tmp_path):
@@ -251,11 +335,11 @@ def test_benchmarks_are_known_in_both_harnesses(tables, tasks):
 
 
 def test_a_part_of_the_questions_is_marked(tmp_path):
-    results = {"blink_counting": {"blink_acc,none": 0.5}, "blink_jigsaw": {"blink_acc,none": 0.3}}
-    write_lmms_run(tmp_path, POPE | results, counts={"original": 120, "effective": 8})
+    parts = {f"blink_{number}": {"blink_acc,none": 0.4} for number in range(BLINK_TASKS)}
+    write_lmms_run(tmp_path, POPE | parts, counts={"original": 120, "effective": 8})
     found = by_benchmark(tmp_path)
     assert cell_of(found["pope"]) == "50.0 (8 of 120 questions)"
-    assert cell_of(found["blink"]) == "40.0 (mean of 2 of BLINK's 14 tasks, 16 of 240 questions)"
+    assert cell_of(found["blink"]) == "40.0 (mean of its 14 tasks, 112 of 1680 questions)"
 
 
 def test_a_silent_model_does_not_look_best(tmp_path):

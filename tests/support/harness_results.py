@@ -2,7 +2,6 @@
 """Files as lmms-eval and VLMEvalKit write them, with numbers that a test chooses."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,24 +18,32 @@ def write_lmms_run(
     counts: Mapping[str, int] | None = None,
     arguments: str = MINE,
     model: str = "blip3",
-    age: int = 0,
+    date: str = "20260101_000000",
+    limit: int | None = None,
+    offset: int = 0,
 ) -> Path:
-    """A results file as lmms-eval writes it, `age` seconds old; gives its path."""
+    """A results file as lmms-eval writes it; gives its path."""
     run = {
         "results": {task: {"alias": task, **numbers} for task, numbers in results.items()},
         "configs": configs or {},
-        "n-samples": {task: counts or {"original": 100, "effective": 100} for task in results},
-        "config": {"model": model, "model_args": arguments, "gen_kwargs": ""},
+        "n-samples": {task: {"original": 100, "effective": 100} if counts is None else counts for task in results},
+        "config": {"model": model, "model_args": arguments, "gen_kwargs": "", "limit": limit, "offset": offset},
+        "date": date,
         "lmms_eval_version": "main@0123456",
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "20260101_results.json"
     path.write_text(json.dumps(run))
-    os.utime(path, (path.stat().st_mtime - age,) * 2)
     return path
 
 
-def write_kit_run(folder: Path, metrics: Numbers, judge_model: str = "exact_matching", name: str = "mine") -> None:
+def write_kit_run(
+    folder: Path,
+    metrics: Numbers,
+    judge_model: str = "exact_matching",
+    name: str = "mine",
+    date: str = "2026-01-01T00:00:00+00:00",
+) -> None:
     """A summary as VLMEvalKit writes it: in a folder for the run inside the model's, with a link to it there."""
     datasets = {
         table: {"status": "done", "judge_model": judge_model, "primary_metric": next(iter(values)), "metrics": values}
@@ -44,7 +51,7 @@ def write_kit_run(folder: Path, metrics: Numbers, judge_model: str = "exact_matc
     }
     run = folder / name / "T20260101-000000" / "status.json"
     run.parent.mkdir(parents=True)
-    run.write_text(json.dumps({"model_name": name, "commit": "abc", "datasets": datasets}))
+    run.write_text(json.dumps({"model_name": name, "commit": "abc", "datasets": datasets, "updated_at": date}))
     (folder / name / "status.json").symlink_to(run)
 
 

@@ -12,9 +12,10 @@ r"""Collect what harnesses measured into tables, beside numbers that others publ
     outputs/tables/.eval_results/     the same for the Hub's benchmarks, of which a person has checked the ids
 
 Published numbers are never written as measured: they stand in the tables under their own heading and as marks in the
-plot, and nowhere else. A benchmark that only a judge model scores has a number only with `--judge-url`, which says
-which one the harness asked. Rows are named after the checkpoint, with what it was asked with; two that would be called
-alike are refused, and `--name` tells them apart.
+plot, and nowhere else. Trials with some of the questions, and few-shot numbers, stand in tables and plot, marked, and
+never in the files for a card and for the Hub, where a number has its benchmark's name alone. A benchmark that only a
+judge model scores has a number only with `--judge-url`, which says which one the harness asked. Rows are named after
+the checkpoint, with what it was asked with; two that would be called alike are refused, and `--name` tells them apart.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from .results import average_seeds, read_folders
 PUBLISHED = Path(__file__).with_name("published.yaml")
 TRUST = {"V": "read at the source", "S": "from a summary by others"}
 NOT_MEASURED = "-"
+OURS = "# Written by blip3.evaluation.harness.collect, which replaces or removes this file when it runs again.\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,17 +188,18 @@ def _plot_table(axes: Any, table: PublishedTable, measured: Sequence[Measured], 
         axes.plot(
             *zip(*points, strict=True), "o", mfc="none", mec="0.6", label="published by others, not measured here"
         )
-    series: dict[tuple[str, str], list[Measured]] = {}
+    series: dict[tuple[str, str, bool], list[Measured]] = {}
     for each in measured:
         if each.value is not None and _is_in(table, each):
-            series.setdefault((each.model, each.demonstrations), []).append(each)
-    for (model, demonstrations), own in series.items():
+            series.setdefault((each.model, each.demonstrations, each.is_partial), []).append(each)
+    for (model, demonstrations, is_partial), own in series.items():
         x = [places[each.benchmark] + _offset(each.shots) for each in own]
         errors = [each.spread or each.error or 0.0 for each in own]
         is_usual = demonstrations in ("", SAMPLED)
         label = f"{model}, measured" + ("" if is_usual else f", demonstrations {demonstrations}")
+        label += ", not all questions" if is_partial else ""
         y, color = [each.value for each in own], f"C{models.index(model)}"
-        axes.errorbar(x, y, errors, fmt="D" if is_usual else "s", color=color, label=label)
+        axes.errorbar(x, y, errors, fmt="x" if is_partial else "D" if is_usual else "s", color=color, label=label)
     axes.set_xticks(range(len(table.columns)), table.columns, rotation=20, ha="right")
     axes.set_title(table.name, loc="left", fontsize=10)
     axes.grid(axis="y", alpha=0.3)
@@ -214,22 +217,18 @@ def _offset(shots: int | None) -> float:
 def note_of(measured: Measured) -> str:
     """Say how a number came about.
 
-    >>> note_of(Measured("coco", "m", 6.0, "lmms-eval", "t", "CIDEr", "x.json", 4, "plain", seed=42, count=9))
-    'lmms-eval, t, 9 questions, 4 shots, prompts plain, seed 42'
+    >>> note_of(Measured("coco", "m", 6.0, "lmms-eval", "t", "CIDEr", "x.json", count=9, note="one note"))
+    'lmms-eval, t, 9 questions, one note'
     """
-    parts = [measured.harness, measured.task, *([f"{measured.count} questions"] if measured.count else [])]
-    if measured.shots is not None:
-        parts += [f"{measured.shots} shots", f"prompts {measured.form}"]
-        parts += [f"seed {measured.seed}"] if measured.seed is not None else []
-        parts += [f"{measured.demonstrations} demonstrations"] if measured.demonstrations == SAMPLED else []
-    return ", ".join([*parts, *filter(None, [measured.note])])
+    count = f"{measured.count} questions" if measured.count else ""
+    return ", ".join(filter(None, [measured.harness, measured.task, count, measured.note]))
 
 
 def model_index(measured: Iterable[Measured], model: str) -> dict[str, Any]:
-    """Give a model's measured numbers as the head of a card has them."""
+    """Give a model's publishable numbers as the head of a card has them."""
     results = []
     for each in measured:
-        if each.model == model and each.value is not None and each.is_known:
+        if each.model == model and each.value is not None and each.is_publishable:
             metric = {"type": each.metric, "value": round(each.value, 2), "name": each.metric}
             task = {"type": "image-text-to-text", "name": note_of(each)}
             dataset = {"type": _dataset_of(each.benchmark), "name": each.benchmark}
@@ -253,7 +252,7 @@ def eval_results(
         model: whose numbers are meant.
 
     Raises:
-        ValueError: for an entry without both ids, or a missing URL.
+        ValueError: for an entry without both ids, a missing URL, or two numbers under one id.
     """
     for name, ids in checked.items():
         if not isinstance(ids, dict) or set(ids) != {"id", "task_id"} or not source_url:
@@ -263,12 +262,47 @@ def eval_results(
                 "looked up yet: open the benchmark's page on the Hub, read its eval.yaml and copy both."
             )
     files: dict[str, list[dict[str, Any]]] = {}
+    of_id: dict[tuple[str, str], list[str]] = {}
     for each in measured:
-        if each.model == model and each.value is not None and each.is_known and each.benchmark in checked:
+        if each.model == model and each.value is not None and each.is_publishable and each.benchmark in checked:
             source = {"url": source_url, "name": each.harness}
             entry = {"dataset": checked[each.benchmark], "value": round(each.value, 2), "source": source}
             files.setdefault(f"{each.benchmark}.yaml", []).append(entry | {"notes": note_of(each)})
+            of_id.setdefault((checked[each.benchmark]["id"], checked[each.benchmark]["task_id"]), []).append(
+                f"{each.benchmark}: {note_of(each)}"
+            )
+    for asked, notes in of_id.items():
+        if len(notes) > 1:
+            raise ValueError(
+                f"{model} has {len(notes)} numbers for the id {' '.join(asked)} ({'; '.join(notes)}), but the Hub "
+                "shows one under an id. Both harnesses, or two versions of one, were probably asked: collect the "
+                "folder of one of them with --checked, or leave the benchmark out of the checked ones."
+            )
     return files
+
+
+def write_eval_results(folder: Path, files: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> None:
+    """Write the Hub's form of results, and remove those that an earlier call wrote and this one does not.
+
+    Args:
+        folder: `.eval_results`; files of other hands in it stay.
+        files: model -> file name -> entries, as `eval_results` gives them.
+    """
+    import yaml
+
+    written = {
+        folder / as_file_name(model) / name: entries for model, own in files.items() for name, entries in own.items()
+    }
+    for path in folder.glob("*/*.yaml"):
+        if path not in written and path.read_text(encoding="utf-8").startswith(OURS):
+            path.unlink()
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+    for path, entries in written.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, OURS + yaml.safe_dump(list(entries), sort_keys=False))
 
 
 # -- The command ------------------------------------------------------------------------------------------------------
@@ -312,13 +346,9 @@ def collect(
     results = {"judge_url": judge_url, "measured": [dataclasses.asdict(each) for each in measured]}
     write_json(output / "results.json", results)
     make_plot(measured, published).savefig(output / "plot.png", dpi=150, bbox_inches="tight")
-    indexes = [model_index(measured, model) for model in models]
+    indexes = [index for model in models if (index := model_index(measured, model))["model-index"][0]["results"]]
     write_text(output / "model-index.yaml", yaml.safe_dump_all(indexes, sort_keys=False))
-    for model, entries_by_name in files.items():
-        for name, entries in entries_by_name.items():
-            path = output / ".eval_results" / as_file_name(model) / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, yaml.safe_dump(entries, sort_keys=False))
+    write_eval_results(output / ".eval_results", files)
     return measured
 
 

@@ -306,6 +306,21 @@ def num_demonstrations(form: Form, shots: int) -> int:
     return shots or form.text_shots
 
 
+def depends_on_seed(benchmark: str, form: str, shots: int, *, has_neighbours: bool) -> bool:
+    """Whether demonstrations are sampled: runs with other seeds are equal where none is.
+
+    Args:
+        benchmark: that is asked; rules have their demonstrations in their own rows.
+        form: a key of `FORMS`.
+        shots: asked for.
+        has_neighbours: whether the most similar ones are shown.
+
+    Raises:
+        ValueError: for an unknown form.
+    """
+    return benchmark in BENCHMARKS and not has_neighbours and num_demonstrations(check_form(form), shots) > 0
+
+
 def make_shots(rows: Sequence[Row], benchmark: Benchmark, shots: int, image_of: Callable[[Row], Any]) -> list[Shot]:
     """Make demonstrations of rows: the first answer of each; without images where no shots are asked for.
 

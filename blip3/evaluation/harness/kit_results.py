@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,17 @@ def read_kit(path: Path, source: str, *, judge_url: str | None = None) -> Iterat
     harness = f"VLMEvalKit {run.get('commit') or ''}".strip()
     shared = {"model": name.short, "full_name": name.full, "harness": harness, "source": source}
     for table, numbers in run["datasets"].items():
-        for measured in _of_table(table, numbers, shared):
+        date = _in_utc(numbers.get("updated_at") or run.get("updated_at") or "")
+        for measured in _of_table(table, numbers, shared | {"date": date}):
             yield _mark_judge_model(measured, numbers.get("judge_model") or "", judge_url)
+
+
+def _in_utc(date: str) -> str:
+    """Give a date of the kit's, which has the machine's time zone, so that dates sort as texts."""
+    try:
+        return datetime.fromisoformat(date).astimezone(UTC).isoformat(timespec="microseconds")
+    except ValueError:
+        return ""
 
 
 def folder_of_runs(path: Path, name: str) -> Path:

@@ -2,12 +2,13 @@
 """A results file of lmms-eval, as measurements: a number for each task and for groups with a score of their own."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from .few_shot import CIDER, UNSTEMMED, VQA_ACCURACY
+from .few_shot import CIDER, UNSTEMMED, VQA_ACCURACY, depends_on_seed
 from .judge_models import NO_JUDGE, needs_judge_model
 from .known import LMMS_EVAL, Place, places_of
 from .measured import AS_GIVEN, Measured, is_number, read_json
@@ -36,12 +37,13 @@ def read_lmms_eval(path: Path, source: str, *, judge_url: str | None = None) -> 
     if not isinstance(run, dict) or not {"results", "configs"} <= run.keys():
         return  # answers to submit: tasks of captions write them beside, and their names end alike
     name = model_of(run)
-    shared = {"model": name.short, "full_name": name.full, "harness": _version_of(run), "source": source}
+    about = {"harness": _version_of(run), "source": source, "date": str(run.get("date") or "")}
+    shared = {"model": name.short, "full_name": name.full} | about
     yield from _blink(run, shared)
     for task, numbers in run["results"].items():
         counts = _counts_of(run, task)
         for measured in _of_task(run, task, numbers, shared | {"task": task, "count": counts.get("effective")}):
-            yield _mark_limited(_mark_judge_model(measured, judge_url), counts)
+            yield _mark_limited(_mark_judge_model(measured, judge_url), counts, run)
 
 
 def model_of(run: Mapping[str, Any]) -> ModelName:
@@ -62,13 +64,20 @@ def _version_of(run: Mapping[str, Any]) -> str:
 
 
 def _counts_of(run: Mapping[str, Any], *tasks: str) -> dict[str, int]:
-    """Add up the questions of tasks: how many were asked, and how many there are."""
-    found = [(run.get("n-samples") or {}).get(task) or {} for task in tasks]
+    """Add up the questions of tasks, and of groups of them: how many were asked, and how many there are."""
+    found = [(run.get("n-samples") or {}).get(task) or {} for task in _without_groups(run, tasks)]
     return {
         key: sum(counts[key] for counts in found)
         for key in ("effective", "original")
         if found and all(counts.get(key) is not None for counts in found)
     }
+
+
+def _without_groups(run: Mapping[str, Any], tasks: Iterable[str]) -> Iterator[str]:
+    """Give tasks, and in the place of a group its own."""
+    groups = run.get("group_subtasks") or {}
+    for task in tasks:
+        yield from _without_groups(run, groups[task]) if groups.get(task) else (task,)
 
 
 def _of_task(run: Mapping[str, Any], task: str, numbers: Numbers, shared: Numbers) -> Iterator[Measured]:
@@ -104,12 +113,18 @@ def _mark_judge_model(measured: Measured, judge_url: str | None) -> Measured:
     return measured.with_note(f"judge model at {judge_url}")
 
 
-def _mark_limited(measured: Measured, counts: Mapping[str, int]) -> Measured:
-    """Say beside a number that only some of the questions were asked."""
+def _mark_limited(measured: Measured, counts: Mapping[str, int], run: Mapping[str, Any]) -> Measured:
+    """Mark a measurement for which only some of the questions were asked, and say so beside its number."""
     asked, there = counts.get("effective"), counts.get("original")
-    if asked is None or there is None or asked >= there or measured.value is None:
+    settings = run.get("config") or {}
+    if asked is not None and there is not None:
+        notes = [f"{asked} of {there} questions"] if asked < there else []
+    else:
+        notes = [f"--limit {settings['limit']}"] if settings.get("limit") not in (None, -1) else []
+    notes += [f"without the first {settings['offset']}"] if settings.get("offset") else []  # which no count leaves out
+    if not notes:
         return measured
-    return measured.with_note(f"{asked} of {there} questions")
+    return replace(measured.with_note(*(notes if measured.value is not None else [])), is_partial=True)
 
 
 def _scores_of(numbers: Numbers) -> dict[str, float]:
@@ -165,6 +180,7 @@ def _few_shot(numbers: Numbers, asked: Numbers, shared: Numbers) -> Measured:
         "no number": value is None,
     }
     settings = {key: asked[key] for key in sorted(asked) if key not in _TOLD}
+    depends = depends_on_seed(asked["benchmark"], asked["form"], asked["shots"], has_neighbours=bool(near))
     return Measured(
         asked["benchmark"],
         value=scaled[0],
@@ -173,7 +189,8 @@ def _few_shot(numbers: Numbers, asked: Numbers, shared: Numbers) -> Measured:
         demonstrations=f"{SIMILAR} ({near})" if near else SAMPLED,
         settings=json.dumps(settings) if settings else "",
         note=", ".join(note for note, holds in notes.items() if holds),
-        **{key: asked[key] for key in ("shots", "form", "seed")},
+        seed=asked["seed"] if depends else None,
+        **{key: asked[key] for key in ("shots", "form")},
         **shared,
     )
 
@@ -190,11 +207,13 @@ def _blink(run: Mapping[str, Any], shared: Numbers) -> Iterator[Measured]:
     """Give the mean of BLINK's tasks, whose number the report's tables have."""
     found = {task: _scores_of(numbers) for task, numbers in run["results"].items() if task.startswith(f"{BLINK}_")}
     scores = {task: 100 * scores["blink_acc"] for task, scores in found.items() if "blink_acc" in scores}
-    if scores:
-        counts = _counts_of(run, *scores)
-        note = f"mean of {len(scores)} of BLINK's {BLINK_TASKS} tasks"
-        about = shared | {"task": BLINK, "metric": "blink_acc", "count": counts.get("effective"), "note": note}
-        yield _mark_limited(Measured(BLINK, value=fmean(scores.values()), **about), counts)
+    if not scores:
+        return
+    counts, is_whole = _counts_of(run, *scores), len(scores) == BLINK_TASKS
+    note = f"mean of its {BLINK_TASKS} tasks" if is_whole else f"no number: {len(scores)} of {BLINK_TASKS} parts"
+    about = shared | {"task": BLINK, "metric": "blink_acc", "count": counts.get("effective"), "note": note}
+    total = Measured(BLINK, value=fmean(scores.values()) if is_whole else None, is_partial=not is_whole, **about)
+    yield _mark_limited(total, counts, run)
 
 
 def _beside(results: Mapping[str, Numbers], measured: Measured) -> list[str]:

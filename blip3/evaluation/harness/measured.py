@@ -50,6 +50,15 @@ class Measured:
     """Of the model, with the settings it was asked with."""
     is_known: bool = True
     """Whether its scale is known: others stand under "Everything measured" alone."""
+    is_partial: bool = False
+    """Whether only some questions were asked, or some parts of a group: a trial, which nobody publishes."""
+    date: str = ""
+    """When it was measured, as the harness wrote it down; later ones sort behind earlier ones of the same harness."""
+
+    @property
+    def is_publishable(self) -> bool:
+        """Whether a card may have its number under the benchmark's name, which says nothing of shots or of parts."""
+        return self.is_known and not self.is_partial and self.shots is None
 
     def with_note(self, *notes: str) -> "Measured":
         """Say more beside the number."""

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What harnesses wrote, as measurements: one number with its model, benchmark, shots, harness and file.
 
-lmms-eval     FOLDER/.../*_results.json      the newest of each model and task
+lmms-eval     FOLDER/.../*_results.json      a run's results
 VLMEvalKit    FOLDER/.../status.json         its summary of a run, beside the tables it was made from
+
+Of several results of one model and task a complete one counts before a trial with some of the questions, and among
+these the newest by the date that the harness wrote into it: files that were copied have other dates.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -35,11 +38,16 @@ class _Found:
         task = each.task if each.shots is None else ""  # tasks of several seeds are named otherwise than one alone
         return (each.harness, each.benchmark, task, each.metric, *asked)
 
+    @property
+    def rank(self) -> tuple[bool, str]:
+        """What counts before others is greater."""
+        return not self.measured.is_partial, self.measured.date
+
 
 def read_folders(
     folders: Sequence[str | Path], *, judge_url: str | None = None, names: Mapping[Path, str] | None = None
 ) -> list[Measured]:
-    """Read everything below folders; of several results of one model and task the newest counts, wherever it lies.
+    """Read everything below folders; of several results of one model and task the newest complete one counts.
 
     Args:
         folders: outputs of lmms-eval, of VLMEvalKit, or folders above several.
@@ -51,7 +59,7 @@ def read_folders(
         ValueError: if two models would have one name.
     """
     resolved = {path.resolve(): name for path, name in (names or {}).items()}
-    newest: dict[Hashable, _Found] = {}
+    counting: dict[Hashable, _Found] = {}
     used: set[Path] = set()
     for path, read in _read_files(folders, judge_url):
         named = next((parent for parent in (path, *path.parents) if parent in resolved), None)
@@ -59,14 +67,15 @@ def read_folders(
         for measured in read:
             model = resolved[named] if named else measured.model
             found = _Found(replace(measured, model=model), path, named is not None)
-            newest[found.question, model, measured.full_name] = found
+            key = (found.question, model, measured.full_name)
+            counting[key] = max(found, counting.get(key, found), key=lambda each: each.rank)
     for path in resolved.keys() - used:
         raise FileNotFoundError(
             f"--name gives {path} the name {resolved[path]!r}, but no results that were read lie there. It was "
             "probably misspelt, or lies outside the folders that are read: name a folder or a file among them."
         )
-    _check_names(list(newest.values()))
-    return [found.measured for found in newest.values()]
+    _check_names(list(counting.values()))
+    return [found.measured for found in counting.values()]
 
 
 def read_folder(folder: str | Path) -> list[Measured]:
@@ -80,7 +89,7 @@ def read_folder(folder: str | Path) -> list[Measured]:
 
 
 def _read_files(folders: Sequence[str | Path], judge_url: str | None) -> list[tuple[Path, list[Measured]]]:
-    """Read each file once, the newest last.
+    """Read each file once.
 
     Raises:
         FileNotFoundError: if there is nothing in one of the folders.
@@ -100,7 +109,7 @@ def _read_files(folders: Sequence[str | Path], judge_url: str | None) -> list[tu
                 "ended."
             )
         files |= here
-    return sorted(files.items(), key=lambda item: item[0].stat().st_mtime)
+    return sorted(files.items())
 
 
 def _check_names(found: Sequence[_Found]) -> None:
@@ -133,8 +142,8 @@ def average_seeds(measured: Iterable[Measured]) -> list[Measured]:
     """
     groups: dict[Hashable, list[Measured]] = {}
     for number, each in enumerate(measured):
-        alike = replace(each, value=None, error=None, seed=None, task="", source="")
-        is_one_of_several = each.shots is not None and each.value is not None
+        alike = replace(each, value=None, error=None, seed=None, task="", source="", date="")
+        is_one_of_several = each.seed is not None and each.value is not None
         groups.setdefault(alike if is_one_of_several else number, []).append(each)
     averaged = []
     for group in groups.values():
