@@ -165,6 +165,7 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]], *, is_ptb
         ValueError: for lists of different lengths, fewer than two captions, or a caption without references.
         ImportError: without pycocoevalcap.
         FileNotFoundError: without Java, where it is asked for.
+        RuntimeError: if the Java program gives another number of captions back.
     """
     if len(answers) != len(references) or len(answers) < 2 or not all(references):
         raise ValueError(
@@ -186,8 +187,14 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]], *, is_ptb
     return [100.0 * float(score) for score in scorer.compute_score()[1]]
 
 
+_LAST_LINE = "lastline"  # stands behind all captions and comes back as it is, if no line more or less came back
+
+
 def _ptb_words(texts: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Split captions as the COCO tool does, by Stanford's tokenizer, which `pycocoevalcap` brings and Java runs."""
+    """Split captions as the COCO tool does, by Stanford's tokenizer, which `pycocoevalcap` brings and Java runs.
+
+    The program reads and writes a caption a line, and a line ends at more characters for it than a line feed.
+    """
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     if shutil.which("java") is None:
@@ -195,8 +202,17 @@ def _ptb_words(texts: Sequence[Sequence[str]]) -> list[list[str]]:
             "CIDEr with the COCO tool's own words was asked for, which a Java program splits, but there is no java on "
             "PATH. Java is probably not installed: install a runtime (8 or later), or score without them."
         )
-    split = PTBTokenizer().tokenize({row: [{"caption": text} for text in each] for row, each in enumerate(texts)})
-    return [split[row] for row in range(len(texts))]
+    lines = [" ".join(text.split()) for row in texts for text in row]
+    asked = {row: [{"caption": line}] for row, line in enumerate([*lines, _LAST_LINE])}
+    split = [words for (words,) in PTBTokenizer().tokenize(asked).values()]
+    if len(split) != len(asked) or split[-1] != _LAST_LINE:
+        raise RuntimeError(
+            f"The COCO tool's Java program was given {len(asked)} lines and gave {len(split)} back, the last one "
+            f"{split[-1:]!r} in place of {_LAST_LINE!r}: captions would be compared with the references of others. A "
+            "caption probably holds a character that ends a line for it: look for one, or score without its words."
+        )
+    words = iter(split)
+    return [[next(words) for _ in row] for row in texts]
 
 
 def _words(text: str) -> str:

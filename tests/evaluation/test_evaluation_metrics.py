@@ -4,6 +4,7 @@
 import builtins
 import doctest
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -177,6 +178,40 @@ def test_words_of_every_reference_weigh_nothing_in_cider():
 def test_cider_refuses_what_it_cannot_count(answers, references):
     with pytest.raises(ValueError, match=f"given {len(answers)} captions"):
         cider(answers, references)
+
+
+CAPTIONS = ["a red dog runs on grass", "a blue car stands in the rain", "two cats sleep on a sofa"]
+PAIRED = [[caption, f"{caption} today"] for caption in CAPTIONS]
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="the COCO tool's own words are split by a Java program")
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029", "\0"])
+def test_what_ends_a_line_for_java_does_not_pair_captions_with_the_references_of_others(end):
+    answers = [f"{CAPTIONS[0]}{end}x", *CAPTIONS[1:]]
+    references = [PAIRED[0], [f"{CAPTIONS[1]}{end}x", PAIRED[1][1]], PAIRED[2]]
+    assert all(score > 800 for score in cider(answers, references, is_ptb=True))
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="the COCO tool's own words are split by a Java program")
+def test_empty_captions_are_captions_for_java_too():
+    assert cider(["", "", CAPTIONS[2], ""], [*PAIRED, ["", "a"]], is_ptb=True)[:2] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "come_back",
+    [
+        lambda asked: asked | {0: ["a"], 1: ["red"], len(asked) - 1: ["sofa today"]},  # a line more, the last one lost
+        lambda asked: dict(list(asked.items())[:-1]),  # a line less
+    ],
+)
+def test_another_number_of_lines_from_java_is_refused(come_back, monkeypatch):
+    def tokenize(self, asked):
+        return come_back({name: [each["caption"] for each in captions] for name, captions in asked.items()})
+
+    monkeypatch.setattr("blip3.evaluation.metrics.shutil.which", lambda name: "/bin/java")
+    monkeypatch.setattr("pycocoevalcap.tokenizer.ptbtokenizer.PTBTokenizer.tokenize", tokenize)
+    with pytest.raises(RuntimeError, match=r"was given 10 lines and gave (10|9) back, the last one \['.* today'\]"):
+        cider(CAPTIONS, PAIRED, is_ptb=True)
 
 
 def test_cider_names_the_package_it_lacks(monkeypatch):
