@@ -16,7 +16,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import AutoProcessor
 
-from blip3.evaluation.harness import neighbours
+from blip3.evaluation.harness import few_shot, neighbours
 from blip3.evaluation.harness.few_shot import Place
 from blip3.evaluation.harness.models import ChatModel
 from support import ROOT, render_image
@@ -240,7 +240,8 @@ def write_captions(folder: Path, split: str, count: int) -> Place:
     for number in range(count):
         path = images / f"{number}.png"
         Image.new("RGB", (4, 4), (40 * number, 0, 0)).save(path)
-        rows.append({"imgid": number, "url": path.as_uri(), "sentences": [f"Thing {number}.", "A thing."]})
+        identity = number if split == "test" else 100 + number
+        rows.append({"imgid": identity, "url": path.as_uri(), "sentences": [f"Thing {number}.", "A thing."]})
     Dataset.from_list(rows).to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
     return Place(str(folder), split)
 
@@ -280,6 +281,23 @@ def test_a_task_says_what_it_showed_and_scores_what_counts(captions, harness):
         "do_sample": False,
         "max_new_tokens": 20,
     }
+
+
+@pytest.mark.parametrize("shots", [1, 2])
+def test_a_question_is_no_demonstration_of_its_own(shots, captions, harness):
+    """With questions and demonstrations of one split: neither in the prompt nor in what is said of it."""
+    metadata = captions | {"questions": captions["demonstrations"], "shots": shots}
+    task = harness("few_shot_task").FewShotTask({"task": "coco", "metadata": metadata})
+    for number, doc in enumerate(task.training_rows):
+        assert number not in task.choose(doc)
+        found = task.process_results({"imgid": doc["imgid"], "sentences": ["A thing."], "url": ""}, ["A thing."])
+        assert found["prompts"]["demonstrations"] == task.choose(doc)
+        texts = [
+            part["text"] for turn in task.doc_to_messages(doc) for part in turn["content"] if part["type"] == "text"
+        ]
+        assert f"Thing {number}." not in texts
+    with pytest.raises(ValueError, match="6 shots were asked for, but up to 5 can be chosen from 5 rows"):
+        few_shot.sample_demonstrations(range(6), 42, "1", 6, own={1})
 
 
 def test_a_task_refuses_neighbours_of_another_number_of_rows(captions, harness, tmp_path):

@@ -95,6 +95,12 @@ def test_demonstrations_depend_on_seed_and_question_alone_and_are_nested():
     assert few_shot.sample_demonstrations(query_set, 42, "18", 8) != eight
     assert few_shot.sample_demonstrations(query_set, 43, "17", 8) != eight
     assert few_shot.sample_demonstrations(query_set, 42, "17", 0) == []
+    without = [row for row in query_set if row not in eight[:2]]
+    assert (
+        few_shot.sample_demonstrations(query_set, 42, "17", 4, own=eight[:2])
+        == few_shot.sample_demonstrations(without, 42, "17", 8)[4:]
+    )
+    assert few_shot.sample_demonstrations(query_set, 42, "17", 8, own={-1}) == eight
     with pytest.raises(ValueError, match=r"33 shots were asked for, but up to 32 can be chosen from 2048 rows"):
         few_shot.sample_demonstrations(query_set, 42, "17", 33)
 

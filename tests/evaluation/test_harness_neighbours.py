@@ -10,7 +10,8 @@ from datasets import Dataset
 from PIL import Image
 
 from blip3.evaluation.harness import neighbours, write_tasks
-from blip3.evaluation.harness.few_shot import Place, parse_place
+from blip3.evaluation.harness.few_shot import BENCHMARKS, Place, load_place, parse_place
+from blip3.evaluation.harness.own_rows import OwnRows
 from blip3.world.settings import load_settings
 from support import ROOT
 from support.near import MARKED, ROWS_OF_A_QUESTION, SAME, write_near
@@ -60,7 +61,7 @@ class MeanColour:
 def write_colours(folder: Path, split: str, colours: list[tuple[int, int, int]], **columns: list) -> Place:
     """Write a split with an image of each colour."""
     images = [Image.new("RGB", (4, 4), colour) for colour in colours]
-    names = [str(number) for number in range(len(colours))]
+    names = [str(number) if split == "test" else f"{split} {number}" for number in range(len(colours))]
     rows = {"question_id": names, "image": images, "question": ["What?"] * len(colours)} | columns
     folder.mkdir(parents=True, exist_ok=True)
     Dataset.from_dict(rows | {"answers": [["red"]] * len(colours)}).to_parquet(
@@ -112,6 +113,19 @@ def test_an_image_is_encoded_once_however_many_rows_ask_about_it(colours):
     assert names == ["0", "1", "2"]
     assert [row[-1] for row in rows.tolist()] == [2, 2, 0]
     assert (origin.questions.count, origin.demonstrations.count, origin.count) == (3, 4, 2)
+
+
+def test_a_questions_own_rows_are_no_neighbours_of_it(tmp_path, monkeypatch):
+    """Questions and demonstrations of one split: the nearest image is the question's, and its row has the answer."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    place = write_colours(tmp_path / "both", "test", [RED, RED, BLUE, GREEN], image_id=["r", "r", "b", "g"])
+    for count, expected in ((2, 2), (9, 3)):
+        names, rows, similarities, origin = neighbours.find("textvqa", place, place, MeanColour(), count)
+        assert rows.shape == similarities.shape == (4, expected)
+        assert origin.count == expected
+        assert all(int(name) not in shown for name, shown in zip(names, rows.tolist(), strict=True))
+        assert [row[-1] for row in rows.tolist()][:2] == [1, 0]  # the other question about the red image
+        assert (similarities.diff(dim=-1) >= 0).all()
 
 
 @pytest.mark.parametrize("has_group", [True, False])
@@ -189,3 +203,42 @@ def test_a_data_set_of_the_hub_may_be_a_folder_of_its_name(tmp_path, monkeypatch
     assert rows.is_same_place(place)
     assert not rows.is_same_place(Place("data", "train", "other"))
     assert not rows.is_same_place(Place("other/data", "train"))
+
+
+# -- which rows are the question itself -------------------------------------------------------------------------------
+
+
+def own_rows(benchmark: str, asked: Place, shown: Place, **options) -> list[set[int]]:
+    """The own rows of each question."""
+    questions, identity = load_place(asked), BENCHMARKS[benchmark].identity
+    found = OwnRows(questions, load_place(shown), BENCHMARKS[benchmark], **options)
+    return [found.of(str(name)) for name in questions[identity]]
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch) -> Place:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return write_colours(tmp_path / "asked", "test", [RED, RED, BLUE], question=["A?", "B?", "A?"], image_id=[1, 2, 3])
+
+
+def test_rows_of_the_same_identity_are_the_question(asked, tmp_path):
+    shown = write_colours(tmp_path / "shown", "train", [RED, GREEN, BLUE], question_id=["1", "7", "1"])
+    assert own_rows("textvqa", asked, shown) == [set(), {0, 2}, set()]
+    assert own_rows("textvqa", asked, shown, among=[1, 2]) == [set(), {2}, set()]
+
+
+def test_without_identities_rows_with_the_same_question_about_the_same_image_are_the_question(asked, tmp_path):
+    nothing = [None] * 4
+    shown = write_colours(
+        tmp_path / "shown", "train", [RED, RED, BLUE, GREEN], question=["A?", "C?", "A?", "A?"], question_id=nothing
+    )
+    assert own_rows("textvqa", asked, shown) == [{0}, set(), {2}]
+    assert own_rows("textvqa", asked, shown, among=[1, 2, 3]) == [set(), set(), {2}]
+
+
+def test_without_identities_rows_of_the_same_image_are_the_caption(asked, tmp_path):
+    shown = write_colours(tmp_path / "shown", "train", [BLUE, RED, GREEN, BLUE])
+    assert own_rows("nocaps", asked, shown) == [{1}, {1}, {0, 3}]
+    named = write_colours(tmp_path / "named", "test", [RED, RED], imgid=[5, 6], url=["a", "b"])
+    other = write_colours(tmp_path / "other", "train", [RED, RED, BLUE], url=["b", "c", "b"])
+    assert own_rows("coco", named, other) == [set(), {0, 2}]  # by URL where both have one: nothing is opened

@@ -27,14 +27,14 @@ def write_near(folder: Path, count: int, world: WorldSettings) -> tuple[str, str
     asked = list(ask_words("name", "held_out", 0, count, world))
     questions = [_row(number, each, each.images[0].open()) for number, each in enumerate(asked)]
     training = [
-        _row(number, each, image)
+        _row(f"{number}-{place}", each, image)  # not the question itself, which is no demonstration of its own
         for number, each in enumerate(asked)
-        for image in (each.images[0].open(), _marked(each.images[0].open()))
+        for place, image in enumerate((each.images[0].open(), _marked(each.images[0].open())))
     ]
     return _write(questions, folder / "questions", "test"), _write(training, folder / "training", "train")
 
 
-def _row(number: int, asked: Asked, image: Image.Image) -> dict[str, object]:
+def _row(number: int | str, asked: Asked, image: Image.Image) -> dict[str, object]:
     answers = [asked.answer] * 10
     return {"question_id": str(number), "question": asked.question, "image": image, "answers": answers}
 

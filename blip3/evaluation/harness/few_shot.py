@@ -15,7 +15,7 @@ on the number of processes; here they depend on the seed and the question alone.
 import hashlib
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -258,7 +258,9 @@ def sample_query_set(num_rows: int, seed: int) -> list[int]:
     return random.Random(seed).sample(range(num_rows), min(QUERY_SET, num_rows))
 
 
-def sample_demonstrations(query_set: Sequence[int], seed: int, identity: str, count: int) -> list[int]:
+def sample_demonstrations(
+    query_set: Sequence[int], seed: int, identity: str, count: int, own: Collection[int] = ()
+) -> list[int]:
     """Choose demonstrations for one question.
 
     Args:
@@ -266,10 +268,12 @@ def sample_demonstrations(query_set: Sequence[int], seed: int, identity: str, co
         seed: of the run.
         identity: of the question.
         count: how many; those of a smaller count are the last of a larger one.
+        own: rows that are the question itself, with its answer: left out.
 
     Raises:
         ValueError: for more than there are.
     """
+    query_set = [row for row in query_set if row not in own] if own else query_set
     most = min(MOST_SHOTS, len(query_set))
     if not 0 <= count <= most:
         raise ValueError(

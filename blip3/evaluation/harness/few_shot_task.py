@@ -18,6 +18,7 @@ from ..metrics import cider, exact_match, vqa_accuracy
 from . import few_shot
 from .few_shot import BENCHMARKS, Place, Row, Shot
 from .neighbours import read_neighbours, read_origin
+from .own_rows import OwnRows
 from .prompts import Message
 from .row_images import image_of
 from .stemming import Stemmer, read_exceptions
@@ -169,6 +170,11 @@ class FewShotTask(DemonstratedTask):
         """Rows that may be sampled."""
         return few_shot.sample_query_set(len(self.training_rows), int(self.asked["seed"]))
 
+    @cached_property
+    def own_rows(self) -> OwnRows:
+        """Finds the rows among these that are the question itself; files of neighbours leave those out."""
+        return OwnRows(few_shot.load_place(self.questions), self.training_rows, self.benchmark, self.query_set)
+
     def choose(self, doc: Row) -> list[int]:
         """Give the training rows that are shown for a question."""
         count = few_shot.num_demonstrations(self.form, self.shots)
@@ -177,7 +183,8 @@ class FewShotTask(DemonstratedTask):
         identity = str(doc[self.benchmark.identity])
         if self.neighbours is not None:
             return few_shot.nearest_demonstrations(self.neighbours, identity, count)
-        return few_shot.sample_demonstrations(self.query_set, int(self.asked["seed"]), identity, count)
+        own = self.own_rows.of(identity)
+        return few_shot.sample_demonstrations(self.query_set, int(self.asked["seed"]), identity, count, own)
 
     def write(self, doc: Row, *, with_images: bool) -> tuple[list[int], list[Message]]:
         """Give the rows that are shown, and the prompt.

@@ -14,7 +14,7 @@ the training split with the most similar last, and `similarities`. Write tasks w
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from ...files import writing
 from ...images import float_options
 from ...refusals import check_positive
 from .few_shot import BENCHMARKS, MOST_SHOTS, Place, load_place, parse_place
+from .own_rows import OwnRows
 from .row_images import check_has_images, image_of
 
 Encode = Callable[[Sequence[Image.Image]], torch.Tensor]
@@ -35,7 +36,7 @@ Encode = Callable[[Sequence[Image.Image]], torch.Tensor]
 BLOCK_NUMBERS = 2**26
 """Similarities at once, of four bytes each: 256 MiB."""
 _IMAGE_NAMES = ("image_id", "imgid", "url")  # columns that tell images apart
-_ORIGIN = b"blip3_neighbours"  # among the parquet file's metadata
+_ORIGIN = b"blip3_neighbours_but_own_rows"  # among the parquet file's metadata; earlier files had own rows, too
 
 
 def encode_with_checkpoint(model: str, subfolder: str = "", device: str = "auto") -> Encode:
@@ -122,6 +123,28 @@ def nearest(
     found = [torch.topk(block @ training.T, count, dim=-1) for block in blocks]
     similarities, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
     return rows.flip(-1), similarities.flip(-1)
+
+
+def without(
+    rows: torch.Tensor, similarities: torch.Tensor, left_out: Sequence[Collection[int]], count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the last of each question's neighbours, without some of them.
+
+    Args:
+        rows: (Q, N).
+        similarities: (Q, N), of these.
+        left_out: rows that are left out, of each of the Q questions.
+        count: how many stay, K; N is at least K and those that are left out.
+
+    Returns:
+        rows and similarities, both (Q, K).
+    """
+    kept = []
+    for own, of_one in zip(left_out, rows.tolist(), strict=True):
+        others = [place for place, row in enumerate(of_one) if row not in own]
+        kept.append(others[len(others) - count :])
+    places = torch.tensor(kept, dtype=torch.int64).reshape(len(rows), count)
+    return rows.gather(1, places), similarities.gather(1, places)
 
 
 @dataclass(frozen=True)
@@ -238,8 +261,8 @@ def read_origin(path: str | Path) -> Origin:
         found = None
     if found is None:
         raise ValueError(
-            f"{path} does not say for which data it was computed, so its row numbers may mean other rows. It is "
-            "probably another file, or of an earlier version: compute the neighbours again."
+            f"{path} does not say for which data it was computed, so its row numbers may mean other rows, or the "
+            "question itself. It is probably another file, or of an earlier version: compute the neighbours again."
         )
     said = json.loads(found)
     return Origin(Rows(**said["questions"]), Rows(**said["demonstrations"]), said["count"])
@@ -292,10 +315,14 @@ def find(
     for place, rows in ((questions, asked), (training, shown)):
         check_has_images(rows, place)
     (features, of_questions), (others, of_training) = encode_rows(asked, encode), encode_rows(shown, encode)
-    found, similarities = nearest(features, others[of_training], count)
     names = [str(name) for name in asked[known.identity]]
-    origin = Origin(Rows.of(questions, len(asked)), Rows.of(training, len(shown)), found.shape[1])
-    return names, found[of_questions], similarities[of_questions], origin
+    own_rows = OwnRows(asked, shown, known)
+    own = [own_rows.of(name) for name in names]
+    most = max(map(len, own))
+    found, similarities = nearest(features, others[of_training], count + most)
+    rows, similarities = without(found[of_questions], similarities[of_questions], own, min(count, len(shown) - most))
+    origin = Origin(Rows.of(questions, len(asked)), Rows.of(training, len(shown)), rows.shape[1])
+    return names, rows, similarities, origin
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
