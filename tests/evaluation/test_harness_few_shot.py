@@ -60,6 +60,14 @@ def test_the_words_are_openflamingos(benchmark, base):
     assert prompt_of(benchmark, "plain", 2, base) == whole.replace("\n", "")
 
 
+@pytest.mark.parametrize("benchmark", ["coco", "nocaps", "textcaps"])
+def test_a_captions_blanks_are_no_part_of_a_demonstration(benchmark):
+    """As in OpenFlamingo: the token that ends a demonstration follows at once."""
+    rows = [{BENCHMARKS[benchmark].answers: ["\tA woman cutting a cake. \n", "x"]}]
+    (shot,) = few_shot.make_shots(rows, BENCHMARKS[benchmark], 1, lambda row: "photo.png")
+    assert shot == Shot(None, "A woman cutting a cake.", "photo.png")
+
+
 def test_the_settings_are_openflamingos():
     tokens = {name: benchmark.flamingo_tokens for name, benchmark in BENCHMARKS.items()}
     assert tokens == {"vqav2": 5, "textvqa": 10, "okvqa": 5, "coco": 20, "nocaps": 20, "textcaps": 20}
@@ -142,6 +150,20 @@ def test_tasks_are_written_with_their_seeds(tmp_path, capsys):
     assert (asked["shots"], asked["seed"], asked["num_fewshot"]) == (4, 43, 4)
     assert asked["demonstrations"] == {"path": "owner/data", "split": "train", "name": None}
     assert "few_shot_openflamingo_textvqa_4_seed42" in (tmp_path / "few_shot_openflamingo_textvqa_4.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("form", "at_zero"),
+    [("plain", {"textvqa_0"}), ("chat", {"chat_textvqa_0"}),
+     ("openflamingo", {f"openflamingo_textvqa_0{end}" for end in ("", "_seed42", "_seed43")})],
+)  # fmt: skip
+def test_without_demonstrations_one_run_is_enough_whatever_the_seeds(form, at_zero, tmp_path):
+    """Runs that are equal would be shown as a deviation of 0; two demonstrations in words alone are sampled, too."""
+    line = ["--benchmark", "textvqa", "--shots", "0", "4", "--seed", "42", "43", "--form", form]
+    assert write_tasks.main([str(tmp_path), *line]) == 0
+    written = {path.stem.removeprefix("few_shot_") for path in tmp_path.glob("*.yaml")}
+    at_four = {next(iter(sorted(at_zero))).replace("_0", "_4") + end for end in ("", "_seed42", "_seed43")}
+    assert written == at_zero | at_four
 
 
 def test_a_folder_that_is_here_is_named_by_its_whole_path(tmp_path, monkeypatch):

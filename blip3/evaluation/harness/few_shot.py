@@ -328,14 +328,20 @@ def depends_on_seed(benchmark: str, form: str, shots: int, *, has_neighbours: bo
 def make_shots(rows: Sequence[Row], benchmark: Benchmark, shots: int, image_of: Callable[[Row], Any]) -> list[Shot]:
     """Make demonstrations of rows: the first answer of each; without images where no shots are asked for.
 
+    Captions lose the blanks around them, as in OpenFlamingo, since `<|endofchunk|>` follows at once.
+
     Args:
         rows: of the training split.
         benchmark: that is asked.
         shots: asked for; 0 shows the text alone.
         image_of: gives the image of a row.
     """
-    question = (lambda row: None) if benchmark.is_caption else (lambda row: row["question"])
-    return [Shot(question(row), answers_of(row)[0], image_of(row) if shots else None) for row in rows]
+    made = []
+    for row in rows:
+        answer = answers_of(row)[0]
+        asked = (None, answer.strip()) if benchmark.is_caption else (row["question"], answer)
+        made.append(Shot(*asked, image_of(row) if shots else None))
+    return made
 
 
 def check_form(name: str) -> Form:

@@ -32,6 +32,7 @@ from .few_shot import (
     FORMS,
     MOST_SHOTS,
     Place,
+    depends_on_seed,
     load_place,
     num_demonstrations,
     parse_place,
@@ -46,6 +47,7 @@ PACK = "few_shot"
 PLAIN = "plain"
 SHOTS = (0, 4, 8)
 SEED = 42  # OpenFlamingo's
+VERSION = 1.1  # of few-shot tasks, another one wherever prompts change; lmms-eval shows it beside the score
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _CLASSES = f"{__package__}.few_shot_task"
 
@@ -58,6 +60,8 @@ def few_shot_tasks(
     options: dict[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Give the tasks of a benchmark by name, and for several seeds a group for each number of shots.
+
+    Where nothing is sampled, as in most forms without shots, there is one task whatever the seeds.
 
     Args:
         benchmark: a key of `BENCHMARKS`, or `rule`.
@@ -75,13 +79,15 @@ def few_shot_tasks(
     written: dict[str, dict[str, Any]] = {}
     for count in shots:
         names = []
-        for seed in seeds:
-            name = f"{head}_{count}{end}" + (f"_seed{seed}" if len(seeds) > 1 else "")
+        is_sampled = depends_on_seed(benchmark, form, count, has_neighbours=bool(options.get("neighbours")))
+        of_count = seeds if is_sampled else seeds[:1]
+        for seed in of_count:
+            name = f"{head}_{count}{end}" + (f"_seed{seed}" if len(of_count) > 1 else "")
             asked = {"benchmark": benchmark, "form": form, "shots": count, "seed": seed, "num_fewshot": count}
             kind = "RuleTask" if benchmark == RULE else "FewShotTask"
-            written[name] = {"task": name, "class": kind, "metadata": {"version": 1.0} | asked | options}
+            written[name] = {"task": name, "class": kind, "metadata": {"version": VERSION} | asked | options}
             names.append(name)
-        if len(seeds) > 1:
+        if len(names) > 1:
             mean = {"metric": metric, "aggregation": "mean", "weight_by_size": False}
             group = f"{head}_{count}{end}"
             written[group] = {"group": group, "task": names, "aggregate_metric_list": [mean]}
