@@ -83,6 +83,38 @@ def test_a_copy_goes_on_after_an_interruption(named, tmp_path, capsys):
     assert not list((tmp_path / "copy").glob("*.parquet"))
 
 
+def write_named(folder: Path, image: Path, captions: list[str]) -> Place:
+    """Rows that all name one image."""
+    rows = [
+        {"imgid": row, "url": image.as_uri(), "score": float("nan"), "sentences": [caption]}
+        for row, caption in enumerate(captions)
+    ]
+    folder.mkdir()
+    Dataset.from_list(rows).to_parquet(str(folder / "test-00000-of-00001.parquet"))
+    return Place(str(folder), "test")
+
+
+@pytest.mark.parametrize(
+    "captions", [list("abcde"), list("ab"), list("abx"), ["x", "b", "c"]], ids=["more", "fewer", "last", "first"]
+)
+def test_rows_of_another_source_are_not_mixed_with_those_of_the_folder(captions, named, tmp_path):
+    """Parts of another number of files would be read, too; and parts of as many rows would be kept as they are."""
+    first = write_named(tmp_path / "first", tmp_path / "1.png", list("abc"))
+    other = write_named(tmp_path / "other", tmp_path / "1.png", captions)
+    before = {path: path.read_bytes() for path in copy_with_images(first, tmp_path / "copy", 2)}
+    with pytest.raises(ValueError, match=r"is in the folder, but .*other has other rows for the split test \("):
+        copy_with_images(other, tmp_path / "copy", 2)
+    assert {path: path.read_bytes() for path in (tmp_path / "copy").glob("*.parquet")} == before
+    assert copy_with_images(first, tmp_path / "copy", 2) == list(before)  # the same rows go on
+
+
+def test_other_splits_stay_where_they_are(named, tmp_path):
+    """One of a name that begins alike, too."""
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "test-large-00000-of-00009.parquet").write_bytes(b"")
+    assert len(copy_with_images(Place(str(named), "test"), tmp_path / "copy")) == 1
+
+
 def test_a_page_in_the_place_of_an_image_is_refused(named, tmp_path):
     (tmp_path / "1.png").write_text("<html>not found</html>")
     with pytest.raises(ValueError, match=r"1.png has 22 bytes that are no image.*probably sent a page"):

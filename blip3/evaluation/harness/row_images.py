@@ -6,13 +6,15 @@ r"""Images of a data set's rows: in the column `image`, or in the file that the 
 
 The command writes a copy of such a data set with the images inside, for a machine without network: lmms-eval, started
 in DATA, takes the folder before the Hub. Give the same command again after an interruption: complete files are kept.
+Files of other rows in the folder are refused, since they would be read together with the new ones.
 """
 
 import argparse
 import io
+import re
 import sys
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -94,7 +96,7 @@ def copy_with_images(place: Place, output: str | Path, rows_of_a_file: int = ROW
 
     Raises:
         OSError: naming the first image that cannot be read; complete files stay.
-        ValueError: if the rows hold images already, or a file is no image.
+        ValueError: if the rows hold images already, a file is no image, or the folder has the split with other rows.
     """
     rows, output = load_place(place), Path(output)
     if IMAGE in rows.features or URL not in rows.features:
@@ -104,11 +106,12 @@ def copy_with_images(place: Place, output: str | Path, rows_of_a_file: int = ROW
         )
     starts = range(0, len(rows), rows_of_a_file)
     names = [f"{place.split}-{number:05d}-of-{len(starts):05d}.parquet" for number in range(len(starts))]
+    parts = [rows.select(range(start, min(start + rows_of_a_file, len(rows)))) for start in starts]
+    _check_is_copy(output, place, dict(zip(names, parts, strict=True)))
     output.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(rows), desc=place.split, unit="image", disable=None)
-    for start, name in zip(starts, names, strict=True):
-        part = rows.select(range(start, min(start + rows_of_a_file, len(rows))))
-        if not _is_complete(output / name, len(part)):
+    for name, part in zip(names, parts, strict=True):
+        if not (output / name).exists():
             _write(part, output / name)
         bar.update(len(part))
     bar.close()
@@ -142,10 +145,38 @@ def _checked(url: str) -> bytes:
     return data
 
 
-def _is_complete(path: Path, num_rows: int) -> bool:
+def _check_is_copy(output: Path, place: Place, parts: Mapping[str, Any]) -> None:
+    """Refuse a folder that has the split with other rows, or in another number of files: both would be read.
+
+    Args:
+        output: the folder.
+        place: of the rows.
+        parts: the rows of each file by its name.
+
+    Raises:
+        ValueError: naming the first such file.
+    """
+    of_split = re.compile(rf"{re.escape(place.split)}-\d+-of-\d+\.parquet")
+    for path in sorted(path for path in output.glob("*.parquet") if of_split.fullmatch(path.name)):
+        part = parts.get(path.name)
+        if part is None or not _has_rows(path, part):
+            raise ValueError(
+                f"{path} is in the folder, but {place.path} has other rows for the split {place.split} ({len(parts)} "
+                f"files, {sum(map(len, parts.values()))} rows). The folder is probably the copy of another data set, "
+                "or the data set was changed since: name another folder, or remove the split's files in it."
+            )
+
+
+def _has_rows(path: Path, part: Any) -> bool:
+    """Whether a file that was written holds certain rows, beside the images."""
+    import pyarrow
     import pyarrow.parquet as parquet
 
-    return path.is_file() and parquet.ParquetFile(path).metadata.num_rows == num_rows
+    try:
+        table = parquet.read_table(path, columns=[name for name in parquet.read_schema(path).names if name != IMAGE])
+    except pyarrow.ArrowException:
+        return False
+    return repr(table.to_pydict()) == repr(part.to_dict())  # in words, since no NaN equals another
 
 
 def _card(folder: Path) -> str:
