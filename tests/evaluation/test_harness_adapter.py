@@ -161,6 +161,13 @@ def test_batches_are_no_larger_than_asked_for_and_begin_with_the_longest(harness
         ({"temperature": 0.7, "top_k": 5}, {"do_sample": True, "temperature": 0.7, "top_k": 5, "seed": 3}),
         ({"num_beams": 3, "length_penalty": 0.0}, {"num_beams": 3, "length_penalty": 0.0, "do_sample": False}),
         ({"max_new_tokens": 5, "until": ["a"], "image_aspect_ratio": "pad"}, {"max_new_tokens": 5}),
+        (
+            {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 5, "early_stopping": True},
+            {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 5, "early_stopping": True},
+        ),
+        ({"do_sample": True, "top_p": 0.9}, {"do_sample": True, "top_p": 0.9, "seed": 3}),
+        ({"do_sample": "false", "temperature": 0.7, "min_p": 0.1}, {}),
+        ({"num_return_sequences": 2, "eos_token_id": 5, "max_length": 4, "return_dict_in_generate": True}, {}),
     ],
 )
 def test_a_tasks_settings_become_those_of_generate(settings, expected, harness):
@@ -175,6 +182,41 @@ def test_a_tasks_settings_become_those_of_generate(settings, expected, harness):
     model.generate_until([Instance(("", messages_of, settings, 0, "task", "test"))])
     whole = {"max_new_tokens": 9, "num_beams": 1, "do_sample": False, "seed": None} | expected
     assert seen == whole
+
+
+def test_settings_without_effect_are_named_once(harness, caplog):
+    model = load_adapter(harness)
+    model.chat_model.answer = lambda prompts, **_: [SimpleNamespace(text="", num_tokens=0)] * len(prompts)
+    quiet = {
+        "temperature": 0,
+        "top_p": 1.0,
+        "top_k": None,
+        "do_sample": False,
+        "until": ["a"],
+        "repetition_penalty": 2,
+    }
+    for settings in (
+        quiet,
+        {"image_aspect_ratio": "pad"},
+        {"image_aspect_ratio": "a"},
+        {"top_p": 0.9},
+        {"top_p": 0.8},
+    ):
+        model.generate_until([Instance(("", messages_of, settings, 0, "task", "test"))])
+    assert [record.getMessage() for record in caplog.records if record.name.endswith("lmms_model")] == [
+        "A task or --gen_kwargs sets image_aspect_ratio, which is not passed to the model.",
+        "A task or --gen_kwargs sets top_p, but nothing is sampled: answers are greedy.",
+    ]
+
+
+def test_a_tasks_settings_reach_the_model(harness):
+    model = load_adapter(harness)
+
+    def tokens(**settings: Any) -> int:
+        (found,) = model.generate_until([Instance(("", messages_of, settings, 0, "task", "test"))])
+        return found.token_counts.output_tokens
+
+    assert tokens(max_new_tokens=12) < 12 == tokens(max_new_tokens=12, min_new_tokens=12, no_repeat_ngram_size=2)
 
 
 def test_an_answer_ends_before_the_first_of_the_tasks_stops(harness):
@@ -194,6 +236,26 @@ def test_requests_that_are_not_for_answers_are_refused(harness):
         model.loglikelihood(requests()[:2])
     with pytest.raises(NotImplementedError, match="1 requests of several rounds"):
         model.generate_until_multi_round(requests()[:1])
+
+
+@pytest.mark.parametrize(("chat", "is_chat"), [("False", False), (" true", True), (False, False), ("auto", True)])
+def test_texts_of_true_and_false_are_read_as_such(chat, is_chat, harness):
+    """Any text counts as true in Python, also "False"."""
+    arguments = {"chat": chat, "trust_remote_code": "False", "do_image_splitting": str(is_chat), "max_new_tokens": "5"}
+    model = load_adapter(harness, **arguments)
+    assert model.chat_model.render.is_chat is is_chat
+    assert model.chat_model.image_options == {"do_image_splitting": is_chat}
+    assert model.max_new_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("chat", "no"), ("chat", 0), ("trust_remote_code", "yes"), ("do_image_splitting", "off"), ("batch_size", "0"),
+     ("max_new_tokens", "many"), ("seed", -1)],
+)  # fmt: skip
+def test_other_values_are_refused(name, value, harness):
+    with pytest.raises(ValueError, match=rf"{name} is {value!r}, but .* is expected"):
+        load_adapter(harness, **{name: value})
 
 
 def test_a_misspelt_argument_of_the_adapter_is_refused(harness):

@@ -43,6 +43,7 @@ def test_trainings_that_end_alike_are_two_models(tmp_path):
     [
         ("pretrained=owner/mine,dtype=auto,batch_size=8", "blip3", "mine"),
         ("pretrained=owner/mine,do_image_splitting=False", "blip3", "mine (base resolution)"),
+        ("pretrained=owner/mine,do_image_splitting=false,chat=true", "blip3", "mine (base resolution, chat=True)"),
         ("pretrained=owner/mine,chat=False,max_new_tokens=48", "blip3", "mine (chat=False, max_new_tokens=48)"),
         ("model_version=owner/mine,base_url=http://here/v1,api_key=none", "openai", "mine (through openai)"),
     ],

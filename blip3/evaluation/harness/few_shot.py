@@ -338,9 +338,9 @@ def make_shots(rows: Sequence[Row], benchmark: Benchmark, shots: int, image_of: 
     """
     made = []
     for row in rows:
-        answer = answers_of(row)[0]
-        asked = (None, answer.strip()) if benchmark.is_caption else (row["question"], answer)
-        made.append(Shot(*asked, image_of(row) if shots else None))
+        answer, question = answers_of(row)[0], None if benchmark.is_caption else row["question"]
+        answer = answer.strip() if benchmark.is_caption else answer
+        made.append(Shot(question, answer, image_of(row) if shots else None))
     return made
 
 

@@ -5,20 +5,32 @@ lmms-eval --model blip3 --model_args pretrained=. --tasks textvqa_val --batch_si
 lmms-eval --model blip3 --model_args pretrained=.,subfolder=base,chat=False,do_image_splitting=False --tasks ...
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
-from .models import AUTO, ChatModel
+from .models import AUTO, ChatModel, read_count, read_switch
 from .prompts import Rendered
 
 MAX_NEW_TOKENS = 1024  # where a task names none
-READ = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "num_beams", "length_penalty")
-SAMPLING = ("temperature", "top_p", "top_k")
+STOPS = "until"  # of lmms-eval; answers are cut at them here
+OURS_TO_SAY = (
+    *("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id", "max_length", "stop_strings"),
+    *("num_return_sequences", "return_dict_in_generate", "output_attentions", "output_hidden_states"),
+    *("output_logits", "output_scores", "is_assistant", "transformers_version"),
+)
+"""What `GenerationConfig` knows beside what a task may set: one answer of plain tokens is read for each prompt."""
+KNOWN = {name for name in GenerationConfig().to_dict() if not name.startswith("_")} - {*OURS_TO_SAY}
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
+NEUTRAL = (0, 1)  # values of these with which they change nothing, as many tasks write them
+
+logger = logging.getLogger(__name__)
 
 
 class InterleavedModel(lmms):
@@ -40,8 +52,8 @@ class InterleavedModel(lmms):
 
     Raises:
         OSError: if there is no such checkpoint.
-        ValueError: if the device is not there, the processor has no image token, or its image processor has no such
-            argument.
+        ValueError: if the device is not there, the processor has no image token, its image processor has no such
+            argument, or one has no such value.
     """
 
     is_simple = False
@@ -62,6 +74,8 @@ class InterleavedModel(lmms):
         **image_options: Any,
     ):
         super().__init__()
+        self.max_new_tokens, self.seed = read_count("max_new_tokens", max_new_tokens), read_count("seed", seed, 0)
+        self.batch_size = 1 if batch_size == AUTO else read_count("batch_size", batch_size)
         self.accelerator = Accelerator()  # the group of processes that `accelerate launch` or torchrun has started
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.chat_model = ChatModel(
@@ -74,8 +88,7 @@ class InterleavedModel(lmms):
             trust_remote_code=trust_remote_code,
             image_options=image_options,
         )
-        self.batch_size = 1 if batch_size == AUTO else int(batch_size)
-        self.max_new_tokens, self.seed = max_new_tokens, seed
+        self._warned: set[str] = set()
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Answer requests in batches of like settings; the order of the results is that of the requests."""
@@ -86,7 +99,7 @@ class InterleavedModel(lmms):
             settings = requests[rows[0]].args[2]
             answers = self.chat_model.answer([prompts[row] for row in rows], **self._generation(settings))
             for row, answer in zip(rows, answers, strict=True):
-                text = cut_at(settings.get("until") or (), answer.text)
+                text = cut_at(settings.get(STOPS) or (), answer.text)
                 results[row] = GenerationResult(text=text, token_counts=TokenCounts(output_tokens=answer.num_tokens))
                 self.cache_hook.add_partial("generate_until", (prompts[row].text, settings), text)
             bar.update(len(rows))
@@ -109,13 +122,24 @@ class InterleavedModel(lmms):
         return batches
 
     def _generation(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Give the arguments of `generate`; greedy unless the task asks for samples at a temperature above 0."""
-        known = {name: settings[name] for name in READ if settings.get(name) is not None}
-        samples = bool(known.pop("do_sample", True)) and float(known.get("temperature", 0.0)) > 0
-        if not samples:
+        """Give the arguments of `generate`: whatever a task or `--gen_kwargs` sets and transformers knows."""
+        given = {name: value for name, value in settings.items() if value is not None and name != STOPS}
+        self._warn_once([name for name in given if name not in KNOWN], "which is not passed to the model")
+        known = {name: value for name, value in given.items() if name in KNOWN}
+        is_sampled = samples(known)
+        if not is_sampled:
+            left = [name for name in SAMPLING if known.get(name, 0) not in NEUTRAL]
+            self._warn_once(left, "but nothing is sampled: answers are greedy")
             known = {name: value for name, value in known.items() if name not in SAMPLING}
-        seed = self.seed if samples else None
-        return {"max_new_tokens": self.max_new_tokens, "num_beams": 1} | known | {"do_sample": samples, "seed": seed}
+        about = {"do_sample": is_sampled, "seed": self.seed if is_sampled else None}
+        return {"max_new_tokens": self.max_new_tokens, "num_beams": 1} | known | about
+
+    def _warn_once(self, names: Sequence[str], what: str) -> None:
+        """Say that generation arguments have no effect, each of them once."""
+        for name in names:
+            if name not in self._warned and self.rank == 0:
+                logger.warning("A task or --gen_kwargs sets %s, %s.", name, what)
+                self._warned.add(name)
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Refuse: answers are generated here.
@@ -138,6 +162,21 @@ class InterleavedModel(lmms):
             f"{len(requests)} requests of several rounds were sent, but --model blip3 answers once. The task is "
             "probably an interactive one: choose another."
         )
+
+
+def samples(settings: Mapping[str, Any]) -> bool:
+    """Whether answers are sampled; at a temperature of 0 they are greedy, as in lmms-eval's own models.
+
+    >>> samples({"do_sample": True}), samples({"temperature": 0.7}), samples({"do_sample": True, "temperature": 0})
+    (True, True, False)
+    >>> samples({}), samples({"top_p": 0.9}), samples({"do_sample": False, "temperature": 0.7})
+    (False, False, False)
+    """
+    is_asked = read_switch("do_sample", settings["do_sample"]) if "do_sample" in settings else None
+    temperature = settings.get("temperature")
+    if temperature is None:
+        return bool(is_asked)
+    return is_asked is not False and float(temperature) > 0
 
 
 def cut_at(stops: str | Sequence[str], text: str) -> str:

@@ -36,8 +36,8 @@ class ChatModel:
 
     Raises:
         OSError: if there is no such checkpoint.
-        ValueError: if the device is not there, the processor has no image token, or its image processor has no such
-            argument.
+        ValueError: if the device is not there, the processor has no image token, its image processor has no such
+            argument, or one has no such value.
     """
 
     def __init__(
@@ -52,17 +52,25 @@ class ChatModel:
         trust_remote_code: bool = False,
         image_options: dict[str, Any] | None = None,
     ):
-        check_choice("chat is", str(chat), (AUTO, "True", "False"))
+        is_chat = None if chat == AUTO else read_switch("chat", chat, f"True, False or {AUTO}")
+        trust_remote_code = read_switch("trust_remote_code", trust_remote_code)
         check_choice("dtype is", dtype, DTYPES)
-        self.answerer = load_answerer(pretrained, subfolder, dtype, device, trust_remote_code)
+        self.answerer = load_answerer(str(pretrained), str(subfolder), dtype, device, trust_remote_code)
         self.render = Renderer(
             self.answerer.processor,
-            is_chat=None if chat == AUTO else bool(chat),
-            end_of_shot=None if end_of_shot == AUTO else end_of_shot.replace("\\n", "\n"),
+            is_chat=is_chat,
+            end_of_shot=None if end_of_shot == AUTO else str(end_of_shot).replace("\\n", "\n"),
         )
-        self.image_options = image_options or {}
-        check_image_options(self.image_options, self.answerer.processor)
+        check_image_options(image_options or {}, self.answerer.processor)
+        self.image_options = {
+            name: read_switch(name, value) if self._is_switch(name) else value
+            for name, value in (image_options or {}).items()
+        }
         self.stop_ids = find_stops(self.answerer.processor, self.answerer.model)
+
+    def _is_switch(self, name: str) -> bool:
+        """Whether an argument of the image processor is true or false."""
+        return isinstance(getattr(self.answerer.processor.image_processor, name), bool)
 
     def answer(self, prompts: Sequence[Rendered], **options: Any) -> list[Answer]:
         """Answer prompts in one batch: all of them with images, or all without.
@@ -80,6 +88,52 @@ class ChatModel:
     def answer_messages(self, messages: Sequence[Message], **options: Any) -> str:
         """Answer one conversation."""
         return self.answer([self.render(messages)], **options)[0].text
+
+
+def read_switch(name: str, value: Any, expected: str = "True or False") -> bool:
+    """Read an argument that is true or false, also as a text: any text but an empty one counts as true in Python.
+
+    Args:
+        name: of the argument, for the error.
+        value: as given.
+        expected: for the error.
+
+    Raises:
+        ValueError: for anything else.
+
+    >>> read_switch("chat", "False"), read_switch("chat", " true "), read_switch("chat", False)
+    (False, True, False)
+    """
+    text = str(value).strip().lower()
+    if text not in ("true", "false"):
+        raise ValueError(
+            f"{name} is {value!r}, but {expected} is expected. It was probably mistyped, or a number was given in its "
+            "place: correct it, or leave it out."
+        )
+    return text == "true"
+
+
+def read_count(name: str, value: Any, least: int = 1) -> int:
+    """Read an argument that is a whole number, also as a text.
+
+    Args:
+        name: of the argument, for the error.
+        value: as given.
+        least: that it may be.
+
+    Raises:
+        ValueError: for anything else.
+
+    >>> read_count("max_new_tokens", "48")
+    48
+    """
+    text = str(value).strip()
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(
+            f"{name} is {value!r}, but a whole number of at least {least} is expected. It was probably mistyped: "
+            "correct it, or leave it out."
+        )
+    return int(text)
 
 
 def check_image_options(options: Mapping[str, Any], processor: Any) -> None:

@@ -68,9 +68,10 @@ def name_model(arguments: Mapping[str, Any], adapter: str = OUR_ADAPTER) -> Mode
 
 def _settings(arguments: Mapping[str, Any], adapter: str) -> list[str]:
     """Say what a run changed: the base resolution first."""
+    words = {"true": "True", "false": "False"}  # as harnesses and our adapter read them, in any letters
     given = {key: str(value) for key, value in arguments.items() if key not in SAME_ANSWERS}
-    splits = given.get("do_image_splitting")
-    is_base = splits is not None and splits.lower() in ("false", "0")
+    given = {key: words.get(value.strip().lower(), value) for key, value in given.items()}
+    is_base = given.get("do_image_splitting") in ("False", "0")
     if is_base:
         del given["do_image_splitting"]
     changed = [f"{key}={value}" for key, value in sorted(given.items()) if DEFAULTS.get(key) != value]
