@@ -41,7 +41,7 @@ def test_numbers_are_on_the_scale_of_published_tables(tmp_path):
     }
     assert measured["textvqa"].error == 5.0
     assert measured["pope"].model == "mine/base"
-    assert measured["blink"].note == "no number: 2 of 14 parts"
+    assert measured["blink"].note == "no number: 2 of its 14 tasks"
     assert measured["coco"].spread == pytest.approx(2.828, abs=1e-3)
     assert (measured["coco"].num_seeds, measured["coco"].note) == (2, "seeds 42, 43")
 

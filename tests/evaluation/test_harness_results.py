@@ -125,7 +125,7 @@ def test_a_total_needs_every_part(tmp_path):
     write_lmms_run(tmp_path / "part", newer, date="20260201_000000")
     whole, part = by_benchmark(tmp_path)["blink"], by_benchmark(tmp_path / "part")["blink"]
     assert (whole.value, whole.note, whole.count) == (pytest.approx(6.5), "mean of its 14 tasks", 1400)
-    assert (part.value, part.note, part.is_publishable) == (None, "no number: 1 of 14 parts", False)
+    assert (part.value, part.note, part.is_publishable) == (None, "no number: 1 of its 14 tasks", False)
 
 
 def test_two_models_of_one_name_are_refused_until_one_is_named(tmp_path):

@@ -210,7 +210,7 @@ def _blink(run: Mapping[str, Any], shared: Numbers) -> Iterator[Measured]:
     if not scores:
         return
     counts, is_whole = _counts_of(run, *scores), len(scores) == BLINK_TASKS
-    note = f"mean of its {BLINK_TASKS} tasks" if is_whole else f"no number: {len(scores)} of {BLINK_TASKS} parts"
+    note = f"mean of its {BLINK_TASKS} tasks" if is_whole else f"no number: {len(scores)} of its {BLINK_TASKS} tasks"
     about = shared | {"task": BLINK, "metric": "blink_acc", "count": counts.get("effective"), "note": note}
     total = Measured(BLINK, value=fmean(scores.values()) if is_whole else None, is_partial=not is_whole, **about)
     yield _mark_limited(total, counts, run)
