@@ -103,7 +103,7 @@ def test_a_template_without_images_is_refused(instructed):
         ({"image_options": {"do_image_spliting": False}}, "Did you mean 'do_image_splitting'?"),
         ({"image_options": {"attn_implementation": "sdpa"}}, "Known: pretrained, subfolder, .*do_image_splitting"),
         ({"image_options": {"device_map": "auto"}}, "neither the adapter nor Blip3ImageProcessor"),
-        ({"chat": "no"}, "chat is 'no' but it must be one of auto, True, False"),
+        ({"chat": "no"}, "chat is 'no', but True, False or auto is expected"),
         ({"dtype": "half"}, "dtype is 'half' but it must be one of"),
     ],
 )
