@@ -12,6 +12,7 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
+from blip3.evaluation.harness.few_shot import BENCHMARKS
 from blip3.world import build
 from blip3.world.layouts.lmms_lab import write_lmms_lab
 from blip3.world.layouts.vlmevalkit import write_vlmevalkit
@@ -88,6 +89,18 @@ def test_columns_of_vlmevalkits_tables_are_the_written_ones(tmp_path):
         with path.open(encoding="utf-8", newline="") as file:
             found[path.stem] = set(next(csv.reader(file, delimiter="\t")))
     assert found == {name: set(columns.split()) for name, columns in KIT.items()}
+
+
+def test_no_training_row_has_the_identity_of_a_question(lmms_lab):
+    """It would be taken for the question itself, and not be shown with it."""
+    compared = 0
+    for benchmark in BENCHMARKS.values():
+        for path in (lmms_lab / benchmark.questions.path).glob("train-*.parquet"):
+            asked = next(path.parent.glob(f"{benchmark.questions.split}-*.parquet"))
+            names = [parquet.read_table(each)[benchmark.identity].to_pylist() for each in (path, asked)]
+            assert not set(names[0]) & set(names[1])
+            compared += 1
+    assert compared == 5  # NoCaps has no training rows
 
 
 def test_images_that_a_benchmark_names_by_url_are_files(lmms_lab, monkeypatch, tmp_path):

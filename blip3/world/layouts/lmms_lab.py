@@ -47,6 +47,10 @@ class Table:
     """Whether rows name their images by `url` in place of holding them."""
 
 
+FIRST_OF_TRAINING = 1_000_000
+"""Number of the first training row: no row of another split has its identity, as in the benchmarks."""
+
+
 def _encoded(asked: Asked, position: int = 0) -> Row:
     return {"bytes": encode_png(asked.images[position]), "path": None}
 
@@ -56,8 +60,9 @@ def _all_encoded(asked: Asked) -> list[Row]:
 
 
 def _words(task: str, to_row: Callable[[int, Asked], Row]) -> Rows:
-    def rows(*request: Any) -> Iterator[Row]:
-        return (to_row(number, asked) for number, asked in enumerate(ask_words(task, *request)))
+    def rows(split: str, *request: Any) -> Iterator[Row]:
+        first = FIRST_OF_TRAINING if split == "train" else 0
+        return (to_row(number, asked) for number, asked in enumerate(ask_words(task, split, *request), first))
 
     return rows
 
