@@ -76,8 +76,8 @@ def training_arguments(recipe: RunRecipe, **others: Any) -> TrainingArguments:
     )
     if arguments.n_gpu > 1:
         logger.warning(
-            "Training on one of %d GPUs, as one process. For all of them start it with `torchrun --nproc_per_node %d`; a "
-            "step then takes as many times the samples.",
+            "Training on one of %d GPUs, as one process. For all of them start with `torchrun --nproc_per_node %d`. "
+            "A step then takes as many times the samples.",
             arguments.n_gpu,
             arguments.n_gpu,
         )

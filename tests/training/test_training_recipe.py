@@ -184,7 +184,7 @@ def test_several_gpus_without_a_launcher_train_as_one_process(recipe_file, tmp_p
     class OnTwoGpus(trainer.TrainingArguments):
         def __post_init__(self):
             super().__post_init__()
-            self._n_gpu = 2
+            vars(self)["_n_gpu"] = 2
 
     recipe = load_recipe(recipe_file, Recipe, [f"output={tmp_path}"])
     assert trainer.training_arguments(recipe).n_gpu <= 1
