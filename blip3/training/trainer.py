@@ -72,6 +72,16 @@ def training_arguments(recipe: RunRecipe, **others: Any) -> TrainingArguments:
         report_to=["tensorboard"],
         **others,
     )
+    if arguments.n_gpu > 1:
+        logger.warning(
+            "Training on one of %d GPUs, as one process. For all of them start with `torchrun --nproc_per_node %d`. "
+            "A step then takes as many times the samples.",
+            arguments.n_gpu,
+            arguments.n_gpu,
+        )
+        # as accelerate does without a launcher. `Trainer` would wrap the model in DataParallel: a batch for each GPU,
+        # and every tensor cut into as many parts by its first axis, rows of several images away from their images
+        arguments._n_gpu = 1
     if isinstance(recipe, Recipe) and recipe.fsdp and arguments.device.type == "cpu":
         shard_on_cpus()
     return arguments
