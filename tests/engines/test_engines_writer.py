@@ -15,6 +15,7 @@ from blip3.data.readers import read_ocr, stream_rows
 from blip3.data.records import RecordError
 from blip3.data.shards import images_beside
 from blip3.engines import run, texts, writer
+from blip3.engines.filters.images import Sides
 from blip3.engines.run import EngineSummary, RunSettings, open_output, summarize
 from blip3.engines.stages import EnginePlan, StageSpec
 from blip3.engines.writer import ShardWriter, WriterSettings, pools_of, steps_of
@@ -166,6 +167,22 @@ class Spell:
     def __call__(self, samples: list, images: list) -> list[dict]:
         """Add `captions`."""
         return [{"captions": json.dumps([[f"{image.height} x {image.width}", 0, False]])} for image in images]
+
+
+@pytest.mark.parametrize("own", [{"captions": '["of the shard"]'}, {"captions": ["a", "b"]}, {"captions": {"k": 1}}])
+def test_columns_that_the_engine_did_not_write_are_empty_whatever_the_shard_has(tmp_path, own):
+    """A kept, a filtered and a broken row of a shard whose own column is called as the engine's."""
+    images = {"kept": encode(20, 30), "small": encode(8, 30), "broken": b"broken"}
+    write_tar(tmp_path / "a.tar", {key: {"jpg": it, "json": json.dumps(own).encode()} for key, it in images.items()})
+    stages = (StageSpec(Sides, {"least": 16}), StageSpec(Spell))
+    made = EnginePlan("spell", stages, {"captions": "string"}, {})
+    (line,), rows = write(tmp_path / "a.tar", tmp_path / "out", made)
+    assert (line["rows"], line["errors"], line["filtered"]) == (3, 1, {"sides": 1})
+    assert {row["key"]: row["captions"] for row in rows} == {
+        "kept": '[["20 x 30", 0, false]]',
+        "small": None,
+        "broken": None,
+    }
 
 
 @pytest.mark.parametrize(

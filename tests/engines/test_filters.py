@@ -42,7 +42,11 @@ def image_sample(image: Image.Image, key: str, shard: str = "a.tar", **options: 
 
 
 def dropped(stage: object, samples: list[Sample], slice_size: int = 3) -> list[str | None]:
-    return [values.get("filtered_by") for values in run_stages([stage], samples, slice_size)]
+    return dropped_by([stage], samples, slice_size)
+
+
+def dropped_by(stages: list, samples: list[Sample], slice_size: int = 3) -> list[str | None]:
+    return [values.get("filtered_by") for values in run_stages(stages, samples, slice_size)]
 
 
 def line(text: str, confidence: float = 0.9, box: tuple = (0.1, 0.1, 0.5, 0.2)) -> dict:
@@ -351,7 +355,22 @@ def test_stages_are_made_from_their_options_and_each_drop_has_its_name(tmp_path,
     pairs = enumerate(zip(texts, images, strict=True))
     samples = [replace(image_sample(image, str(n)), caption=text, values=values) for n, (text, image) in pairs]
     rows = run_stages(stages, samples)
-    assert Counter(row.get("filtered_by") for row in rows) == {None: 2, "sides": 1, "exact_duplicate": 2}
+    counts = {None: 2, "sides": 1, "exact_duplicate": 1, "alt_text_length": 1}
+    assert Counter(row.get("filtered_by") for row in rows) == counts
+
+
+def test_an_image_is_not_lost_with_a_first_row_whose_alt_text_is_dropped():
+    """Rows of one image, of which the first fails a filter of the alt-text: the second is no duplicate then."""
+    for package in ("imagehash", "py3langid"):
+        pytest.importorskip(package)
+    image = render_image(120, 90)
+    texts = ["kite", GERMAN, ENGLISH, ENGLISH]
+    samples = [replace(image_sample(image, str(n)), caption=text) for n, text in enumerate(texts)]
+    for option in ("--drop-exact-duplicates", "--drop-near-duplicates"):
+        before, _ = filters.stages(parsed(option, "--alt-text-words", "3", "50", "--alt-text-language", "en"))
+        found = dropped_by([spec.stage(**spec.options) for spec in before], samples)
+        assert found[:3] == ["alt_text_length", "alt_text_language", None], option
+        assert found[3] in ("exact_duplicate", "near_duplicate")
 
 
 @pytest.mark.parametrize(

@@ -68,9 +68,10 @@ def stages(options: argparse.Namespace) -> tuple[list[StageSpec], list[StageSpec
     """Give the filters that come before an engine's own stages, and those that come after."""
     before = [StageSpec(Sides, {"least": options.min_side})] if options.min_side > 1 else []
     before += _given(options.drop_listed, Listed, "folder")
-    before += [StageSpec(ExactDuplicates)] if options.drop_exact_duplicates else []
     before += _range(options.alt_text_words, AltTextLength)
     before += _given(options.alt_text_language, AltTextLanguage, "languages")
+    # Behind the filters of alt-text: an image is kept with the first of its rows that passes those.
+    before += [StageSpec(ExactDuplicates)] if options.drop_exact_duplicates else []
     before += _given(options.drop_near_duplicates, NearDuplicates, "distance")
     before += _given(options.max_nsfw, Unsafe, "most")
     before += _given(options.drop_faces, Faces, "least")
