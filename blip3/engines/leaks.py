@@ -91,13 +91,12 @@ _CLAUSE = re.compile(
 _LEADS = re.compile(
     rf"^\W*(?:based|according|given|from|using|considering|drawing|taking|by|when|{_JOIN})\b", re.IGNORECASE
 )
-_NUMERAL = re.compile(r"(?<![\w'-])([A-Z][\w'.-]*\s+)I\b(?!')")  # World War I, Edward I, Mark I
-_BEFORE_I = frozenset(
-    "Additionally After Afterwards Again Also Although And As Because Before But Can Could Did Do Finally First Hence "
-    "Here How However If Instead May Next Now Once Only Or Otherwise Overall Second Shall Should Since So Still "
-    "Such That Then Therefore This Though Thus Unless Until What When Where Whereas Which While Why Will Would Yes "
-    "Yet".split()
-)  # capitalised where a sentence or a part of one begins
+_BEGINS = (  # capitalised where a sentence or a part of one begins
+    r"(?:Additionally|After(?:wards)?|Again|Also|Although|And|As|Because|Before|But|Can|Could|Did|Do|Finally|First|Hence|"
+    r"Here|How|However|If|Instead|May|Next|Now|Once|Only|Or|Otherwise|Overall|Second|Shall|Should|Since|So|Still|Such|"
+    r"That|Then|Therefore|This|Though|Thus|Unless|Until|What|When|Where|Whereas|Which|While|Why|Will|Would|Yes|Yet)"
+)
+_NUMERAL = re.compile(rf"(?<![\w'-])(?!{_BEGINS}\s)([A-Z][\w'.-]*\s+)I\b(?!')")  # World War I, Edward I, Mark I
 _BOLD = re.compile(r"(?<![\w*])(\*{2,3})(?=\S)(.+?)(?<=\S)\1(?![\w*])")
 _HEADING = re.compile(r"^#{1,6} +", re.MULTILINE)
 
@@ -201,11 +200,7 @@ def _plain(sentence: str) -> str:
 
     An I behind a capitalised word is part of a name, as in Edward I, unless sentences begin with that word.
     """
-    return _NUMERAL.sub(_as_numeral, sentence.replace("\u2019", "'"))
-
-
-def _as_numeral(match: re.Match[str]) -> str:
-    return match[0] if match[1].strip() in _BEFORE_I else f"{match[1]}\u2160"
+    return _NUMERAL.sub("\\1\u2160", sentence.replace("\u2019", "'"))
 
 
 def _is_ended(sentence: str) -> bool:
