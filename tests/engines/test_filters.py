@@ -317,7 +317,58 @@ PERSONAL = {
     "Invoice 4711, 2019-05-03": [],
     "ISBN 978-3-16-148410-0": [],
     "no digits at all": [],
+    "25 50 75 100 125 150 175": [],
+    "1996 1997 1998 1999": [],
+    "4000 4500 5000 5500 in kg": [],
+    "4111 1111 1111 1111 1111 1111 1111 1111": [],
+    "4111 1111-1111 1111": [],
+    "41 11 11 11 11 11 11 11": [],
+    "Visa 4111 1111 1111 1111 12/27 123": ["card"],
+    "3782 822463 10005": ["card"],
+    "7 3056 930902 5904": ["card"],
+    "9783161484100": [],
 }
+CARDS = {
+    "Visa": ("4111111111111111", "4012888888881881", "4242 4242 4242 4242", "4222 2222 2222 2"),
+    "Mastercard": ("5555-5555-5555-4444", "5105105105105100", "2223 0031 2200 3222", "2720992720992729"),
+    "American Express": ("378282246310005", "3714 496353 98431"),
+    "Diners Club": ("3056 930902 5904", "38520000023237"),
+    "JCB": ("3530111333300000", "3566 0020 2036 0505"),
+    "Discover": ("6011111111111117", "6011 0009 9013 9424"),
+    "UnionPay": ("6200000000000005", "6205 5000 0000 0000 004"),
+    "Maestro": ("6759649826438453",),
+}
+NO_CARDS = (
+    "1996199719981999",
+    "2721 0000 0000 0004",
+    "4111 1111 1111 1112",
+    "411111111111116",
+    "3782 8224 6310 005",
+    "7000 0000 0000 0005",
+    "0000000000000000",
+)
+
+
+@pytest.mark.parametrize("number", itertools.chain.from_iterable(CARDS.values()))
+def test_cards_of_the_issuers_are_known(number):
+    assert is_card(number)
+    assert is_card(number.replace(" ", "").replace("-", ""))
+    assert not is_card(number[:-1] + str((int(number[-1]) + 1) % 10)), "another check digit"
+
+
+@pytest.mark.parametrize("number", NO_CARDS)
+def test_other_numbers_are_no_cards(number):
+    assert not is_card(number)
+
+
+def test_tables_and_scales_are_no_cards():
+    pytest.importorskip("phonenumbers")
+    rng = np.random.default_rng(0)
+    tables = [[line(" ".join(map(str, rng.integers(10, 999, 6)))) for _ in range(12)] for _ in range(40)]
+    tables += [[line(str(value)) for value in range(start, start + 5 * step, step)] for start in range(1900, 7000, 90)
+               for step in (1, 25, 500)]  # fmt: skip
+    samples = [text_sample(key=str(number), entries=entries) for number, entries in enumerate(tables)]
+    assert not any(dropped(PersonalData("images"), samples))
 
 
 @pytest.mark.parametrize("text", PERSONAL)
