@@ -84,9 +84,11 @@ def test_a_file_that_was_there_before_is_dropped_in_its_shard_only():
 
 def test_a_list_names_what_to_drop(tmp_path):
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.tar.txt").write_text("k1\nk 3\n")
-    samples = [Sample(key, b"", shard=shard) for shard in ("sub/a.tar", "b.tar") for key in ("k1", "k2", "k 3")]
-    assert dropped(Listed(str(tmp_path)), samples) == ["listed", None, "listed", None, None, None]
+    (tmp_path / "sub" / "a.tar.txt").write_text("k1\nk 3\nk\u20284\n", encoding="utf-8")
+    samples = [
+        Sample(key, b"", shard=shard) for shard in ("sub/a.tar", "b.tar") for key in ("k1", "k2", "k 3", "k\u20284")
+    ]
+    assert dropped(Listed(str(tmp_path)), samples) == ["listed", None, "listed", "listed", *[None] * 4]
 
 
 # -- hashes -----------------------------------------------------------------------------------------------------------

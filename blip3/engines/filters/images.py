@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...files import read_lines
 from ..packages import IMAGEHASH, NUDENET, OPEN_NSFW
 from ..stages import Sample, Values
 from .hashing import DISTANCE, NearTable, perceptual_hash
@@ -73,8 +74,7 @@ class Listed:
     def _keys_of(self, shard: str) -> frozenset[str]:
         if shard != self._shard:
             path = list_of(self.folder, shard)
-            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-            self._shard, self._keys = shard, frozenset(lines)
+            self._shard, self._keys = shard, frozenset(read_lines(path) if path.is_file() else ())
         return self._keys
 
 
