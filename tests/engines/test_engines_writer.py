@@ -14,7 +14,7 @@ import pytest
 from blip3.data.readers import read_ocr, stream_rows
 from blip3.data.records import RecordError
 from blip3.data.shards import images_beside
-from blip3.engines import run, texts, writer
+from blip3.engines import run, show, texts, writer
 from blip3.engines.filters.images import Sides
 from blip3.engines.run import EngineSummary, RunSettings, open_output, summarize
 from blip3.engines.stages import EnginePlan, StageSpec
@@ -341,6 +341,31 @@ def test_counts_are_added_up_over_runs(tmp_path):
 def test_settings_that_cannot_work_are_refused(tmp_path, change):
     with pytest.raises(ValueError, match="must be a positive integer"):
         RunSettings(tmp_path, tmp_path, **change)
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "place"),
+    [
+        ("in", "in", "the input itself"),
+        ("in", "in/below/out", "inside it"),
+        ("in", "else/../in/out", "inside it"),
+        ("in", "link/out", "inside it"),
+        ("in/a.parquet", "in", "its folder"),
+    ],
+)
+def test_an_output_in_the_input_is_refused_before_anything_is_written(tmp_path, source, output, place):
+    """Rows would be the next run's input, or in the place of a file of the input."""
+    (tmp_path / "in").mkdir()
+    parquet.write_table(pyarrow.table({"image": [b"i"], "key": ["k"]}), tmp_path / "in" / "a.parquet")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    with pytest.raises(ValueError, match=f"and the output .* is {place}, but the two are expected apart"):
+        RunSettings(tmp_path / source, tmp_path / output)
+    with pytest.raises(ValueError, match="but the two are expected apart"):
+        show.make_sheet(tmp_path, tmp_path / "in", tmp_path / "in" / "sheet.png")
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["a.parquet"]
+    for apart in ("out", "input", "link_to"):
+        assert RunSettings(tmp_path / "in", tmp_path / apart)
+    assert RunSettings(tmp_path / "in" / "a.parquet", tmp_path / "in" / "below")
 
 
 @pytest.mark.parametrize("module", [writer, texts])
