@@ -107,10 +107,9 @@ def check_apart(source: Path, output: Path) -> None:
         ValueError: if the output is the input or inside it, or the folder that the input file lies in.
     """
     read, written = source.resolve(), output.resolve()
-    if written.is_relative_to(read) or (read.is_file() and written == read.parent):
-        place = (
-            "the input itself" if written == read else "inside it" if written.is_relative_to(read) else "its folder"
-        )
+    is_inside = written.is_relative_to(read)
+    if is_inside or (read.is_file() and written == read.parent):
+        place = "the input itself" if written == read else "inside it" if is_inside else "its folder"
         raise ValueError(
             f"The input is {source} and the output {output} is {place}, but the two are expected apart: what is "
             "written would be read as input, or overwrite it. The output was probably named relative to the input: "
