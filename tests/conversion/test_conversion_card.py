@@ -148,7 +148,7 @@ def write_card(folder: Path, head: str, body: str = "# A model\n") -> Path:
         ),
         ("language: en", "license: apache-2.0\nbase_model: [a/b, c/d]", ["a/b", "c/d"], "apache-2.0"),
         ("base_model: someone/mine", "license: apache-2.0", ["someone/mine"], "apache-2.0"),
-        ("base_model: ./here\nlicense: mit", "base_model: /home/someone/model", [], "mit"),
+        ("base_model: ./here\nlicense: mit", "base_model: ../elsewhere/model", [], "mit"),
         ("base_model: outputs/run", "license: mit", [], "mit"),  # a folder of the machine
         ("tags: [generated_from_trainer]\nbase_model: some/folder\nlicense: x", "license: mit", [], "mit"),
         ("library_name: peft\nbase_model: some/folder", "license: mit", [], "mit"),
