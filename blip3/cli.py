@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .refusals import did_you_mean
+from .refusals import did_you_mean, install
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -118,13 +118,13 @@ def run(name: str, arguments: Sequence[str]) -> int:
 def _refuse(name: str, missing: str, is_help: bool) -> int:
     """Say which extra a subcommand needs; where its help was asked for, give what its file says about it."""
     command = COMMANDS[name]
-    install = f"pip install -e '.[{command.extra}]' in the repository" if command.extra else f"pip install {missing}"
+    line = install(command.extra) if command.extra else f"`pip install {missing}`"
     if is_help:
         file = PACKAGE / f"{command.module.replace('.', '/')}.py"
-        print(f"{ast.get_docstring(ast.parse(file.read_text(encoding='utf-8')))}\n\nFor its options: {install}.")
+        print(f"{ast.get_docstring(ast.parse(file.read_text(encoding='utf-8')))}\n\nFor its options: {line}.")
         return 0
     print(
-        f"error: blip3 {name} needs {missing}, which is not installed. An extra was probably left out: {install}.",
+        f"error: blip3 {name} needs {missing}, which is not installed. An extra was probably left out: run {line}.",
         file=sys.stderr,
     )
     return 1

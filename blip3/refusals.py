@@ -50,6 +50,15 @@ def did_you_mean(given: Any, known: Iterable[str], otherwise: str) -> str:
     return f"Did you mean {close[0]!r}?" if close else otherwise
 
 
+def install(extra: str) -> str:
+    """Give the line that installs an extra of this package, which PyPI does not have, for a message.
+
+    >>> install("onnx")
+    "`pip install -e '.[onnx]'` in the repository"
+    """
+    return f"`pip install -e '.[{extra}]'` in the repository"
+
+
 def list_names(names: Iterable[str], most: int = 8) -> str:
     """Give some of the names, sorted, for a message.
 

@@ -101,17 +101,23 @@ def load(path: Path, qlora: bool = False):
     return (model if qlora else model.to(device)), processor
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the text above as it is, and the default of each option."""
+
+
 def main() -> None:
     """Evaluate, train an adapter, merge it into the full-precision model, and evaluate what was saved."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("."))
-    parser.add_argument("--train", type=Path, default=DATA / "train" / "data.jsonl")
-    parser.add_argument("--test", type=Path, default=DATA / "test" / "data.jsonl")
-    parser.add_argument("--output", type=Path, default=Path("outputs/finetune_lora"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--model", type=Path, default=Path("."), help="a folder with a model")
+    parser.add_argument("--train", type=Path, default=DATA / "train" / "data.jsonl", help="data to train on")
+    parser.add_argument(
+        "--test", type=Path, default=DATA / "test" / "data.jsonl", help="data to score before and after"
+    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/finetune_lora"), help="for what is trained")
     parser.add_argument("--qlora", action="store_true", help="train on 4-bit weights (bitsandbytes nf4)")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16, help="of the adapter")
+    parser.add_argument("--steps", type=int, default=100, help="batches to train on")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows in a batch")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="2e-4 suits large models")
     args = parser.parse_args()
 

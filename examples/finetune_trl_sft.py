@@ -64,16 +64,22 @@ def evaluate(model, processor, data: Dataset, title: str) -> int:
     return num_right
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the text above as it is, and the default of each option."""
+
+
 def main() -> None:
     """Evaluate, train, save, and evaluate what was saved."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("."))
-    parser.add_argument("--train", type=Path, default=DATA / "train" / "data.jsonl")
-    parser.add_argument("--test", type=Path, default=DATA / "test" / "data.jsonl")
-    parser.add_argument("--output", type=Path, default=Path("outputs/finetune_trl_sft"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--model", type=Path, default=Path("."), help="a folder with a model")
+    parser.add_argument("--train", type=Path, default=DATA / "train" / "data.jsonl", help="data to train on")
+    parser.add_argument(
+        "--test", type=Path, default=DATA / "test" / "data.jsonl", help="data to score before and after"
+    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/finetune_trl_sft"), help="for what is trained")
     parser.add_argument("--lora", action="store_true", help="train an adapter of rank 16 and merge it")
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=80, help="batches to train on")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows in a batch")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="2e-5 suits large models, 2e-4 with --lora")
     args = parser.parse_args()
 

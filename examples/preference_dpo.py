@@ -66,16 +66,22 @@ def evaluate(model, processor, data: Dataset, title: str) -> int:
     return num_right
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the text above as it is, and the default of each option."""
+
+
 def main() -> None:
     """Evaluate, train an adapter, merge it, save, and evaluate what was saved."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("."))
-    parser.add_argument("--train", type=Path, default=DATA / "train" / "pairs.jsonl")
-    parser.add_argument("--test", type=Path, default=DATA / "test" / "pairs.jsonl")
-    parser.add_argument("--output", type=Path, default=Path("outputs/preference_dpo"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--model", type=Path, default=Path("."), help="a folder with a model")
+    parser.add_argument("--train", type=Path, default=DATA / "train" / "pairs.jsonl", help="data to train on")
+    parser.add_argument(
+        "--test", type=Path, default=DATA / "test" / "pairs.jsonl", help="data to score before and after"
+    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/preference_dpo"), help="for what is trained")
     parser.add_argument("--beta", type=float, default=0.1, help="how much leaving the reference costs")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=8, help="pairs")
+    parser.add_argument("--steps", type=int, default=60, help="batches to train on")
+    parser.add_argument("--batch-size", type=int, default=8, help="pairs in a batch")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="1e-5 to 1e-4 suits large models")
     args = parser.parse_args()
 

@@ -74,15 +74,21 @@ def evaluate(model, processor, data: Dataset, title: str) -> int:
     return num_right
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the text above as it is, and the default of each option."""
+
+
 def main() -> None:
     """Evaluate, train an adapter, merge it, save, and evaluate what was saved."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("."))
-    parser.add_argument("--train", type=Path, default=DATA / "train" / "data.jsonl")
-    parser.add_argument("--test", type=Path, default=DATA / "test" / "data.jsonl")
-    parser.add_argument("--output", type=Path, default=Path("outputs/reward_grpo"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--model", type=Path, default=Path("."), help="a folder with a model")
+    parser.add_argument("--train", type=Path, default=DATA / "train" / "data.jsonl", help="data to train on")
+    parser.add_argument(
+        "--test", type=Path, default=DATA / "test" / "data.jsonl", help="data to score before and after"
+    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/reward_grpo"), help="for what is trained")
     parser.add_argument("--generations", type=int, default=8, help="answers to each question")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=30, help="batches to train on")
     parser.add_argument("--batch-size", type=int, default=32, help="answers a step: questions times generations")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="1e-6 to 1e-5 suits large models")
     args = parser.parse_args()

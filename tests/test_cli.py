@@ -103,7 +103,7 @@ def test_an_unknown_subcommand_is_refused_with_the_nearest(given, hint, capsys):
 def test_a_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(cli.COMMANDS, "page", cli.Command("serving.nowhere", "nothing", "app"))
     assert cli.main(["page"]) == 1
-    assert "An extra was probably left out: pip install -e '.[app]'" in capsys.readouterr().err
+    assert "An extra was probably left out: run `pip install -e '.[app]'`" in capsys.readouterr().err
 
 
 def test_status_and_arguments_are_the_subcommands(tmp_path, capsys):

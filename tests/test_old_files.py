@@ -62,7 +62,7 @@ def test_records_in_json_lines_are_read_as_before(name):
 
 
 def test_records_in_shards_are_read_as_before():
-    pytest.importorskip("datasets", reason="reads shards: pip install 'blip3[data]'")
+    pytest.importorskip("datasets", reason="reads shards: pip install -e '.[data]'")
     from blip3.data import readers
 
     parquet, tar = "parquet/compare-train-00000.parquet", "captions-00000.tar"
@@ -96,7 +96,7 @@ def settings_of(values: dict) -> object:
 
 
 def test_training_resumes_at_the_right_step_with_the_same_losses(old, monkeypatch, caplog):
-    pytest.importorskip("accelerate", reason="trains: pip install 'blip3[train]'")
+    pytest.importorskip("accelerate", reason="trains: pip install -e '.[train]'")
     from blip3.training import train
     from blip3.training.recipe import Recipe, load_recipe
 
@@ -117,7 +117,7 @@ def test_training_resumes_at_the_right_step_with_the_same_losses(old, monkeypatc
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (OLD / "training" / "run" / "checkpoint-3").iterdir()))
 def test_a_damaged_checkpoint_of_before_is_passed_over(old, name, caplog):
-    pytest.importorskip("accelerate", reason="trains: pip install 'blip3[train]'")
+    pytest.importorskip("accelerate", reason="trains: pip install -e '.[train]'")
     from blip3.training import resume
 
     run = old / "training" / "run"
@@ -129,7 +129,7 @@ def test_a_damaged_checkpoint_of_before_is_passed_over(old, name, caplog):
 
 
 def test_scoring_asks_only_what_has_no_answer(old):
-    pytest.importorskip("matplotlib", reason="makes the plot: pip install 'blip3[evaluation]'")
+    pytest.importorskip("matplotlib", reason="makes the plot: pip install -e '.[evaluation]'")
     from blip3.evaluation.score import ScoreSettings, score
 
     class Counting:

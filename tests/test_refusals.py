@@ -3,6 +3,8 @@
 
 import ast
 import doctest
+import re
+import tomllib
 
 import pytest
 
@@ -62,3 +64,20 @@ def test_suggestions_are_made_in_one_place():
         if isinstance(node, ast.Import) and any(alias.name == "difflib" for alias in node.names)
     ]
     assert users == ["blip3/refusals.py"]
+
+
+def test_every_message_installs_extras_from_the_clone_and_names_those_that_exist():
+    """PyPI does not have the package, so a line that names it with an extra would ask for another project."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    paths = [path for folder in ("blip3", "docs", "examples", "tests") for path in (ROOT / folder).rglob("*")]
+    paths = [path for path in (*ROOT.glob("*.*"), *paths) if path.suffix in (".py", ".md", ".ipynb")]
+    texts = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    assert [name for name, text in texts.items() if re.search(r"install [^\n]{0,4}blip3\\?\[", text)] == []
+    named = {extra for text in texts.values() for extra in re.findall(r"\binstall\('([\w-]+)'\)", text)}
+    named |= {
+        each
+        for text in texts.values()
+        for found in re.findall(r"'\.\[([\w,-]+)\]'", text)
+        for each in found.split(",")
+    }
+    assert {"data", "engines", "lmms-eval", "onnx", "quantize", "train"} <= named <= set(extras)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..files import write_text
@@ -186,25 +187,47 @@ def _named(path: Path, table: dict) -> str | None:
 
 
 def card_origin(folder: Path, base: Path | None, is_as_written: bool) -> Origin:
-    """Read where our folder comes from off its card, or off that of the folder it was trained from.
-
-    Cards that `Trainer` and TRL write are not read: they name local folders as base models.
+    """Read where our folder comes from off its card, and what that leaves out off the card of its base.
 
     Args:
         folder: of ours, or saved by transformers from one.
         base: what it was trained from, if that was given.
         is_as_written: whether the weights are those this script wrote, not trained since.
     """
-    for path, is_own in ((folder, True), (base, False)):
-        card = path / "README.md" if path else None
-        if card is None or not card.is_file() or MARK not in (text := card.read_text(encoding="utf-8")):
-            continue
+    models: tuple[str, ...] = ()
+    weights_license, is_release, is_by_name = None, False, False
+    for path in filter(None, (folder, base)):
+        text, data = _read_card(path)
+        found = tuple(filter(_is_id, _as_list(data.get("base_model"))))
+        if not models and found:
+            models, is_by_name = found, MARK in text and BY_NAME in text
+            is_release = path is folder and is_as_written and MARK in text and "from the release" in text
+        weights_license = weights_license or next(iter(_as_list(data.get("license"))), None)
+    return Origin(models, weights_license, is_release, is_by_name)
+
+
+def _read_card(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Return a card and its header; not those by `Trainer`, TRL and PEFT, which name local folders as models."""
+    if not (folder / "README.md").is_file():
+        return "", {}
+    text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    try:
         data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
-        models = data.get("base_model") or ()
-        models = (models,) if isinstance(models, str) else tuple(models)
-        is_release = is_own and is_as_written and "from the release" in text
-        return Origin(models, data.get("license"), is_release, is_by_name=BY_NAME in text)
-    return Origin()
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        print(f"the head of {folder / 'README.md'} is no YAML of a card and is not read: {error}")
+        return "", {}
+    is_of_trainer = "generated_from_trainer" in _as_list(data.get("tags")) or data.get("library_name") == "peft"
+    return ("", {}) if is_of_trainer and MARK not in text else (text, data)
+
+
+def _as_list(value: Any) -> list[str]:
+    """Return the texts of a value that a card may write as one text or as several."""
+    return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)]
+
+
+def _is_id(name: str) -> bool:
+    """Tell an id on the Hub from a folder of the machine."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).exists()
 
 
 def given_origin(origin: Origin, args: argparse.Namespace) -> Origin:

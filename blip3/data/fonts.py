@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import ImageFont
 
-from ..refusals import check_choice
+from ..refusals import check_choice, install
 
 FACES = {
     "Aileron": ("", ""),  # inside Pillow
@@ -50,7 +50,7 @@ def load_font(face: str, points: int) -> ImageFont.FreeTypeFont:
     if spec is None or spec.origin is None:
         raise ImportError(
             f"The font {face!r} needs the package {package.replace('_', '-')}, which is not installed. The extra was "
-            "probably left out: run `pip install 'blip3[data]'`, or write with Pillow's own font, fonts=('Aileron',)."
+            f"probably left out: run {install('data')}, or write with Pillow's own font, fonts=('Aileron',)."
         )
     # Basic layout: the same everywhere, with or without Raqm.
     return ImageFont.truetype(

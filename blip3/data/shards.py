@@ -26,6 +26,7 @@ from typing import Any
 
 from ..files import write_text
 from ..jobs.tars import split_name
+from ..refusals import install
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 TEXT_KINDS = ("txt", "text", "transcript")
@@ -98,7 +99,7 @@ def _locate(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise ImportError(
             f"Reading {url!r} needs the package fsspec, which is not installed. The extra was probably left out: run "
-            "`pip install 'blip3[data]'`."
+            f"{install('data')}."
         ) from error
     system, path = fsspec.core.url_to_fs(url)  # of this process: what a fork inherits is of no use
     return system, path if "://" in url or "::" in url else url

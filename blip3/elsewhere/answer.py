@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoProcessor
 from ..answering import render_question
 from ..checkpoints import locate
 from ..hub import model_code
+from ..refusals import install
 
 
 class OnnxModel:
@@ -39,7 +40,7 @@ class OnnxModel:
         except ImportError as error:
             raise ImportError(
                 f"{folder} holds ONNX files, which need the package onnxruntime, and it is not installed. The extra "
-                "was probably left out: run `pip install 'blip3[onnx]'`."
+                f"was probably left out: run {install('onnx')}."
             ) from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads

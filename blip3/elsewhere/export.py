@@ -29,6 +29,7 @@ from transformers import AutoConfig, DynamicCache
 
 from ..checkpoints import code_folder, folder_of, load_model, locate
 from ..hub import CODE_FILES, model_code
+from ..refusals import install
 
 OPSET = 20
 GRAPHS = ("tower", "resampler", "embed", "decoder")
@@ -118,7 +119,7 @@ def export(checkpoint: str | Path, output: str | Path) -> None:
     except ImportError as error:
         raise ImportError(
             "Writing ONNX needs the packages onnx and onnxscript, which are not installed. The extra was probably "
-            "left out: run `pip install 'blip3[onnx]'`."
+            f"left out: run {install('onnx')}."
         ) from error
     located = locate(checkpoint)
     check_exportable(AutoConfig.from_pretrained(**located))

@@ -5,6 +5,8 @@ import importlib.util
 from dataclasses import dataclass
 from importlib.metadata import version
 
+from ..refusals import install
+
 
 @dataclass(frozen=True)
 class Package:
@@ -30,8 +32,8 @@ class Package:
     def missing(self, reason: object) -> ImportError:
         """Say that it cannot be imported."""
         return ImportError(
-            f"A filter needs {self.name}, which cannot be imported ({reason}). The extra was probably left out: pip "
-            f"install 'blip3[{self.extra}]', or pip install {self.name}."
+            f"A filter needs {self.name}, which cannot be imported ({reason}). The extra was probably left out: run "
+            f"{install(self.extra)}, or `pip install {self.name}`."
         )
 
     def about(self) -> dict[str, str]:

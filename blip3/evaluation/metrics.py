@@ -13,6 +13,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+from ..refusals import install
+
 Box = Sequence[float]
 
 # ------------------------------------------------------------------------------------------------------------ text
@@ -178,7 +180,7 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]], *, is_ptb
     except ImportError as error:
         raise ImportError(
             f"CIDEr is computed by pycocoevalcap, which cannot be imported ({error}). It is probably not installed: "
-            "pip install 'blip3[evaluation]' or pip install pycocoevalcap."
+            f"run {install('evaluation')}, or `pip install pycocoevalcap`."
         ) from error
     scorer = CiderScorer()
     texts = [[answer, *several] for answer, several in zip(answers, references, strict=True)]

@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ..refusals import install
+
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Give the lines of a Markdown table.
@@ -40,7 +42,7 @@ def new_figure(size: tuple[float, float], extra: str) -> Any:
     except ImportError as error:
         raise ImportError(
             f"The plot is rendered by matplotlib, which cannot be imported ({error}). It is probably not installed: "
-            f"pip install 'blip3[{extra}]' or pip install matplotlib."
+            f"run {install(extra)}, or `pip install matplotlib`."
         ) from error
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)

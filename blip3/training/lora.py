@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..checkpoints import folder_of, load_model, locate
+from ..refusals import install
 from .recipe import LoraSettings, RecipeError
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def lora_config(settings: LoraSettings) -> Any:
     except ImportError as error:
         raise ImportError(
             f"Adapters of rank {settings.rank} need the package peft, which is not installed. The extra was probably "
-            "left out: run `pip install 'blip3[train]'`."
+            f"left out: run {install('train')}."
         ) from error
     return LoraConfig(
         r=settings.rank,
@@ -121,7 +122,7 @@ def loading_options(settings: LoraSettings | None, bf16: bool, fsdp: bool) -> tu
     except ImportError as error:
         raise ImportError(
             f"lora has quantize {settings.quantize!r}, which needs the package bitsandbytes, and it is not installed. "
-            "The extra was probably left out: run `pip install 'blip3[quantize]'`."
+            f"The extra was probably left out: run {install('quantize')}."
         ) from error
     from transformers import BitsAndBytesConfig
 

@@ -23,6 +23,7 @@ from ..answering import pick_device
 from ..checkpoints import load_model, locate
 from ..data.images import open_images
 from ..data.records import Record, to_preference
+from ..refusals import install
 from .lora import add_adapters, lora_config
 from .mixture import mixture_of
 from .pairs import PairCollator, PairEncoder, pair_key
@@ -116,7 +117,7 @@ def _their_steps(recipe: Recipe, processor: Any, records: Sequence[Record]) -> I
     except ImportError as error:
         raise ImportError(
             f"Measuring {len(records)} pairs beside TRL needs the packages trl and datasets, and {error.name} is not "
-            "installed. The extra was probably left out: run `pip install 'blip3[train]'`."
+            f"installed. The extra was probably left out: run {install('train')}."
         ) from error
     rows = [{**to_preference(record), "images": open_images(record.images, processor)} for record in records]
     with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..refusals import list_names
+from ..refusals import install, list_names
 
 ZERO = ("zero2", "zero3")
 _RECIPE_SAYS = {
@@ -118,7 +118,7 @@ def sharding_arguments(fsdp: bool, deepspeed: str) -> dict[str, Any]:
     if importlib.util.find_spec("deepspeed") is None:
         raise ImportError(
             f"The recipe has deepspeed {deepspeed!r}, which needs the package deepspeed, and it is not installed. The "
-            "extra was probably left out: run `pip install 'blip3[deepspeed]'`, or write fsdp: true, which needs none."
+            f"extra was probably left out: run {install('deepspeed')}, or write fsdp: true, which needs none."
         )
     arguments: dict[str, Any] = {"deepspeed": read_deepspeed(deepspeed)}
     if not torch.accelerator.is_available():

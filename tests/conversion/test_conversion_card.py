@@ -131,6 +131,40 @@ def test_trained_weights_beside_a_release_card_are_no_release(named, tmp_path):
     assert f"based on [Salesforce/{INTERLEAVE}]" in text
 
 
+def write_card(folder: Path, head: str, body: str = "# A model\n") -> Path:
+    folder.mkdir()
+    (folder / "README.md").write_text(f"---\n{head}\n---\n{body}", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("own", "base", "models", "license"),
+    [
+        (
+            "license: mit\nbase_model: someone/mine",
+            "license: apache-2.0\nbase_model: [a/b, c/d]",
+            ["someone/mine"],
+            "mit",
+        ),
+        ("language: en", "license: apache-2.0\nbase_model: [a/b, c/d]", ["a/b", "c/d"], "apache-2.0"),
+        ("base_model: someone/mine", "license: apache-2.0", ["someone/mine"], "apache-2.0"),
+        ("base_model: ./here\nlicense: mit", "base_model: ../elsewhere/model", [], "mit"),
+        ("base_model: outputs/run", "license: mit", [], "mit"),  # a folder of the machine
+        ("tags: [generated_from_trainer]\nbase_model: some/folder\nlicense: x", "license: mit", [], "mit"),
+        ("library_name: peft\nbase_model: some/folder", "license: mit", [], "mit"),
+        ("license: [mit\nbase", "license: mit", [], "mit"),  # no YAML
+    ],
+)
+def test_licence_and_base_model_come_from_any_card_but_a_trainers(tmp_path, monkeypatch, own, base, models, license):
+    monkeypatch.chdir(tmp_path)
+    Path("outputs/run").mkdir(parents=True)
+    own, base = write_card(tmp_path / "own", own), write_card(tmp_path / "base", base)
+    origin = card.card_origin(own, base, is_as_written=True)
+    assert (list(origin.base_models), origin.license) == (models, license)
+    assert not origin.is_release
+    assert not origin.is_by_name
+
+
 @pytest.mark.parametrize("kind", ["named", "tiny_repo", "back"])
 def test_no_file_names_a_local_path(kind, request, named, tmp_path):
     folder = tmp_path / "back" if kind == "back" else request.getfixturevalue(kind)

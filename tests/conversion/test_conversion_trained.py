@@ -143,6 +143,17 @@ def test_a_saved_folder_becomes_complete(base, answer, tmp_path, save):
     assert found["grids"] == json.loads((base / "config.json").read_text())["tile_grids"]
 
 
+@pytest.mark.parametrize("save", [save_model, save_trainer], ids=lambda save: save.__name__)
+def test_a_folder_trained_from_the_repository_keeps_the_licence_of_its_card(tmp_path, save):
+    """As docs/finetuning.md says: `--base .`, whose README this script did not write."""
+    save(SMALL_MODEL, tmp_path / "trained")
+    convert(tmp_path / "trained", tmp_path / "out", "--base", SMALL_MODEL)
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "\nlicense: apache-2.0\n" in text.split("---\n")[1]
+    assert "base_model" not in text.split("---\n")[1]
+    assert "Licence of the weights: apache-2.0." in (tmp_path / "out" / "NOTICE").read_text(encoding="utf-8")
+
+
 def test_without_a_base_what_is_missing_is_named(base, tmp_path, capsys):
     save_model(base, tmp_path / "trained")
     convert(tmp_path / "trained", tmp_path / "out")

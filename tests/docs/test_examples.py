@@ -2,6 +2,7 @@
 """The scripts and the notebook of examples/, run as users run them, on the small model."""
 
 import ast
+import hashlib
 import importlib.util
 import json
 import re
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from blip3.evaluation.golden import checksums
 from support import ROOT, load_model
 
 EXAMPLES = ROOT / "examples"
@@ -266,6 +268,28 @@ def test_the_documentation_and_make_name_every_example():
     assert set(re.findall(r"^\| `([\w.]+)` \|", DOCS, flags=re.MULTILINE)) == names
     target = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nexamples: ")[1].split("\n\n")[0]
     assert all(name.split(".")[0] in target for name in names)
+
+
+def test_the_figures_say_of_which_weights_they_are():
+    """Golden tensors do so too: whoever ships other weights has to measure again, or to say that nobody did."""
+    (measured,) = re.findall(r"<!-- measured on weights (\w+):", DOCS)
+    shipped = hashlib.sha256("".join(checksums(ROOT).values()).encode()).hexdigest()[:12]
+    is_said = "weights were those that shipped until" in DOCS
+    assert is_said == (measured != shipped), f"the table is of the weights {measured}, the root has {shipped}"
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_documentation_and_the_help_have_the_defaults(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    usage = capsys.readouterr().out.split("\noptions:")[1]
+    texts = {text.split()[0]: " ".join(text.split()) for text in re.split(r"\n  --", usage)[1:]}
+    options = {name: re.findall(r"\(default: ([^)]*)\)", text)[0] for name, text in texts.items()}
+    row = next(line for line in DOCS.splitlines() if line.startswith(f"| `python examples/{name}`"))
+    steps, size = re.findall(r"\| (\d+) x (\d+) ", row)[0]
+    assert (options["steps"], options["batch-size"]) == (steps, size)
+    assert re.search(rf"\b{steps}(?: steps)? in\s`{name}`", DOCS)
 
 
 @pytest.mark.parametrize("name", TRAINERS)

@@ -92,6 +92,11 @@ def test_the_rows_of_speed_are_measured_values():
     assert {tuple(row[2:]) for row in rows[2:]} <= measured
 
 
+def test_readme_names_the_python_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert f"Python {project['requires-python'].removeprefix('>=')} and later" in README
+
+
 def test_the_older_auto_class_is_shown_and_exists_on_its_line_only():
     import transformers
 

@@ -2,6 +2,7 @@
 """docs/start_here.md: its map is the tree, and every function that any page names as `path:name` exists."""
 
 import ast
+import json
 import re
 import subprocess
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ PAGES = [
     "SECURITY.md",
     *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 ]
+WRITTEN = {"blip3/benchmarks/results/cpu_SUITE.json", "blip3/benchmarks/results/gpu.json"}  # by a run to come
 TRACKED = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
 
 
@@ -71,6 +73,45 @@ def test_a_tree_with_something_new_is_refused(new):
 
 def test_an_entry_for_nothing_is_refused():
     assert faults_of(f"{MAP}gone.py   was here\n", places_of(TRACKED)) == ["gone.py is not in the tree"]
+
+
+# -- Paths that are named ---------------------------------------------------------------------------------------------
+
+
+def missing_paths(text: str, where: Iterable[str] = ()) -> list[str]:
+    """Paths in code spans that are not in the tree.
+
+    Args:
+        text: Markdown.
+        where: folders to look in beside the root. With one, every folder and script must be there; without, only what
+            begins with a file or folder of the root, since pages name many that a command writes.
+    """
+    tops = {name.split("/")[0] for name in TRACKED}
+    spans = re.findall(r"`([\w.-]+(?:/[\w.-]+)*/?)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    named = {span for span in spans if "/" in span and span.split("/")[0] in tops}
+    if where:
+        named |= {span for span in spans if span.endswith(("/", ".py"))}
+    places = [ROOT, *(ROOT / folder for folder in where)]
+    named -= {*WRITTEN, *(f"base/{path.stem}" for path in (ROOT / "recipes/small/provenance/base").iterdir())}
+    return sorted(span for span in named if not any((place / span).exists() for place in places))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_named_exists(page):
+    assert missing_paths((ROOT / page).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("name", [name for name in TRACKED if name.endswith(".ipynb")])
+def test_every_path_that_a_notebook_names_exists(name):
+    cells = json.loads((ROOT / name).read_text(encoding="utf-8"))["cells"]
+    text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    assert len(re.findall(r"`[^`]+`", text)) >= 8
+    assert missing_paths(text, ["examples"]) == []
+
+
+def test_a_path_that_is_gone_is_noticed():
+    assert missing_paths("See `blip3/gone.py` and `recipes/4b/`.") == ["blip3/gone.py"]
+    assert missing_paths("In `mini/`, by `stripes.py`, `gone.py` and `base/`.", ["examples"]) == ["gone.py", "mini/"]
 
 
 # -- Functions that are named -----------------------------------------------------------------------------------------

@@ -16,20 +16,26 @@ RECIPES_4B = sorted((ROOT / "recipes" / "4b").glob("*.yaml"))
 PROVENANCE = ROOT / "recipes" / "small" / "provenance"
 
 
-def test_each_of_the_seven_commands_starts_where_the_one_before_ended():
+def test_each_of_the_eight_commands_starts_where_the_one_before_ended():
     block = next(block for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL) if "new_model" in block)
     first, *others = [
         shlex.split(line) for line in block.replace("\\\n", " ").splitlines() if line.startswith("python")
     ]
+    *others, average = others
     assert len(others) == 6
+    assert "Eight commands" in PAGE
     assert first[:3] == ["python", "-m", "blip3.training.small.new_model"]
-    end = first[-1]
+    ends = [first[-1]]
     for command in others:
         kind = TowerRecipe if command[2].endswith("tower.train") else Recipe
         recipe = load_recipe(ROOT / command[3], kind, command[4:])
-        assert recipe.model == end, command
-        end = f"{recipe.output}/final"
-    assert f"--model {end}" in PAGE
+        assert recipe.model == ends[-1], command
+        ends.append(f"{recipe.output}/final")
+    assert average[:3] == ["python", "-m", "blip3.training.average"]
+    assert average[4:] == [ends[-2], ends[-1], ends[-1]]
+    assert f"--model {average[3]} " in PAGE
+    head = (ROOT / "recipes" / "small" / "3_sft_talk.yaml").read_text(encoding="utf-8").replace("\\\n#", "")
+    assert average == next(shlex.split(line[1:]) for line in head.splitlines() if "training.average" in line)
 
 
 def test_the_journal_names_runs_that_exist_and_is_newest_first():

@@ -24,6 +24,27 @@ TEXTS = {
 }
 
 
+def test_the_page_explains_every_word_that_contributing_names():
+    section = re.search(
+        r"\*\*Words\.\*\*(.*?)\n\n", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL
+    )[1]
+    page = (ROOT / "docs" / "start_here.md").read_text(encoding="utf-8").split("\n## Words\n")[1]
+    named, explained = set(re.findall(r"\*([a-z]+)\*", section)), re.findall(r"^\| ([^|]+?) \| \S", page, re.MULTILINE)
+    assert len(named) >= 10
+    assert named <= set(explained)
+    assert len(explained) == len(set(explained))
+
+
+def test_the_paper_is_not_called_the_report_where_reports_are_spoken_of():
+    """`--series report`, `report.py` and what a command writes are reports; notes of recipes keep their label."""
+    heads = {
+        name: re.findall(r"^#.*", text, re.MULTILINE) for name, text in TEXTS.items() if name.startswith("recipes/")
+    }
+    lines = [line for head in heads.values() for line in head] + TEXTS["docs/evaluation.md"].splitlines()
+    assert len(heads) > 20
+    assert [line for line in lines if re.search(r"\b[Tt]he report\b", line)] == []
+
+
 def test_each_thing_has_one_word():
     found = {name: faults for name, text in TEXTS.items() if (faults := forbidden_words(text))}
     assert found == {}

@@ -225,7 +225,7 @@ def test_another_model_is_refused(tmp_path, tiny_repo):
 def test_owl_without_scipy_names_the_line(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "owlv2"}')
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"scipy, which is not installed.*pip install 'blip3\[engines\]'"):
+    with pytest.raises(ImportError, match=r"scipy, which is not installed.*pip install -e '\.\[engines\]'"):
         DetectTags(str(tmp_path), 0.3)
 
 

@@ -105,5 +105,5 @@ def test_tags_that_no_box_belongs_to():
 
 def test_without_inflect_the_error_names_the_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "inflect", None)
-    with pytest.raises(ImportError, match=r"pip install 'blip3\[engines\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[engines\]'"):
         english_plural()

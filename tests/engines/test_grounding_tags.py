@@ -147,5 +147,5 @@ def test_thresholds_may_be_given_instead(tmp_path, images):
 
 def test_without_onnxruntime_the_error_names_the_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ImportError, match=r"pip install 'blip3\[engines\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[engines\]'"):
         RamTags(str(write_export(tmp_path, ["n", 3, 16, 16])))

@@ -117,7 +117,7 @@ def test_a_conversion_does_not_carry_them(written, tmp_path):
 
 
 def test_publishing_writes_those_of_the_weights_it_writes(written, tmp_path):
-    pytest.importorskip("accelerate", reason="publishes: pip install 'blip3[train]'")
+    pytest.importorskip("accelerate", reason="publishes: pip install -e '.[train]'")
     from blip3.training.small import publish
 
     output = tmp_path / "published"

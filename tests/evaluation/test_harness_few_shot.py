@@ -234,7 +234,7 @@ def test_stems_without_their_data_or_libraries_are_refused(stand_ins, monkeypatc
     with pytest.raises(FileNotFoundError, match=r"NLTK does not find punkt_tab.*nltk.downloader punkt_tab averaged"):
         stemming.Stemmer({})
     monkeypatch.setitem(sys.modules, "inflection", None)
-    with pytest.raises(ImportError, match=r"but inflection is missing.*pip install 'blip3\[lmms-eval\]'"):
+    with pytest.raises(ImportError, match=r"but inflection is missing.*pip install -e '\.\[lmms-eval\]'"):
         stemming.Stemmer({})
 
 

@@ -515,7 +515,7 @@ def test_whatever_holds_images_counts_as_a_list(holder, processor, encoded):
 
 @pytest.mark.parametrize("decode", [True, False])
 def test_columns_of_datasets(decode, processor, encoded, tmp_path):
-    datasets = pytest.importorskip("datasets", reason="pip install 'blip3[data]'")
+    datasets = pytest.importorskip("datasets", reason="pip install -e '.[data]'")
     path = tmp_path / "image.png"
     path.write_bytes(encoded)
     features = datasets.Features({"image": datasets.Image(decode=decode)})

@@ -298,7 +298,7 @@ def test_the_demo(files):
 
 
 def test_webdataset_and_parquet_shards(files, tmp_path):
-    datasets = pytest.importorskip("datasets", reason="pip install 'blip3[data]'")
+    datasets = pytest.importorskip("datasets", reason="pip install -e '.[data]'")
     import tarfile
 
     from blip3.data.readers import read_captions, stream_rows

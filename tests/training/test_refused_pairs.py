@@ -71,7 +71,7 @@ def test_layers_of_the_other_layout_are_refused(recipe, monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 def test_a_package_that_is_missing_is_named_in_one_line(recipe, monkeypatch):
     lora = "lora={rank: 2, alpha: 4, quantize: 4bit}"
-    assert "pip install 'blip3[quantize]'" in refusal_of(stage, recipe, monkeypatch, lora)
+    assert "pip install -e '.[quantize]'" in refusal_of(stage, recipe, monkeypatch, lora)
 
 
 def test_another_run_in_the_same_output_is_refused(recipe, monkeypatch):

@@ -359,7 +359,7 @@ def test_a_launcher_that_shards_otherwise_than_the_recipe_is_refused(monkeypatch
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
 def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(ImportError, match=r"the package deepspeed, .* run `pip install 'blip3\[deepspeed\]'`"):
+    with pytest.raises(ImportError, match=r"the package deepspeed, .* run `pip install -e '\.\[deepspeed\]'`"):
         sharding_arguments(fsdp=False, deepspeed="zero3")
 
 

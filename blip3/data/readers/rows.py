@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...refusals import list_names, show
+from ...refusals import install, list_names, show
 from ..images import ImageSource, RecordError
 from ..records import Record, is_unicode, log_skipped, log_skipped_in_all, record_from_json
 from ..shards import ShardError, ShardReader, find_shards, images_beside, iterate, shard_reader
@@ -62,7 +62,7 @@ def stream_rows(paths: str | Sequence[str]) -> Rows:
     if importlib.util.find_spec("pyarrow") is None:
         raise ImportError(
             f"Reading {len(files)} shards needs the package pyarrow, which is not installed. The extra was probably "
-            "left out: run `pip install 'blip3[data]'`."
+            f"left out: run {install('data')}."
         )
     return Rows(row_of(shard_reader(url), number) for url, number in iterate(files))
 

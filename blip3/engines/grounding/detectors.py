@@ -23,7 +23,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForZeroShotObjectDetection, AutoTokenizer
 
 from ...checkpoints import folder_of
-from ...refusals import check_choice, check_positive
+from ...refusals import check_choice, check_positive, install
 from ..stages import Sample, Values
 from ..work import LIMITS
 from .boxes import Entry
@@ -301,7 +301,7 @@ def _check_scipy() -> None:
     if importlib.util.find_spec("scipy") is None:
         raise ImportError(
             "OWLv2's image processor resizes with the package scipy, which is not installed. The extra was probably "
-            "left out: run `pip install 'blip3[engines]'`."
+            f"left out: run {install('engines')}."
         )
 
 

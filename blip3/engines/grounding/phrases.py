@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from ...refusals import install
 from . import words
 
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
@@ -84,7 +85,7 @@ def english_plural() -> Callable[[str], str]:
     except ImportError as error:
         raise ImportError(
             "Plurals of tags need the package inflect, which is not installed. The extra was probably left out: run "
-            "`pip install 'blip3[engines]'`."
+            f"{install('engines')}."
         ) from error
     return cache(inflect.engine().plural_noun)
 

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ...files import read_lines
+from ...refusals import install
 from ..stages import Sample, Values
 from .phrases import Form, names_a_thing, split_form
 
@@ -248,7 +249,7 @@ def _import_onnxruntime() -> Any:
     except ImportError as error:
         raise ImportError(
             "The tagger needs the package onnxruntime, which is not installed. The extra was probably left out: run "
-            "`pip install 'blip3[engines]'`, or onnxruntime-gpu for a graphics card."
+            f"{install('engines')}, or `pip install onnxruntime-gpu` for a graphics card."
         ) from error
     return onnxruntime
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from PIL import Image
 
+from ...refusals import install
 from .writers import Reply, Request, WriterOptions
 
 MAX_IMAGE_SIDE = 2048  # of an image that is sent; larger ones are made smaller
@@ -335,7 +336,7 @@ def _import_httpx() -> Any:
         import httpx
     except ImportError as error:
         raise ImportError(
-            f"A server is to be asked but httpx cannot be imported ({error}). The extra was probably left out: pip "
-            "install 'blip3[engines]', or pip install httpx."
+            f"A server is to be asked but httpx cannot be imported ({error}). The extra was probably left out: run "
+            f"{install('engines')}, or `pip install httpx`."
         ) from error
     return httpx

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...refusals import install
 from .boxes import Quad, cut_quad, join_views, thickness
 from .gaps import find_strings
 from .readers import About, Line, Reading
@@ -44,7 +45,7 @@ def _model_folder() -> Path:
         given = f"{folder} lacks {', '.join(missing)}" if folder else "the package rapidocr is not installed"
         raise ImportError(
             f"The OCR reader 'rapidocr' needs the models in rapidocr's wheel, but {given}. The extra was probably "
-            "left out, or the package is older than 3.10: run `pip install 'blip3[engines]'`."
+            f"left out, or the package is older than 3.10: run {install('engines')}."
         )
     return folder
 

@@ -17,6 +17,7 @@ The table is read from the user's copy of that file, without running it. NLTK's 
 from collections.abc import Mapping
 from pathlib import Path
 
+from ...refusals import install
 from ..source_literals import literals_named
 
 _TABLE = "_MANUAL_MATCHES"
@@ -66,7 +67,7 @@ class Stemmer:
         except ImportError as error:
             raise ImportError(
                 f"Stems of OK-VQA's answers need nltk and inflection, but {error.name} is missing. The extra was "
-                "probably left out: pip install 'blip3[lmms-eval]'."
+                f"probably left out: run {install('lmms-eval')}."
             ) from None
         self.exceptions = exceptions
         self._singular = inflection.singularize

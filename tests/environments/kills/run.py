@@ -128,7 +128,7 @@ def main() -> int:
     args = parser.parse_args()
     kinds = args.kinds or list(COUNTS)
     if "batches" in kinds and not (find_spec("ray") and find_spec("psutil")):
-        print("Batches run on Ray, which is not installed: pip install 'blip3[batch]' psutil", file=sys.stderr)
+        print("Batches run on Ray, which is not installed: pip install -e '.[batch]' psutil", file=sys.stderr)
         return 1
     for kind in kinds:
         start_time = time.monotonic()
