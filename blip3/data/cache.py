@@ -3,11 +3,12 @@
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock  # torch depends on it
 
 
 def cache_folder(kind: str) -> Path:
@@ -35,14 +36,20 @@ def made_once(kind: str, identity: str, fill: Callable[[Path], None]) -> Path:
         lock = FileLock(folder.with_name(f"{digest[:2]}.lock"))
         lock.acquire()
     except OSError:  # without room or rights every process makes its own
-        temporary = Path(tempfile.mkdtemp(prefix=f"blip3-{kind}-"))
-        fill(temporary)
-        return temporary
+        return _filled(Path(tempfile.mkdtemp(prefix=f"blip3-{kind}-")), fill)
     try:
         if not folder.is_dir():
-            unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{digest}-"))
-            fill(unfinished)
-            unfinished.replace(folder)
+            _filled(Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{digest}-")), fill).replace(folder)
     finally:
         lock.release()
+    return folder
+
+
+def _filled(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """Fill a folder, or remove it."""
+    try:
+        fill(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder

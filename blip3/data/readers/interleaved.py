@@ -36,13 +36,10 @@ def read_interleaved(
         missing: RecordError | None = None
         for name, image, text in pieces:
             if image is not None and len(images) < max_images:
-                try:
-                    images.append(_image_of(image, place, name, image_folder))
-                    chunks.append(IMAGE_TOKEN)
-                except RecordError as error:
-                    if not is_url(image):
-                        raise
-                    missing = missing or error
+                found = _image_of(image, place, name, image_folder)
+                missing = missing or (found if isinstance(found, RecordError) else None)
+                images += [found] if isinstance(found, ImageSource) else []
+                chunks += [IMAGE_TOKEN] if isinstance(found, ImageSource) else []
             if text:
                 chunks[-1] += ("" if chunks[-1] in ("", IMAGE_TOKEN) else " ") + text.strip()
         turns = tuple(Turn("document", chunk) for chunk in _merge_bare(chunks))
@@ -54,8 +51,16 @@ def read_interleaved(
     yield from convert_rows(rows, "interleaved", convert, skip_faulty)
 
 
-def _image_of(image: Any, place: str, name: str, folder: str) -> ImageSource:
-    return image if isinstance(image, ImageSource) else image_from(image, place, name, folder)
+def _image_of(image: Any, place: str, name: str, folder: str) -> ImageSource | RecordError:
+    """Find an image of a document; gives the error where it has a URL and was not downloaded."""
+    if isinstance(image, ImageSource):
+        return image
+    try:
+        return image_from(image, place, name, folder)
+    except RecordError as error:
+        if not is_url(image):
+            raise
+        return error
 
 
 def _merge_bare(chunks: list[str]) -> list[str]:
