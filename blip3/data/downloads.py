@@ -91,7 +91,10 @@ def _open(folder: str, identity: str) -> Downloads:
 def _files_of(folder: str) -> list[str]:
     """Find the parquet files that img2dataset writes, in the folder or one below, else tars."""
     for pattern in ("*.parquet", "*/*.parquet", "*.tar", "*/*.tar"):
-        found = sorted(matching(f"{folder.rstrip('/')}/{pattern}"))
+        try:
+            found = sorted(matching(f"{folder.rstrip('/')}/{pattern}"))
+        except OSError:  # an object store that does not list, or a folder that is not there
+            continue
         if pattern.endswith(".parquet"):
             found = [file for file in found if _is_side_file(file)]
         if found:

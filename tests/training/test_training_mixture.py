@@ -285,6 +285,18 @@ def test_each_pair_of_a_stream_comes_once_a_pass(pairs, options):
             assert ids_of(mixture_of(entry, count=len(mixture)), own[resumed_at:]) == ids[resumed_at:]
 
 
+@pytest.mark.parametrize("options", [{}, {"shuffle": 4}], ids=str)
+def test_each_record_of_a_row_with_several_comes_once_a_pass(options, tmp_path):
+    from datasets import Dataset as Rows
+
+    both = [{"safe_instruction": "What?", "response": "A dog."}, {"unsafe_instruction": "Hurt.", "response": "Sorry."}]
+    rows = [{"id": f"g{n}", "image": "a.png", "instr-resp": both[: 1 + n % 2]} for n in range(6)]
+    Rows.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
+    ids = ids_of(mixture_of({"stream": str(tmp_path / "a.parquet"), "reader": "safety", **options}, count=18))
+    expected = ["g0-0", "g1-0", "g1-1", "g2-0", "g3-0", "g3-1", "g4-0", "g5-0", "g5-1"]
+    assert sorted(ids[:9]) == sorted(ids[9:]) == expected
+
+
 def test_a_stream_looks_through_no_shard_that_it_does_not_need(pairs, monkeypatch, tmp_path):
     monkeypatch.setenv("BLIP3_CACHE", str(tmp_path))
     mixture = mixture_of({"preferences": str(pairs[0] / "*.parquet"), "images": "x"}, count=200)
