@@ -33,8 +33,8 @@ def refuse_most(source: str, looked_at: int, skipped: int, reason: object) -> No
         return
     raise SourceError(
         f"Of {looked_at} samples of {source} {skipped} cannot be used, but at least half of them must be of use. One "
-        f"reason: {reason} Its images were probably not downloaded, or lie in another folder, or max_length is too low: "
-        "see Real data in docs/data.md, correct the recipe, or take the source out."
+        f"reason: {reason} Its images were probably not downloaded, or lie in another folder, or max_length is too "
+        "low: see Real data in docs/data.md, correct the recipe, or take the source out."
     )
 
 
