@@ -214,9 +214,10 @@ class Blip3Config(PretrainedConfig):
         for name, values in (("image_mean", image_mean), ("image_std", image_std)):
             setattr(self, name, list(values) if isinstance(values, list | tuple) else values)
         _check_scaling(vars(self))
-        _check_keys("config", kwargs, known=vars(self), refuse_all=False)
+        _check_keys("config", kwargs, known={**vars(self), "tie_word_embeddings": None}, refuse_all=False)
         check_sizes("config", kwargs)
         self._validate()
+        self.text_config.tie_word_embeddings = tie_word_embeddings  # where transformers 4.57 looks
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def _validate(self) -> None:

@@ -408,7 +408,7 @@ class Blip3GenerationMixin(GenerationMixin):
         if getattr(features, "query_ids", None) is not None:  # transformers 5 has taken them out
             model_inputs["query_ids"] = features.query_ids
         if mm_token_type_ids is not None and any(model_inputs.get(name) is not None for name in _IMAGE_INPUTS):
-            model_inputs = self._place_images(input_ids, mm_token_type_ids, model_inputs, kwargs)
+            model_inputs = self._place_images(mm_token_type_ids, model_inputs, kwargs)
         is_first = kwargs.get("is_first_iteration")  # transformers 5
         if is_first is None:
             cache_position = kwargs.get("cache_position")  # transformers 4
@@ -434,16 +434,14 @@ class Blip3GenerationMixin(GenerationMixin):
             model_kwargs["mm_encoder_outputs"]["image"] = without_patches(made)
         return model_kwargs
 
-    def _place_images(
-        self, input_ids: torch.Tensor, mm_token_type_ids: torch.Tensor, model_inputs: dict, kwargs: dict
-    ) -> dict:
+    def _place_images(self, mm_token_type_ids: torch.Tensor, model_inputs: dict, kwargs: dict) -> dict:
         """Cut the places of images (B, prompt) to this step's tokens, and leave out images that have none there."""
-        inputs_embeds = kwargs.get("inputs_embeds")
-        num_tokens = input_ids.shape[1] + (0 if inputs_embeds is None else inputs_embeds.shape[1])
-        num_generated = max(num_tokens - mm_token_type_ids.shape[1], 0)
-        places = nn.functional.pad(mm_token_type_ids, (0, num_generated))
         is_embedded = model_inputs.get("inputs_embeds") is not None
         num_new = model_inputs["inputs_embeds" if is_embedded else "input_ids"].shape[1]
+        cache = kwargs.get(CACHE_NAME)
+        num_tokens = num_new + (0 if cache is None else int(cache.get_seq_length()))
+        # Behind the prompt for what is generated, or cut where a first chunk ends before it.
+        places = nn.functional.pad(mm_token_type_ids, (0, num_tokens - mm_token_type_ids.shape[1]))
         cached, new = places[:, :-num_new] == 1, places[:, -num_new:] == 1
         if not new.any():
             return {name: value for name, value in model_inputs.items() if name not in _IMAGE_INPUTS}
@@ -482,6 +480,21 @@ class Blip3GenerationMixin(GenerationMixin):
         cache: Any = model_kwargs.get(CACHE_NAME)
         if given is None and type(cache) is DynamicCache and not cache.offloading:
             grow_in_place(cache)
+
+    def _prefill_chunking(
+        self, input_ids: torch.Tensor, generation_config: GenerationConfig, **model_kwargs: Any
+    ) -> dict:
+        """Refuse prompts with images in pieces on transformers 4.57, which would encode the images for each piece."""
+        chunk_size: Any = generation_config.prefill_chunk_size
+        num_tokens = input_ids.shape[1]
+        if chunk_size < num_tokens - 1 and any(model_kwargs.get(name) is not None for name in _IMAGE_INPUTS):
+            raise ValueError(
+                f"prefill_chunk_size is {chunk_size} and the prompt has {num_tokens} tokens, but transformers 4.57 "
+                "hands a model the images with each piece, which may end inside one. The option was probably meant "
+                "to save memory: leave it out, or install transformers 5, which encodes the images beforehand."
+            )
+        parent: Any = super()
+        return parent._prefill_chunking(input_ids, generation_config, **model_kwargs)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
         """Penalise every generated token when generation starts from embeddings.

@@ -67,6 +67,14 @@ class Blip3BatchFeature(BatchFeature):
         self.__dict__["image_token_id"] = image_token_id
         super().__init__(*args, **kwargs)
 
+    def __getstate__(self) -> dict:
+        """What a pickle holds, the id too: a loader's worker passes batches on in this form."""
+        return dict(vars(self))
+
+    def __setstate__(self, state: dict) -> None:
+        """Fill a new instance."""
+        self.__dict__.update(state)
+
     def __setitem__(self, name: str, value: Any) -> None:
         """Set an entry; `labels` (B, L) get -100 for image tokens."""
         if name == "labels" and self.image_token_id is not None:
@@ -189,7 +197,7 @@ class Blip3Processor(ProcessorMixin):
 
     def _check_layout(self, images: Any, text: Any) -> tuple[Any, list[str] | None]:
         """Normalise the two inputs and compare images with `<image>` row by row."""
-        images = None if _is_empty(images) else images
+        images = None if _is_empty(images) else _without_none(images)
         is_nested = isinstance(images, list | tuple) and all(isinstance(row, list | tuple) for row in images)
         counts = [len(row) for row in images] if is_nested else []
         if images is None and text is None:
@@ -201,6 +209,11 @@ class Blip3Processor(ProcessorMixin):
             return images, None
         is_single = isinstance(text, str | bytes | dict) or not hasattr(text, "__iter__")
         text = [text] if is_single else list(text)
+        if not text:
+            raise ValueError(
+                "text is an empty list but must hold a prompt for each row. A batch was probably filtered down to "
+                "nothing: skip it."
+            )
         if not all(isinstance(prompt, str) for prompt in text):
             raise ValueError(
                 f"text holds a {type(next(p for p in text if not isinstance(p, str))).__name__} but must be a string "
@@ -507,6 +520,13 @@ def _first_entry(images: Any) -> Any:
 def _is_empty(value: Any) -> bool:
     """Whether a list of images or other media, nested or not, holds none."""
     return value is None or (isinstance(value, list | tuple) and all(map(_is_empty, value)))
+
+
+def _without_none(images: Any) -> Any:
+    """Read None in a list of images, as a column of a dataset has it for a row of text, as a row without images."""
+    if not isinstance(images, list | tuple) or all(row is not None for row in images):
+        return images
+    return [[] if row is None else row if isinstance(row, list | tuple) else [row] for row in images]
 
 
 def _to_list(values: Any) -> list:

@@ -144,19 +144,28 @@ class Answerer:
             inputs: of `prepare` or `pad`.
             seed: of sampling, for this call alone.
             **options: arguments of the model's `generate`; `eos_token_id` says what ends an answer if not the
-                checkpoint's own.
+                checkpoint's own. `num_return_sequences` gives so many answers of each row, one after the other.
 
         Raises:
+            ValueError: for `return_dict_in_generate`, as an answer has no place for more than its text.
             torch.OutOfMemoryError: if the batch is too large for the memory.
         """
+        if options.get("return_dict_in_generate"):
+            raise ValueError(
+                "return_dict_in_generate is true, but an Answer holds a text and its counts alone. Scores were "
+                "probably wanted: call model.generate with the inputs of prepare()."
+            )
         inputs = inputs.to(self.model.device, self.model.dtype)
         with torch.inference_mode(), _seeded(seed, self.model.device):
             ids = self.model.generate(**inputs, **options)
         stops = options.get("eos_token_id", self.model.generation_config.eos_token_id)
         stops = set(stops) if isinstance(stops, list | tuple) else {stops}
-        lengths = inputs["attention_mask"].sum(1).tolist()
+        lengths = inputs["attention_mask"].sum(1)
+        lengths = lengths.repeat_interleave(len(ids) // len(lengths)).tolist()  # several answers of a row
         new = ids[:, inputs["input_ids"].shape[1] :].tolist()
-        return [self._read(row, stops, length) for row, length in zip(new, lengths, strict=True)]
+        texts = options.get("stop_strings") or []
+        texts = (texts,) if isinstance(texts, str) else tuple(texts)
+        return [self._read(row, stops, texts, length) for row, length in zip(new, lengths, strict=True)]
 
     def generate_rows(self, rows: Sequence[BatchFeature], **options: Any) -> list[Answer]:
         """Answer rows that `prepare` gave one by one: all at once, or by halves where the memory does not suffice.
@@ -186,13 +195,14 @@ class Answerer:
     ) -> list[Answer]:
         """Prepare and answer prompts: `prepare` and `generate_rows` in one."""
         rows = [self.prepare([text], [row], **(image_options or {})) for text, row in zip(texts, images, strict=True)]
-        return self.generate_rows(rows, **options)
+        return self.generate_rows(rows, **options) if rows else []
 
-    def _read(self, row: list[int], stops: set[int | None], num_prompt_tokens: int) -> Answer:
-        """Decode a row of new tokens up to the first that ends it."""
+    def _read(self, row: list[int], stops: set[int | None], texts: tuple[str, ...], num_prompt_tokens: int) -> Answer:
+        """Decode a row of new tokens up to the first that ends it, or to one of the texts that end it."""
         end = next((index for index, token in enumerate(row) if token in stops), None)
-        text = self.processor.tokenizer.decode(row[:end], skip_special_tokens=True).strip()
-        return Answer(text, len(row) if end is None else end + 1, num_prompt_tokens, end is not None)
+        text = self.processor.tokenizer.decode(row[:end], skip_special_tokens=True)
+        is_finished = end is not None or any(stop in text for stop in texts)
+        return Answer(text.strip(), len(row) if end is None else end + 1, num_prompt_tokens, is_finished)
 
 
 # -- Prompts ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +177,22 @@ def fingerprint(checkpoint: str | Path, subfolder: str = "") -> str:
     Raises:
         FileNotFoundError: if there is no such checkpoint.
     """
+    return _fingerprint_of(folder_of(checkpoint, subfolder), _FINGERPRINTED)
+
+
+def weights_fingerprint(checkpoint: str | Path) -> str:
+    """Tell checkpoints apart by their files of weights alone, as `fingerprint` does.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+    """
+    return _fingerprint_of(folder_of(checkpoint), (".safetensors",))
+
+
+def _fingerprint_of(folder: Path, suffixes: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder_of(checkpoint, subfolder).iterdir()):
-        if path.is_file() and path.suffix in _FINGERPRINTED and path.name != GOLDEN_FILE:
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in suffixes and path.name != GOLDEN_FILE:
             digest.update(path.name.encode() + digest_of(path))
     return f"sha256:{digest.hexdigest()[:32]}"
 

@@ -32,7 +32,7 @@ def read_rows(path: Path) -> list[dict]:
     if path.is_dir():
         rows = list(load_dataset("imagefolder", data_dir=str(path), split="train"))
     else:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     return [to_chat(row, path.parent) for row in rows]
 
 
@@ -137,6 +137,9 @@ def main() -> None:
         report_to=[],
         seed=0,
     )
+    arguments._n_gpu = min(
+        1, arguments.n_gpu
+    )  # one GPU: on several, Trainer's DataParallel parts rows from their images
     Trainer(model, arguments, train_dataset=train_rows, data_collator=make_collator(processor)).train()
     evaluate(model, processor, test_rows, "with the adapter")
     model.save_pretrained(args.output / "adapter")

@@ -26,7 +26,7 @@ TARGETS = r".*language_model\..*\.(qkv|o|gate_up|down|q|k|v|gate|up)_proj"  # li
 
 def read_data(path: Path) -> Dataset:
     """Read rows of `images`, `prompt` and `completion`; images are opened when a row is used."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     data = [
         {
             "images": [str(path.parent / row["image"])],
@@ -97,6 +97,7 @@ def main() -> None:
         report_to="none",
         seed=0,
     )
+    config._n_gpu = min(1, config.n_gpu)  # one GPU: on several, Trainer's DataParallel parts rows from their images
     adapter = LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS) if args.lora else None
     trainer = SFTTrainer(model, config, train_dataset=train_data, processing_class=processor, peft_config=adapter)
     trainer.train()

@@ -97,6 +97,24 @@ def test_an_answer_ends_at_the_first_stop(answerer, prompts, monkeypatch):
     assert (whole.num_tokens, whole.is_finished) == (2 * len(words) + 1, False)
 
 
+def test_options_of_generate_that_change_what_comes_back(answerer, prompts, monkeypatch):
+    alone = answerer.answer(*prompts, **GREEDY)
+    twice = answerer.answer(*prompts, **GREEDY, num_beams=2, num_return_sequences=2)
+    assert len(twice) == 2 * len(alone)
+    assert [answer.num_prompt_tokens for answer in twice[::2]] == [answer.num_prompt_tokens for answer in alone]
+    assert answerer.answer([], []) == []
+    with pytest.raises(ValueError, match="return_dict_in_generate is true"):
+        answerer.answer(*prompts, return_dict_in_generate=True)
+    words = answerer.processor.tokenizer("red star", add_special_tokens=False)["input_ids"]
+    tail = torch.tensor([words])
+    monkeypatch.setattr(answerer.model, "generate", lambda input_ids, **_: torch.cat([input_ids, tail], dim=1))
+    inputs = answerer.prepare([prompts[0][0]], [[]])
+    assert [answerer.generate(inputs, stop_strings=each)[0].is_finished for each in ("star", ["moon"])] == [
+        True,
+        False,
+    ]
+
+
 def test_a_seed_repeats_an_answer_and_leaves_the_generator_as_it_was(answerer):
     inputs = answerer.prepare([render_question(answerer.processor, "Hello", 0)], [[]])
     sampled = {"max_new_tokens": 12, "do_sample": True, "temperature": 2.0}

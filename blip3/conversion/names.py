@@ -266,6 +266,13 @@ def check_shapes(shapes: Shapes, config: dict, description: str) -> None:
     """
     expected = expected_shapes(config)
     missing, unexpected = set(expected) - set(shapes), set(shapes) - set(expected)
+    if config.get("tie_word_embeddings") and HEAD_WEIGHT in missing:
+        raise ValueError(
+            f"{description} shares its input and output embeddings (tie_word_embeddings is true in its config), but a "
+            "released checkpoint has an output layer of its own. It was probably trained around another language "
+            "model: give it one (lm_head.weight = nn.Parameter(lm_head.weight.clone()), and tie_word_embeddings false "
+            "in its configuration), save it, and convert that folder."
+        )
     if missing or unexpected:
         lists = [f"{len(missing)} are missing: {list_names(missing)}"] if missing else []
         lists += [f"{len(unexpected)} are unexpected: {list_names(unexpected)}"] if unexpected else []

@@ -170,6 +170,11 @@ def write_zeros(source: str | Path, output: Path) -> None:
     """
     located = locate(source, only_small_files=True)
     folder = folder_of(source, only_small_files=True)
+    if output.exists():
+        raise FileExistsError(
+            f"{output} exists, but a checkpoint of zeros needs a new folder. An earlier one was probably written "
+            "there: remove it, or name another."
+        )
     output.mkdir(parents=True)
     for file in folder.iterdir():
         if file.suffix in (".json", ".jinja") and "index" not in file.name:
@@ -222,10 +227,10 @@ def main() -> None:
     options = parser.parse_args()
     try:
         located = locate(options.model, only_small_files=True)
-    except (FileNotFoundError, ValueError) as error:
+        if options.write_zeros:
+            return write_zeros(options.model, options.write_zeros)
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
-    if options.write_zeros:
-        return write_zeros(options.model, options.write_zeros)
     print(table(needs_of(AutoConfig.from_pretrained(**located))))
     for dtype in options.measure:
         found = measure(options.model, dtype, options.tokens)

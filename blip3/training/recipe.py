@@ -179,7 +179,7 @@ class Recipe(RunRecipe):
     packing: bool = False
     """Put several samples into one sequence of `max_length`, each with its own positions and attention."""
     group_by_length: bool = False
-    """Batches of samples of like length; costs one pass over the lengths of a window of samples."""
+    """Steps of samples of like length; costs one pass over the lengths of a window of samples."""
     learn_end_of_chunk: bool = False
     """Learn to write `<|endofchunk|>` after a caption or an answer; the released models do not."""
     learn_questions: bool = True
@@ -191,7 +191,7 @@ class Recipe(RunRecipe):
     deepspeed: str = ""
     """Shard with DeepSpeed: `zero2`, `zero3`, or a JSON file of its settings (`blip3/training/sharding.py`)."""
     vision_learning_rate: float | None = None
-    """Learning rate of the tower when it is trainable; that of the rest if None."""
+    """Learning rate of the tower, which must be trainable; that of the rest if None."""
     lora: dict[str, Any] = field(default_factory=dict)
     """Fields of `LoraSettings`: train adapters of the language model in place of its weights. Empty trains those."""
     loss: str = "next_token"
@@ -269,6 +269,12 @@ class Recipe(RunRecipe):
                 "model and everything else stays as it is. The list was probably left out: write trainable: "
                 "[language_model]."
             )
+        if self.vision_learning_rate is not None and "vision_tower" not in self.trainable:
+            raise ValueError(
+                f"The recipe has vision_learning_rate {self.vision_learning_rate!r} and trainable "
+                f"{list(self.trainable)}, but the rate is the tower's, which does not learn here. It was probably "
+                "copied from another stage: leave it out, or add vision_tower to trainable."
+            )
         quantizes = self.adapters is not None and self.adapters.quantize is not None
         is_whole = {"optimizer 'soap'": self.optimizer == "soap", "lora with quantize '4bit'": quantizes}
         check_sharding(self.fsdp, self.deepspeed, [name for name, is_so in is_whole.items() if is_so])
@@ -292,6 +298,11 @@ class Recipe(RunRecipe):
                 f"The recipe has {noised[0]} {getattr(self, noised[0])!r} but no noised_weight, without which there "
                 "is no second term to read it. It was probably left out: write noised_weight: 1.0, or 0 to switch "
                 "the term off."
+            )
+        if self.noised_answers_sha256 and not self.noised_answers:
+            raise ValueError(
+                f"The recipe has noised_answers_sha256 {self.noised_answers_sha256!r} and no noised_answers, of which "
+                "it is the digest. It was probably left over from a saved recipe: leave it out, or name the file."
             )
         if self.loss == "preference" and self.deepspeed and stage_of(self.deepspeed) == 3:
             raise ValueError(

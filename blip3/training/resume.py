@@ -23,7 +23,8 @@ import safetensors
 from transformers import set_seed
 
 from ..files import only_writer_in, remove_unfinished, sha256_of, sync_folder, write_json
-from .recipe import RecipeError, RunRecipe, load_recipe, refusing, save_recipe
+from .inputs import check_inputs, inputs_of, note_inputs, noted_inputs
+from .recipe import RecipeError, RunRecipe, TowerRecipe, load_recipe, refusing, save_recipe
 
 SAVED_RECIPE = "recipe.yaml"
 MANIFEST = "manifest.json"
@@ -94,11 +95,12 @@ def resume_or_refuse(recipe: RunRecipe) -> str | None:
         the newest whole checkpoint in `recipe.output`, or None.
 
     Raises:
-        ValueError: if the folder holds a run of another recipe.
+        ValueError: if the folder holds a run of another recipe, or one of other weights under its adapters or other
+            data.
     """
     output = Path(recipe.output)
     saved = output / SAVED_RECIPE
-    checkpoint = find_checkpoint(output)
+    checkpoint, inputs = find_checkpoint(output), inputs_of(recipe)
     if saved.is_file() and checkpoint:
         before = load_recipe(saved, type(recipe))
         others = processes_of(Path(checkpoint))
@@ -115,7 +117,13 @@ def resume_or_refuse(recipe: RunRecipe) -> str | None:
                 "that it names, was probably edited: give it another output, or remove the folder."
             )
         _check_processes(before, recipe, others)
+        noted = noted_inputs(output)
+        if noted is None:
+            _check_order(before, others)
+        else:
+            check_inputs(output, noted, inputs)
     save_recipe(recipe, saved)
+    note_inputs(output, inputs)
     remove_unfinished(output)
     return checkpoint
 
@@ -148,6 +156,19 @@ def _check_processes(before: RunRecipe, recipe: RunRecipe, others: int) -> None:
             f"which its shards were not cut. The run was probably moved to another number of devices: start {others} "
             "processes. With fsdp any numbers above one fit each other, and without either any do."
         )
+
+
+def _check_order(before: RunRecipe, others: int) -> None:
+    """Refuse a run of a version that took samples in another order, and did not note its inputs either."""
+    is_sorted = getattr(before, "group_by_length", False) and before.accumulation > 1
+    if not is_sorted and not (isinstance(before, TowerRecipe) and others > 1):
+        return
+    found = f"group_by_length and accumulation {before.accumulation}" if is_sorted else f"{others} processes"
+    raise ValueError(
+        f"{before.output} holds a run with {found} of a version that took its samples in another order than this one; "
+        "resumed, it would see some twice and others never. The package was probably updated since: finish the run "
+        "with the version that began it, or give the recipe another output."
+    )
 
 
 def _as_json(value: Any) -> Any:

@@ -23,6 +23,7 @@ from .. import images
 from ..checkpoints import copy_code, load_model, locate
 from ..data.records import Record
 from .encode import Collator, Encoder, TooLongError
+from .inputs import check_base
 from .lora import add_adapters, loading_options, write_merged
 from .mixture import Mixture, mixture_of
 from .noise import Noiser
@@ -41,7 +42,7 @@ from .trainer import (
     training_arguments,
 )
 
-WINDOW = 64  # batches within which samples are sorted by length
+WINDOW = 64  # steps within which samples are sorted by length
 MAX_SKIPPED = 100  # samples in a row
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ def save_final(trainer: "StageTrainer", recipe: Recipe) -> Path:
             trainer.save_whole_model(folder)
         if trainer.is_world_process_zero():
             if recipe.adapters:
+                check_base(recipe)
                 write_merged(recipe.model, output.with_name("adapter"), folder)
             copy_processor(recipe.model, folder)
             save_image_splitting(folder, recipe.any_resolution)
@@ -262,28 +264,37 @@ class CountingCollator:
 
 
 class LengthSortedSampler(Sampler[int]):
-    """Goes through windows of `WINDOW` batches; batches hold samples of like length, in random order.
+    """Goes through windows of `WINDOW` steps; steps hold samples of like length, in random order.
 
     Args:
         samples: with `estimate_length`.
-        batch_size: of all processes together.
-        seed: of the order of batches.
+        step_size: samples of a step, all processes and batches together, which a run keeps when it is resumed on
+            another number of processes.
+        seed: of the order of steps.
     """
 
-    def __init__(self, samples: Samples, batch_size: int, seed: int):
-        self.samples, self.batch_size, self.seed = samples, batch_size, seed
+    def __init__(self, samples: Samples, step_size: int, seed: int):
+        self.samples, self.step_size, self.seed = samples, step_size, seed
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __iter__(self) -> Iterator[int]:
-        window = WINDOW * self.batch_size
+        window = WINDOW * self.step_size
         for first in range(0, len(self.samples), window):
             indices = range(first, min(first + window, len(self.samples)))
             ordered = sorted(indices, key=self.samples.estimate_length)
-            batches = [ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size)]
-            for number in np.random.default_rng([self.seed, first]).permutation(len(batches)):
-                yield from batches[number]
+            steps = [ordered[i : i + self.step_size] for i in range(0, len(ordered), self.step_size)]
+            for number in np.random.default_rng([self.seed, first]).permutation(len(steps)):
+                yield from steps[number]
+
+
+def order_of(recipe: Recipe, samples: Any) -> Sampler[int]:
+    """Give the order of a run's samples, the same in any number of processes that share out the same steps."""
+    if recipe.group_by_length:
+        step_size = recipe.batch_size * recipe.accumulation * num_processes()
+        return LengthSortedSampler(samples, step_size, recipe.seed)
+    return SequentialSampler(samples)
 
 
 class StageTrainer(RecipeTrainer):
@@ -336,10 +347,7 @@ class StageTrainer(RecipeTrainer):
         super().log(logs, *args)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
-        samples: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self.recipe.group_by_length:
-            return LengthSortedSampler(samples, self.recipe.batch_size * num_processes(), self.recipe.seed)
-        return SequentialSampler(samples)
+        return order_of(self.recipe, self.train_dataset if train_dataset is None else train_dataset)
 
     def save_whole_model(self, output: Path) -> None:
         """Save model and code as one folder, gathered if it is sharded."""

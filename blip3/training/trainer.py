@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 from transformers.utils import is_torch_tf32_available
 
 from ..checkpoints import CODE_FILES, code_folder, folder_of
-from ..conversion.names import name_for_both_lines
 from ..refusals import list_names
 from .recipe import Recipe, RunRecipe
 from .resume import checkpoints_in, keep_newest, num_processes, remove_checkpoint, write_manifest
@@ -74,6 +72,16 @@ def training_arguments(recipe: RunRecipe, **others: Any) -> TrainingArguments:
         report_to=["tensorboard"],
         **others,
     )
+    if arguments.n_gpu > 1:
+        logger.warning(
+            "Training on one of %d GPUs, as one process. For all of them start with `torchrun --nproc_per_node %d`. "
+            "A step then takes as many times the samples.",
+            arguments.n_gpu,
+            arguments.n_gpu,
+        )
+        # as accelerate does without a launcher. `Trainer` would wrap the model in DataParallel: a batch for each GPU,
+        # and every tensor cut into as many parts by its first axis, rows of several images away from their images
+        arguments._n_gpu = 1
     if isinstance(recipe, Recipe) and recipe.fsdp and arguments.device.type == "cpu":
         shard_on_cpus()
     return arguments
@@ -294,15 +302,3 @@ def write_metrics(recipe: RunRecipe, metrics: dict[str, Any]) -> None:
     """Write final figures beside the checkpoints."""
     path = Path(recipe.output) / "metrics.json"
     path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-
-
-def name_tower_for_both_lines(folder: str | Path) -> None:
-    """Name a folder's tower weights as transformers 4.57 does; 5.x reads these names too and keeps them on saving."""
-    for path in Path(folder).glob("model*.safetensors"):
-        weights = {name_for_both_lines(name): weight for name, weight in load_file(path).items()}
-        save_file(weights, path, metadata={"format": "pt"})
-    index = Path(folder) / "model.safetensors.index.json"
-    if index.is_file():
-        values = json.loads(index.read_text(encoding="utf-8"))
-        values["weight_map"] = {name_for_both_lines(name): file for name, file in values["weight_map"].items()}
-        index.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

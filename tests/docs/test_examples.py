@@ -71,6 +71,19 @@ def scores(printed: str) -> list[int]:
     ]
 
 
+def test_lines_of_data_end_at_line_feeds_alone_and_may_be_blank(tmp_path):
+    """A question may hold any other character that ends a line for Python, and editors leave a blank last line."""
+    row = {"image": "a.png", "question": "One line\u2028or\x85two?", "answer": "2", "rejected": "1"}
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"{json.dumps(row, ensure_ascii=False)}\n\n", encoding="utf-8")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for name in TRAINERS:
+        script = import_script(name.removesuffix(".py"))
+        rows = script.read_rows(path) if hasattr(script, "read_rows") else script.read_data(path)
+        assert len(rows) == 1, name
+        assert row["question"] in json.dumps(rows[0], ensure_ascii=False, default=str), name
+
+
 # -- The task ---------------------------------------------------------------------------------------------------------
 
 

@@ -124,7 +124,7 @@ def test_an_answer_about_one_view_is_measured(tiny_repo, tmp_path, file, key):
 def test_zeros_of_true_size_load_and_are_measured(tiny_repo, tmp_path):
     zeros = tmp_path / "zeros"
     memory.write_zeros(tiny_repo, zeros)
-    with pytest.raises(FileExistsError):
+    with pytest.raises(FileExistsError, match="needs a new folder"):
         memory.write_zeros(tiny_repo, zeros)
     model = load_model(zeros)
     assert not any(bool(parameter.any()) for parameter in model.parameters())

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from blip3.hub import model_code
-from support import render_image
+from support import IS_TRANSFORMERS_5, render_image
 
 CACHE_NAME = model_code("generation_blip3.CACHE_NAME")
 group_rows_by_length = model_code("generation_blip3.group_rows_by_length")
@@ -140,6 +140,30 @@ def test_base_resolution_rows_equal_rows_alone(tiny_model, processor):
         return new[:, inputs["input_ids"].shape[1] :].tolist()
 
     assert run(ROWS) == [run([row])[0] for row in ROWS]
+
+
+def test_embeddings_beside_ids_leave_the_images_where_they_are(tiny_model, processor):
+    text, images = ROWS[0]
+    inputs = processor(text=[text], images=[images], return_tensors="pt")
+    embeddings = tiny_model.get_input_embeddings()(inputs["input_ids"])
+    length = inputs["input_ids"].shape[1]
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    expected = tiny_model.generate(**inputs, **options)[:, length:]
+    assert torch.equal(tiny_model.generate(**inputs, inputs_embeds=embeddings, **options)[:, length:], expected)
+    del inputs["input_ids"]
+    assert torch.equal(tiny_model.generate(**inputs, inputs_embeds=embeddings, **options), expected)
+
+
+@pytest.mark.parametrize("size", [16, 1000])
+def test_a_prompt_read_in_pieces_gives_the_same_or_is_refused(tiny_model, processor, size):
+    expected = generate(tiny_model, processor, ROWS[:1])
+    if size == 16 and not IS_TRANSFORMERS_5:
+        with pytest.raises(ValueError, match=r"prefill_chunk_size is 16 and the prompt has \d+ tokens"):
+            generate(tiny_model, processor, ROWS[:1], prefill_chunk_size=size)
+    else:
+        assert generate(tiny_model, processor, ROWS[:1], prefill_chunk_size=size) == expected
+    text = [(PROMPT.format("How many dogs are there? " * 8), [])]
+    assert generate(tiny_model, processor, text, prefill_chunk_size=size) == generate(tiny_model, processor, text)
 
 
 def test_features_encoded_before_repeat_with_their_rows(tiny_model, processor):

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model's own contract: what is computed, how often, and which parameters it reaches."""
 
+import inspect
 import subprocess
 import sys
 from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig
 
@@ -287,6 +289,53 @@ def test_the_released_configuration_is_the_default_configuration():
                 for values in (ours, theirs)
             )
         assert ours == theirs, key
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_embeddings_are_tied_where_the_configuration_says_so_alone(tiny_repo, tmp_path, is_tied, inner):
+    values = AutoConfig.from_pretrained(tiny_repo, trust_remote_code=True).to_dict()
+    values["text_config"]["tie_word_embeddings"] = inner
+    model = Blip3ForConditionalGeneration(
+        Blip3Config(**{k: v for k, v in values.items() if k != "auto_map"} | {"tie_word_embeddings": is_tied})
+    )
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == is_tied
+    model.save_pretrained(tmp_path)
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_newly_initialised_model_saves_its_tower_under_the_names_of_both_lines(tiny_repo, tmp_path):
+    config = AutoConfig.from_pretrained(tiny_repo, trust_remote_code=True)
+    model = Blip3ForConditionalGeneration(config)
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        model.save_pretrained(folder)
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            tower = [name for name in file.keys() if "vision_tower" in name]  # noqa: SIM118
+        assert tower
+        assert all(name.startswith("model.vision_tower.vision_model.") for name in tower)
+        again = type(model).from_pretrained(folder)
+        assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
+        model = again
+
+
+def test_a_decoder_may_name_its_initial_spread_otherwise(tiny_repo):
+    values = AutoConfig.from_pretrained(tiny_repo, trust_remote_code=True).to_dict()
+    width = values["text_config"]["hidden_size"]
+    values["text_config"] = {
+        "model_type": "opt", "vocab_size": values["text_config"]["vocab_size"], "hidden_size": width, "ffn_dim": 64,
+        "word_embed_proj_dim": width, "num_hidden_layers": 1, "num_attention_heads": 2, "init_std": 0.5,
+    }  # fmt: skip
+    model = Blip3ForConditionalGeneration(Blip3Config(**{k: v for k, v in values.items() if k != "auto_map"}))
+    assert 0.4 < model.lm_head.weight.std() < 0.6
+
+
+def test_misspelt_arguments_of_the_configuration_are_refused(tiny_repo):
+    for name in inspect.signature(Blip3Config).parameters:
+        if name != "kwargs":
+            with pytest.raises(ValueError, match=rf"Did you mean '{name}'"):
+                Blip3Config(**{name[:-1]: None})
 
 
 def test_fresh_weights_are_initialised(tiny_repo):

@@ -6,10 +6,12 @@ and compare with token ids recorded from the reference.
 """
 
 import base64
+import copy
 import dataclasses
 import inspect
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -607,6 +609,29 @@ def test_one_image_needs_no_list(processor):
 def test_images_that_do_not_match_the_text_are_refused(processor, images):
     with pytest.raises(ValueError, match=r"the prompts hold \[0, 1, 3, 2\] and"):
         processor(text=TEXTS, images=images)
+
+
+@pytest.mark.parametrize("nest", [True, False])
+def test_none_is_a_row_without_images(processor, nest):
+    image = THREE_IMAGES[0]
+    texts = ["Hello", "<image> What is it?"]
+    inputs = processor(text=texts, images=[None, [image] if nest else image], padding=True, return_tensors="pt")
+    expected = processor(text=texts, images=[[], [image]], padding=True, return_tensors="pt")
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+def test_no_text_at_all_is_refused(processor):
+    with pytest.raises(ValueError, match="text is an empty list"):
+        processor(text=[])
+
+
+@pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy, lambda batch: pickle.loads(pickle.dumps(batch))])
+def test_a_copied_batch_still_keeps_image_tokens_out_of_labels(processor, copy_of):
+    batch = copy_of(processor(text=["<image> What is it?"], images=THREE_IMAGES[:1], return_tensors="pt"))
+    batch["labels"] = batch["input_ids"]
+    is_image = batch["input_ids"] == processor.image_token_id
+    assert is_image.any()
+    assert (batch["labels"][is_image] == -100).all()
 
 
 def test_truncation_inside_a_image_is_refused(processor):

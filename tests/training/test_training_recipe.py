@@ -8,7 +8,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 
@@ -115,6 +117,34 @@ def test_post_training_of_the_small_model_says_what_is_published(name):
     assert all(re.search("^(report, v1|not published|ours)", source) for source in values["notes"].values())
 
 
+def amounts_in(note: str, what: str) -> list[float]:
+    """Numbers before a word: `1.27M samples` is 1,270,000 samples."""
+    found = re.findall(rf"([\d,]+(?:\.\d+)?)([MB]?) (?:{what})", note)
+    return [float(number.replace(",", "")) * {"M": 1e6, "B": 1e9}.get(unit, 1) for number, unit in found]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in RECIPES if "  max_steps: " in path.read_text()],
+    ids=lambda path: "-".join(path.parts[-2:]),
+)
+def test_notes_of_steps_say_how_many_samples_they_are(path):
+    """Steps times samples a step, on as many processes as the command in the recipe's head starts."""
+    recipe, head = load_recipe(path, Recipe), path.read_text().partition("\nmodel:")[0]
+    note = recipe.notes["max_steps"].partition("; the report's")[0]
+    processes = np.prod([int(number) for number in re.findall(r"--n(?:nodes|proc_per_node) (\d+)", head)], dtype=int)
+    a_step = recipe.batch_size * recipe.accumulation * int(processes)
+    assert all(said == a_step for said in amounts_in(note, "a step|samples a step"))
+    epochs = amounts_in(note, "epochs?") or [1]
+    samples = [each * epochs[0] for each in amounts_in(note, "(?:samples|pairs)(?! a step)")]
+    samples += [each / amounts_in(note, "tokens each")[0] for each in amounts_in(note, r"tokens: ")]
+    assert samples
+    for each in samples:
+        assert recipe.max_steps * a_step == pytest.approx(each, rel=0.03 if "assume" in note else 3e-3, abs=a_step), (
+            note
+        )
+
+
 def test_pretraining_weights_are_the_reports():
     first, second = (load_recipe(path, Recipe).mixture for path in REAL_SIZE[:2])
     assert sum(entry["weight"] for entry in first) == pytest.approx(100)
@@ -142,10 +172,28 @@ def test_the_page_names_every_file_and_only_keys_that_exist():
 @pytest.mark.parametrize("is_there", [True, False])
 def test_tf32_is_asked_for_only_where_there_is_some(recipe_file, monkeypatch, is_there):
     monkeypatch.setattr(trainer, "is_torch_tf32_available", lambda: is_there)
-    monkeypatch.setattr(trainer, "TrainingArguments", lambda **given: given)
+    monkeypatch.setattr(trainer, "TrainingArguments", lambda **given: SimpleNamespace(n_gpu=0, **given))
     given = trainer.training_arguments(load_recipe(recipe_file, Recipe, ["tf32=true"]))
-    assert given.get("tf32", False) == is_there
-    assert "tf32" not in trainer.training_arguments(load_recipe(recipe_file, Recipe))
+    assert getattr(given, "tf32", False) == is_there
+    assert not hasattr(trainer.training_arguments(load_recipe(recipe_file, Recipe)), "tf32")
+
+
+def test_several_gpus_without_a_launcher_train_as_one_process(recipe_file, tmp_path, monkeypatch, caplog):
+    """`Trainer` wraps a model in DataParallel where its arguments count several GPUs, as they do on such a machine."""
+
+    class OnTwoGpus(trainer.TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            vars(self)["_n_gpu"] = 2
+
+    recipe = load_recipe(recipe_file, Recipe, [f"output={tmp_path}"])
+    assert trainer.training_arguments(recipe).n_gpu <= 1
+    assert "torchrun" not in caplog.text
+    monkeypatch.setattr(trainer, "TrainingArguments", OnTwoGpus)
+    arguments = trainer.training_arguments(recipe)
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, recipe.batch_size)
+    assert "Training on one of 2 GPUs" in caplog.text
+    assert "torchrun --nproc_per_node 2" in caplog.text
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -197,6 +245,7 @@ def test_a_world_file_stands_beside_the_recipe(recipe_file):
         ("noise_step=1000", "noise_step 1000 but 1000 is out of range: numbers from 0 to 999"),
         ("noise_pixels=raw", "noise_pixels 'raw' but it must be one of normalised, unit"),
         ("anchor=-1", "anchor -1.* is out of range: numbers 0 or more"),
+        ("vision_learning_rate=1e-5", r"vision_learning_rate 1e-05 and trainable \['resampler', 'language_model'\]"),
         ("lora={rank: 4, alpha: 8}", r"lora and trainable \['resampler', 'language_model'\], but adapters are added"),
         ("lora={rank: 4}", "lora lacks alpha"),
         ("lora={rank: 0, alpha: 8}", "lora has rank 0 but it must be a positive integer"),
@@ -221,6 +270,11 @@ PAIRS = ["loss=preference", "trainable=[language_model]", "lora={rank: 4, alpha:
         (["noised_answers=a.parquet"], "noised_answers 'a.parquet' but no noised_weight, without which there is no"),
         (["noise_step=250"], "noise_step 250 but no noised_weight"),
         (["noise_pixels=unit"], "noise_pixels 'unit' but no noised_weight"),
+        (["vision_learning_rate=0"], r"vision_learning_rate 0.0 and trainable \['language_model'\], but the rate is"),
+        (
+            ["noised_weight=1", "noised_answers_sha256=ab"],
+            "noised_answers_sha256 'ab' and no noised_answers, of which",
+        ),
         (["packing=true"], "loss preference and packing true"),
         (["learn_questions=false"], "learn_questions False but its loss is preference, which does not read it"),
         (["learn_end_of_chunk=true"], "learn_end_of_chunk True but its loss is preference"),

@@ -350,6 +350,27 @@ def test_samples_of_like_length_go_together(small_model, mixture):
     assert order != list(stage.LengthSortedSampler(samples, 4, seed=1))
 
 
+def test_the_order_by_length_is_the_one_that_runs_of_earlier_versions_began_with():
+    class Lengths(list):
+        estimate_length = list.__getitem__
+
+    samples = Lengths(np.random.default_rng(0).integers(50, 2000, 200).tolist())
+    order = itertools.islice(stage.LengthSortedSampler(samples, 4, seed=0), 8)
+    assert list(order) == [121, 162, 144, 169, 2, 194, 46, 69]
+
+
+def test_the_order_by_length_stays_on_another_number_of_processes(small_model, tmp_path, monkeypatch):
+    orders = []
+    for processes, accumulation in ((8, 1), (4, 2), (1, 8)):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        changes = {"group_by_length": True, "batch_size": 1, "accumulation": accumulation, "max_steps": 70}
+        recipe = tiny_recipe(tmp_path / "run.yaml", small_model, **changes)
+        samples = stage.make_samples(recipe, AutoProcessor.from_pretrained(small_model, trust_remote_code=True))
+        orders.append(list(stage.order_of(recipe, samples)))
+    assert sorted(orders[0]) == list(range(560))
+    assert orders[0] == orders[1] == orders[2]
+
+
 # -- two processes ----------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@
 import itertools
 import json
 import shutil
+import textwrap
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToT
 
 from blip3.data.canvas import Drawing, Shape, Text, shape_box
 from blip3.hub import model_code
-from blip3.training.recipe import TowerRecipe, load_recipe
+from blip3.training.recipe import TowerRecipe, load_recipe, save_recipe
 from blip3.training.small.new_model import make_model
 from blip3.training.small.publish import publish_tower
 from blip3.training.tower import labels
@@ -25,6 +26,7 @@ from blip3.training.tower import train as stage
 from blip3.world.settings import settings_from
 from blip3.world.tasks import rendered_record
 from support import load_model
+from support.processes import expect_success, start
 from support.training import WORLD, losses_of, weights_in, write_sizes
 
 TILE, PER_SIDE = 48, 4
@@ -285,6 +287,49 @@ def test_visible_patches_are_those_that_show_image(image_processor, small_model,
     assert (~is_visible).sum() > 50
     assert black[~is_visible].min() >= 0.5
     assert black[is_visible].mean() < 0.1
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+    import json, os
+    from pathlib import Path
+    from blip3.training.tower import train
+
+    real_get, asked = train.TowerImages.__getitem__, Path(__file__).with_name(f"asked-{os.environ['RANK']}")
+
+    def get(self, index):
+        if self.split == "train":
+            with asked.open("a") as file:
+                file.write(f"{index}\\n")
+        return real_get(self, index)
+
+    train.TowerImages.__getitem__ = get
+    train.main()
+"""
+
+
+def asked_by(folder, processes: int, **changes: object) -> list[list[int]]:
+    """Train in several processes, and give which images each looked at."""
+    script, path = folder / "script.py", folder / "run.yaml"
+    script.write_text(textwrap.dedent(SCRIPT))
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes))
+    for old in folder.glob("asked-*"):
+        old.unlink()
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes)
+    expect_success(start(*launcher, script, path, modules=folder / "modules"))
+    return [[int(line) for line in path.read_text().split()] for path in sorted(folder.glob("asked-*"))]
+
+
+def test_processes_see_different_images_and_another_number_goes_on_with_the_rest(small_model, tmp_path):
+    changes = {"max_steps": 4, "save_every": 2, "batch_size": 2, "parts": 1}
+    save_recipe(tower_recipe(small_model, tmp_path / "run", **changes), tmp_path / "run.yaml")
+    first, second = asked_by(tmp_path, 2)
+    assert len(first) == len(second) == 8
+    assert sorted(first + second) == list(range(16))
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    (alone,) = asked_by(tmp_path, 1, accumulation=2)
+    assert sorted(alone) == sorted(first[4:] + second[4:]), "steps 3 and 4 have the images that they had"
 
 
 # -- training ---------------------------------------------------------------------------------------------------------

@@ -44,7 +44,6 @@ from ...refusals import Bounds, check_choice, check_fields, check_keys, describe
 from ...world.settings import WorldSettings, load_settings
 from ...world.tasks import TASKS, rendered_records
 from ..recipe import parse_override, plain_errors
-from ..trainer import name_tower_for_both_lines
 from .tokenizer import save_tokenizer, train_tokenizer
 
 _BOUNDS: dict[str, Bounds] = {"vocab_size": (1, 2**24)}
@@ -155,7 +154,6 @@ def make_model(
         model.model.resampler.load_state_dict(load_file(resampler))
     model.generation_config = GenerationConfig.from_pretrained(output)  # or its own would replace the file
     model.save_pretrained(output)
-    name_tower_for_both_lines(output)
 
 
 def read_sizes(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

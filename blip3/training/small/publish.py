@@ -36,7 +36,6 @@ from ..trainer import (
     PROCESSOR_FILES,
     RESAMPLER_FILE,
     copy_present,
-    name_tower_for_both_lines,
     save_image_splitting,
 )
 
@@ -104,7 +103,6 @@ def publish(source: Path, output: Path, dtype: str = "bfloat16", max_shard_size:
     with tempfile.TemporaryDirectory(prefix="blip3-publish-") as scratch:
         saved = Path(scratch)
         model.save_pretrained(saved, max_shard_size=max_shard_size)
-        name_tower_for_both_lines(saved)
         _tidy_config(saved / "config.json")
         for path in saved.iterdir():
             if path.suffix != ".py":  # the output may be the repository itself, whose code this is a copy of

@@ -32,7 +32,7 @@ from ...images import float_options
 from ...world.settings import WorldSettings, settings_from
 from ...world.tasks import rendered_record
 from ..recipe import TowerRecipe, load_recipe, plain_errors, recipe_arguments, save_recipe
-from ..resume import SAVED_RECIPE, resuming, whole_folder
+from ..resume import SAVED_RECIPE, num_processes, resuming, whole_folder
 from ..trainer import (
     DivergedError,
     RecipeTrainer,
@@ -106,7 +106,7 @@ class TowerImages(Dataset):
         image_processor: the model's.
         split: `train` or `held_out`.
         per_side: patches along a side of a view.
-        count: of images; as many as the recipe's steps take if None.
+        count: of images; as many as the recipe's steps take in all processes if None.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class TowerImages(Dataset):
         count: int | None = None,
     ):
         self.recipe, self.settings, self.image_processor, self.split = recipe, settings, image_processor, split
-        self.count = count or recipe.max_steps * recipe.batch_size * recipe.accumulation
+        self.count = count or recipe.max_steps * recipe.batch_size * recipe.accumulation * num_processes()
         self.per_side = per_side
 
     def __len__(self) -> int:
