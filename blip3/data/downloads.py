@@ -79,17 +79,17 @@ def downloads_in(folder: str) -> Downloads | None:
 @lru_cache(maxsize=64)
 def identity_of_downloads(folder: str) -> str:
     """Name what lies in a folder of downloads as it is when this process first asks; empty if there is nothing."""
-    files = _files_of(folder)
+    files = side_files(folder)
     return "\n".join([str(_FORMAT), *map(identity_of_file, files)]) if files else ""
 
 
 @lru_cache(maxsize=64)
 def _open(folder: str, identity: str) -> Downloads:
-    return Downloads(folder, made_once("downloads", identity, partial(_fill, _files_of(folder))))
+    return Downloads(folder, made_once("downloads", identity, partial(_fill, side_files(folder))))
 
 
-def _files_of(folder: str) -> list[str]:
-    """Find the parquet files that img2dataset writes, in the folder or one below, else tars."""
+def side_files(folder: str) -> list[str]:
+    """Find what names a folder's downloads: img2dataset's parquet files, in the folder or one below, else its tars."""
     for pattern in ("*.parquet", "*/*.parquet", "*.tar", "*/*.tar"):
         try:
             found = sorted(matching(f"{folder.rstrip('/')}/{pattern}"))
