@@ -103,6 +103,15 @@ def write_json_lines(path: str | Path, values: Iterable[Any]) -> int:
     return count
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """Read the lines of a UTF-8 file; only a line feed ends a line, with or without a carriage return before it.
+
+    `str.splitlines` would also cut at characters that a text or a file's name may hold, such as U+2028.
+    """
+    lines = Path(path).read_bytes().decode("utf-8").split("\n")
+    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+
+
 def read_json_lines(path: str | Path, keys: tuple[str, ...], what: str, remedy: str) -> Iterator[dict[str, Any]]:
     """Read the complete lines of a file, one at a time; only a line feed ends a line.
 

@@ -119,6 +119,25 @@ def check_positive(subject: str, value: Any, number: type = int, advice: str = S
         raise ValueError(f"{subject} {value!r} but it must be a positive {kind}. {advice}.")
 
 
+def check_unread(values: Mapping[str, Any], unread: Mapping[str, Any], reason: str) -> None:
+    """Refuse options of a command that nothing would read in this run.
+
+    Args:
+        values: of all options, by name.
+        unread: options, and the value of each where it is not given.
+        reason: why they are not read, for the error.
+
+    Raises:
+        ValueError: naming the first that is given.
+    """
+    for name, otherwise in unread.items():
+        if values[name] != otherwise:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {show(values[name])} but nothing would read it here: {reason}. It is "
+                "probably left over from another run, or what it belongs to was forgotten: leave it out, or add that."
+            )
+
+
 Bounds = tuple[float, float | None]
 """Smallest and largest value, both allowed; None for no largest."""
 

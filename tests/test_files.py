@@ -16,6 +16,7 @@ from blip3 import files
 from blip3.files import (
     JsonLines,
     read_json_lines,
+    read_lines,
     remove_unfinished,
     write_json,
     write_json_lines,
@@ -197,3 +198,14 @@ def test_many_writers_take_turns(tmp_path):
         writer.join()
     assert seen == [1] * 200
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_only_a_line_feed_ends_a_line(tmp_path, end):
+    lines = ["a\u2028b\u2029c", "", "d\x85e\x0bf\x0cg\x1ch", "i\rj"]
+    (tmp_path / "lines.txt").write_bytes(("\n".join(lines) + end).encode())
+    assert read_lines(tmp_path / "lines.txt") == lines
+    (tmp_path / "lines.txt").write_bytes("\r\n".join(lines).encode())
+    assert read_lines(tmp_path / "lines.txt") == lines
+    (tmp_path / "lines.txt").write_bytes(b"")
+    assert read_lines(tmp_path / "lines.txt") == []

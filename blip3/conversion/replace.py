@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..checkpoints import GOLDEN_FILE
-from ..files import sha256_of, sync_folder, write_text
+from ..files import read_lines, sha256_of, sync_folder, write_text
 from ..refusals import list_names
 from .configs import optional_json
 from .tensors import progress_bar
@@ -88,7 +88,7 @@ def _refuse_changes(output: Path) -> None:
 
 def read_manifest(folder: Path) -> dict[str, str]:
     """Return the sha256 of each file listed in a folder's SHA256SUMS, by its path within the folder."""
-    lines = (folder / MANIFEST).read_text(encoding="utf-8").splitlines()
+    lines = read_lines(folder / MANIFEST)
     return {name: digest for digest, name in (line.split("  ", 1) for line in lines if "  " in line)}
 
 

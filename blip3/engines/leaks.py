@@ -91,6 +91,12 @@ _CLAUSE = re.compile(
 _LEADS = re.compile(
     rf"^\W*(?:based|according|given|from|using|considering|drawing|taking|by|when|{_JOIN})\b", re.IGNORECASE
 )
+_BEGINS = (  # capitalised where a sentence or a part of one begins
+    r"(?:Additionally|After(?:wards)?|Again|Also|Although|And|As|Because|Before|But|Can|Could|Did|Do|Finally|First|Hence|"
+    r"Here|How|However|If|Instead|May|Next|Now|Once|Only|Or|Otherwise|Overall|Second|Shall|Should|Since|So|Still|Such|"
+    r"That|Then|Therefore|This|Though|Thus|Unless|Until|What|When|Where|Whereas|Which|While|Why|Will|Would|Yes|Yet)"
+)
+_NUMERAL = re.compile(rf"(?<![\w'-])(?!{_BEGINS}\s)([A-Z][\w'.-]*\s+)I\b(?!')")  # World War I, Edward I, Mark I
 _BOLD = re.compile(r"(?<![\w*])(\*{2,3})(?=\S)(.+?)(?<=\S)\1(?![\w*])")
 _HEADING = re.compile(r"^#{1,6} +", re.MULTILINE)
 
@@ -190,8 +196,11 @@ def without_preface(sentence: str) -> str:
 
 
 def _plain(sentence: str) -> str:
-    """Write apostrophes as keyboards do, one for one."""
-    return sentence.replace("\u2019", "'")
+    """Write apostrophes as keyboards do and the I of a name as a numeral, one character for one.
+
+    An I behind a capitalised word is part of a name, as in Edward I, unless sentences begin with that word.
+    """
+    return _NUMERAL.sub("\\1\u2160", sentence.replace("\u2019", "'"))
 
 
 def _is_ended(sentence: str) -> bool:

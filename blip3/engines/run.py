@@ -19,7 +19,7 @@ from typing import Any
 
 from ..files import read_json_lines, remove_unfinished
 from ..jobs.inputs import Columns, Plan, describe_input, plan_shards
-from ..jobs.output import MANIFEST, Output
+from ..jobs.output import MANIFEST, Output, check_apart
 from ..jobs.ray_run import Summary, check_ray, run
 from ..refusals import check_positive
 from .stages import EnginePlan
@@ -59,6 +59,7 @@ class RunSettings:
     def __post_init__(self) -> None:
         for name in ("workers", "slice_size"):
             check_positive(f"{name} is", getattr(self, name))
+        check_apart(self.input, self.output)
 
     @property
     def columns(self) -> Columns:

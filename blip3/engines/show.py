@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..data.fonts import Font, load_font, shorten, wrap
 from ..files import writing
 from ..jobs.inputs import Columns, plan_shards, read_image, read_unit
+from ..jobs.output import check_apart
 from ..refusals import check_positive
 from .run import LINES, read_manifest
 from .work import open_image
@@ -132,9 +133,11 @@ def make_sheet(
         a line about the sheet.
 
     Raises:
-        ValueError: if there are no such rows, the shards are others, or the font is none.
+        ValueError: if there are no such rows, the shards are others, the font is none, or the sheet would lie among
+            the shards.
     """
     check_positive("count is", count)
+    check_apart(source, output)
     fonts = SheetFonts(font)
     columns = read_manifest(folder)["settings"]["columns"]
     shards = plan_shards(source, (), Columns(columns["image"], columns["key"], ids=("key", "id")))

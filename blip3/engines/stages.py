@@ -95,8 +95,9 @@ class EnginePlan:
     name: str
     stages: tuple[StageSpec, ...]
     schema: Mapping[str, str]
-    """Column -> type as `pyarrow.type_for_alias` names it, after uid, url and key; each is a value of a stage or of
-    the shard. Every row has `error` and `filtered_by` too, null where all is well."""
+    """Column -> type as `pyarrow.type_for_alias` names it, after uid, url and key; each is a value of a stage, never
+    one of the shard, and null where no stage gave it. Every row has `error` and `filtered_by` too, null where all is
+    well."""
     settings: Mapping[str, Any]
     """What the rows depend on, JSON values: a folder with rows of other settings is refused."""
     made_with: Mapping[str, Any] = field(default_factory=dict)

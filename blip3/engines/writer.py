@@ -135,9 +135,9 @@ class ShardWriter:
             slices = through_pool(slices, step) if isinstance(step, Pool) else through(slices, step, number, begun)
         names = schema_of(self.settings.plan).names
         for row in counted(slices, counts, begun):
-            sample = row.current()
-            known = {"uid": sample.uid, "url": sample.url, "key": sample.key}
-            yield {name: known[name] if name in known else clean(sample.values.get(name)) for name in names}
+            known = {"uid": row.sample.uid, "url": row.sample.url, "key": row.sample.key}
+            # Of what was added alone: a shard may have columns of the engine's names, of any type.
+            yield {name: known[name] if name in known else clean(row.added.get(name)) for name in names}
 
     def _read(self, unit: dict[str, Any]) -> Iterator[Slice]:
         first = 0

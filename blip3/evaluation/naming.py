@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 
+from ..files import read_lines
 from .ratios import HIGHER, LOWER, Ratio, make_ratio
 
 Words = tuple[str, ...]
@@ -85,7 +86,7 @@ def read_synonyms(path: str | Path) -> Vocabulary:
         ValueError: if a line has no name.
     """
     phrases: dict[str, str] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         names = [name.strip().casefold() for name in line.split(",")]
         if any(names) and not names[0]:
             raise ValueError(

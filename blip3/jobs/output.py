@@ -96,6 +96,27 @@ class Output:
         check_settings(self.folder, theirs, settings, self.what)
 
 
+def check_apart(source: Path, output: Path) -> None:
+    """Refuse an output that would be read as input by the next run, or be written over a file of the input.
+
+    Args:
+        source: the input, a file or a folder.
+        output: the folder that is written.
+
+    Raises:
+        ValueError: if the output is the input or inside it, or the folder that the input file lies in.
+    """
+    read, written = source.resolve(), output.resolve()
+    is_inside = written.is_relative_to(read)
+    if is_inside or (read.is_file() and written == read.parent):
+        place = "the input itself" if written == read else "inside it" if is_inside else "its folder"
+        raise ValueError(
+            f"The input is {source} and the output {output} is {place}, but the two are expected apart: what is "
+            "written would be read as input, or overwrite it. The output was probably named relative to the input: "
+            "name a folder beside it."
+        )
+
+
 def check_settings(
     folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any], what: str = "results", section: str = ""
 ) -> None:

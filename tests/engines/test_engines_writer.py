@@ -14,7 +14,8 @@ import pytest
 from blip3.data.readers import read_ocr, stream_rows
 from blip3.data.records import RecordError
 from blip3.data.shards import images_beside
-from blip3.engines import run, texts, writer
+from blip3.engines import run, show, texts, writer
+from blip3.engines.filters.images import Sides
 from blip3.engines.run import EngineSummary, RunSettings, open_output, summarize
 from blip3.engines.stages import EnginePlan, StageSpec
 from blip3.engines.writer import ShardWriter, WriterSettings, pools_of, steps_of
@@ -166,6 +167,22 @@ class Spell:
     def __call__(self, samples: list, images: list) -> list[dict]:
         """Add `captions`."""
         return [{"captions": json.dumps([[f"{image.height} x {image.width}", 0, False]])} for image in images]
+
+
+@pytest.mark.parametrize("own", [{"captions": '["of the shard"]'}, {"captions": ["a", "b"]}, {"captions": {"k": 1}}])
+def test_columns_that_the_engine_did_not_write_are_empty_whatever_the_shard_has(tmp_path, own):
+    """A kept, a filtered and a broken row of a shard whose own column is called as the engine's."""
+    images = {"kept": encode(20, 30), "small": encode(8, 30), "broken": b"broken"}
+    write_tar(tmp_path / "a.tar", {key: {"jpg": it, "json": json.dumps(own).encode()} for key, it in images.items()})
+    stages = (StageSpec(Sides, {"least": 16}), StageSpec(Spell))
+    made = EnginePlan("spell", stages, {"captions": "string"}, {})
+    (line,), rows = write(tmp_path / "a.tar", tmp_path / "out", made)
+    assert (line["rows"], line["errors"], line["filtered"]) == (3, 1, {"sides": 1})
+    assert {row["key"]: row["captions"] for row in rows} == {
+        "kept": '[["20 x 30", 0, false]]',
+        "small": None,
+        "broken": None,
+    }
 
 
 @pytest.mark.parametrize(
@@ -324,6 +341,31 @@ def test_counts_are_added_up_over_runs(tmp_path):
 def test_settings_that_cannot_work_are_refused(tmp_path, change):
     with pytest.raises(ValueError, match="must be a positive integer"):
         RunSettings(tmp_path, tmp_path, **change)
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "place"),
+    [
+        ("in", "in", "the input itself"),
+        ("in", "in/below/out", "inside it"),
+        ("in", "else/../in/out", "inside it"),
+        ("in", "link/out", "inside it"),
+        ("in/a.parquet", "in", "its folder"),
+    ],
+)
+def test_an_output_in_the_input_is_refused_before_anything_is_written(tmp_path, source, output, place):
+    """Rows would be the next run's input, or in the place of a file of the input."""
+    (tmp_path / "in").mkdir()
+    parquet.write_table(pyarrow.table({"image": [b"i"], "key": ["k"]}), tmp_path / "in" / "a.parquet")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    with pytest.raises(ValueError, match=f"and the output .* is {place}, but the two are expected apart"):
+        RunSettings(tmp_path / source, tmp_path / output)
+    with pytest.raises(ValueError, match="but the two are expected apart"):
+        show.make_sheet(tmp_path, tmp_path / "in", tmp_path / "in" / "sheet.png")
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["a.parquet"]
+    for apart in ("out", "input", "link_to"):
+        assert RunSettings(tmp_path / "in", tmp_path / apart)
+    assert RunSettings(tmp_path / "in" / "a.parquet", tmp_path / "in" / "below")
 
 
 @pytest.mark.parametrize("module", [writer, texts])

@@ -108,12 +108,39 @@ def test_images_without_a_row_may_have_no_boxes(tmp_path):
     assert made.settings != plan_of("--boxes", path).settings
 
 
+@pytest.mark.usefixtures("any_inflect")
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ((), ["dog", "ball", "cat"]),
+        (("--threshold", 0.7), ["dog", "cat"]),
+        (("--tag-thresholds", "{limits}"), ["ball", "cat"]),
+        (("--threshold", 0.85, "--tag-thresholds", "{limits}"), ["cat"]),
+    ],
+)
+def test_thresholds_hold_for_boxes_of_a_file_where_they_have_a_confidence(tmp_path, given, kept):
+    entries = [DOG, BALL, {"text": "cat", "bbox": [0, 0, 0.2, 0.2]}]
+    path = write_boxes(tmp_path / "boxes.jsonl", [{"key": "a", "entries": entries}])
+    (tmp_path / "limits.txt").write_text("Dog: 0.9\n")
+    made = plan_of("--boxes", path, *(str(word).format(limits=tmp_path / "limits.txt") for word in given))
+    (row,) = run_stages(made, [Sample("a", b"")], [])
+    assert sorted(entry["text"] for entry in json.loads(row["metadata"])["entries"]) == sorted(kept)
+    assert (made.settings == plan_of("--boxes", path).settings) == (not given)
+
+
 @pytest.mark.parametrize("line", ['{"key": "b", "entries": [', "[1, 2]", "7"])
 def test_a_broken_line_is_named(tmp_path, line):
     path = tmp_path / "boxes.jsonl"
     path.write_text('{"key": "a", "entries": []}\n\n' + line)
     with pytest.raises(ValueError, match=r"boxes\.jsonl has in line 3 .*each line is a JSON object"):
         FileBoxes(str(path))
+
+
+def test_only_a_line_feed_ends_a_line_of_boxes(tmp_path):
+    entry = {**DOG, "text": "dog\u2028of Ana"}
+    path = tmp_path / "boxes.jsonl"
+    path.write_text(json.dumps({"key": "a\u2028b", "entries": [entry]}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert FileBoxes(str(path))([Sample("a\u2028b", b"")], []) == [{"entries": [entry], "tags": ["dog\u2028of Ana"]}]
 
 
 @pytest.mark.parametrize("entries", ['"text"', "{", [{"text": "dog", "bbox": [0, 0, 1]}], [{"bbox": [0, 0, 1, 1]}], 7])
@@ -187,6 +214,13 @@ def test_what_rows_depend_on_is_in_the_settings(detector, tmp_path):
         (("--detector", "a", "--tags", "b", "--ram", "c"), "--ram, --tags is given, but a detector needs"),
         (("--boxes", "a", "--tags", "b"), "--tags is given, but a file of boxes has its own tags"),
         (("--boxes", "a", "--max-area", 90), r"--max-area is 90\.0 but must be 0 to 1"),
+        (("--boxes", "a", "--ram-threshold", 0.7), r"--ram-threshold is 0\.7 but .* an option of --ram alone"),
+        (("--boxes", "a", "--detector-gpus", 1), r"--detector-gpus is 1\.0 but .* an option of --detector alone"),
+        (("--boxes", "a", "--detector-batch", 8), "--detector-batch is 8 but"),
+        (("--boxes", "a", "--detector-dtype", "float16"), "--detector-dtype is 'float16' but"),
+        (("--detector", "a", "--tags", "b", "--ram-gpus", 1), r"--ram-gpus is 1\.0 but"),
+        (("--detector", "a", "--ram", "b", "--boxes-unit", "pixels"), "--boxes-unit is 'pixels' but"),
+        (("--boxes", "a", "--only-lists", "--synonyms", "b"), "--synonyms is 'b' but .*--only-lists looks for no"),
         (("--boxes", "a", "--threshold", -1), r"--threshold is -1\.0 but must be 0 to 1"),
     ],
 )

@@ -202,6 +202,32 @@ def test_a_caption_has_one_way_to_be_written(arguments):
         planned(*arguments)
 
 
+BOTH = ("--captioner", "a", "--rewriter", "b")
+SERVED = ("--captioner-url", "http://a/v1", "--rewriter-url", "http://a/v1")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (*BOTH, "--distilled-tokens", 9),
+        (*BOTH, "--rewriter-key-variable", "KEY"),
+        (*BOTH, "--concurrency", 2),
+        (*BOTH, "--timeout", 9),
+        (*BOTH, "--tries", 2),
+        (*BOTH, "--writer-seed", 1),
+        (*SERVED, "--captioner-gpus", 1),
+        (*SERVED, "--writer-batch", 2),
+        (*SERVED, "--writer-dtype", "float16"),
+        ("--dense-column", "a", "--rewriter", "b", "--captioner-licence", "MIT"),
+        ("--dense-column", "a", "--rewriter", "b", "--caption-prompt", "What?"),
+        ("--distilled", "a", "--caption-prompt", "What?"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused(arguments):
+    with pytest.raises(ValueError, match=f"{arguments[-2]} is .* but nothing would read it here"):
+        planned(*arguments)
+
+
 # -- verification ----------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +243,9 @@ def test_the_engine_is_verified_on_rendered_images_with_a_script():
     }  # fmt: skip
     with pytest.raises(ValueError, match="--verify-images is 0"):
         verified("--verify-images", 0)
+    for unread in ("--dense-column", "--caption-prompt", "--rewriter-licence"):
+        with pytest.raises(ValueError, match=f"{unread} is 'any' but nothing would read it here"):
+            verified(unread, "any")
 
 
 def test_the_verification_sees_faults(monkeypatch):

@@ -53,6 +53,24 @@ INNOCENT = (
     "M*A*S*H in a 5* hotel and F**k it, a b**k.",
     "Let me know by Friday, says the note on the fridge.",
     "The original alternative text editor of 1985.",
+    "A stone memorial for soldiers of World War I included the names of the fallen.",
+    "Note the World War I tank on the left.",
+    "World War I added names to the memorial.",
+    "The castle that Edward I changed shows its original structure.",
+    "Edward I changed the structure of the castle.",
+    "Tsar Peter I changed the structure of the city, and the captions describe it.",
+    "A coin of Elizabeth I. Note the crown that Henry I kept.",
+    "The Mark I tank of World War I corrected design details of earlier vehicles.",
+    "A Type I engine, of which World War I; museum staff kept parts and details.",
+)
+FIRST_PERSON = (
+    "I kept the names of the alt-text.",
+    "Then I changed the structure.",
+    "Here I added the details of the place.",
+    "In the new text I included the name of Edward I too.",
+    "Of World War I, I kept all details.",
+    "For Lisbon, I\u2019ve kept the names.",
+    "Note that I left out the year of World War I there.",
 )
 
 
@@ -69,6 +87,12 @@ def test_a_sentence_about_the_task_goes_whole(talk):
     for text in (f"{talk} A red kite. It flies.", f"A red kite. {talk} It flies.", f"A red kite. It flies. {talk}"):
         assert clean_caption(text) == drop_leaked(text) == "A red kite. It flies."
     assert clean_caption(talk) == drop_leaked(talk) == ""
+
+
+@pytest.mark.parametrize("talk", FIRST_PERSON)
+def test_the_writer_is_told_from_kings_and_wars(talk):
+    assert has_leak(talk)
+    assert clean_caption(f"A red kite. {talk} It flies.") == "A red kite. It flies."
 
 
 @pytest.mark.parametrize("preface", PREFACES)

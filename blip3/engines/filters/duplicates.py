@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find images that look alike across all shards: the second of two passes.
 
-    blip3 engines hashes --input SHARDS --output HASHES                    a pHash for each image, on all workers
+    blip3 engines hashes --input SHARDS --output HASHES                    pHashes of each image, on all workers
     python -m blip3.engines.filters.duplicates HASHES --output LISTS       this: in one process
     blip3 engines ocr --input SHARDS --output ROWS --drop-listed LISTS     the run
 
 LISTS has a file for each shard with duplicates: keys of the images that look like an earlier one that is kept, in the
-order of shards and rows. Hashes are held in memory, 8 bytes each and about five times that while they are sorted.
+order of shards and rows. Hashes are held in memory: 40 bytes an image, about 120 while they are compared.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ...files import write_text
-from .hashing import DISTANCE, duplicates
+from .hashing import COLUMNS, DISTANCE, duplicates
 from .images import list_of
 
 
@@ -26,7 +26,7 @@ def write_lists(hashes: Path, output: Path, distance: int = DISTANCE) -> tuple[i
     Args:
         hashes: a folder of parquet files of the engine `hashes`.
         output: a folder for the lists, empty or new.
-        distance: bits in which two pHashes may differ.
+        distance: bits of 64 in which two pHashes may differ; four times as many of 256.
 
     Returns:
         the number of images that have a hash, and of those in the lists.
@@ -41,31 +41,41 @@ def write_lists(hashes: Path, output: Path, distance: int = DISTANCE) -> tuple[i
             "but hashes and an output without lists are expected. The folders were probably exchanged, or this is the "
             "second run: name the output of `blip3 engines hashes`, and an empty folder."
         )
-    values = np.concatenate([_hashes_of(file) for file in files])
-    is_dropped = duplicates(values, distance)
+    coarse, fine = map(np.concatenate, zip(*map(_hashes_of, files), strict=True))
+    is_dropped = duplicates(coarse, fine, distance)
     output.mkdir(parents=True, exist_ok=True)  # also where there is nothing to drop
     start = 0
     for file in files:
         start += _write_lists_of(file, is_dropped[start:], output)
-    return len(values), int(is_dropped.sum())
+    return len(coarse), int(is_dropped.sum())
 
 
 def _rows_of(file: Path, *columns: str) -> list[list]:
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(file, columns=[*columns, "phash"])
-    table = table.filter(table["phash"].is_valid())  # images in error have none
-    return [table[column].to_pylist() for column in (*columns, "phash")]
+    names = pyarrow.parquet.read_schema(file).names
+    if not {*columns, *COLUMNS} <= set(names):
+        raise ValueError(
+            f"{file} has the columns {', '.join(names)} but {', '.join((*columns, *COLUMNS))} are read. It was "
+            "probably written by another engine, or by an earlier version of this one: run `blip3 engines hashes` "
+            "into a new folder."
+        )
+    table = pyarrow.parquet.read_table(file, columns=list({*columns, COLUMNS[0]}))
+    table = table.filter(table[COLUMNS[0]].is_valid())  # images in error have none
+    return [table[column].to_pylist() for column in columns]
 
 
-def _hashes_of(file: Path) -> np.ndarray:
-    (texts,) = _rows_of(file)
-    return np.fromiter((int(text, 16) for text in texts), np.uint64, len(texts))
+def _hashes_of(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read (N,) coarse hashes and the (N, 32) bytes of fine ones."""
+    coarse, fine = _rows_of(file, *COLUMNS)
+    data = b"".join(map(bytes.fromhex, fine))
+    whole = np.fromiter((int(text, 16) for text in coarse), np.uint64, len(coarse))
+    return whole, np.frombuffer(data, np.uint8).reshape(len(coarse), -1)
 
 
 def _write_lists_of(file: Path, is_dropped: np.ndarray, output: Path) -> int:
     """Write the lists of the shards in one file of hashes; returns how many of its images have a hash."""
-    shards, keys, _ = _rows_of(file, "shard", "key")
+    shards, keys = _rows_of(file, "shard", "key")
     lists: dict[str, list[str]] = {}
     for shard, key, drops in zip(shards, keys, is_dropped[: len(keys)], strict=True):
         if drops:
@@ -86,7 +96,7 @@ def main() -> int:
     )
     parser.add_argument("hashes", type=Path, help="output of `blip3 engines hashes`")
     parser.add_argument("--output", type=Path, required=True, help="folder for the lists")
-    parser.add_argument("--distance", type=int, default=DISTANCE, help="bits; default: %(default)s")
+    parser.add_argument("--distance", type=int, default=DISTANCE, help="bits of 64; default: %(default)s")
     given = parser.parse_args()
     try:
         count, dropped = write_lists(given.hashes, given.output, given.distance)

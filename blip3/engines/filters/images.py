@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...files import read_lines
 from ..packages import IMAGEHASH, NUDENET, OPEN_NSFW
 from ..stages import Sample, Values
 from .hashing import DISTANCE, NearTable, perceptual_hash
@@ -73,8 +74,7 @@ class Listed:
     def _keys_of(self, shard: str) -> frozenset[str]:
         if shard != self._shard:
             path = list_of(self.folder, shard)
-            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-            self._shard, self._keys = shard, frozenset(lines)
+            self._shard, self._keys = shard, frozenset(read_lines(path) if path.is_file() else ())
         return self._keys
 
 
@@ -110,15 +110,15 @@ class NearDuplicates:
     """Drops images that look like one that is in the same shard before and was kept; see `ExactDuplicates`.
 
     Args:
-        distance: bits in which the pHashes may differ.
+        bits: of 64 in which the pHashes may differ; four times as many of 256.
     """
 
     needs_images = True
     package = IMAGEHASH
 
-    def __init__(self, distance: int = DISTANCE):
-        self.distance = distance
-        self._shard, self._kept = "", NearTable(distance)
+    def __init__(self, bits: int = DISTANCE):
+        self.bits = bits
+        self._shard, self._kept = "", NearTable(bits)
 
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
         """Drop `near_duplicate`."""
@@ -126,7 +126,7 @@ class NearDuplicates:
 
     def _of(self, sample: Sample, image: Image.Image) -> Values:
         if sample.shard != self._shard:
-            self._shard, self._kept = sample.shard, NearTable(self.distance)
+            self._shard, self._kept = sample.shard, NearTable(self.bits)
         value = perceptual_hash(image)
         owner = self._kept.owner_of(value)
         if owner is None:

@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--min-side", type=_positive, default=LEAST_SIDE, metavar="PIXELS", help="of both sides; default: %(default)s")
     add("--drop-listed", metavar="FOLDER", help="of lists: those that blip3.engines.filters.duplicates writes")
     add("--drop-exact-duplicates", action="store_true", help="of a file in the same shard")
-    help = f"of an image in the same shard: bits in which their pHashes differ; default: {DISTANCE}"
+    help = f"of an image in the same shard: bits of 64 in which their pHashes differ; default: {DISTANCE}"
     add("--drop-near-duplicates", type=_bits, nargs="?", const=DISTANCE, metavar="BITS", help=help)
     add("--max-nsfw", type=_share, metavar="SCORE", help="of open_nsfw, 0 to 1; 0.5 is usual")
     help = "images with a face of at least this score; default: 0.5"
@@ -68,10 +68,11 @@ def stages(options: argparse.Namespace) -> tuple[list[StageSpec], list[StageSpec
     """Give the filters that come before an engine's own stages, and those that come after."""
     before = [StageSpec(Sides, {"least": options.min_side})] if options.min_side > 1 else []
     before += _given(options.drop_listed, Listed, "folder")
-    before += [StageSpec(ExactDuplicates)] if options.drop_exact_duplicates else []
     before += _range(options.alt_text_words, AltTextLength)
     before += _given(options.alt_text_language, AltTextLanguage, "languages")
-    before += _given(options.drop_near_duplicates, NearDuplicates, "distance")
+    # Behind the filters of alt-text: an image is kept with the first of its rows that passes those.
+    before += [StageSpec(ExactDuplicates)] if options.drop_exact_duplicates else []
+    before += _given(options.drop_near_duplicates, NearDuplicates, "bits")
     before += _given(options.max_nsfw, Unsafe, "most")
     before += _given(options.drop_faces, Faces, "least")
     return before, _range(getattr(options, "caption_words", None), CaptionLength)  # of `add_caption_options`

@@ -8,15 +8,17 @@ lines are held in memory.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from ...files import read_lines
 from ...refusals import check_choice
 from ..stages import Sample, Values
 from .boxes import Entry
+from .phrases import split_form
 
 UNITS = ("share", "pixels")
 MISSING = ("error", "none")
@@ -33,6 +35,8 @@ class FileBoxes:
         name: `key` or `uid`, the column that names the image.
         unit: of the boxes: `share` of the image, 0 to 1, or `pixels` of the image as it lies in the shard, upright.
         missing: what an image is that the file does not name: an `error`, or one that has `none`.
+        threshold: lowest confidence of a box; one that the file gives none has 1.
+        tag_thresholds: tag, in any case and with or without hyphens -> the same for this one.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -40,11 +44,21 @@ class FileBoxes:
             boxes are in pixels and not shares.
     """
 
-    def __init__(self, path: str, name: str = "key", unit: str = "share", missing: str = "error"):
+    def __init__(
+        self,
+        path: str,
+        name: str = "key",
+        unit: str = "share",
+        missing: str = "error",
+        threshold: float = 0.0,
+        tag_thresholds: Mapping[str, float] | None = None,
+    ):
         check_choice("The column that names the image is", name, ("key", "uid"))
         check_choice("The unit of the boxes is", unit, UNITS)
         check_choice("What an image without a row is", missing, MISSING)
         self.path, self.name, self.unit, self.missing = Path(path), name, unit, missing
+        self.threshold = threshold
+        self.tag_thresholds = {split_form(tag): limit for tag, limit in (tag_thresholds or {}).items()}
         self.needs_images = unit == "pixels"
         if not self.path.exists():
             raise FileNotFoundError(
@@ -58,7 +72,7 @@ class FileBoxes:
             self._check_unit()
 
     @staticmethod
-    def check(path: str, name: str = "key", unit: str = "share", missing: str = "error") -> None:
+    def check(path: str, name: str = "key", unit: str = "share", missing: str = "error", **_: Any) -> None:
         """Refuse a file that cannot be read; raises as the class."""
         FileBoxes(path, name, unit, missing)
 
@@ -108,7 +122,13 @@ class FileBoxes:
             return {"error": "A box in the file of boxes is no share of the image, 0 to 1; see --boxes-unit pixels."}
         for entry in found:
             entry["bbox"] = [edge / size[place % 2] for place, edge in enumerate(entry["bbox"])]
-        return {"entries": found, "tags": list(dict.fromkeys(entry["text"] for entry in found))}
+        return {
+            "entries": [entry for entry in found if entry["confidence"] >= self._limit_of(entry)],
+            "tags": list(dict.fromkeys(entry["text"] for entry in found)),
+        }
+
+    def _limit_of(self, entry: Entry) -> float:
+        return self.tag_thresholds.get(split_form(entry["text"]), self.threshold)
 
 
 def _entries_of(value: Any) -> list[Entry] | None:
@@ -129,8 +149,7 @@ def _entries_of(value: Any) -> list[Entry] | None:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [_read_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    return [_read_line(path, number, line) for number, line in enumerate(read_lines(path), 1) if line.strip()]
 
 
 def _read_line(path: Path, number: int, line: str) -> dict[str, Any]:

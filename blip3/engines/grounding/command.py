@@ -14,6 +14,7 @@ from typing import Any
 
 from ...checkpoints import digest_of, fingerprint, folder_of
 from ...files import to_json
+from ...refusals import check_unread
 from ..stages import EnginePlan, StageSpec
 from .boxes import TidyBoxes
 from .boxes_file import MISSING, UNITS, FileBoxes
@@ -23,6 +24,12 @@ from .tags import ColumnTags, ListTags, RamFiles, RamTags, clean_tags, read_list
 from .verify import verify_rendered
 
 THRESHOLDS = {"grounding-dino": 0.25, "mm-grounding-dino": 0.25, "owlv2": 0.1}  # as transformers has them
+OPTIONS_OF: dict[str, dict[str, Any]] = {
+    "ram": {"ram_threshold": None, "ram_batch": 8, "ram_gpus": 0},
+    "detector": {"detector_batch": 4, "detector_gpus": 0, "detector_dtype": "float32"},
+    "boxes": {"boxes_name": "key", "boxes_unit": UNITS[0], "boxes_missing": MISSING[0]},
+}
+"""Where tags or boxes come from -> options of it alone, and their defaults."""
 SCHEMA = {"cogvlm_caption": "string", "captions": "string", "metadata": "string"}
 
 
@@ -38,31 +45,34 @@ def _add_tag_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tags-column", metavar="NAME", help="a column of the shards with the tags of each image")
     group.add_argument("--tags", metavar="FILE", help="the same tags for every image, one a line")
     group.add_argument("--ram-threshold", type=float, metavar="P", help="one for all tags of RAM++ (default: its own)")
-    group.add_argument("--ram-batch", type=int, default=8, metavar="N", help="images a call of RAM++")
-    group.add_argument("--ram-gpus", type=float, default=0, metavar="N", help="graphics cards a tagger, such as 0.25")
+    group.add_argument("--ram-batch", type=int, metavar="N", help="images a call of RAM++")
+    group.add_argument("--ram-gpus", type=float, metavar="N", help="graphics cards a tagger, such as 0.25")
+    group.set_defaults(**OPTIONS_OF["ram"])
 
 
 def _add_box_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--detector", metavar="MODEL", help="Grounding DINO, MM-Grounding-DINO or OWLv2: a checkpoint")
     group.add_argument("--boxes", metavar="FILE", help="boxes of any tool: parquet, a folder of it, or .jsonl")
-    group.add_argument("--boxes-name", default="key", choices=("key", "uid"), help="what names an image in that file")
-    group.add_argument("--boxes-unit", default=UNITS[0], choices=UNITS, help="of the boxes in that file")
+    group.add_argument("--boxes-name", choices=("key", "uid"), help="what names an image in that file")
+    group.add_argument("--boxes-unit", choices=UNITS, help="of the boxes in that file")
     group.add_argument(
         "--boxes-missing",
-        default=MISSING[0],
         choices=MISSING,
         help="an image that the file does not name is an error, or has none (tools that write no row where they find "
         "nothing)",
     )
-    group.add_argument("--threshold", type=float, metavar="P", help="lowest score of a box (default: the detector's)")
+    group.add_argument(
+        "--threshold", type=float, metavar="P", help="lowest score of a box (default: the detector's; of --boxes 0)"
+    )
     group.add_argument("--tag-thresholds", metavar="FILE", help="the same for single tags: lines of `tag: number`")
     group.add_argument("--max-area", type=float, default=0.9, help="of a box, as a share of the image (default 0.9)")
     group.add_argument(
         "--max-overlap", type=float, default=0.5, help="of two boxes of one tag, intersection over union (default 0.5)"
     )
-    group.add_argument("--detector-batch", type=int, default=4, metavar="N", help="images of one size at once")
-    group.add_argument("--detector-gpus", type=float, default=0, metavar="N", help="graphics cards a detector")
-    group.add_argument("--detector-dtype", default="float32", choices=DTYPES)
+    group.add_argument("--detector-batch", type=int, metavar="N", help="images of one size at once")
+    group.add_argument("--detector-gpus", type=float, metavar="N", help="graphics cards a detector")
+    group.add_argument("--detector-dtype", choices=DTYPES)
+    group.set_defaults(**OPTIONS_OF["detector"], **OPTIONS_OF["boxes"])
 
 
 def _add_caption_options(group: argparse._ArgumentGroup) -> None:
@@ -151,6 +161,11 @@ def _check(options: argparse.Namespace) -> None:
             f"Of --ram, --tags-column and --tags {given} is given, but {wanted}. An option is probably left over from "
             "another run, or missing: see --help."
         )
+    for name, its_options in OPTIONS_OF.items():
+        if not getattr(options, name):
+            check_unread(vars(options), its_options, f"it is an option of --{name} alone")
+    if options.only_lists:
+        check_unread(vars(options), {"vocabulary": None, "synonyms": None}, "--only-lists looks for no word")
     for name in ("threshold", "ram_threshold", "max_area", "max_overlap", "max_text_overlap"):
         value = getattr(options, name)
         if value is not None and not 0 <= value <= 1:
@@ -192,9 +207,17 @@ def _tag_stage(options: argparse.Namespace) -> Part:
 
 def _box_stage(options: argparse.Namespace) -> Part:
     if options.boxes:
-        given = {"path": str(Path(options.boxes).resolve()), "name": options.boxes_name, "unit": options.boxes_unit}
+        given: dict[str, Any] = {
+            "path": str(Path(options.boxes).resolve()),
+            "name": options.boxes_name,
+            "unit": options.boxes_unit,
+        }
         if options.boxes_missing != MISSING[0]:
             given["missing"] = options.boxes_missing
+        if options.threshold is not None:
+            given["threshold"] = options.threshold
+        if options.tag_thresholds:
+            given["tag_thresholds"] = read_thresholds(options.tag_thresholds)
         FileBoxes(**given)  # a file that is none is refused before the run
         files = sorted(path for path in _files_of(Path(options.boxes)) if path.is_file())
         digest = _digest([[path.name, digest_of(path).hex()] for path in files])

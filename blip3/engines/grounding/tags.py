@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...files import read_lines
 from ..stages import Sample, Values
 from .phrases import Form, names_a_thing, split_form
 
@@ -36,7 +37,7 @@ def clean_tags(tags: Iterable[str]) -> list[str]:
 
 def read_list(path: str | Path) -> list[str]:
     """Read a file of tags, one a line; empty lines and lines that begin with # are left out."""
-    lines = (line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
+    lines = map(str.strip, read_lines(path))
     return [line for line in lines if line and not line.startswith("#")]
 
 

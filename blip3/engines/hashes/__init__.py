@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pHash for each image: the first of two passes that find duplicates across shards."""
+"""The pHashes of each image: the first of two passes that find duplicates across shards."""

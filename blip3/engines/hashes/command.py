@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`blip3 engines hashes`: the pHash of every image, for `blip3.engines.filters.duplicates`."""
+"""`blip3 engines hashes`: the pHashes of every image, for `blip3.engines.filters.duplicates`."""
 
 import argparse
 from collections.abc import Sequence
 
 from PIL import Image
 
-from ..filters.hashing import perceptual_hash
+from ..filters.hashing import COLUMNS, perceptual_hash
 from ..packages import IMAGEHASH
 from ..stages import EnginePlan, Sample, StageSpec, Values
 
-SCHEMA = {"shard": "string", "phash": "string"}
+SCHEMA = dict.fromkeys(("shard", *COLUMNS), "string")
 
 
 class Hash:
@@ -20,9 +20,9 @@ class Hash:
     package = IMAGEHASH
 
     def __call__(self, samples: Sequence[Sample], images: Sequence[Image.Image]) -> list[Values]:
-        """Add `shard`, and `phash` as 16 hexadecimal digits."""
+        """Add `shard`, and `phash` and `phash256` as 16 and 64 hexadecimal digits."""
         pairs = zip(samples, images, strict=True)
-        return [{"shard": sample.shard, "phash": f"{perceptual_hash(image):016x}"} for sample, image in pairs]
+        return [{"shard": sample.shard, **perceptual_hash(image).to_columns()} for sample, image in pairs]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -31,4 +31,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def plan(options: argparse.Namespace) -> EnginePlan:
     """Describe the engine."""
-    return EnginePlan("hashes", (StageSpec(Hash),), SCHEMA, {"hash": "pHash of imagehash, 64 bits"})
+    return EnginePlan("hashes", (StageSpec(Hash),), SCHEMA, {"hash": "pHash of imagehash, 64 and 256 bits"})

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from ...checkpoints import fingerprint, folder_of
-from ...refusals import check_positive
+from ...refusals import check_positive, check_unread
 from ..filters import add_caption_options
 from ..stages import EnginePlan, StageSpec
 from .prompts import CAPTION_PROMPT, FUSION_PROMPT
@@ -20,6 +20,10 @@ ROLES = {
     "rewriter": "fuses alt-text and dense caption",
     "distilled": "fuses image and alt-text at once, in place of the two others (KALE's second stage)",
 }
+OPTIONS_OF_ROLE = {"tokens": 256, "gpus": 0, "licence": "", "key_variable": ""}
+OPTIONS_OF_SERVERS = {"concurrency": 8, "timeout": 120, "tries": 5, "writer_seed": 0}
+OPTIONS_OF_PROCESS = {"writer_dtype": "auto", "writer_batch": 8}
+"""Options that only some runs read, and their defaults."""
 SCHEMA = {FUSED: "string", DENSE: "string", ALT_TEXT: "string"}
 
 
@@ -35,22 +39,22 @@ def _add_writer_options(parser: argparse.ArgumentParser) -> None:
         add = group.add_argument
         add(f"--{role}", default="", metavar="MODEL", help="folder or owner/name; with a url the server's name for it")
         add(f"--{role}-url", default="", metavar="URL", help="of a server that speaks OpenAI's words, up to /v1")
-        add(f"--{role}-key-variable", default="", metavar="NAME", help="environment variable with the server's key")
-        add(f"--{role}-tokens", type=int, default=256, metavar="N", help="most of one reply; default: %(default)s")
-        add(f"--{role}-gpus", type=float, default=0, metavar="N", help="of one worker, without a url; default: 0")
-        add(f"--{role}-licence", default="", metavar="TEXT", help="of the model, for the manifest")
+        add(f"--{role}-key-variable", metavar="NAME", help="environment variable with the server's key")
+        add(f"--{role}-tokens", type=int, metavar="N", help="most of one reply; default: %(default)s")
+        add(f"--{role}-gpus", type=float, metavar="N", help="of one worker, without a url; default: 0")
+        add(f"--{role}-licence", metavar="TEXT", help="of the model, for the manifest")
+        parser.set_defaults(**{f"{role}_{name}": value for name, value in OPTIONS_OF_ROLE.items()})
     group = parser.add_argument_group("captions")
     add = group.add_argument
     add("--dense-column", metavar="NAME", help=f"of the shards, such as {DENSE}, in place of a captioner")
     add("--caption-prompt", default=CAPTION_PROMPT, metavar="TEXT", help="of the captioner; default: our own")
-    add("--writer-dtype", default="auto", metavar="TYPE", help="of models in this process; default: the checkpoint's")
-    add("--writer-batch", type=int, default=8, metavar="N", help="requests at a time in this process; default: 8")
-    add(
-        "--concurrency", type=int, default=8, metavar="N", help="requests to a server at a time and worker; default: 8"
-    )
-    add("--timeout", type=float, default=120, metavar="SECONDS", help="of one try with a server; default: 120")
-    add("--tries", type=int, default=5, metavar="N", help="of a request to a server; default: 5")
-    add("--writer-seed", type=int, default=0, metavar="N", help="sent to servers; default: 0")
+    add("--writer-dtype", metavar="TYPE", help="of models in this process; default: the checkpoint's")
+    add("--writer-batch", type=int, metavar="N", help="requests at a time in this process; default: 8")
+    add("--concurrency", type=int, metavar="N", help="requests to a server at a time and worker; default: 8")
+    add("--timeout", type=float, metavar="SECONDS", help="of one try with a server; default: 120")
+    add("--tries", type=int, metavar="N", help="of a request to a server; default: 5")
+    add("--writer-seed", type=int, metavar="N", help="sent to servers; default: 0")
+    parser.set_defaults(**OPTIONS_OF_SERVERS, **OPTIONS_OF_PROCESS)
 
 
 def add_verify_options(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +75,7 @@ def plan(options: argparse.Namespace) -> EnginePlan:
         ValueError: if the options leave a caption without a writer, or give it two.
     """
     _check_roles(options)
+    _check_unread(options)
     writers = {role: _writer(options, role) for role in ROLES if _is_given(options, role)}
     stages = tuple(_stages(options, writers))
     asked = {"captioner": options.caption_prompt, "rewriter": FUSION_PROMPT}
@@ -89,6 +94,8 @@ def verify(options: argparse.Namespace) -> dict[str, float]:
     check_positive("--verify-images is", options.verify_images)
     given = (options.verify_images, options.verify_seed)
     if not any(_is_given(options, role) for role in ROLES):
+        check_unread(vars(options), {"dense_column": None}, "no --rewriter is given, and the script needs no column")
+        _check_unread(options)
         return verify_scripted(*given)
     return verify_stages(plan(options).stages, *given, dense_column=options.dense_column or DENSE_COLUMN)
 
@@ -109,6 +116,29 @@ def _check_roles(options: argparse.Namespace) -> None:
             "rewriter, a --dense-column and a rewriter, or a distilled model alone. One was probably left out or is "
             "too many: name a model by its folder or by its server's url."
         )
+
+
+def _check_unread(options: argparse.Namespace) -> None:
+    """Refuse options of a role that nobody has, of servers where there is none, and of models where all are served."""
+    given = [role for role in ROLES if _is_given(options, role)]
+    served = [role for role in given if getattr(options, f"{role}_url")]
+    for role in ROLES:
+        if role not in given:
+            _check_role(options, role, list(OPTIONS_OF_ROLE), f"there is no --{role}")
+        elif role in served:
+            _check_role(options, role, ["gpus"], f"the {role} is a server's")
+        else:
+            _check_role(options, role, ["key_variable"], f"there is no --{role}-url")
+    if "captioner" not in given:
+        check_unread(vars(options), {"caption_prompt": CAPTION_PROMPT}, "there is no --captioner")
+    if not served:
+        check_unread(vars(options), OPTIONS_OF_SERVERS, "no model is a server's")
+    if len(served) == len(given):
+        check_unread(vars(options), OPTIONS_OF_PROCESS, "no model runs in this process")
+
+
+def _check_role(options: argparse.Namespace, role: str, names: list[str], reason: str) -> None:
+    check_unread(vars(options), {f"{role}_{name}": OPTIONS_OF_ROLE[name] for name in names}, reason)
 
 
 def _writer(options: argparse.Namespace, role: str) -> WriterOptions:
