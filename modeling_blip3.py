@@ -51,7 +51,7 @@ from .generation_blip3 import (
     without_patches,
 )
 from .tiling_blip3 import count_image_tokens, count_views, grid_of, scale_pixels, visible_patches
-from .towers_blip3 import accept_checkpoint_names, first_layer, patch_tokens
+from .towers_blip3 import accept_checkpoint_names, first_layer, name_tower_for_both_lines, patch_tokens
 
 try:  # transformers 5: initialisers that leave loaded weights alone
     from transformers import initialization as init
@@ -257,7 +257,7 @@ class Blip3PreTrainedModel(PreTrainedModel):
         """
         _restore_quantization_scales(self)
         _forget_unused_conversions(self)
-        _name_tower_for_both_lines(self)
+        name_tower_for_both_lines(self)
         cls = type(self)
         if cls.__module__.startswith("torch."):
             original = next(base for base in cls.__mro__[1:] if issubclass(base, PreTrainedModel))
@@ -290,22 +290,6 @@ def _forget_unused_conversions(model: nn.Module) -> None:
     if conversions and hasattr(conversions[0], "was_used"):
         used: Any = [each for each in conversions if each.was_used()]
         model._weight_conversions = used
-
-
-def _name_tower_for_both_lines(model: nn.Module) -> None:
-    """Let a model that was not loaded save its vision tower under the names of transformers 4.57, which 5 reads too.
-
-    transformers 5 does so for a model that it has loaded; one that `from_config` made would get names that 4.57 takes
-    for missing weights.
-    """
-    if not IS_TRANSFORMERS_5 or getattr(model, "_weight_conversions", None):
-        return
-    from transformers.conversion_mapping import get_model_conversion_mapping  # 4.57 has none
-
-    known: Any = get_model_conversion_mapping(model, add_legacy=False)
-    ours: Any = [each for each in known if (getattr(each, "scope_prefix", None) or "").endswith("vision_tower")]
-    if ours:
-        model._weight_conversions = ours
 
 
 def _restore_quantization_scales(model: nn.Module) -> None:

@@ -15,6 +15,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_blip3 import Blip3Config
 
+try:  # transformers 5
+    from transformers.conversion_mapping import get_model_conversion_mapping
+except ImportError:
+    get_model_conversion_mapping = None
+
 
 def patch_tokens(
     vision_tower: nn.Module, outputs: BaseModelOutputWithPooling, config: Blip3Config
@@ -57,6 +62,20 @@ def first_layer(vision_tower: Any) -> nn.Module:
     """The layer that makes patches of pixels."""
     timm_model: Any = getattr(vision_tower, "timm_model", None)
     return vision_tower.get_input_embeddings() if timm_model is None else timm_model.patch_embed
+
+
+def name_tower_for_both_lines(model: nn.Module) -> None:
+    """Let a model that was not loaded save its vision tower under the names of transformers 4.57, which 5 reads too.
+
+    transformers 5 does so for a model that it has loaded; one that `from_config` made would get names that 4.57 takes
+    for missing weights.
+    """
+    if get_model_conversion_mapping is None or getattr(model, "_weight_conversions", None):
+        return
+    known: Any = get_model_conversion_mapping(model, add_legacy=False)
+    ours: Any = [each for each in known if (getattr(each, "scope_prefix", None) or "").endswith("vision_tower")]
+    if ours:
+        model._weight_conversions = ours
 
 
 def accept_checkpoint_names(vision_tower: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:

@@ -93,6 +93,10 @@ class ImageSource:
     """What our code renders: complete, so the same drawing gives the same pixels."""
     shard: ImageShard | None = None
     """What `path` lies in. Records in JSON have none, so what they hold is never fetched."""
+    frame: int = 0
+    """Of a file with several images, such as a TIFF of MINT-1T's PDF documents: the number of this one."""
+    frames: int = 0
+    """How many the file must have; 0 for any number."""
 
     def __post_init__(self) -> None:
         sources = [name for name in ("path", "data", "drawing") if getattr(self, name)]
@@ -136,6 +140,10 @@ class ImageSource:
             if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):
                 raise OSError("it is a folder" if source.is_dir() else "it is no ordinary file")
             with Image.open(source, formats=_known_formats()) as image:
+                if self.frames and (count := getattr(image, "n_frames", 1)) != self.frames:
+                    raise ValueError(f"it has {count} images, but its document names {self.frames}")
+                if self.frame:
+                    image.seek(self.frame)
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
                 return use(image)
@@ -164,7 +172,7 @@ class ImageSource:
         Raises:
             ValueError: for an image in memory, which JSON does not hold.
         """
-        if self.data is not None or self.shard is not None:
+        if self.data is not None or self.shard is not None or self.frame:
             lies = f"in {self.shard.url}" if self.shard is not None else "in memory"
             what = f"of {len(self.data)} bytes in memory" if self.data is not None else lies
             raise ValueError(

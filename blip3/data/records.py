@@ -113,6 +113,15 @@ def check_record(record: Record) -> None:
             f"An image or an {IMAGE_TOKEN} was probably lost.",
             f"Write one {IMAGE_TOKEN} in turns where each image belongs.",
         )
+    if record.kind in DOCUMENT_KINDS and not any(turn.text.replace(IMAGE_TOKEN, "").strip() for turn in record.turns):
+        raise RecordError(
+            place,
+            "turns",
+            f"their only text is {IMAGE_TOKEN}",
+            f"a record of kind {record.kind} needs text beside its images, as nothing else is learned",
+            "The caption was probably empty, or became empty when filler was dropped.",
+            "Drop the row.",
+        )
 
 
 def _check_roles(record: Record, place: str) -> None:
@@ -279,7 +288,31 @@ def _turn_from_json(value: Any, place: str, name: str) -> Turn:
     return Turn(value["role"], value["text"])
 
 
-def read_jsonl(path: str | Path, skip_faulty: bool = False) -> Iterator[Record]:
+class Skipped:
+    """Counts the faulty rows that a reader passes over; given as its `skip_faulty`, it tells the caller."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first = ""
+        """What was wrong with the first of them."""
+
+    def add(self, error: RecordError) -> None:
+        """Count a row, and name it in the log if it is among the first."""
+        self.count += 1
+        self.first = self.first or str(error)
+        log_skipped(error, self.count)
+
+
+Skip = bool | Skipped
+"""Of a reader's `skip_faulty`: False raises, True logs and counts, a `Skipped` also tells the caller."""
+
+
+def skipped_in(skip: Skip) -> Skipped:
+    """Give the counter of a reader."""
+    return skip if isinstance(skip, Skipped) else Skipped()
+
+
+def read_jsonl(path: str | Path, skip_faulty: Skip = False) -> Iterator[Record]:
     """Read records from a JSON-lines file, one at a time; relative image paths start at the file's folder.
 
     Args:
@@ -289,16 +322,16 @@ def read_jsonl(path: str | Path, skip_faulty: bool = False) -> Iterator[Record]:
     Raises:
         RecordError: naming file, line and field of the first wrong record.
     """
-    skipped = 0
+    skipped = skipped_in(skip_faulty)
+    before = skipped.count
     for number, line in _lines_of(Path(path)):
         try:
             yield _record_of_line(line, Path(path), f"{path} line {number}")
         except RecordError as error:
             if not skip_faulty:
                 raise
-            skipped += 1
-            log_skipped(error, skipped)
-    log_skipped_in_all(skipped, str(path))
+            skipped.add(error)
+    log_skipped_in_all(skipped.count - before, str(path))
 
 
 def _lines_of(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -27,6 +27,7 @@ from typing import Any
 from ..files import write_text
 from ..jobs.tars import split_name
 from ..refusals import install
+from .cache import cache_folder
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 TEXT_KINDS = ("txt", "text", "transcript")
@@ -76,7 +77,7 @@ def find_shards(paths: str | Sequence[str]) -> list[str]:
         ImportError: if the package for an object store is not installed.
     """
     patterns = [paths] if isinstance(paths, str | Path) else list(paths)
-    found = sorted({url for pattern in patterns for url in _expand(str(pattern))})
+    found = sorted({url for pattern in patterns for url in matching(str(pattern))})
     if not found:
         raise FileNotFoundError(
             f"No file matches {patterns}, but at least one shard is needed. The folder is probably another one, or "
@@ -85,7 +86,8 @@ def find_shards(paths: str | Sequence[str]) -> list[str]:
     return found
 
 
-def _expand(pattern: str) -> list[str]:
+def matching(pattern: str) -> list[str]:
+    """Give the files or URLs that match a pattern."""
     system, path = _locate(pattern)
     if not any(sign in path for sign in "*?["):
         return [pattern] if system.exists(path) else []
@@ -108,11 +110,6 @@ def _locate(url: str) -> tuple[Any, str]:
 # -------------------------------------------------------------------------------------------------------- the index
 
 
-def cache_folder() -> Path:
-    """Give the folder in which indices are kept."""
-    return Path(os.environ.get("BLIP3_CACHE") or Path("~/.cache/blip3").expanduser()) / "shards"
-
-
 def count_rows(urls: Sequence[str]) -> list[int]:
     """Count the rows of each shard that have a result, looking through those that are not in the cache."""
     if len(urls) == 1:
@@ -129,10 +126,15 @@ def _used_rows(url: str) -> int:
         return index_of(url).used
 
 
-def _cache_file(url: str) -> Path:
+def identity_of_file(url: str) -> str:
+    """Name a file as it is now: its place, size and time, or what an object store has for them."""
     system, path = _locate(url)
-    identity = f"{_FORMAT} {url if '://' in url else os.path.abspath(url)} {system.ukey(path)}"
-    return cache_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
+    return f"{url if '://' in url else os.path.abspath(url)} {system.ukey(path)}"
+
+
+def _cache_file(url: str) -> Path:
+    identity = f"{_FORMAT} {identity_of_file(url)}"
+    return cache_folder("shards") / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
 
 
 @lru_cache(maxsize=4 * OPEN_AT_ONCE)
@@ -401,14 +403,15 @@ def images_beside(folder: str, shard: str) -> ImageShard | None:
     parts = str(Path(shard.partition("://")[2] or shard).with_suffix("")).split("/")
     for first in range(max(0, len(parts) - MAX_DEPTH), len(parts)):
         url = "/".join([folder.rstrip("/"), *parts[first:]])
-        if _is_file(f"{url}.tar"):
+        if is_file(f"{url}.tar"):
             return ImageShard(f"{url}.tar")
-        if _is_file(f"{url}.parquet") and (found := _as_images(f"{url}.parquet", shard)):
+        if is_file(f"{url}.parquet") and (found := _as_images(f"{url}.parquet", shard)):
             return found
     return None
 
 
-def _is_file(url: str) -> bool:
+def is_file(url: str) -> bool:
+    """Whether there is a file."""
     system, path = _locate(url)
     return system.isfile(path)
 

@@ -9,11 +9,12 @@ The order of samples follows from the number of records: with others some come t
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints import digest_of, weights_fingerprint
+from ..data.downloads import side_files
 from ..data.shards import find_shards
 from ..data.yaml_files import read_yaml
 from ..files import write_json
@@ -130,5 +131,17 @@ def _streamed(entry: Mapping[str, Any]) -> dict[str, str]:
         shards = find_shards(pattern)
     except (FileNotFoundError, ImportError):  # whoever opens them says what is missing, in every process
         return {}
-    sizes = [f"{Path(shard).name} {Path(shard).stat().st_size}" for shard in shards]
-    return {pattern: hashlib.sha256("\n".join(sizes).encode()).hexdigest()[:32]}
+    return {pattern: _digest_of_sizes(shards)} | _downloaded(str(entry.get("images", "")))
+
+
+def _downloaded(folder: str) -> dict[str, str]:
+    """Give the digest of images by URL: documents lose those that are not there, so others may be without a record."""
+    if not folder or "://" in folder or "::" in folder:
+        return {}
+    files = side_files(folder)
+    return {f"downloads in {folder}": _digest_of_sizes(files)} if files else {}
+
+
+def _digest_of_sizes(files: Iterable[str]) -> str:
+    sizes = [f"{Path(file).name} {Path(file).stat().st_size}" for file in files]
+    return hashlib.sha256("\n".join(sizes).encode()).hexdigest()[:32]

@@ -17,8 +17,9 @@ any step without a saved state, and any number of processes share the samples ou
 """
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ..data import readers
-from ..data.records import Record, read_jsonl
+from ..data.downloads import identity_of_downloads
+from ..data.records import Record, Skipped, read_jsonl
 from ..refusals import check_choice, check_keys, check_positive, show
 from ..world.settings import settings_from
 from ..world.tasks import TASKS, rendered_record
+from .sources import RecordList
 from .streams import RecordStream, stream_options
 
 READERS: dict[str, Callable[..., Iterator[Record]]] = {
@@ -54,7 +57,7 @@ _TYPES: dict[str, type] = {"weight": float, "options": dict, "world": dict, "shu
 
 _JSON_LINES = ".jsonl"
 
-Source = Callable[[int, int], Record] | RecordStream  # lane, number of the sample in it -> record
+Source = Callable[[int, int], Record] | RecordStream | RecordList  # lane, number of the sample in it -> record
 
 
 class Mixture(Dataset):
@@ -110,13 +113,17 @@ class Mixture(Dataset):
         return self.sources[source](lane, int(np.searchsorted(self.positions[source][lane], index)))
 
     def count_streams(self) -> int:
-        """Count the rows of all streams, which looks through their shards before a first sample is asked for.
+        """Count the rows of all streams, before a first sample is asked for, and read the first shard of each.
 
         Raises:
             FileNotFoundError: if there is no shard.
-            ValueError: if there are fewer shards than lanes, or no row.
+            ValueError: if there are fewer shards than lanes, no row, or most of the first rows are faulty.
         """
-        return sum(len(source) for source in self.sources if isinstance(source, RecordStream))
+        streams = [source for source in self.sources if isinstance(source, RecordStream)]
+        count = sum(map(len, streams))
+        for stream in streams:
+            stream.check()
+        return count
 
     def _positions_by_lane(self, source: int) -> Iterator[np.ndarray]:
         positions = np.flatnonzero(self.choice == source)
@@ -195,23 +202,26 @@ def _check_reader(entry: dict[str, Any], kind: str) -> None:
 
 
 def _open_source(entry: dict[str, Any], seed: int, skip: bool) -> Source:
+    if is_stream(entry):
+        if "preferences" in entry:
+            entry = {"stream": entry["preferences"], "reader": "preferences"} | entry
+        return _streamed(entry, seed, skip)
+    skipped = Skipped()
+    skip_faulty = skipped if skip else False
+    options = {"image_folder": entry.get("images", ""), "skip_faulty": skip_faulty} | entry.get("options", {})
     if "records" in entry:
-        return _listed(list(read_jsonl(entry["records"], skip)), seed, entry["records"])
-    if "llava" in entry:
-        read = readers.read_mixture if Path(entry["llava"]).suffix in (".yaml", ".yml") else readers.read_llava_json
-        records = read(entry["llava"], image_folder=entry.get("images", ""), skip_faulty=skip)
-        return _listed(list(records), seed, entry["llava"])
-    if "safety" in entry:
-        rows = readers.read_json_rows(entry["safety"])
-        options = {"skip_faulty": skip, "source": entry["safety"], "together": True}
-        return _listed(list(readers.read_safety(rows, entry.get("images", ""), **options)), seed, entry["safety"])
-    if "preferences" in entry and not is_stream(entry):
-        lines = readers.iterate_json_lines(entry["preferences"])
-        options = {"image_folder": entry.get("images", ""), "skip_faulty": skip} | entry.get("options", {})
-        return _listed(list(readers.read_preferences(lines, **options)), seed, entry["preferences"])
-    if "preferences" in entry:
-        entry = {"stream": entry["preferences"], "reader": "preferences"} | entry
-    return _streamed(entry, seed, skip)
+        place, records = entry["records"], read_jsonl(entry["records"], skip_faulty)
+    elif "llava" in entry:
+        place = entry["llava"]
+        read = readers.read_mixture if Path(place).suffix in (".yaml", ".yml") else readers.read_llava_json
+        records = read(place, **options)
+    elif "safety" in entry:
+        place = entry["safety"]
+        records = readers.read_safety(readers.read_json_rows(place), source=place, together=True, **options)
+    else:
+        place = entry["preferences"]
+        records = readers.read_preferences(readers.iterate_json_lines(place), **options)
+    return RecordList(records, seed, place, skipped)
 
 
 def _rendered_source(
@@ -227,24 +237,13 @@ def _rendered_source(
     return lambda _, number: rendered_record(task, split, seed, first + step * number, settings)
 
 
-def _listed(records: list[Record], seed: int, place: str) -> Source:
-    """Go through a list in a new random order each time, without repetition within a pass."""
-    if not records:
-        raise ValueError(f"{place} holds no record. It was probably written empty: build it again.")
-
-    @lru_cache(maxsize=2)
-    def order(passes: int) -> np.ndarray:
-        return np.random.default_rng([seed, passes]).permutation(len(records))
-
-    def sample_from(_: int, index: int) -> Record:
-        passes, position = divmod(index, len(records))
-        return records[int(order(passes)[position])]
-
-    return sample_from
-
-
 def _streamed(entry: dict[str, Any], seed: int, skip: bool) -> Source:
     """Read shards, again from the start after the last."""
     options = entry.get("options", {}) | ({"image_folder": entry["images"]} if "images" in entry else {})
     read = partial(READERS[entry["reader"]], **options)
-    return RecordStream(entry["stream"], read, seed, skip=skip, **stream_options(entry))
+    folder = entry.get("images", "")
+
+    def identity() -> str:
+        return json.dumps([entry["reader"], options, folder and identity_of_downloads(folder)], sort_keys=True)
+
+    return RecordStream(entry["stream"], read, seed, identity, skip=skip, **stream_options(entry))

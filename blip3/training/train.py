@@ -32,6 +32,7 @@ from .pairs import PairCollator, PairEncoder
 from .preference import PreferenceObjective
 from .recipe import MODULES, Recipe, load_recipe, plain_errors, recipe_arguments, refusing, save_recipe
 from .resume import SAVED_RECIPE, num_processes, resuming, whole_folder
+from .sources import SourceError, Watch
 from .trainer import (
     DivergedError,
     RecipeTrainer,
@@ -167,7 +168,8 @@ class Samples(Dataset):
 
     One that is too long to be cut, or whose image cannot be opened, gives way to the sample after it. Which one that
     is follows from i and the data alone, so a run resumes, and any number of workers reads, the same samples. What an
-    item passed over is named in the log and counted in its `num_skipped`.
+    item passed over is named in the log and counted in its `num_skipped`. If a process skips more than half of the
+    first `LOOKED_AT` samples that it sees of one source, the run ends.
 
     Args:
         mixture: of records.
@@ -177,6 +179,7 @@ class Samples(Dataset):
 
     def __init__(self, mixture: Mixture, encoder: Encoder | PairEncoder, strict: bool = False):
         self.mixture, self.encoder, self.strict = mixture, encoder, strict
+        self._watch = Watch()
 
     def __len__(self) -> int:
         return len(self.mixture)
@@ -185,18 +188,21 @@ class Samples(Dataset):
         last: Exception | None = None
         for skipped in range(MAX_SKIPPED):
             position = (index + skipped) % len(self)
-            record = self.mixture[position]
+            record = self._record_of(position)
             try:
                 sample = self.encoder(record)
+                self._note(position, None)
                 return sample | ({"num_skipped": torch.tensor(skipped)} if skipped else {})
             except TooLongError as error:
                 last = error
                 logger.warning("Skipped: %s", error)
+                self._note(position, error)
             except (OSError, ValueError) as error:
                 last = self._name_record(position, record, error)
                 if self.strict or self._is_of_another_loss(record):
                     raise last from error
                 logger.warning("Skipped: %s", last)
+                self._note(position, error)
         if isinstance(last, TooLongError):
             raise last
         raise SampleError(
@@ -206,7 +212,7 @@ class Samples(Dataset):
 
     def estimate_length(self, index: int) -> int:
         """Guess a sample's length from its record and the sizes of its images, which are not decoded."""
-        record, processor = self.mixture[index], self.encoder.processor
+        record, processor = self._record_of(index), self.encoder.processor
         texts = [turn.text for turn in record.turns] + [record.chosen or "", record.rejected or ""]
         length = sum(map(len, texts)) // 4
         upright = images.turns_upright(processor)
@@ -220,6 +226,19 @@ class Samples(Dataset):
             shown = processor.image_processor.image_size_for_model(*size, self.encoder.any_resolution)
             length += processor.count_image_tokens(shown)
         return length
+
+    def _record_of(self, index: int) -> Record:
+        try:
+            return self.mixture[index]
+        except SourceError as error:
+            raise SampleError(str(error)) from error
+
+    def _note(self, index: int, error: Exception | None) -> None:
+        """Count a sample of its source, and end the run if most of the source's first ones are skipped."""
+        try:
+            self._watch.note(self.mixture.name_of(index), error)
+        except SourceError as refused:
+            raise SampleError(str(refused)) from error
 
     def _is_of_another_loss(self, record: Record) -> bool:
         """Whether a record can never be encoded here: the recipe is at fault then, not the data."""

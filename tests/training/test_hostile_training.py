@@ -158,8 +158,29 @@ def test_a_folder_without_images_ends_the_run(photos, small_model, tmp_path, mon
     path = tmp_path / "photos.jsonl"
     shutil.copyfile(photos, path)
     monkeypatch.setattr("sys.argv", ["train", str(write_recipe(tmp_path / "r.yaml", small_model, **of_photos(path)))])
-    with pytest.raises(SystemExit, match=r"error: 100 samples in a row cannot be encoded.*record 'r\d+'"):
+    with pytest.raises(
+        SystemExit, match=r"^error: Of 50 samples of .*photos.jsonl 50 cannot be used.*\d+\.png'.*no such"
+    ):
         stage.main()
+
+
+@pytest.mark.parametrize("num_bad", [20, 80])
+def test_a_source_that_gives_too_little_ends_the_run_whatever_the_others_give(num_bad, small_model, tmp_path):
+    render_image(40, 60).save(tmp_path / "good.png")
+    turns = (Turn("user", "<image>\nWhat is it?"), Turn("assistant", "It."))
+    images = [ImageSource(path="gone.png" if n < num_bad else "good.png") for n in range(100)]
+    records = [Record(f"r{n}", "instruction", (image,), turns) for n, image in enumerate(images)]
+    write_jsonl(records, tmp_path / "photos.jsonl")
+    processor = AutoProcessor.from_pretrained(small_model, trust_remote_code=True)
+    mixture = Mixture([{"records": str(tmp_path / "photos.jsonl")}, {"rendered": "name", "weight": 3}], 320, 0, WORLD)
+    samples = stage.Samples(mixture, Encoder(processor, 500))
+    asked = [index for index in range(320) if mixture.choice[index] == 0]
+    assert len(asked) > 60
+    if num_bad < 50:
+        assert all(samples[index] for index in asked)
+        return
+    with pytest.raises(stage.SampleError, match=r"Of 50 samples of .*photos.jsonl \d+ cannot be used.*gone.png"):
+        [samples[index] for index in asked]
 
 
 def test_pairs_pass_over_bad_images_and_strict_raises(small_model, tmp_path):

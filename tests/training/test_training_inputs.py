@@ -105,7 +105,9 @@ def test_an_edited_file_of_records_is_refused(tmp_path):
         resume_or_refuse(recipe)
 
 
-@pytest.mark.parametrize("kind", ["safety", "preferences", "llava", "listed in llava", "stream", "deepspeed"])
+@pytest.mark.parametrize(
+    "kind", ["safety", "preferences", "llava", "listed in llava", "stream", "downloads", "deepspeed"]
+)
 def test_every_kind_of_file_is_noted(tmp_path, kind):
     path, changed = tmp_path / "data.jsonl", tmp_path / "data.jsonl"
     write_jsonl([Record("a", "instruction", (), (Turn("user", "One?"), Turn("assistant", "Two.")))], path)
@@ -115,13 +117,19 @@ def test_every_kind_of_file_is_noted(tmp_path, kind):
         "llava": [{"llava": str(path)}],
         "listed in llava": [{"llava": str(tmp_path / "mix.yaml")}],
         "stream": [{"stream": str(tmp_path / "*.parquet"), "reader": "ocr"}],
+        "downloads": [{"stream": str(tmp_path / "*.parquet"), "reader": "ocr", "images": str(tmp_path / "images")}],
     }
     changes = {"mixture": entries[kind]} if kind in entries else {"deepspeed": str(tmp_path / "own.json")}
     (tmp_path / "mix.yaml").write_text("data.jsonl: 1\n")
     (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     for name in ("1.parquet", "2.parquet"):
         (tmp_path / name).write_bytes(b"a shard")
-    changed = {"stream": tmp_path / "2.parquet", "deepspeed": tmp_path / "own.json"}.get(kind, path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.tar").write_bytes(b"images")
+    images = tmp_path / "images" / "0.tar"
+    changed = {"stream": tmp_path / "2.parquet", "downloads": images, "deepspeed": tmp_path / "own.json"}.get(
+        kind, path
+    )
     recipe = begun(tmp_path, **changes)
     assert resume_or_refuse(recipe)
     changed.write_text(changed.read_text() + "\n")

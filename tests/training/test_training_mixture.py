@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mixture: sample i is the same whenever, wherever and in whichever order it is asked for."""
 
+import gc
 import json
+import pickle
+import random
+import tracemalloc
 from collections import Counter
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from blip3.data.images import ImageSource
+from blip3.data.images import ImageSource, RecordError
 from blip3.data.records import Record, Turn, write_jsonl
 from blip3.training.mixture import Mixture
 from blip3.world import build
@@ -228,8 +232,8 @@ def test_lanes_keep_shards_apart(shards):
     assert mixture_of(entry, *streams(shards)).count_streams() == 36
 
 
-def test_a_row_without_a_record_gives_way_to_the_next(tmp_path):
-    """An engine's rows without a result are left out from the start; what a reader does not want gives way."""
+def test_rows_without_a_record_are_left_out(tmp_path):
+    """An engine's rows without a result, and those that a reader's options do not want."""
     from datasets import Dataset as Rows
 
     image = build.encode(rendered_record("caption", settings=settings_from(WORLD)).images[0], "png")
@@ -240,7 +244,67 @@ def test_a_row_without_a_record_gives_way_to_the_next(tmp_path):
     ]  # fmt: skip
     Rows.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
     mixture = mixture_of({"stream": str(tmp_path / "*.parquet"), "reader": "ocr"}, count=12)
-    assert ids_of(mixture) == ["0", "1", "4", "6", "6", "7"] * 2
+    assert ids_of(mixture) == (["0", "1", "4", "6", "7"] * 3)[:12]
+
+
+def rated_pair(number: int, rating: int) -> dict:
+    answers = [
+        {"annotations": {name: {"Rating": str(each)} for name in RATINGS}, "response": text}
+        for text, each in (("Yes.", rating), ("No.", 2))
+    ]
+    return {"id": f"p{number}", "prompt": "Is it?", "completions": answers, "img_path": f"{number}.jpg"}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Three parquet files of VLFeedback's rows, of which 22 % give no pair, and the ids of those that do."""
+    from datasets import Dataset as Rows
+
+    folder, chance = tmp_path_factory.mktemp("pairs"), random.Random(0)
+    rows = [rated_pair(n, 5 if chance.random() < 0.78 else 3) for n in range(300)]
+    for shard in range(3):
+        Rows.from_list(rows[100 * shard : 100 * (shard + 1)]).to_parquet(str(folder / f"{shard}.parquet"))
+    return folder, [row["id"] for row in rows if row["completions"][0]["annotations"][RATINGS[0]]["Rating"] == "5"]
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle": 70}, {"shuffle": 70, "lanes": 3}], ids=str)
+def test_each_pair_of_a_stream_comes_once_a_pass(pairs, options):
+    folder, expected = pairs
+    assert 200 < len(expected) < 250
+    entry = {"preferences": str(folder / "*.parquet"), "images": "x", **options}
+    mixture = mixture_of(entry, count=3 * len(expected) + 30)
+    lanes = options.get("lanes", 1)
+    for lane in range(lanes):
+        own = [index for index in range(len(mixture)) if index % lanes == lane]
+        of_lane = [name for name in expected if lanes == 1 or int(name[1:]) // 100 == lane]
+        ids = ids_of(mixture, own)
+        passes = [ids[first : first + len(of_lane)] for first in (0, len(of_lane))]
+        assert all(Counter(each) == Counter(of_lane) for each in passes)
+        assert (passes[0] == passes[1]) == (not options)
+        for resumed_at in (len(of_lane) - 1, len(of_lane) + 7):
+            assert ids_of(mixture_of(entry, count=len(mixture)), own[resumed_at:]) == ids[resumed_at:]
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle": 4}], ids=str)
+def test_each_record_of_a_row_with_several_comes_once_a_pass(options, tmp_path):
+    from datasets import Dataset as Rows
+
+    both = [{"safe_instruction": "What?", "response": "A dog."}, {"unsafe_instruction": "Hurt.", "response": "Sorry."}]
+    rows = [{"id": f"g{n}", "image": "a.png", "instr-resp": both[: 1 + n % 2]} for n in range(6)]
+    Rows.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
+    ids = ids_of(mixture_of({"stream": str(tmp_path / "a.parquet"), "reader": "safety", **options}, count=18))
+    expected = ["g0-0", "g1-0", "g1-1", "g2-0", "g3-0", "g3-1", "g4-0", "g5-0", "g5-1"]
+    assert sorted(ids[:9]) == sorted(ids[9:]) == expected
+
+
+def test_a_stream_looks_through_no_shard_that_it_does_not_need(pairs, monkeypatch, tmp_path):
+    monkeypatch.setenv("BLIP3_CACHE", str(tmp_path))
+    mixture = mixture_of({"preferences": str(pairs[0] / "*.parquet"), "images": "x"}, count=200)
+    looked_through = lambda: len(list((tmp_path / "records").glob("*/rows.npy")))  # noqa: E731
+    mixture.count_streams()
+    assert looked_through() == 1
+    mixture[99]
+    assert looked_through() == 2
 
 
 class Ids(Dataset):
@@ -303,3 +367,57 @@ def test_empty_sources_are_refused(jsonl, shards, tmp_path):
         mixture_of(unwanted)[0]
     with pytest.raises(FileNotFoundError, match="No file matches"):
         mixture_of({"stream": str(tmp_path / "*.parquet"), "reader": "ocr"})[0]
+
+
+def test_a_list_without_a_record_says_why(tmp_path):
+    turns = [{"from": "human", "value": "What? <image> <image>"}, {"from": "gpt", "value": "It."}]
+    entries = [{"id": str(n), "image": ["a.png", "b.png", "c.png"], "conversations": turns} for n in range(4)]
+    path = tmp_path / "llava.json"
+    path.write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=r"all 4 that it has were skipped.*first reason: .*3 images and .* 2 <im"):
+        mixture_of({"llava": str(path)}, skip_faulty=True)
+    good = {"id": "g", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "It."}]}
+    path.write_text(json.dumps([*entries, good]))
+    assert mixture_of({"llava": str(path)}, skip_faulty=True)[0].id == "g"
+    path.write_text(json.dumps(entries * 10 + [good] * 39))
+    with pytest.raises(ValueError, match=r"Of 79 samples of .*llava.json 40 cannot be used.* One reason: .*3 images"):
+        mixture_of({"llava": str(path)}, skip_faulty=True)
+
+
+def test_a_stream_most_of_whose_rows_are_faulty_is_refused(tmp_path):
+    from datasets import Dataset as Rows
+
+    rows = [rated_pair(n, 5) | {"img_path": "a.jpg" if n % 2 else None} for n in range(100)]
+    for name, count in (("few", 49), ("half", 100)):
+        Rows.from_list(rows[:count]).to_parquet(str(tmp_path / f"{name}.parquet"))
+        entry = {"preferences": str(tmp_path / f"{name}.parquet"), "images": "x"}
+        assert mixture_of(entry, skip_faulty=True).count_streams() == count
+    Rows.from_list([row | {"img_path": None} for row in rows[:2]] + rows).to_parquet(str(tmp_path / "most.parquet"))
+    mixture = mixture_of({"preferences": str(tmp_path / "most.parquet"), "images": "x"}, skip_faulty=True)
+    with pytest.raises(ValueError, match=r"Of 50 samples of .*most.parquet 26 cannot be used.*row 1, field img_path"):
+        mixture.count_streams()
+    with pytest.raises(RecordError, match="row 1, field img_path"):
+        mixture_of({"preferences": str(tmp_path / "most.parquet"), "images": "x"})[0]
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_list_takes_little_more_than_its_text(tmp_path):
+    """As objects of Python a record of such a conversation takes 3 kB, in each process that reads it."""
+    text = "word " * 40
+    turns = [{"from": who, "value": f"{who} {text}"} for who in ("human", "gpt", "human", "gpt")]
+    entries = [{"id": str(n), "image": f"train/{n:012}.jpg", "conversations": turns} for n in range(3000)]
+    (tmp_path / "many.json").write_text(json.dumps(entries))
+    entry = {"llava": str(tmp_path / "many.json"), "images": "images"}
+    mixture_of(entry)  # what is imported or cached at the first time
+    gc.collect()
+    tracemalloc.start()
+    mixture = mixture_of(entry)
+    gc.collect()
+    taken = tracemalloc.get_traced_memory()[0] / len(entries)
+    tracemalloc.stop()
+    size = (tmp_path / "many.json").stat().st_size / len(entries)
+    assert size < taken < 1.3 * size
+    assert mixture[0].turns[0].text.startswith("<image>\nhuman word")
+    assert pickle.loads(pickle.dumps(mixture.sources[0]))(0, 5) == mixture.sources[0](0, 5)

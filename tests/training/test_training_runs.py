@@ -19,7 +19,7 @@ from blip3.data.images import ImageSource
 from blip3.data.records import Record, Turn, write_jsonl
 from blip3.training import train as stage
 from blip3.training.average import average
-from blip3.training.encode import Encoder, TooLongError
+from blip3.training.encode import Encoder
 from blip3.training.mixture import Mixture
 from blip3.training.small.new_model import make_model
 from blip3.training.small.publish import publish
@@ -334,7 +334,7 @@ def test_samples_too_long_to_be_cut_give_way_to_the_next(small_model, text_only,
     first = next(index for index in range(40) if mixture[index].images and not mixture[index + 1].images)
     assert torch.equal(samples[first]["input_ids"], samples[first + 1]["input_ids"])
     assert "for its first turn but max_length is" in caplog.text
-    with pytest.raises(TooLongError):
+    with pytest.raises(stage.SampleError, match=r"Of 50 samples of name 50 cannot be used.*but max_length is"):
         stage.Samples(Mixture([{"rendered": "name"}], 5, 0, WORLD), Encoder(processor, longest))[0]
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from ..records import IMAGE_TOKEN, Record, Turn
+from ..records import IMAGE_TOKEN, Record, Skip, Turn
 from .rows import Row, a_list, a_text, convert_rows, fault, finish_record, identity_of, image_of, need
 
 _FILLER = re.compile(
@@ -19,7 +19,7 @@ _FILLER = re.compile(
 
 
 def read_captions(
-    rows: Iterable[Row], column: str = "caption", image_folder: str = "", skip_faulty: bool = False
+    rows: Iterable[Row], column: str = "caption", image_folder: str = "", skip_faulty: Skip = False
 ) -> Iterator[Record]:
     """Read images with a caption.
 
@@ -43,7 +43,7 @@ def read_fusions(
     alt_text: str = "alt_text",
     column: str = "caption",
     image_folder: str = "",
-    skip_faulty: bool = False,
+    skip_faulty: Skip = False,
 ) -> Iterator[Record]:
     """Read what KALE's second stage learns: to write the fused caption from image and alt-text.
 
@@ -119,7 +119,7 @@ def _leveled(
     kind: str,
     options: tuple[Sequence[int] | None, bool | None, int],
     folder: str,
-    skip: bool,
+    skip: Skip,
     tidy: Any,
 ) -> Iterator[Record]:
     wanted, with_caption, seed = options
@@ -147,7 +147,7 @@ def read_ocr(
     image_folder: str = "",
     strip_filler: bool = True,
     seed: int = 0,
-    skip_faulty: bool = False,
+    skip_faulty: Skip = False,
 ) -> Iterator[Record]:
     """Read BLIP3-OCR: one of each row's captions.
 
@@ -172,7 +172,7 @@ def read_grounding(
     *,
     image_folder: str = "",
     seed: int = 0,
-    skip_faulty: bool = False,
+    skip_faulty: Skip = False,
 ) -> Iterator[Record]:
     """Read BLIP3-GROUNDING: one of each row's captions; arguments as `read_ocr`, levels 0 to 2."""
     yield from _leveled(rows, "grounding", (granularities, with_caption, seed), image_folder, skip_faulty, str)

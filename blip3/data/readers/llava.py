@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLaVA JSON, and YAML mixtures of it: {file: num_samples}."""
 
+import os
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from ...refusals import show
 from ..images import ImageSource
-from ..records import IMAGE_TOKEN, Record, Turn, read_jsonl
+from ..records import IMAGE_TOKEN, Record, Skip, Turn, read_jsonl
 from ..yaml_files import read_yaml
 from .rows import (
     a_list,
@@ -22,6 +23,8 @@ from .rows import (
     read_json_rows,
 )
 
+_PLACEHOLDERS = ("<ImageHere>",)
+"""Of MMDU, for `<image>`."""
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -30,18 +33,20 @@ def read_llava_json(
     image_folder: str | dict[str, str] = "",
     num_samples: int | None = None,
     seed: int = 42,
-    skip_faulty: bool = False,
+    skip_faulty: Skip = False,
 ) -> Iterator[Record]:
     """Read instruction data `{id, image: str | [str], conversations: [{from, value}]}`.
 
-    Also takes Mantis's names (`images`, `conversation`, `role`, `content`), one JSON list or JSON lines.
+    Also takes Mantis's names (`images`, `conversation`, `role`, `content`) and MMDU's `<ImageHere>`; one JSON list or
+    JSON lines.
 
     As in the reference code: with one image, a first question that does not hold exactly one `<image>` gets it in
     front; with several, the number must fit.
 
     Args:
         path: the file.
-        image_folder: where image paths start, or {part of a path: what replaces it}, the first that fits.
+        image_folder: where image paths start, or {part of a path: what replaces it}, the first that fits. MMDU's paths
+            begin with a slash and start there all the same, where there is no such file at the root.
         num_samples: take so many at random, without repetition if the file has enough, else with;
             None takes all in order.
         seed: of that choice.
@@ -82,6 +87,8 @@ def _llava_record(entry: dict[str, Any], place: str, image_folder: str | dict[st
                 "The conversation is probably of another format.",
                 "Rename the keys.",
             )
+        for placeholder in _PLACEHOLDERS:
+            text = text.replace(placeholder, IMAGE_TOKEN)
         turns.append(Turn(_ROLES[role], text))
     if len(images) == 1:
         turns = _repair_single(turns)
@@ -91,6 +98,8 @@ def _llava_record(entry: dict[str, Any], place: str, image_folder: str | dict[st
 
 def _locate(value: Any, place: str, image_folder: str | dict[str, str]) -> ImageSource:
     if not isinstance(image_folder, dict):
+        if image_folder and isinstance(value, str) and value.startswith("/") and not os.path.exists(value):
+            value = value.lstrip("/")
         return image_from(value, place, "image", image_folder)
     if isinstance(value, str):
         part = next((part for part in image_folder if part in value), "")
@@ -108,7 +117,7 @@ def _repair_single(turns: list[Turn]) -> list[Turn]:
 
 
 def read_mixture(
-    path: str | Path, image_folder: str | dict[str, str] = "", seed: int = 42, skip_faulty: bool = False
+    path: str | Path, image_folder: str | dict[str, str] = "", seed: int = 42, skip_faulty: Skip = False
 ) -> Iterator[Record]:
     """Read a YAML mixture `{file: num_samples}`, alone or under the reference's key `data_path`, file by file.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ...refusals import show
-from ..records import IMAGE_TOKEN, Record, Turn
+from ..records import IMAGE_TOKEN, Record, Skip, Turn
 from .rows import (
     OTHER_FORM,
     Row,
@@ -25,7 +25,7 @@ _RATINGS = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
 
 
 def read_preferences(
-    rows: Iterable[Row], min_chosen_rating: float = 4.0, image_folder: str = "", skip_faulty: bool = False
+    rows: Iterable[Row], min_chosen_rating: float = 4.0, image_folder: str = "", skip_faulty: Skip = False
 ) -> Iterator[Record]:
     """Read VLFeedback: the answer with the highest mean rating against that with the lowest.
 

@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from ...refusals import install, list_names, show
+from ..downloads import downloads_in, is_url
 from ..images import ImageSource, RecordError
-from ..records import Record, is_unicode, log_skipped, log_skipped_in_all, record_from_json
+from ..records import Record, Skip, is_unicode, log_skipped_in_all, record_from_json, skipped_in
 from ..shards import ShardError, ShardReader, find_shards, images_beside, iterate, shard_reader
 
 Row = dict[str, Any]
@@ -88,7 +89,7 @@ def row_of(reader: ShardReader, number: int) -> tuple[str, Row | RecordError]:
         )
 
 
-def read_parquet(paths: str | Sequence[str], skip_faulty: bool = False) -> Iterator[Record]:
+def read_parquet(paths: str | Sequence[str], skip_faulty: Skip = False) -> Iterator[Record]:
     """Read the parquet files that `world.build` writes.
 
     Raises:
@@ -97,7 +98,7 @@ def read_parquet(paths: str | Sequence[str], skip_faulty: bool = False) -> Itera
     yield from read_rows(stream_rows(paths), skip_faulty, str(paths))
 
 
-def read_rows(rows: Iterable[Row], skip_faulty: bool = False, source: str = "records") -> Iterator[Record]:
+def read_rows(rows: Iterable[Row], skip_faulty: Skip = False, source: str = "records") -> Iterator[Record]:
     """Read rows of the parquet files that `world.build` writes; `source` names them in messages."""
 
     def convert(row: Row, place: str) -> Iterator[Record]:
@@ -212,7 +213,7 @@ def convert_rows(
     rows: Iterable[Any],
     source: str,
     convert: Callable[[Any, str], Iterable[Record]],
-    skip: bool,
+    skip: Skip,
     place_of: Callable[[int], str] | None = None,
 ) -> Iterator[Record]:
     """Convert rows one by one, raising or counting the faulty ones.
@@ -229,7 +230,8 @@ def convert_rows(
     Raises:
         RecordError: naming file, row and field.
     """
-    remaining, number, skipped = iter(rows), 0, 0
+    remaining, number, skipped = iter(rows), 0, skipped_in(skip)
+    before = skipped.count
     while True:
         number += 1
         try:
@@ -242,11 +244,10 @@ def convert_rows(
         except RecordError as error:
             if not skip:
                 raise
-            skipped += 1
-            log_skipped(error, skipped)
+            skipped.add(error)
             continue
         yield from records
-    log_skipped_in_all(skipped, source)
+    log_skipped_in_all(skipped.count - before, source)
 
 
 def _converted(row: Any, place: str, convert: Callable[[Any, str], Iterable[Record]]) -> list[Record]:
@@ -336,6 +337,10 @@ def image_from(value: Any, place: str, name: str, folder: str = "") -> ImageSour
         value = buffer.getvalue()
     if isinstance(value, bytes) and value:
         return ImageSource(data=value)
+    if is_url(value):
+        if (found := downloaded(value, folder)) is not None:
+            return found
+        raise _not_downloaded(value, place, name, folder)
     if isinstance(value, str | Path) and str(value) and "\0" not in str(value):
         return ImageSource(path=str(Path(folder, value)) if folder else str(value))
     raise fault(
@@ -348,11 +353,35 @@ def image_from(value: Any, place: str, name: str, folder: str = "") -> ImageSour
     )
 
 
+def downloaded(url: str, folder: str) -> ImageSource | None:
+    """Find the image of a URL in a folder that img2dataset filled; None if it is not there."""
+    found = downloads_in(folder) if folder else None
+    place = found.find(url) if found is not None else None
+    return ImageSource(path=place[0], shard=place[1]) if place is not None else None
+
+
+def _not_downloaded(url: str, place: str, name: str, folder: str) -> RecordError:
+    found = downloads_in(folder) if folder else None
+    expected = "no folder of images is named" if not folder else f"img2dataset wrote nothing into {folder}"
+    if found is not None:
+        expected = f"it is not among the {len(found):,} that img2dataset downloaded into {folder}"
+    return fault(
+        place,
+        name,
+        url,
+        f"its image must have been downloaded, and {expected}",
+        "It was probably gone when the others were downloaded." if found is not None else "It was probably forgotten.",
+        "Drop the row."
+        if found is not None
+        else "Download the images (docs/data.md, Real data) and name their folder.",
+    )
+
+
 def image_of(row: Row, place: str, folder: str) -> ImageSource:
     """Find a row's image: a column of its own, or in a folder.
 
     In a folder it is in the tar or parquet file of the same name as the row's shard, as data engines write theirs;
-    else it is the file `key`.jpg, as img2dataset fills a folder, or `key` itself.
+    else what img2dataset downloaded from the row's `url`; else the file `key`.jpg, or `key` itself.
     """
     for name in ("image", "jpg", "jpeg", "png", "webp"):
         if row.get(name) is not None:
@@ -363,9 +392,11 @@ def image_of(row: Row, place: str, folder: str) -> ImageSource:
         shard = row.get("__url__") if name != "uid" else ""
         if shard and (images := images_beside(folder, str(shard))):
             return ImageSource(path=key, shard=images)
+        if is_url(row.get("url")) and downloads_in(folder) is not None:
+            return image_from(row["url"], place, "url", folder)
         is_file = Path(key).suffix.lower() in Image.registered_extensions()
         return image_from(key if is_file else f"{key}.jpg", place, name, folder)
-    return image_from(None, place, "image")
+    return image_from(row.get("url") if is_url(row.get("url")) else None, place, "image", folder)
 
 
 def identity_of(row: Row, place: str) -> str:

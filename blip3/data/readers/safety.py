@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ..records import IMAGE_TOKEN, Record, Turn
+from ..records import IMAGE_TOKEN, Record, Skip, Turn
 from .rows import Row, convert_rows, fault, finish_record, identity_of, image_from, need
 
 SUBSETS = {"safe_instruction": "safe_safes", "unsafe_instruction": "safe_unsafes", "instruction": "unsafes"}
@@ -15,7 +15,7 @@ SUBSETS = {"safe_instruction": "safe_safes", "unsafe_instruction": "safe_unsafes
 def read_safety(
     rows: Iterable[Row],
     image_folder: str = "",
-    skip_faulty: bool = False,
+    skip_faulty: Skip = False,
     source: str = "safety",
     together: bool = False,
 ) -> Iterator[Record]:
