@@ -256,7 +256,6 @@ class Blip3PreTrainedModel(PreTrainedModel):
         copy in place of ours: the class goes back to its own identity first.
         """
         _restore_quantization_scales(self)
-        _forget_unused_conversions(self)
         name_tower_for_both_lines(self)
         cls = type(self)
         if cls.__module__.startswith("torch."):
@@ -278,18 +277,6 @@ def _require_grad_if_trained(part: nn.Module, module: nn.Module, inputs: Any, ou
 def _require_grad_of_patches(resampler: nn.Module, inputs: tuple) -> None:
     """The same for the patch tokens that a resampler reads (a forward pre-hook)."""
     _require_grad_if_trained(resampler, resampler, None, inputs[0])
-
-
-def _forget_unused_conversions(model: nn.Module) -> None:
-    """Forget conversions of names that the model's checkpoint did not need.
-
-    A model that transformers 5 loads under ZeRO-3 remembers all that it might have needed, and would save its weights
-    under names that it reads nowhere else (seen with 5.24).
-    """
-    conversions: Any = getattr(model, "_weight_conversions", None)
-    if conversions and hasattr(conversions[0], "was_used"):
-        used: Any = [each for each in conversions if each.was_used()]
-        model._weight_conversions = used
 
 
 def _restore_quantization_scales(model: nn.Module) -> None:

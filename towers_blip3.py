@@ -64,12 +64,25 @@ def first_layer(vision_tower: Any) -> nn.Module:
     return vision_tower.get_input_embeddings() if timm_model is None else timm_model.patch_embed
 
 
+def _forget_unused_conversions(model: nn.Module) -> None:
+    """Forget conversions of names that the model's checkpoint did not need.
+
+    A model that transformers 5 loads under ZeRO-3 remembers all that it might have needed, and would save its weights
+    under names that it reads nowhere else (seen with 5.24).
+    """
+    conversions: Any = getattr(model, "_weight_conversions", None)
+    if conversions and hasattr(conversions[0], "was_used"):
+        used: Any = [each for each in conversions if each.was_used()]
+        model._weight_conversions = used
+
+
 def name_tower_for_both_lines(model: nn.Module) -> None:
     """Let a model that was not loaded save its vision tower under the names of transformers 4.57, which 5 reads too.
 
     transformers 5 does so for a model that it has loaded; one that `from_config` made would get names that 4.57 takes
     for missing weights.
     """
+    _forget_unused_conversions(model)
     if get_model_conversion_mapping is None or getattr(model, "_weight_conversions", None):
         return
     known: Any = get_model_conversion_mapping(model, add_legacy=False)

@@ -4,10 +4,8 @@
 A script does it as a user would. It runs twice, each time in a process and with a hash seed of its own.
 """
 
-import copy
 import json
 import os
-import pickle
 import subprocess
 import sys
 import textwrap
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from support import ROOT, render_image
+from support import ROOT
 
 SCRIPT = textwrap.dedent(
     """
@@ -121,12 +119,3 @@ def test_the_processor_maps_a_dataset_in_workers_and_is_found_in_the_cache_again
 def test_hashes_are_the_same_in_every_process(runs, name):
     first, second = runs
     assert first["hashes"][name] == second["hashes"][name]
-
-
-@pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy, lambda batch: pickle.loads(pickle.dumps(batch))])
-def test_a_copied_batch_still_keeps_image_tokens_out_of_labels(processor, copy_of):
-    batch = copy_of(processor(text=["<image> What is it?"], images=[render_image(60, 90)], return_tensors="pt"))
-    batch["labels"] = batch["input_ids"]
-    is_image = batch["input_ids"] == processor.image_token_id
-    assert is_image.any()
-    assert (batch["labels"][is_image] == -100).all()

@@ -609,20 +609,6 @@ def test_images_that_do_not_match_the_text_are_refused(processor, images):
         processor(text=TEXTS, images=images)
 
 
-@pytest.mark.parametrize("nest", [True, False])
-def test_none_is_a_row_without_images(processor, nest):
-    image = THREE_IMAGES[0]
-    texts = ["Hello", "<image> What is it?"]
-    inputs = processor(text=texts, images=[None, [image] if nest else image], padding=True, return_tensors="pt")
-    expected = processor(text=texts, images=[[], [image]], padding=True, return_tensors="pt")
-    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
-
-
-def test_no_text_at_all_is_refused(processor):
-    with pytest.raises(ValueError, match="text is an empty list"):
-        processor(text=[])
-
-
 def test_truncation_inside_a_image_is_refused(processor):
     with pytest.raises(ValueError, match=r"prompt 2 needs \d+ image tokens but \d+ are left of its 64 tokens"):
         processor(text=TEXTS, images=IMAGES, truncation=True, max_length=64)
