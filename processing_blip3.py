@@ -197,9 +197,7 @@ class Blip3Processor(ProcessorMixin):
 
     def _check_layout(self, images: Any, text: Any) -> tuple[Any, list[str] | None]:
         """Normalise the two inputs and compare images with `<image>` row by row."""
-        images = None if _is_empty(images) else _without_none(images)
-        is_nested = isinstance(images, list | tuple) and all(isinstance(row, list | tuple) for row in images)
-        counts = [len(row) for row in images] if is_nested else []
+        images = None if _is_empty(images) else images
         if images is None and text is None:
             raise ValueError(
                 "The processor was called without images and without text but needs at least one of them. The "
@@ -219,6 +217,9 @@ class Blip3Processor(ProcessorMixin):
                 f"text holds a {type(next(p for p in text if not isinstance(p, str))).__name__} but must be a string "
                 "or a list of strings. Token ids or messages were probably passed: use apply_chat_template."
             )
+        images = _without_none(images, len(text))
+        is_nested = isinstance(images, list | tuple) and all(isinstance(row, list | tuple) for row in images)
+        counts = [len(row) for row in images] if is_nested else []
         text = [_SLOT.sub(IMAGE_TOKEN, prompt) for prompt in text]
         slots = [len(_SLOT.findall(prompt)) for prompt in text]
         if not is_nested:
@@ -522,9 +523,10 @@ def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, list | tuple) and all(map(_is_empty, value)))
 
 
-def _without_none(images: Any) -> Any:
-    """Read None in a list of images, as a column of a dataset has it for a row of text, as a row without images."""
-    if not isinstance(images, list | tuple) or all(row is not None for row in images):
+def _without_none(images: Any, num_rows: int) -> Any:
+    """Read None in a list of one entry a row, as a column of a dataset has it for text, as a row without images."""
+    is_row_each = isinstance(images, list | tuple) and len(images) == num_rows
+    if not is_row_each or all(row is not None for row in images):
         return images
     return [[] if row is None else row if isinstance(row, list | tuple) else [row] for row in images]
 

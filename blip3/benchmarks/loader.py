@@ -52,7 +52,7 @@ def measure_loader(bench: Bench) -> list[Comparison]:
     model = load_model(source, torch.float32).to(bench.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     num_records, batch_size = (4, 2) if bench.is_quick else (128, 16)
-    records: Any = [with_files(rendered_record(TASK, index=index)) for index in range(num_records)]
+    records: Any = RenderedRecords(with_files(rendered_record(TASK, index=index)) for index in range(num_records))
     options = {BYTES: byte_options(processor, model.config), FLOATS: {"pixel_dtype": "float32"}}
     collate = Collator(processor.tokenizer.pad_token_id, packing=False, max_length=MAX_LENGTH)
     loaders = {
@@ -68,6 +68,14 @@ def measure_loader(bench: Bench) -> list[Comparison]:
         runners = {kind: rate_of_epoch(loader, use) for kind, loader in loaders.items()}
         found += bench.compare(name, runners, {"rate": ("", "samples/s", 1.0)}, facts, least=bench.least)
     return found
+
+
+class RenderedRecords(list):
+    """Records of `TASK`, in the place of a mixture."""
+
+    def name_of(self, index: int) -> str:
+        """Give the rendered task that a sample comes from."""
+        return TASK
 
 
 def with_files(record: Record) -> Record:
