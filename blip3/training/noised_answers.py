@@ -12,9 +12,8 @@ interrupted one goes on where it was. Parts may be answered at the same time, on
 --part then puts them together, and answers what is missing.
 
 Left out are answers that equal the chosen one and malformed ones: without an end, without a word, or with the same
-words three times in a row. With --hallucinated those that are wrong in another way are left out too: noise makes the
-small model count too many, and learning that this is wrong makes it count too few. Only pairs of the rendered world
-say what an image shows, so other pairs are refused there.
+words three times in a row. With --hallucinated those that are wrong in another way are left out too, such as a wrong
+number. Only pairs of the rendered world say what an image shows, so other pairs are refused there.
 
 The scan shows why: too little noise repeats the clean answer, too much gives no sentences. Neither teaches anything.
 """
