@@ -143,9 +143,8 @@ def main() -> None:
         report_to=[],
         seed=0,
     )
-    arguments._n_gpu = min(
-        1, arguments.n_gpu
-    )  # one GPU: on several, Trainer's DataParallel parts rows from their images
+    # One GPU: on several, Trainer's DataParallel parts rows from their images.
+    arguments._n_gpu = min(1, arguments.n_gpu)
     Trainer(model, arguments, train_dataset=train_rows, data_collator=make_collator(processor)).train()
     evaluate(model, processor, test_rows, "with the adapter")
     model.save_pretrained(args.output / "adapter")

@@ -13,7 +13,7 @@ image.
 
 import json
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import cache, lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Downloads:
         self.files: list[str] = json.loads((notes / "files.json").read_text(encoding="utf-8"))
         self._hashes = np.load(notes / "hashes.npy", mmap_mode="r")
         self._places = np.load(notes / "places.npy", mmap_mode="r")
+        self._shard_of = cache(_shard_of)
 
     def __len__(self) -> int:
         return len(self._hashes)
@@ -53,15 +54,10 @@ class Downloads:
         if index == len(self) or self._hashes[index] != wanted:
             return None
         file, key = self.files[self._places["file"][index]], self._places["key"][index].decode()
-        if file.endswith(".tar"):
-            return key, ImageShard(file)
-        stem = file.removesuffix(".parquet")
-        if is_file(f"{stem}.tar"):
-            return key, ImageShard(f"{stem}.tar")
-        kinds = _columns_of(file)
-        if kinds:
-            return key, ImageShard(file, kinds[0], "key")
-        paths = [f"{stem}/{key}.{kind}" for kind in IMAGE_KINDS]
+        shard = self._shard_of(file)
+        if shard is not None:
+            return key, shard
+        paths = [f"{file.removesuffix('.parquet')}/{key}.{kind}" for kind in IMAGE_KINDS]
         return next((path for path in paths if is_file(path)), paths[0]), None
 
 
@@ -85,7 +81,7 @@ def identity_of_downloads(folder: str) -> str:
 
 @lru_cache(maxsize=64)
 def _open(folder: str, identity: str) -> Downloads:
-    return Downloads(folder, made_once("downloads", identity, partial(_fill, side_files(folder))))
+    return Downloads(folder, made_once("downloads", identity, lambda notes: _fill(side_files(folder), notes)))
 
 
 def side_files(folder: str) -> list[str]:
@@ -116,9 +112,13 @@ def _names_in(file: str) -> tuple[str, ...]:
         return ()
 
 
-def _columns_of(file: str) -> list[str]:
-    """Give the columns of a parquet file that hold images."""
-    return [kind for kind in IMAGE_KINDS if kind in _names_in(file)]
+def _shard_of(file: str) -> ImageShard | None:
+    """Give the shard that holds the images which a file names; None if each is a file of its own."""
+    tar = f"{file.removesuffix('.parquet').removesuffix('.tar')}.tar"
+    if is_file(tar):
+        return ImageShard(tar)
+    kind = next((kind for kind in IMAGE_KINDS if kind in _names_in(file)), None)
+    return ImageShard(file, kind, "key") if kind else None
 
 
 def _fill(files: list[str], folder: Path) -> None:
