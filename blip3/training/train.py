@@ -37,6 +37,7 @@ from .trainer import (
     DivergedError,
     RecipeTrainer,
     copy_processor,
+    end_process_group,
     logged,
     save_image_splitting,
     training_arguments,
@@ -58,6 +59,7 @@ def main() -> None:
     try:
         with plain_errors(DivergedError):
             train(load_recipe(args.recipe, Recipe, args.overrides))
+        end_process_group()
         return
     except SampleError as error:
         reason = str(error).strip().splitlines()[-1].rpartition(f"{SampleError.__name__}: ")[2]  # a worker's has more

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def training_arguments(recipe: RunRecipe, **others: Any) -> TrainingArguments:
-    """Translate a recipe for `Trainer`."""
+    """Translate a recipe for `Trainer`, and start the process group where a launcher has started several."""
     if not torch.accelerator.is_available():  # unasked, transformers refuses bfloat16 there
         others |= {"use_cpu": True, "ddp_backend": "gloo" if num_processes() > 1 else None}
         # of several processes accelerate names cpu:0, to which torch reads no file; transformers 4.57 resumes so
@@ -85,6 +85,16 @@ def training_arguments(recipe: RunRecipe, **others: Any) -> TrainingArguments:
     if isinstance(recipe, Recipe) and recipe.fsdp and arguments.device.type == "cpu":
         shard_on_cpus()
     return arguments
+
+
+def end_process_group() -> None:
+    """End the group that `training_arguments` started, in every process of a run that has succeeded.
+
+    Left open, its threads outlive Python's last steps, and now and then one of them aborts its process: the launcher
+    then takes a run that has ended well for a failed one.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class DivergedError(ArithmeticError):

@@ -255,6 +255,7 @@ def test_4_bits_without_bitsandbytes_names_what_to_install():
 SCRIPT = """
     import os, signal, sys
     from pathlib import Path
+    import torch
     from torch.distributed.tensor import DTensor
     from blip3.training import train
 
@@ -270,6 +271,7 @@ SCRIPT = """
 
     train.StageTrainer.training_step = training_step
     train.main()
+    assert not torch.distributed.is_initialized(), "its threads would outlive Python"
     shown = Path(__file__).with_name(f"kinds-{os.environ.get('RANK', '0')}")
     shown.write_text("".join("it"[not each] for each in kinds))
 """

@@ -28,6 +28,7 @@ TOLERANCE = 1e-5  # of a loss of about 6; seen: 5e-7 with ZeRO-3
 SCRIPT = """
     import os, signal, sys
     from pathlib import Path
+    import torch
     from blip3.training import train
 
     killed_at, real_step = int(sys.argv.pop(1)), train.StageTrainer.training_step
@@ -55,6 +56,7 @@ SCRIPT = """
 
     train.StageTrainer.training_step = training_step
     train.main()
+    assert not torch.distributed.is_initialized(), "its threads would outlive Python"
 """
 
 

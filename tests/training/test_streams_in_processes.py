@@ -20,6 +20,7 @@ STEPS, SAVED_AT, PER_STEP = 6, 3, 6  # samples
 SCRIPT = """
     import json, os, signal, sys
     from pathlib import Path
+    import torch
     from blip3.training import mixture, train
 
     killed_at, asked = int(sys.argv.pop(1)), Path(__file__).with_name(f"asked-{os.environ['RANK']}")
@@ -38,6 +39,7 @@ SCRIPT = """
 
     mixture.Mixture.__getitem__, train.StageTrainer.training_step = get, training_step
     train.main()
+    assert not torch.distributed.is_initialized(), "its threads would outlive Python"
 """
 
 

@@ -37,6 +37,7 @@ from ..trainer import (
     DivergedError,
     RecipeTrainer,
     copy_processor,
+    end_process_group,
     training_arguments,
     write_metrics,
 )
@@ -52,6 +53,7 @@ def main() -> None:
     args = recipe_arguments(__doc__).parse_args()
     with plain_errors(DivergedError):
         train_tower(load_recipe(args.recipe, TowerRecipe, args.overrides))
+    end_process_group()
 
 
 def train_tower(recipe: TowerRecipe) -> Path:
