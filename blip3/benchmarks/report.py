@@ -50,7 +50,8 @@ def write_report(folder: Path, device: str) -> list[dict[str, Any]]:
     _write(folder / f"{device}_targets.json", json.dumps(targets, indent=1) + "\n")
     _write(
         folder / f"{device}.md",
-        "\n".join([*_head(results, device), *targets_table(targets), *_tables(results)]) + "\n",
+        "\n".join([*_head(results, device), *_steadiness(results), "", *targets_table(targets), *_tables(results)])
+        + "\n",
     )
     make_plot(results).savefig(folder / f"{device}.png", dpi=110, metadata={"Software": None})
     if "scaling" in results:
@@ -117,6 +118,7 @@ def update_documents(folder: Path, device: str, documents: Sequence[Path] = DOCU
         f"{device}:targets": targets_table(targets),
         f"{device}:headline": headline_table(targets),
         f"{device}:machine": _head(results, device)[2:-1],
+        f"{device}:steadiness": _steadiness(results),
         f"{device}:plot": [plot],  # for README, which stands at the root
         f"{device}:scaling": describe_lines(_by_name(results.get("scaling", {"comparisons": []}))),
         f"{device}:memory": describe_memory(_by_name(results.get("memory", {"comparisons": []}))),
@@ -157,6 +159,14 @@ def _head(results: dict[str, dict[str, Any]], device: str) -> list[str]:
             f"{packages}; sizes `{benchmark['sizes']['name']}`."
         )
     return [f"# Results: {device}", "", *dict.fromkeys(lines), ""]
+
+
+def _steadiness(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Say how fast the same matrix product was before each suite; a wide range tells of other programs or guests."""
+    first = next(iter(results.values()))["benchmark"]["dtypes"][0]
+    rates = [result["rates"][f"{first}_flops_per_second"] / 1e9 for result in results.values()]
+    spread = f"{min(rates):.0f} to {max(rates):.0f} GFLOP/s"
+    return [f"A large matrix product in {first} ran at {spread} before the suites."]
 
 
 def _tables(results: dict[str, dict[str, Any]]) -> list[str]:

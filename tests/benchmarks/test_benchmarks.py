@@ -111,6 +111,20 @@ def test_every_suite_leaves_results_with_machine_and_versions(results):
         assert str(ROOT) not in json.dumps(result)
 
 
+def test_the_report_says_how_steady_the_machine_was(results, tmp_path):
+    """The rates are measured anew before each suite, and a report of a machine that slowed down shows by how much."""
+    rates = [json.loads((results / f"cpu_{suite}.json").read_text())["rates"] for suite in run.SUITES]
+    assert len({tuple(rate.values()) for rate in rates}) > 1
+    for suite, rate in (("tokens", 3e11), ("overhead", 4.2e11), ("memory", 3.5e11)):
+        result = json.loads((results / f"cpu_{suite}.json").read_text())
+        result["rates"]["float32_flops_per_second"] = rate
+        (tmp_path / f"cpu_{suite}.json").write_text(json.dumps(result))
+    report.write_report(tmp_path, "cpu")
+    assert "A large matrix product in float32 ran at 300 to 420 GFLOP/s before the suites." in (
+        (tmp_path / "cpu.md").read_text()
+    )
+
+
 def test_images_are_processed_by_both(results):
     rows = rows_of(results, "images")
     measured = rows["all sizes, from JPEG, 2 threads"]["values"].keys()
