@@ -278,6 +278,13 @@ def test_the_figures_say_of_which_weights_they_are():
     assert is_said == (measured != shipped), f"the table is of the weights {measured}, the root has {shipped}"
 
 
+def test_the_notebook_prints_what_the_documentation_says_of_it():
+    """So whoever measures the examples again keeps the notebook of that run."""
+    (row,) = re.findall(r"^\| `tour\.ipynb`,.*\| (\d+) of 20 \| (\d+) of 20 \|", DOCS, flags=re.MULTILINE)
+    printed = right_at_the_end(outputs_of(json.loads((EXAMPLES / "tour.ipynb").read_text(encoding="utf-8"))))
+    assert [printed[0], printed[-1]] == [int(number) for number in row]
+
+
 @pytest.mark.parametrize("name", TRAINERS)
 def test_the_documentation_and_the_help_have_the_defaults(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--help"])

@@ -2,7 +2,7 @@
 r"""Run VLMEvalKit on a vision-language model of transformers, in a process of its own.
 
     git clone https://github.com/open-compass/VLMEvalKit KIT
-    python -m venv KIT/.venv && KIT/.venv/bin/pip install -r KIT/requirements.txt -e .
+    python -m venv KIT/.venv && KIT/.venv/bin/pip install -r KIT/requirements.txt rouge_score -e .
     python -m blip3.evaluation.harness.vlmevalkit --kit KIT --python KIT/.venv/bin/python --model . \
         --data TextVQA_VAL POPE MMStar --output outputs/kit
 
