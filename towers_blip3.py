@@ -80,13 +80,15 @@ def name_tower_for_both_lines(model: nn.Module) -> None:
     """Let a model that was not loaded save its vision tower under the names of transformers 4.57, which 5 reads too.
 
     transformers 5 does so for a model that it has loaded; one that `from_config` made would get names that 4.57 takes
-    for missing weights.
+    for missing weights. A ViT of timm has the names of 4.57 already; the conversion that transformers 5 has for it
+    would shorten them (seen with 5.24).
     """
     _forget_unused_conversions(model)
     if get_model_conversion_mapping is None or getattr(model, "_weight_conversions", None):
         return
     known: Any = get_model_conversion_mapping(model, add_legacy=False)
-    ours: Any = [each for each in known if (getattr(each, "scope_prefix", None) or "").endswith("vision_tower")]
+    towers: Any = [each for each in known if (getattr(each, "scope_prefix", None) or "").endswith("vision_tower")]
+    ours: Any = [each for each in towers if not getattr(each, "prefix_to_add", None)]
     if ours:
         model._weight_conversions = ours
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Towers beyond SigLIP, from the folder that their authors publish to a model that trains, is saved and reloaded."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from blip3.conversion.names import without_inner
-from support import convert, load_model, render_image
+from support import ROOT, convert, load_model, render_image
 from support.conversion import refused, same_bits, tensors_of
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}
@@ -219,6 +220,22 @@ def train_save_and_reload(output: Path, tmp_path: Path, features_of) -> None:
     again.load_state_dict(
         {name: tensor.clone() for name, tensor in tensors_of(tmp_path / "trained").items()}, strict=True
     )  # as Trainer does when it resumes
+
+
+def test_a_tower_keeps_a_name_that_reading_would_complete(monkeypatch):
+    """Transformers 5 adds `timm_model` where a file lacks it, and so would take it away on saving; 4.57 needs it."""
+    loading = pytest.importorskip("transformers.core_model_loading")
+    adds, removes = (
+        loading.PrefixChange(prefix_to_add="timm_model"),
+        loading.PrefixChange(prefix_to_remove="vision_model"),
+    )
+    for conversion in (adds, removes):
+        conversion.scope_prefix = "vision_tower"
+    towers = importlib.import_module(type(load_model(ROOT)).__module__.rpartition(".")[0] + ".towers_blip3")
+    monkeypatch.setattr(towers, "get_model_conversion_mapping", lambda *_, **__: [adds, removes])
+    model = torch.nn.Module()
+    towers.name_tower_for_both_lines(model)
+    assert model._weight_conversions == [removes]
 
 
 def test_parts_of_two_families_have_no_original_form(tmp_path, phi3, capsys):
