@@ -205,7 +205,11 @@ def _copy_ours(folder: Path, checkpoint: Checkpoint, tokenizer: dict) -> None:
 
 
 def stop_ids(checkpoint: Checkpoint, ids: dict[str, int]) -> dict:
-    """Return bos, eos and pad ids: of the tokenizer written, else of the source's files."""
+    """Return bos, eos and pad ids: of the tokenizer written, else of the source's files.
+
+    Raises:
+        ValueError: if those files name no token that ends an answer.
+    """
     text, generation = checkpoint.config["text_config"], checkpoint.generation
     stops = ["<|end|>", "<|endoftext|>"] if checkpoint.variant == "instruct" else ["<|endoftext|>"]
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -213,6 +217,12 @@ def stop_ids(checkpoint: Checkpoint, ids: dict[str, int]) -> dict:
     eos = [ids[token] for token in stops if token in ids]
     if eos:
         found["eos_token_id"] = eos if len(eos) > 1 else eos[0]
+    elif found["eos_token_id"] == []:
+        raise ValueError(
+            "eos_token_id of the source's generation_config.json or config.json is an empty list, and the tokenizer "
+            f"has none of {list_names(stops)}, but answers must end: expected a token id or a list of them. The file "
+            "was probably edited: write the id of the token that ends an answer."
+        )
     found["pad_token_id"] = ids.get("<pad>", found["pad_token_id"])
     found["bos_token_id"] = ids.get("<s>", found["bos_token_id"])
     return found

@@ -153,3 +153,10 @@ def test_any_value_in_the_small_files_converts_or_is_one_line(tmp_path, tiny, ca
     status = convert_weights.main([str(source), str(output), "--vision-config", str(TINY_VISION)])
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert (status, len(errors), output.exists()) in ((0, 0, True), (1, 1, False))
+
+
+def test_an_answer_must_have_an_end(source, tmp_path, capsys):
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": []}))
+    message = refused(capsys, source, tmp_path / "out", "--vision-config", TINY_VISION)
+    assert "eos_token_id" in message
+    assert "empty list" in message
