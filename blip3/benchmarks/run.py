@@ -139,7 +139,7 @@ def results_folder(options: argparse.Namespace) -> Path:
 
 
 def make_bench(options: argparse.Namespace) -> Bench:
-    """Check the options and measure the machine's own rates, by which what would run too long is left out.
+    """Check the options; `with_rates` measures what is left to know.
 
     Raises:
         ValueError: if they cannot be honoured.
@@ -150,12 +150,11 @@ def make_bench(options: argparse.Namespace) -> Bench:
     threads = options.threads or machine.count_cores()
     machine.set_threads(threads)
     sizes = QUICK if options.quick else QUARTER if device == "cpu" else TRUE
-    bench = Bench(device, sizes, effort, threads, {}, say, not options.no_compile, options.bfloat16)
-    return with_rates(bench)
+    return Bench(device, sizes, effort, threads, {}, say, not options.no_compile, options.bfloat16)
 
 
 def with_rates(bench: Bench) -> Bench:
-    """Measure the machine's own rates as they are now; a second on a CPU."""
+    """Measure the machine's own rates as they are now, by which what would run too long is left out."""
     side, copy_bytes = (128, 2**16) if bench.is_quick else (2048, 2**28) if bench.device == "cpu" else (8192, 2**33)
     rates = machine.measure_rates(bench.device, bench.dtypes, side, copy_bytes, bench.effort)
     return dataclasses.replace(bench, rates=rates)

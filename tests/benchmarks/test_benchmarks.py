@@ -125,6 +125,18 @@ def test_the_report_says_how_steady_the_machine_was(results, tmp_path):
     )
 
 
+def test_the_spread_of_runs_is_set_beside_the_results_that_stand_here():
+    """Its column "below" repeats the generated table, and goes out of date with it."""
+    text = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    rows = text.split("| what | target | below |")[1].split("\n\n")[0].splitlines()[2:]
+    targets = json.loads((ROOT / "blip3" / "benchmarks" / "results" / "cpu_targets.json").read_text())
+    medians = {target["what"]: target["result"]["median"] for target in targets if target["result"]}
+    assert len(rows) >= 6
+    for row in rows:
+        what, _, below = (cell.strip() for cell in row.split("|")[1:4])
+        assert below.split()[0] == f"{medians[what]:.2f}x", what
+
+
 def test_images_are_processed_by_both(results):
     rows = rows_of(results, "images")
     measured = rows["all sizes, from JPEG, 2 threads"]["values"].keys()
@@ -373,7 +385,8 @@ def test_views_grow_to_twelve_tiles_and_an_image_is_cut_by_three_lists_of_grids(
 
 
 def test_a_point_that_runs_too_long_is_left_out_by_name():
-    bench = run.make_bench(run.parse_arguments(["--quick", "--threads", "1", "--longest-run-seconds", "1e-9"]))
+    options = run.parse_arguments(["--quick", "--threads", "1", "--longest-run-seconds", "1e-9"])
+    bench = run.with_rates(run.make_bench(options))
     found = scaling.measure_scaling(bench)
     assert set(found[0].left_out) == {OURS, LLAVA, IDEFICS}
     assert "would take" in found[0].left_out[OURS]
@@ -645,6 +658,6 @@ def test_an_unknown_suite_is_refused(capsys):
 
 
 def test_a_child_that_fails_is_quoted():
-    bench = run.make_bench(run.parse_arguments(["--quick", "--threads", "1"]))
+    bench = run.with_rates(run.make_bench(run.parse_arguments(["--quick", "--threads", "1"])))
     with pytest.raises(RuntimeError, match=r"(?s)'task': 'load'.*nowhere"):
         RUN_CHILD(bench, "load", folder="nowhere", kind=OURS, dtype="float32")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Towers beyond SigLIP, from the folder that their authors publish to a model that trains, is saved and reloaded."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from blip3.conversion.names import without_inner
-from support import ROOT, convert, load_model, render_image
+from blip3.hub import model_code
+from support import convert, load_model, render_image
 from support.conversion import refused, same_bits, tensors_of
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}
@@ -231,7 +231,7 @@ def test_a_tower_keeps_a_name_that_reading_would_complete(monkeypatch):
     )
     for conversion in (adds, removes):
         conversion.scope_prefix = "vision_tower"
-    towers = importlib.import_module(type(load_model(ROOT)).__module__.rpartition(".")[0] + ".towers_blip3")
+    towers = model_code("towers_blip3")
     monkeypatch.setattr(towers, "get_model_conversion_mapping", lambda *_, **__: [adds, removes])
     model = torch.nn.Module()
     towers.name_tower_for_both_lines(model)
