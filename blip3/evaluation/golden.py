@@ -31,7 +31,7 @@ from ..files import sha256_of
 from ..hub import ROOT
 from ..images import float_options
 
-SHIPPED = (ROOT, ROOT / "base")
+SHIPPED = (ROOT, ROOT / "base", ROOT / "post_trained")
 # Largest difference of a value, where logits spread by about 1.5. Seen: 3e-6 between transformers 4.57.6 and 5.24 and
 # one and two threads, 1e-5 between eager and SDPA attention; 0.06 where one tensor of the resampler is 5 % larger.
 TOLERANCE = 1e-3

@@ -220,7 +220,7 @@ def test_public_functions_of_the_model_files_have_docstrings_and_types():
             assert function.returns is not None, f"{name}: {function.name}"
 
 
-@pytest.mark.parametrize("folder", ["", "base", "configs/4b", "configs/14b"])
+@pytest.mark.parametrize("folder", ["", "base", "post_trained", "configs/4b", "configs/14b"])
 def test_configurations_of_model_and_processor_agree(folder):
     """Some engines serve different grids in config.json and preprocessor_config.json without a message."""
     config, images, processor = (

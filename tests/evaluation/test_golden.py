@@ -121,15 +121,17 @@ def test_publishing_writes_those_of_the_weights_it_writes(written, tmp_path):
     from blip3.training.small import publish
 
     output = tmp_path / "published"
-    (output / "base").mkdir(parents=True)
-    for folder in (output, output / "base"):
+    folders = (output, output / "base", output / "post_trained")
+    for folder in folders:
+        folder.mkdir()
         (folder / GOLDEN_FILE).write_text(OLD)
     options = {"tower": None, "dtype": "bfloat16", "max_shard_size": "100KB"}
-    publish.publish_all(argparse.Namespace(output=output, instruct=written, base=written, **options))
+    sources = dict.fromkeys(("instruct", "base", "post_trained"), written)
+    publish.publish_all(argparse.Namespace(output=output, **sources, **options))
     for name in CODE_FILES:
         shutil.copyfile(ROOT / name, output / name)
     assert not (output / "base" / "chat_template.jinja").exists()
-    for folder, prompts in ((output, golden.CHAT), (output / "base", golden.DOCUMENTS)):
+    for folder, prompts in zip(folders, (golden.CHAT, golden.DOCUMENTS, golden.CHAT), strict=True):
         assert check_golden(folder).startswith(f"{folder}: ")
         assert {name.split(".")[0] for name in load_file(folder / GOLDEN_FILE)} == set(prompts)
     publish.publish(written, output)

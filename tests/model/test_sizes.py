@@ -3,6 +3,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,12 +102,10 @@ def test_a_configuration_that_is_built_already_is_checked_too():
         Blip3Config(text_config=built)
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "base/config.json", "configs/4b/config.json", "configs/14b/config.json"]
-)
-def test_every_architecture_of_the_repository_is_far_below(name):
+@pytest.mark.parametrize("folder", ["", "base", "post_trained", "configs/4b", "configs/14b"])
+def test_every_architecture_of_the_repository_is_far_below(folder):
     """Ten times the layers and widths are still allowed."""
-    config = stored_config(name)
+    config = stored_config(str(Path(folder, "config.json")))
     for part in PARTS:
         config[part]["num_hidden_layers"] *= 10
     config["text_config"]["vocab_size"] *= 10

@@ -15,6 +15,7 @@ from transformers import AutoProcessor, pipeline
 
 from blip3.data.images import ImageSource, open_images
 from blip3.data.records import Record, Turn
+from blip3.evaluation.golden import SHIPPED
 from blip3.hub import model_code
 from blip3.serving.fetch import ImageFetcher
 from blip3.serving.limits import ImageLimits
@@ -162,9 +163,7 @@ def test_the_switch_is_saved_and_loaded(value, tmp_path):
 
 
 def test_converted_and_shipped_folders_leave_the_switch_open(tiny_repo, small_model):
-    from support import ROOT
-
-    for folder in (tiny_repo, small_model, ROOT, ROOT, ROOT / "base"):
+    for folder in (tiny_repo, small_model, *SHIPPED):
         assert Blip3ImageProcessor.from_pretrained(folder).do_exif_transpose is None
 
 

@@ -59,7 +59,7 @@ def test_the_formulas_give_what_torch_counts(case):
     assert plan.peak == pytest.approx(found.peak, rel=0.15)
 
 
-@pytest.mark.parametrize("folder", ["", "base", "configs/4b", "configs/14b"])
+@pytest.mark.parametrize("folder", ["", "base", "post_trained", "configs/4b", "configs/14b"])
 def test_the_parameters_of_every_part_are_exact(folder):
     config = config_of(folder)
     with torch.device("meta"):

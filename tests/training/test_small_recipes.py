@@ -21,6 +21,7 @@ from support.training import weights_in
 
 SMALL = Path("recipes", "small")
 CHAIN = ["0_tower", "1_pretrain", "2_sft", "3_sft_multi_image"]
+PUBLISHED = {"--tower": "/tower", "--instruct": "", "--base": "/base", "--post-trained": "/post_trained"}
 TINY = ["max_steps=2", "batch_size=2", "save_every=2", "log_every=1", "num_workers=0"]
 
 
@@ -117,17 +118,20 @@ def steps(tmp_path_factory) -> list[list[str]]:
 
 
 def inputs_and_outputs(module: str, arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Checkpoints that a step reads and those that it writes."""
+    """Checkpoints and noised answers that a step reads and those that it writes."""
     options = dict(itertools.pairwise(arguments))
-    given = [options[name] for name in ("--tower", "--instruct", "--base") if name in options]
+    given = [options[name] for name in PUBLISHED if name in options]
     if module.endswith(".new_model"):
         return given, [arguments[1]]
     if module.endswith(".average"):
         return arguments[1:], [arguments[0]]
     if module.endswith(".publish"):
-        return given, [f"{arguments[0]}/tower"] if "--tower" in options else [arguments[0], f"{arguments[0]}/base"]
+        return given, [f"{arguments[0]}{place}" for name, place in PUBLISHED.items() if name in options]
     recipe = yaml.safe_load((ROOT / arguments[0]).read_text(encoding="utf-8"))
-    return [recipe["model"]], [f"{recipe['output']}/final"]
+    if module.endswith(".noised_answers"):
+        return [recipe["model"]], [recipe["noised_answers"]]
+    answers = [recipe["noised_answers"]] if "noised_answers" in recipe else []
+    return [recipe["model"], *answers], [f"{recipe['output']}/final"]
 
 
 def test_every_input_of_a_step_is_made_by_an_earlier_one(steps):
@@ -136,7 +140,7 @@ def test_every_input_of_a_step_is_made_by_an_earlier_one(steps):
         inputs, outputs = inputs_and_outputs(module, arguments)
         assert set(inputs) <= made, f"{module} {arguments}"
         made |= set(outputs)
-    assert {".", "./base"} <= made
+    assert {".", "./base", "./post_trained"} <= made
 
 
 def test_every_recipe_of_the_provenance_is_run_once_in_the_order_of_its_number(steps):

@@ -33,6 +33,7 @@ STAGES = [
     "5_safety.yaml",
 ]
 REAL_SIZE = [path for path in RECIPES if path.parent.name in ("4b", "14b")]
+UNSOURCED = {"model", "output", "notes", "world", "log_every", "save_every", "num_workers"}  # keys without a note
 LINES = "model: here\noutput: there\nmax_steps: 10\nbatch_size: 2\nlearning_rate: 1e-3\nmixture: [{rendered: count}]\n"
 
 
@@ -102,8 +103,7 @@ def test_real_size_recipes_give_a_source_for_each_value(path):
     assert f"-m blip3.training.train recipes/{path.parent.name}/{path.name}" in text
     for word in ("Hardware", "Download", "Expected", "reported", "ot run"):
         assert word in text, word
-    sourced = set(values) - {"model", "output", "notes", "world", "log_every", "save_every", "num_workers"}
-    assert set(values["notes"]) == sourced
+    assert set(values["notes"]) == set(values) - UNSOURCED
     recipe = load_recipe(path, Recipe)
     assert "vision_tower" not in recipe.trainable
     assert (recipe.bf16, recipe.gradient_checkpointing) == (True, True)
@@ -113,7 +113,7 @@ def test_real_size_recipes_give_a_source_for_each_value(path):
 @pytest.mark.parametrize("name", ["4_dpo.yaml", "5_safety.yaml"])
 def test_post_training_of_the_small_model_says_what_is_published(name):
     values = yaml.safe_load((ROOT / "recipes" / "small" / name).read_text())
-    assert set(values["notes"]) == set(values) - {"model", "output", "notes", "world", "log_every", "save_every"}
+    assert set(values["notes"]) == set(values) - UNSOURCED
     assert all(re.search("^(report, v1|not published|ours)", source) for source in values["notes"].values())
 
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Write trained models as this repository ships them at its root, with example images never trained on.
 
-    python -m blip3.training.small.publish . --instruct FOLDER --base FOLDER
+    python -m blip3.training.small.publish . --instruct FOLDER --base FOLDER --post-trained FOLDER
     python -m blip3.training.small.publish outputs/small/04 --tower FOLDER
 
     ./                   configuration, tokenizer, processor files, weights in shards, golden.safetensors to check them
     base/                the same after pre-training, for few-shot prompts
+    post_trained/        the same after preference training and safety fine-tuning
     examples/images/     images and examples.json: "prompt", "truth"
     outputs/small/04/tower/   the vision tower alone, after stage 0: SiglipVisionModel; the resampler trained beside it
 
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--tower", type=Path, help="trained folder whose tower is written to OUTPUT/tower")
     parser.add_argument("--instruct", type=Path, help="trained folder that answers questions")
     parser.add_argument("--base", type=Path, help="trained folder that takes few-shot prompts")
+    parser.add_argument("--post-trained", type=Path, help="trained folder that declines unsafe requests")
     parser.add_argument("--dtype", default="bfloat16", help="of the weights (default: %(default)s)")
     parser.add_argument("--max-shard-size", default="5MB", help="of each safetensors file (default: %(default)s)")
     args = parser.parse_args()
@@ -70,7 +72,7 @@ def main() -> None:
 
 def publish_all(args: argparse.Namespace) -> None:
     """Write what the command line asks for."""
-    for source in filter(None, (args.tower, args.base, args.instruct)):
+    for source in filter(None, (args.tower, args.base, args.instruct, args.post_trained)):
         locate(source)  # before anything is written
     if args.tower:
         publish_tower(args.tower, args.output / "tower", args.dtype)
@@ -83,6 +85,9 @@ def publish_all(args: argparse.Namespace) -> None:
         publish(args.instruct, args.output, args.dtype, args.max_shard_size)
         write_examples(args.output / IMAGES, load_settings(WORLD))
         write_golden(args.output, code_folder(folder_of(args.instruct)))
+    if args.post_trained:
+        publish(args.post_trained, args.output / "post_trained", args.dtype, args.max_shard_size)
+        write_golden(args.output / "post_trained", code_folder(folder_of(args.post_trained)))
 
 
 def publish(source: Path, output: Path, dtype: str = "bfloat16", max_shard_size: str = "5MB") -> None:

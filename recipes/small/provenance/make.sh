@@ -6,6 +6,7 @@
 #        07_pretrain - 08_sft - 09 to 12_sft_multi_image - 13 average of 11 and 12 - 14_sft_multi_image
 #                    - 15 average of 13 and 14 - 16 to 18_sft_talk - 19 average of 15, 18 and 18 -> the root
 #        07_pretrain - base/08_repetition - base/09_words - base/10_rules - base/11_rules     -> base/
+#        the root    - ../4_dpo - ../5_safety                                                 -> post_trained/
 #
 # Until the recipes were numbered, 01 to 12 and 14 were 0, 0b, 0c, 0d, 0e, 1a, 1, 2, 3, 3b, 3c, 3d and 3e; base/08 to
 # base/11 were 1c, 1d, 1e and 1f.
@@ -39,3 +40,9 @@ for stage in 08_repetition 09_words 10_rules 11_rules; do
 done
 run small.publish . --instruct $OUT/19_average --base $OUT/base_11_rules/final
 mv recipe.yaml $RUNS/published.yaml && mv base/recipe.yaml $RUNS/base/published.yaml
+
+run noised_answers $SMALL/4_dpo.yaml
+run train $SMALL/4_dpo.yaml
+run train $SMALL/5_safety.yaml
+run small.publish . --post-trained $OUT/5_safety/final
+mv post_trained/recipe.yaml $RUNS/post_trained/published.yaml
